@@ -1,0 +1,28 @@
+"""anomalib-ot: the optimal-transport extension of Anomalib.
+
+Importing this package costs nothing: the public names load torch and Anomalib when they are first asked for.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "OTPrototypes": "anomalib_ot.integration.ot_prototypes",
+    "SyntheticFabric": "anomalib_ot.integration.synthetic_fabric",
+}
+
+__all__ = ["OTPrototypes", "SyntheticFabric", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name on first use (PEP 562)."""
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    msg = f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    """List the lazy names too, for completion."""
+    return sorted({*globals(), *__all__})
