@@ -1,1 +1,1 @@
-"""To be filled."""
+"""Images, patches and maps: torch, torchvision and timm, nothing of transport and nothing of Anomalib."""

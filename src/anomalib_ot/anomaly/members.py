@@ -1,0 +1,192 @@
+"""What one member of the ensemble is made of, and the two presets."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+FEATURE_COSTS = ("cosine", "euclidean", "whitened")
+STRUCTURES = ("learned", "fixed")
+STARTS = ("data", "random")
+PRESETS = ("default", "paper")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One set of prototypes: where its features come from, how far apart things are, how it is fitted.
+
+    Args:
+        layers: Layers of the backbone whose features are concatenated, finest first.
+        alpha: Weight of the position cost, 0 to 1; the feature cost has `1 - alpha`.
+        feature_cost: "cosine", "euclidean" or "whitened" (Euclidean after decorrelating the features).
+        num_prototypes: Number of free prototypes, started by k-means: they settle wherever normal patches are.
+        num_global: The published layout instead: this many full grids of local prototypes; below 1 a coarser grid of
+            `floor(h * num_global)` x `floor(w * num_global)` cells. Give one of `num_prototypes` and `num_global`.
+        structure: "learned" lets positions follow the patches they receive, "fixed" keeps the start positions.
+        start: Where prototypes start: "data" (k-means, or means per position), or "random" in [0, 1) as published.
+        prototype_scale: Divide each feature cost by the prototype's own typical cost; else by one number for all.
+        position_quantile: A prototype is at home within the radius that holds this part of its normal patches, and a
+            patch pays for the way from there on; 0 counts from the prototype's position itself, as published.
+        position_unit: The distance, in image sides, that costs as much as a typical feature cost; None takes the largest
+            distance seen in training, as published.
+        epsilon: Entropic strength of the assignment, in units of the typical cost of a normal patch.
+        rho: Relaxation of the prototypes' share of mass, in the same units; None forces equal shares, as published.
+        tolerance: Marginal error at which an assignment is good enough; 0 always makes `max_iters` iterations.
+        max_iters: Largest number of Sinkhorn iterations per assignment.
+        momentum: Part of the old prototype kept at each update, 0 to below 1; None updates once per pass, to the barycentre
+            of all patches.
+        passes: Refinement passes over the patches; 0 keeps the start.
+        batch_images: Images per assignment problem.
+        pooling: Neighbourhood of a patch, in patches.
+        shrinkage: Part of the average variance mixed into the whitening, above 0 to 1.
+        align_corners: How maps are upsampled (True as published).
+        calibrate: Divide scores by their spread over the training patches, so that members are comparable.
+    """
+
+    layers: tuple[str, ...]
+    alpha: float = 0.3
+    feature_cost: str = "cosine"
+    num_prototypes: int | None = 128
+    num_global: float | None = None
+    structure: str = "learned"
+    start: str = "data"
+    prototype_scale: bool = True
+    position_quantile: float = 0.99
+    position_unit: float | None = 0.1
+    epsilon: float = 0.05
+    rho: float | None = 0.2
+    tolerance: float = 1e-2
+    max_iters: int = 100
+    momentum: float | None = None
+    passes: int = 1
+    batch_images: int = 8
+    pooling: int = 3
+    shrinkage: float = 0.05
+    align_corners: bool = False
+    calibrate: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every value where it enters."""
+        object.__setattr__(self, "layers", tuple(self.layers))
+        for name, value in (("alpha", self.alpha), ("position_quantile", self.position_quantile)):
+            if not 0 <= value <= 1:
+                msg = f"{name}={value!r}: expected a number between 0 and 1"
+                raise ValueError(msg)
+        _check_known("feature_cost", self.feature_cost, FEATURE_COSTS)
+        _check_known("structure", self.structure, STRUCTURES)
+        _check_known("start", self.start, STARTS)
+        if not self.layers:
+            msg = "layers=[]: expected at least one layer of the backbone"
+            raise ValueError(msg)
+        if (self.num_prototypes is None) == (self.num_global is None):
+            msg = (
+                f"num_prototypes={self.num_prototypes!r} and num_global={self.num_global!r}: give one of the two; "
+                "num_prototypes places prototypes freely, num_global lays out whole grids"
+            )
+            raise ValueError(msg)
+        if self.num_global is not None and self.num_global >= 1 and self.num_global != int(self.num_global):
+            msg = f"num_global={self.num_global!r}: expected a whole number, or a fraction below 1 for a coarser grid"
+            raise ValueError(msg)
+        positive = {"num_prototypes": self.num_prototypes, "num_global": self.num_global, "epsilon": self.epsilon}
+        positive |= {"max_iters": self.max_iters}
+        positive |= {"position_unit": self.position_unit, "batch_images": self.batch_images, "shrinkage": self.shrinkage}
+        for name, value in positive.items():
+            if value is not None and not value > 0:
+                msg = f"{name}={value!r}: expected a number above 0"
+                raise ValueError(msg)
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            msg = f"momentum={self.momentum!r}: expected a number from 0 to below 1, the part of the old prototype to keep"
+            raise ValueError(msg)
+        if self.passes < 0 or self.pooling < 1 or self.pooling % 2 == 0 or self.shrinkage > 1:
+            msg = (
+                f"passes={self.passes!r}, pooling={self.pooling!r}, shrinkage={self.shrinkage!r}: "
+                "expected passes >= 0, an odd pooling >= 1 and shrinkage <= 1"
+            )
+            raise ValueError(msg)
+        for name, value in (("rho", self.rho), ("tolerance", self.tolerance)):
+            if value is not None and not value >= 0:
+                msg = f"{name}={value!r}: expected a number of at least 0"
+                raise ValueError(msg)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for checkpoints and configuration files."""
+        return asdict(self) | {"layers": list(self.layers)}
+
+
+def _check_known(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        msg = f"{name}={value!r}: expected one of {', '.join(map(repr, known))}{hint}"
+        raise ValueError(msg)
+
+
+def make_members(
+    preset: str,
+    layers: Sequence[str],
+    members: Sequence[dict[str, Any]] | None = None,
+    **overrides: float | str | None,
+) -> list[Member]:
+    """Build the members of a model.
+
+    "default": each layer alone with whitened features, and each but the deepest with cosine features as well.
+    "paper": each layer alone with alpha 0 and 0.3, cosine cost, 16 grids of prototypes started at random, one balanced
+    problem per 64 images, momentum 0.95, 50 passes.
+
+    Args:
+        preset: "default" or "paper".
+        layers: Layers of the backbone, finest first.
+        members: Explicit members instead of the preset's; keys are `Member`'s arguments, `layers` may be left out.
+        overrides: Arguments of `Member` to set on every member; None leaves a member's own.
+
+    Raises:
+        ValueError: If a preset, a key or a value is not known.
+    """
+    _check_known("preset", preset, PRESETS)
+    layers = tuple(layers)
+    known = {field.name for field in fields(Member)}
+    if members is not None:
+        if not members:
+            msg = "members=[]: expected at least one member, or null for the preset's"
+            raise ValueError(msg)
+        built = []
+        for number, given in enumerate(members):
+            unknown = sorted(set(given) - known)
+            if unknown:
+                near = difflib.get_close_matches(unknown[0], known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                msg = f"members[{number}] has the unknown key {unknown[0]!r}; {hint}known: {', '.join(sorted(known))}"
+                raise ValueError(msg)
+            given = {"layers": layers, **given}
+            if "num_global" in given and "num_prototypes" not in given:
+                given["num_prototypes"] = None
+            built.append(Member(**given))
+    elif preset == "paper":
+        published = Member(
+            layers=layers[:1],
+            num_prototypes=None,
+            num_global=16,
+            start="random",
+            prototype_scale=False,
+            position_quantile=0.0,
+            position_unit=None,
+            epsilon=0.01,
+            rho=None,
+            tolerance=0.0,
+            momentum=0.95,
+            passes=50,
+            batch_images=64,
+            pooling=1,
+            align_corners=True,
+            calibrate=False,
+        )
+        built = [replace(published, layers=(layer,), alpha=alpha) for layer in layers for alpha in (0.0, 0.3)]
+    else:
+        built = [Member(layers=(layer,), feature_cost="whitened") for layer in layers]
+        built += [Member(layers=(layer,), feature_cost="cosine") for layer in (layers[:-1] or layers)]
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if "num_prototypes" in overrides:
+        overrides.setdefault("num_global", None)
+    elif "num_global" in overrides:
+        overrides["num_prototypes"] = None
+    return [replace(member, **overrides) for member in built]

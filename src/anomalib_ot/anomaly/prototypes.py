@@ -1,0 +1,113 @@
+"""Prototypes of normal patches, and what it costs to transport a patch to the nearest of them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from anomalib_ot.anomaly.members import Member
+from anomalib_ot.vision.patches import grid_positions
+
+TINY = 1e-12
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Scale vectors (..., D) to length 1; a zero vector stays zero."""
+    return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=TINY)
+
+
+class PatchScores(NamedTuple):
+    """Costs of the best prototype per patch: `feature` and `position` (B, N) add up to the score.
+
+    `matched` (B, N, 2) is the position (y, x) of that prototype.
+    """
+
+    feature: Tensor
+    position: Tensor
+    matched: Tensor
+
+
+class PrototypeBank(nn.Module):
+    """One member: prototypes, their positions, and the metric between patches and prototypes.
+
+    ``cost_ij = [(1 - alpha) D_f(x_i, p_j) / s_j + alpha max(|y_i - z_j| - r_j, 0) / u] / q``
+
+    with features `x`, positions `y` of patches, prototypes `p` at `z`, the prototype's typical feature cost `s`, the radius
+    `r` within which it is at home, a unit of distance `u` and the calibration `q` of the member; all are buffers, fixed at
+    fit, so that a score never depends on the other patches of an image or a batch.
+
+    Args:
+        member: What the bank is made of.
+
+    References:
+        R. Trombetta, C. Lartizien, "Learning local and global prototypes with optimal transport for unsupervised anomaly
+        detection and localization", 2025, section 3 (cost; there the scales are maxima of the batch at hand).
+    """
+
+    SHAPED = ("mean", "projection", "prototypes", "positions", "feature_scales", "position_tolerances")
+    SCALARS = ("position_unit", "calibration")
+
+    def __init__(self, member: Member) -> None:
+        super().__init__()
+        self.member = member
+        for name in self.SHAPED:
+            self.register_buffer(name, torch.zeros(0))
+        for name in self.SCALARS:
+            self.register_buffer(name, torch.ones(()))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        """Take the shapes of a checkpoint: the number of prototypes is known only after the fit."""
+        for name, buffer in self._buffers.items():
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape != buffer.shape:
+                setattr(self, name, torch.empty_like(saved, device=buffer.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def num_prototypes(self) -> int:
+        """Number K of prototypes; 0 before the fit."""
+        return len(self.prototypes)
+
+    def encode(self, embeddings: Tensor) -> Tensor:
+        """Bring embeddings (..., D) into the space where prototypes live (..., D): whitened, or as they are."""
+        if self.member.feature_cost == "whitened":
+            return (embeddings - self.mean) @ self.projection
+        return embeddings
+
+    def feature_cost(self, encoded: Tensor) -> Tensor:
+        """Return D_f / s (..., K) of encoded embeddings (..., D): one minus the cosine, or the Euclidean distance."""
+        return self.feature_distance(encoded) / self.feature_scales
+
+    def feature_distance(self, encoded: Tensor) -> Tensor:
+        """Return D_f (..., K) of encoded embeddings (..., D)."""
+        if self.member.feature_cost == "cosine":
+            return (1 - unit(encoded) @ unit(self.prototypes).T).clamp(min=0.0)
+        squared = encoded.square().sum(-1, keepdim=True) - 2 * encoded @ self.prototypes.T
+        return (squared + self.prototypes.square().sum(-1)).clamp(min=TINY).sqrt()
+
+    def position_cost(self, positions: Tensor) -> Tensor:
+        """Return max(|y - z| - r, 0) / u (..., K) of patch positions (..., 2)."""
+        return (self.position_distance(positions) - self.position_tolerances).clamp(min=0.0) / self.position_unit
+
+    def position_distance(self, positions: Tensor) -> Tensor:
+        """Return D_s = |y - z| (..., K), in image sides, of patch positions (..., 2)."""
+        return (positions.unsqueeze(-2) - self.positions).square().sum(-1).sqrt()
+
+    def costs(self, embeddings: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return both weighted parts of the cost: feature (B, N, K) and position (N, K), uncalibrated."""
+        alpha = self.member.alpha
+        feature = (1 - alpha) * self.feature_cost(self.encode(embeddings.float()))
+        return feature, alpha * self.position_cost(grid_positions(grid_size, embeddings.device))
+
+    def forward(self, embeddings: Tensor, grid_size: tuple[int, int]) -> PatchScores:
+        """Score patches (B, N, D) of a grid (h, w) against the cheapest prototype.
+
+        Returns:
+            The two calibrated parts of the cost and the position of the prototype.
+        """
+        feature, position = self.costs(embeddings, grid_size)
+        cost, index = (feature + position).min(dim=-1)
+        picked = position.expand(feature.shape).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        picked = torch.minimum(picked, cost)
+        matched = self.positions[index]
+        return PatchScores((cost - picked) / self.calibration, picked / self.calibration, matched)

@@ -1,0 +1,116 @@
+"""Where prototypes start: from the data, or at random as published."""
+
+import math
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
+from anomalib_ot.vision.patches import grid_positions
+
+POINTS_PER_PROTOTYPE = 1000
+KMEANS_ITERATIONS = 10
+
+
+def start_prototypes(bank: PrototypeBank, encoded: Tensor, patches: "Patches", seed: int) -> None:  # noqa: F821
+    """Set prototypes and positions before the first assignment.
+
+    Free prototypes are k-means centres; a grid of local prototypes starts at the mean of the patches of each cell, several
+    copies of it at the k-means centres of each cell. `start="random"` draws features uniformly from [0, 1).
+
+    Args:
+        bank: The member; prototypes and positions are set.
+        encoded: Encoded embeddings (P, D).
+        patches: Their positions and grid.
+        seed: Seed of k-means and of random starts.
+
+    Raises:
+        ValueError: If there are fewer patches than prototypes.
+    """
+    member, width = bank.member, encoded.shape[1]
+    cells = None
+    if member.num_global is not None:
+        cells = cell_positions(patches.grid_size, member.num_global)
+        copies = max(int(member.num_global), 1)
+        count, named = copies * len(cells), f"num_global={member.num_global}"
+    else:
+        count, named = int(member.num_prototypes), f"num_prototypes={member.num_prototypes}"
+    if count > len(encoded):
+        msg = (
+            f"{named} makes {count} prototypes for only {len(encoded)} training patches "
+            f"(grid {patches.grid_size[0]} x {patches.grid_size[1]}); lower it or add training images"
+        )
+        raise ValueError(msg)
+
+    if cells is None:
+        bank.prototypes = k_means(encoded, count, seed, spherical=member.feature_cost == "cosine")
+        bank.positions = torch.full((count, 2), 0.5)
+        if member.start == "random" or member.structure == "fixed":
+            generator = torch.Generator().manual_seed(seed)
+            bank.positions = torch.rand(count, 2, generator=generator)
+    else:
+        bank.positions = cells.repeat(copies, 1)
+        if member.start == "data":
+            nearest = torch.cat([torch.cdist(rows, cells).argmin(1) for rows in patches.positions.split(8192)])
+            centres = [_cell_centres(encoded[nearest == i], copies, seed, width) for i in range(len(cells))]
+            bank.prototypes = torch.stack(centres, dim=1).reshape(count, width)
+    if member.start == "random":
+        generator = torch.Generator().manual_seed(seed)
+        bank.prototypes = torch.rand(count, width, generator=generator)
+
+
+def cell_positions(grid_size: tuple[int, int], num_global: float) -> Tensor:
+    """Return the layout (cells, 2) that local prototypes share.
+
+    Whole grids use the token positions; a fraction uses the centres of `floor(h f)` x `floor(w f)` cells.
+
+    Raises:
+        ValueError: If a fraction leaves no cell.
+
+    >>> cell_positions((4, 4), 0.5).tolist()
+    [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
+    """
+    if num_global >= 1:
+        return grid_positions(grid_size)
+    rows, columns = (math.floor(n * num_global) for n in grid_size)
+    if rows < 1 or columns < 1:
+        msg = f"num_global={num_global}: leaves no cell on a grid of {grid_size[0]} x {grid_size[1]} patches; raise it"
+        raise ValueError(msg)
+    y, x = ((torch.arange(n) + 0.5) / n for n in (rows, columns))
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).reshape(-1, 2)
+
+
+def k_means(points: Tensor, count: int, seed: int, *, spherical: bool = False) -> Tensor:
+    """Return the k-means centres (count, D) of points (P, D), by FAISS.
+
+    Args:
+        points: What to cluster.
+        count: Number of centres, at most P.
+        seed: Makes two runs equal.
+        spherical: Cluster directions; the centres then have the mean length of the points.
+    """
+    data = unit(points) if spherical else points
+    data = np.ascontiguousarray(data.numpy(), dtype=np.float32)
+    engine = faiss.Kmeans(
+        data.shape[1],
+        count,
+        niter=KMEANS_ITERATIONS,
+        seed=seed,
+        spherical=spherical,
+        min_points_per_centroid=1,
+        max_points_per_centroid=POINTS_PER_PROTOTYPE,
+    )
+    engine.train(data)
+    centres = torch.from_numpy(np.array(engine.centroids, dtype=np.float32))
+    return centres * points.norm(dim=1).mean() if spherical else centres
+
+
+def _cell_centres(points: Tensor, copies: int, seed: int, width: int) -> Tensor:
+    """Return the centres (copies, D) of one cell: its mean, or k-means centres, repeated where patches are few."""
+    if len(points) == 0:
+        return torch.zeros(copies, width)
+    if copies == 1 or len(points) < copies:
+        return points.mean(0, keepdim=True).repeat(copies, 1)
+    return k_means(points, copies, seed)

@@ -1,0 +1,130 @@
+"""Pretrained weights for timm backbones, from the hub or from a local file, and never by chance."""
+
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+WRAPPERS = ("state_dict", "state_dict_ema", "model", "model_ema")
+
+
+def known_layers(backbone: str) -> list[str]:
+    """List the layers of a timm backbone that features can be taken from, shallow first.
+
+    Args:
+        backbone: Name of a timm model.
+
+    Returns:
+        Layer names such as `layer2` or `blocks.4`.
+
+    Raises:
+        ValueError: If timm knows no such model; the nearest names are in the message.
+
+    >>> known_layers("resnet18")
+    ['act1', 'layer1', 'layer2', 'layer3', 'layer4']
+    """
+    if not timm.is_model(backbone):
+        near = timm.list_models(f"*{backbone.split('.')[0][:6]}*")[:6]
+        hint = f"near ones: {', '.join(near)}" if near else "timm.list_models() lists them"
+        msg = f"backbone={backbone!r}: timm {timm.__version__} has no model of that name; {hint}"
+        raise ValueError(msg)
+    if "vit" in backbone.lower():
+        depth = len(timm.create_model(backbone, pretrained=False).blocks)
+        return [f"blocks.{i}" for i in range(depth)]
+    model = timm.create_model(backbone, pretrained=False, features_only=True)
+    return [info["module"] for info in model.feature_info.info]
+
+
+def normalisation(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and standard deviation per channel that a backbone's published weights were trained with."""
+    config = timm.get_pretrained_cfg(backbone)
+    if config is None:
+        return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return tuple(config.mean), tuple(config.std)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a checkpoint file without running any code in it.
+
+    Args:
+        path: A `.safetensors` file, or a `.pth`/`.pt`/`.bin`/`.ckpt` file that holds tensors (torch's safe loader).
+
+    Returns:
+        The state dict, unwrapped from `state_dict`, `model` and the like.
+
+    Raises:
+        ValueError: If the file is missing, unreadable, holds more than tensors, or holds NaN or infinite weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        msg = f"backbone_weights={str(path)!r}: no such file; give a .safetensors or .pth checkpoint of the backbone"
+        raise ValueError(msg)
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        msg = (
+            f"backbone_weights={str(path)!r} cannot be read as a checkpoint of plain tensors ({reason}); "
+            "save it with safetensors.torch.save_file(model.state_dict(), ...) or torch.save(model.state_dict(), ...)"
+        )
+        raise ValueError(msg) from error
+    for key in WRAPPERS:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+        msg = f"backbone_weights={str(path)!r}: expected a state dict (name to tensor), found {type(state).__name__}"
+        raise ValueError(msg)
+    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    for key, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            msg = f"backbone_weights={str(path)!r}: tensor {key!r} holds NaN or infinite values; fetch the file again"
+            raise ValueError(msg)
+    return state
+
+
+def load_weights(extractor: nn.Module, backbone: str, indices: list[int] | None, weights: str | Path) -> None:
+    """Load a local checkpoint of a timm model into a feature extractor built from that model.
+
+    timm itself maps the names (a feature extractor's differ from the full model's). Tensors that the file lacks would keep
+    their random start without a word: they are found by loading twice from different seeds.
+
+    Args:
+        extractor: The timm network in use; its weights are replaced in place.
+        backbone: Name of the timm model.
+        indices: `out_indices` of a features-only extractor, None for a transformer used as a whole.
+        weights: Path of the checkpoint.
+
+    Raises:
+        ValueError: If the file does not fit the backbone, or lacks weights of a layer that is used.
+    """
+    state = read_weights(weights)
+    options = {"features_only": True, "exportable": True, "out_indices": indices} if indices is not None else {}
+    if indices is None:
+        options = {"num_classes": 0, "dynamic_img_size": True}
+    loaded = []
+    for seed in (1, 2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                overlay = {"state_dict": dict(state), "url": "", "hf_hub_id": None, "file": None}
+                loaded.append(
+                    timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **options).state_dict()
+                )
+            except (RuntimeError, KeyError, AttributeError) as error:
+                first = next((line.strip() for line in str(error).splitlines() if "ize mismatch" in line), str(error))
+                msg = f"backbone_weights={str(weights)!r} does not fit backbone={backbone!r}: {first[:300]}"
+                raise ValueError(msg) from error
+    own = extractor.state_dict()
+    missing = [name for name in own if name in loaded[0] and not torch.equal(loaded[0][name], loaded[1][name])]
+    if missing:
+        msg = (
+            f"backbone_weights={str(weights)!r} lacks {len(missing)} tensors that {backbone!r} needs for the layers asked "
+            f"for, the first is {missing[0]!r}; give the checkpoint of this backbone, or shallower layers"
+        )
+        raise ValueError(msg)
+    extractor.load_state_dict({name: loaded[0].get(name, value) for name, value in own.items()})

@@ -1,0 +1,59 @@
+"""An antialiased resize that survives export.
+
+torchvision's antialiased resize is what the host trains with; exporters drop the antialias (OpenVINO ignores it), so that an
+exported model sees another image than the one that its thresholds were set on. Resizing is linear: two small matrices do it
+exactly, and a matrix product exports everywhere.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def resize_weights(in_size: int, out_size: int, device: torch.device | None = None) -> Tensor:
+    """Return the matrix (out_size, in_size) of an antialiased bilinear resize of one axis.
+
+    Row `i` is the triangle filter `max(0, 1 - |j + 1/2 - c_i| / s)` with centre `c_i = (i + 1/2) in/out` and support
+    `s = max(in/out, 1)`, normalised to 1: bilinear interpolation where the image grows, its antialiased form where it shrinks.
+
+    Args:
+        in_size: Length of the axis, pixels; may be symbolic while tracing.
+        out_size: Length wanted, pixels.
+        device: Where to build the matrix.
+
+    Returns:
+        Weights in float32; every row sums to 1.
+
+    >>> resize_weights(4, 2)
+    tensor([[0.4286, 0.4286, 0.1429, 0.0000],
+            [0.0000, 0.1429, 0.4286, 0.4286]])
+    """
+    source = torch.arange(in_size, device=device, dtype=torch.float32) + 0.5
+    target = torch.arange(out_size, device=device, dtype=torch.float32) + 0.5
+    ratio = source.new_ones(()) * in_size / out_size
+    weights = (1 - (source - target[:, None] * ratio).abs() / ratio.clamp(min=1.0)).clamp(min=0.0)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+class AntialiasResize(nn.Module):
+    """Resize images to a fixed size, antialiased, the same in torch and in an exported graph.
+
+    Equals `torchvision.transforms.v2.Resize(size, antialias=True)` on float images to rounding.
+
+    Args:
+        size: Height and width wanted, pixels.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = (int(size[0]), int(size[1]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize `images` (..., H, W), any float type, to (..., *size)."""
+        height, width = images.shape[-2:]
+        rows = resize_weights(height, self.size[0], images.device).to(images.dtype)
+        columns = resize_weights(width, self.size[1], images.device).to(images.dtype)
+        return rows @ images @ columns.T
+
+    def extra_repr(self) -> str:
+        """Show the size in the module's repr."""
+        return f"size={self.size}"
