@@ -125,8 +125,9 @@ def _solve(plan: Tensor, scale_a: Tensor, scale_b: Tensor, null: Tensor, to_g: T
 
 
 def _divide(x: Tensor, y: Tensor) -> Tensor:
-    """Divide, giving 0 where the divisor is 0."""
-    return torch.where(y > 0, x / torch.where(y > 0, y, 1), 0)
+    """Divide, giving 0 where the divisor is 0, or so small that the quotient could overflow."""
+    enough = y > torch.finfo(y.dtype).smallest_normal / torch.finfo(y.dtype).eps
+    return torch.where(enough, x / torch.where(enough, y, 1), 0)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

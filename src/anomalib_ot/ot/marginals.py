@@ -138,8 +138,8 @@ def check_sums(a: Tensor, b: Tensor, rho_a: Tensor, rho_b: Tensor) -> None:
         item = wrong.nonzero()[0].item()
         msg = (
             f"a sums to {sum_a[item].item():.9g} and b to {sum_b[item].item():.9g} in batch item {item}; expected "
-            "equal sums (relative 1e-6), or no more in the hard part than the other side has: normalise both, or relax one "
-            "with rho"
+            "equal sums (relative 1e-6), or no more in the hard part than the other side has: normalise both, or "
+            "relax one with rho"
         )
         raise ValueError(msg)
 

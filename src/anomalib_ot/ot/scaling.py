@@ -5,14 +5,21 @@ sum to 1, whatever the range of the cost. A Sinkhorn iteration then needs two ma
 scalings have grown so far that they must be absorbed into `g`. All forms make the same iterates, up to rounding.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from anomalib_ot.ot.softmin import Problem, column_error, column_step, row_factor, row_potential, row_shares
 
+CHECK_EVERY = 5
+
 
 def solve(problem: Problem, g: Tensor, *, tolerance: float, max_iters: int) -> tuple[Tensor, ...]:
     """Iterate until every item's columns are right, each item stopping by itself.
+
+    The error is looked at after iterations 0 to 5, 10, 15, ...: at the same ones for every item, so that none stops
+    earlier or later because of its batch mates.
 
     Args:
         problem: The problem; no gradient is recorded.
@@ -33,46 +40,83 @@ def solve(problem: Problem, g: Tensor, *, tolerance: float, max_iters: int) -> t
     num_iters = torch.zeros(len(g), dtype=torch.int64, device=g.device)
     active = torch.ones(len(g), dtype=torch.bool, device=g.device)
     live = problem.b > 0
-    steps = 0
+    steps, stride, broken = 0, 1, False
     while True:
         row_sums, _ = row_shares(problem, g, scratch=kernel)
-        factor = row_factor(problem, row_sums)
-        weights = problem.a * factor.exp()
-        column_sums = _columns(kernel, weights)
-        error = column_error(problem, g, column_sums)
-        active = active & ~(error <= tolerance)
-        if steps >= max_iters or not active.any():
+        weights = problem.a * row_factor(problem, row_sums).exp()
+        columns = _columns(kernel, weights)
+        error = column_error(problem, g, columns)
+        if steps >= max_iters or steps == _next_check(steps - 1):
+            active = active & ~(error <= tolerance)
+        lost = _lost(columns, weights, limits.column) & live & active.unsqueeze(-1)
+        going, losing = torch.stack((active.any(), lost.any())).tolist()
+        if steps >= max_iters or not going:
             return g, kernel.mul_(weights.unsqueeze(-1)), row_sums, error, num_iters
+        if losing or broken:  # the kernel cannot hold some column's mass: make this iteration in the log domain
+            stepped = column_step(problem, row_potential(problem, row_sums), scratch=kernel)
+            g = torch.where(active.unsqueeze(-1), stepped, g)
+            steps, stride, num_iters, broken = steps + 1, 1, num_iters + active, False
+            continue
 
-        running = active
-        log_v = torch.zeros_like(g)
-        log_kv = torch.zeros_like(row_sums)
+        scale = _Scaling(problem, kernel, g, weights)
+        v, running = torch.ones_like(g), active
         while True:
-            moving = live & running.unsqueeze(-1)
-            proposal = problem.exponent_b * (problem.log_b - column_sums.log()) - problem.release_b * g
-            lost = moving & ~(column_sums >= limits.column * weights.sum(-1, keepdim=True))
-            far = moving & ~(proposal.abs() <= limits.scaling)
-            any_lost, any_far = torch.stack((lost.any(), far.any())).tolist()
-            steps += 1
-            num_iters += running
-            if any_lost:  # some column's mass is below what the kernel can hold: this iteration in the log domain
-                f = row_potential(problem, row_sums + log_kv)
-                stepped = column_step(problem, f, scratch=kernel)
-                g = torch.where(moving, stepped, g + log_v)
+            count = min(stride, _next_check(steps) - steps, max_iters - steps)
+            new_v, new_columns, new_weights = scale(columns, count)
+            moving = running.unsqueeze(-1)
+            broken = ~new_v.isfinite() & live & moving
+            lost = _lost(new_columns, new_weights, limits.column) & live & moving
+            new_v = torch.where(moving, new_v, v)
+            new_columns = torch.where(moving, new_columns, columns)
+            log_v = torch.where(live, new_v.log(), 0)
+            far = log_v.abs().amax() > limits.scaling
+            still = running
+            if steps + count == _next_check(steps):
+                still = running & ~(column_error(problem, g + log_v, new_v * new_columns) <= tolerance)
+            broken, losing, going, absorbing = torch.stack((broken.any(), lost.any(), still.any(), far)).tolist()
+            if (broken or losing) and count > 1:  # somewhere in these steps the kernel gave out: take them one by one
+                stride = 1
+                continue
+            if broken:
+                g = g + torch.where(live, v.log(), 0)
                 break
-            log_v = torch.where(moving, proposal, log_v)
-            if any_far or steps >= max_iters:
+            steps, stride, num_iters = steps + count, min(2 * stride, CHECK_EVERY), num_iters + count * running
+            v, columns, running = new_v, new_columns, still
+            if losing or absorbing or not going or steps >= max_iters:
                 g = g + log_v
                 break
-            v = log_v.exp()
-            kv = _rows(kernel, v)
-            log_kv = torch.where(kv > 0, kv, 1).log()
-            weights = problem.a * torch.exp(factor - problem.exponent_a * log_kv)
-            column_sums = _columns(kernel, weights)
-            running = running & ~(column_error(problem, g + log_v, v * column_sums) <= tolerance)
-            if not running.any():
-                g = g + log_v
-                break
+
+
+class _Scaling:
+    """Plain Sinkhorn iterations on one kernel."""
+
+    def __init__(self, problem: Problem, kernel: Tensor, g: Tensor, weights: Tensor) -> None:
+        self.kernel, self.a, self.b = kernel, weights, problem.b
+        self.exponent_a = None if (problem.exponent_a == 1).all() else problem.exponent_a
+        self.exponent_b = None if (problem.exponent_b == 1).all() else problem.exponent_b
+        self.pull = None if self.exponent_b is None else torch.exp(-problem.release_b * g)
+        self.least = torch.finfo(kernel.dtype).tiny
+
+    def __call__(self, columns: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Make some iterations; return `v`, the kernel's column sums that answer to it, and the rows' weights."""
+        for _ in range(count):
+            v = self.b / columns.clamp(min=self.least)
+            if self.exponent_b is not None:
+                v = v.pow(self.exponent_b) * self.pull
+            kv = _rows(self.kernel, v).clamp_(min=self.least)
+            weights = self.a / (kv if self.exponent_a is None else kv.pow(self.exponent_a))
+            columns = _columns(self.kernel, weights)
+        return v, columns, weights
+
+
+def _next_check(steps: int) -> int:
+    """Return the first iteration after this one at which the error is looked at."""
+    return steps + 1 if steps < CHECK_EVERY else (steps // CHECK_EVERY + 1) * CHECK_EVERY
+
+
+def _lost(columns: Tensor, weights: Tensor, share: float) -> Tensor:
+    """Say which columns are so light that what the kernel rounds to 0 might be a good part of them."""
+    return ~((columns >= share * weights.sum(-1, keepdim=True)) & (columns < math.inf))
 
 
 def _rows(kernel: Tensor, v: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def sinkhorn(
         b: Target masses (M,) or (B, M), at least 0; uniform, 1 in total, by default.
         epsilon: Entropic strength, above 0, in units of cost.
         rho: Marginal relaxation of both sides, at least 0, in units of cost: `inf` makes a marginal hard, a finite
-            number lets mass appear and vanish at that price, 0 makes it free; the mass is then only the entropy's reference.
+            number lets mass appear and vanish at that price, 0 makes it free: its mass is only the entropy's reference.
         rho_a: Relaxation of the sources instead of `rho`; a number, or one per source (N,) or (B, N).
         rho_b: Relaxation of the targets instead of `rho`; a number, or one per target (M,) or (B, M).
         mask: Which pairs exist, booleans shaped like `cost`; or which sources (B, N) and which targets (B, M) exist.

@@ -98,14 +98,16 @@ def log_sums(problem: Problem, heights: Tensor, dim: int, scratch: Tensor | None
 
     Returns:
         The log sums, the summed dimension kept with size 1, 0 where there is no pair at all; and each pair's share of
-        its sum (B, N, M), cut from below and so not exactly 0 for forbidden pairs. It lives in `scratch`, if given.
+        its sum (B, N, M), 0 where there is no pair at all, but cut from below and so not exactly 0 for single forbidden
+        pairs. It lives in `scratch`, if given.
     """
     logits = torch.add(heights, problem.cost, alpha=-1 / problem.epsilon, out=scratch)
     top = logits.detach().amax(dim, keepdim=True).clamp(min=NOTHING)
     weights = logits.sub_(top).clamp_(min=problem.limits.exponent).exp_()
     total = weights.sum(dim, keepdim=True)
-    sums = torch.where(top > NOTHING, top + total.log(), 0)
-    return sums, weights.mul_(1 / total) if scratch is not None else weights / total
+    some = top > NOTHING
+    sums, portion = torch.where(some, top + total.log(), 0), torch.where(some, 1 / total, 0)
+    return sums, weights.mul_(portion) if scratch is not None else weights * portion
 
 
 def row_step(problem: Problem, g: Tensor) -> Tensor:
@@ -184,10 +186,10 @@ def column_error(problem: Problem, g: Tensor, mass: Tensor) -> Tensor:
         mass: What the plan brings to every target (B, M).
 
     Returns:
-        The error (B,), as a part of the source mass.
+        The error (B,), as a part of the source mass; NaN where the mass has overflowed.
     """
     free = problem.rho_b == 0
     pull = problem.epsilon / torch.where(free, math.inf, problem.rho_b)
-    deviation = torch.where(free, 0, mass - problem.b * torch.exp(-g * pull)).abs().sum(-1)
+    deviation = torch.where(free, mass - mass, mass - problem.b * torch.exp(-g * pull)).abs().sum(-1)
     total = problem.a.sum(-1)
     return deviation / torch.where(total > 0, total, 1)

@@ -62,13 +62,13 @@ class Transport:
         """
         if self._measured_error is not None:
             return self._measured_error
-        plan, g = self.plan.detach(), self.g.detach()
+        mass, g = self.plan.detach().sum(-2), self.g.detach()
         free = self.rho_b == 0
         reachable = (~torch.isinf(self.cost) & (self.a > 0).unsqueeze(-1)).any(-2)
         wanted = self.b.detach() * torch.exp(-g / torch.where(free, math.inf, self.rho_b))
         wanted = torch.where(reachable | torch.isinf(self.rho_b), wanted, 0)
         total = self.a.detach().sum(-1)
-        return torch.where(free, 0, plan.sum(-2) - wanted).abs().sum(-1) / torch.where(total > 0, total, 1)
+        return torch.where(free, mass - mass, mass - wanted).abs().sum(-1) / torch.where(total > 0, total, 1)
 
     @property
     def reached_tolerance(self) -> Tensor:
