@@ -9,7 +9,17 @@ from torch import Tensor
 from anomalib_ot.ot import implicit, scaling
 from anomalib_ot.ot.marginals import check_cost, check_mass, check_rho, check_sums, check_support, uniform
 from anomalib_ot.ot.precision import full_precision, widen
-from anomalib_ot.ot.softmin import Problem, column_error, column_step, row_factor, row_potential, row_shares, row_step
+from anomalib_ot.ot.softmin import (
+    NOTHING,
+    Problem,
+    column_error,
+    column_step,
+    row_factor,
+    row_potential,
+    row_shares,
+    row_step,
+    without_infinities,
+)
 from anomalib_ot.ot.transport import Transport
 
 GRADIENTS = ("implicit", "unrolled", "none")
@@ -99,6 +109,7 @@ def sinkhorn(
         unrolls = records and gradient == "unrolled"
         with nullcontext() if unrolls or not records else torch.no_grad():
             relative = cost if shift is None else cost - shift.unsqueeze(-1)
+            relative = relative if num_iters is None else without_infinities(relative, epsilon)
             scaled_shift = torch.zeros_like(a) if shift is None else shift / epsilon
             problem = Problem(relative, scaled_shift, a, b, epsilon, rho_a, rho_b)
             error = None
@@ -172,7 +183,8 @@ def _checked(cost: Tensor, a: Tensor, b: Tensor, rho_a: Tensor, rho_b: Tensor) -
 def _row_shift(cost: Tensor) -> Tensor:
     """Return each row's smallest cost (B, N), 0 for rows without pairs."""
     shift = cost.amin(-1)
-    return torch.where(torch.isinf(shift), 0, shift)
+    # Not isinf: OpenVINO's minimum of nothing but inf is the largest finite float32.
+    return torch.where(shift < -NOTHING, shift, 0)
 
 
 def _masked(cost: Tensor, mask: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -187,7 +199,7 @@ def _masked(cost: Tensor, mask: Tensor | tuple[Tensor, Tensor] | None) -> tuple[
     else:
         rows, columns = (side if side.ndim == 2 else side.unsqueeze(0) for side in mask)
         expected = "a pair of booleans, (B, N) for the sources and (B, M) for the targets"
-        pairs = rows.unsqueeze(-1) & columns.unsqueeze(-2) if len(rows) == len(columns) else rows
+        pairs = rows.unsqueeze(-1) & columns.unsqueeze(-2) if rows.shape[0] == columns.shape[0] else rows
     if pairs.shape != cost.shape or pairs.dtype != torch.bool:
         shapes = tuple(mask.shape) if isinstance(mask, Tensor) else tuple(tuple(side.shape) for side in mask)
         msg = f"mask is {shapes} of {pairs.dtype} for cost {tuple(cost.shape)}; expected {expected}"

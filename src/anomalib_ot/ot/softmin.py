@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# A logit this low stands for "no pair": far below any real one, yet finite, so that -inf never meets -inf.
+# A logit at or below this stands for "no pair": far below any real one, yet finite, so that infinities never meet.
 NOTHING = -1e30
+# What is put in the place of a missing logit: still below NOTHING when a potential is added.
+MISSING = -4e30
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,15 @@ class Problem:
     """A batch of transport problems, ready to be iterated on.
 
     Attributes:
-        cost: Cost (B, N, M) relative to the row's shift, in units of cost; `inf` forbids a pair.
+        cost: Cost (B, N, M) relative to the row's shift, in units of cost; a forbidden pair has `inf`, or the finite
+            price of `without_infinities`.
         shift: What was subtracted from each row (B, N), in units of epsilon.
         a: Source masses (B, N).
         b: Target masses (B, M).
         epsilon: Entropic strength, in units of cost.
         rho_a: Marginal relaxation of the sources, broadcastable to (B, N), in units of cost.
         rho_b: Marginal relaxation of the targets, broadcastable to (B, M), in units of cost.
-        log_a, log_b: Logarithms of the masses, `-inf` where there is none.
+        log_a, log_b: Logarithms of the masses, `MISSING` where there is none.
         exponent_a, exponent_b: `rho / (rho + epsilon)`: 1 for a hard marginal, 0 for a free one.
         release_a, release_b: `epsilon / (rho + epsilon)`, the complement.
     """
@@ -72,8 +75,10 @@ class Problem:
         """Derive what every iteration needs."""
         for side, mass, rho in (("a", self.a, self.rho_a), ("b", self.b, self.rho_b)):
             object.__setattr__(self, f"log_{side}", log_mass(mass))
-            object.__setattr__(self, f"exponent_{side}", 1 / (1 + self.epsilon / rho))
-            object.__setattr__(self, f"release_{side}", self.epsilon / (rho + self.epsilon))
+            hard = torch.isinf(rho)
+            soft = torch.where(hard, 0, rho)
+            object.__setattr__(self, f"exponent_{side}", torch.where(hard, 1, soft / (soft + self.epsilon)))
+            object.__setattr__(self, f"release_{side}", torch.where(hard, 0, self.epsilon / (soft + self.epsilon)))
 
     @property
     def limits(self) -> Limits:
@@ -82,9 +87,14 @@ class Problem:
 
 
 def log_mass(mass: Tensor) -> Tensor:
-    """Return the logarithm of a mass, `-inf` with gradient 0 where there is none."""
+    """Return the logarithm of a mass, `MISSING` with gradient 0 where there is none."""
     there = mass > 0
-    return torch.where(there, torch.where(there, mass, 1).log(), -math.inf)
+    return torch.where(there, torch.where(there, mass, 1).log(), MISSING)
+
+
+def without_infinities(cost: Tensor, epsilon: float) -> Tensor:
+    """Give forbidden pairs a finite price that nobody pays: exported graphs do not all compute with infinities."""
+    return torch.where(cost < math.inf, cost, -MISSING * epsilon)
 
 
 def log_sums(problem: Problem, heights: Tensor, dim: int, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
