@@ -37,7 +37,7 @@ def attach(
         between hard marginals a gradient that asks for a common shift of the potentials is ignored: there is none.
 
     References:
-        M. Eisenberger et al., "A unified framework for implicit Sinkhorn differentiation", CVPR 2022, theorem 3.
+        M. Eisenberger et al., "A unified framework for implicit Sinkhorn differentiation", CVPR 2022.
     """
     return _Implicit.apply(cost, a, b, *solution, *exponents, epsilon)
 

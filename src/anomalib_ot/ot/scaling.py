@@ -33,7 +33,7 @@ def solve(problem: Problem, g: Tensor, *, tolerance: float, max_iters: int) -> t
 
     References:
         B. Schmitzer, "Stabilized sparse scaling algorithms for entropy regularized transport problems", SIAM J. Sci.
-        Comput. 2019, section 3.1 (absorption).
+        Comput. 2019.
     """
     limits = problem.limits
     kernel = torch.empty(problem.cost.shape, dtype=problem.cost.dtype, device=problem.cost.device)

@@ -49,8 +49,8 @@ def sinkhorn(
     reference gives the same plan, with relaxed ones it does not (POT calls this one `reg_type="kl"`).
 
     Everything is computed in float32, or in float64 where the cost is float64, whatever autocast says. In float32 the
-    potentials' own rounding shows in the plan where the range of the cost exceeds about 1e4 epsilon; `marginal_error`
-    then stays above small tolerances: pass float64.
+    potentials' own rounding reaches the plan in proportion to the range of the cost over epsilon; `marginal_error` then
+    stays above small tolerances, and says so: pass float64.
 
     Args:
         cost: Ground cost (N, M) or (B, N, M), any unit; `inf` forbids a pair.
@@ -67,7 +67,8 @@ def sinkhorn(
         max_iters: Stop here, tolerance or not; look at `reached_tolerance`.
         num_iters: Make exactly this many iterations instead, without any check of values: traceable and exportable.
         init: An earlier answer to start from; its `g` only.
-        gradient: "implicit" differentiates the solution itself, as far as it is one: for few iterations say "unrolled",
+        gradient: "implicit" differentiates the solution itself; its error is of the order of the marginal error, so
+            tighten `tolerance` for precise gradients. For few iterations say "unrolled",
             which differentiates the iterations, at their cost in memory. "none" records nothing. Gradients reach
             `cost`, `a` and `b`; `rho` and `init` are constants.
 
@@ -81,8 +82,8 @@ def sinkhorn(
             nowhere to go.
 
     References:
-        M. Cuturi, "Sinkhorn distances: lightspeed computation of optimal transport", NeurIPS 2013, algorithm 1.
-        L. Chizat et al., "Scaling algorithms for unbalanced transport problems", Math. Comp. 2018, section 4.
+        M. Cuturi, "Sinkhorn distances: lightspeed computation of optimal transport", NeurIPS 2013.
+        L. Chizat et al., "Scaling algorithms for unbalanced transport problems", Math. Comp. 2018.
 
     >>> transport = sinkhorn(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), epsilon=0.1)
     >>> transport.plan

@@ -32,7 +32,7 @@ class Transport:
 
     References:
         M. Cuturi, "Sinkhorn distances: lightspeed computation of optimal transport", NeurIPS 2013.
-        L. Chizat et al., "Scaling algorithms for unbalanced transport problems", Math. Comp. 2018, section 4.
+        L. Chizat et al., "Scaling algorithms for unbalanced transport problems", Math. Comp. 2018.
     """
 
     plan: Tensor
