@@ -122,8 +122,8 @@ def fused_cost(feature: Tensor, position: Tensor, alpha: float) -> Tensor:
         ValueError: If `alpha` is outside [0, 1], or if the two costs do not have matching shapes.
 
     References:
-        R. Trombetta, C. Lartizien, "Learning local and global prototypes with optimal transport for unsupervised anomaly
-        detection and localization", ECML workshop 2025.
+        R. Trombetta, C. Lartizien, "Learning local and global prototypes with optimal transport for unsupervised
+        anomaly detection and localization", ECML workshop 2025.
 
     >>> fused_cost(torch.tensor([[1.0]]), torch.tensor([[0.5]]), alpha=0.5)
     tensor([[0.7500]])
