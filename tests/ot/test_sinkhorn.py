@@ -306,3 +306,12 @@ def test_barycentres_are_weighted_means():
     torch.testing.assert_close(shared[0], transport.barycentres(x)[0])
     with pytest.raises(ValueError, match="a point for each of 12 sources"):
         transport.barycentres(x[:, :5])
+
+
+@pytest.mark.parametrize("seed", [1, 4, 10, 15])
+def test_a_mate_that_absorbs_at_odd_times_moves_nobody(seed):
+    cost = torch.rand(3, 8, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    cost = (cost * torch.tensor([1.0, 3.0, 300.0], dtype=torch.float64).view(3, 1, 1)).float()
+    batch = sinkhorn(cost, epsilon=0.05, max_iters=60)
+    for item in range(3):
+        assert batch.num_iters[item] == sinkhorn(cost[item], epsilon=0.05, max_iters=60).num_iters

@@ -39,6 +39,7 @@ def solve(problem: Problem, g: Tensor, *, tolerance: float, max_iters: int) -> t
     kernel = torch.empty(problem.cost.shape, dtype=problem.cost.dtype, device=problem.cost.device)
     num_iters = torch.zeros(len(g), dtype=torch.int64, device=g.device)
     active = torch.ones(len(g), dtype=torch.bool, device=g.device)
+    stopped = torch.zeros_like(active)
     live = problem.b > 0
     steps, stride, broken = 0, 1, False
     while True:
@@ -46,8 +47,9 @@ def solve(problem: Problem, g: Tensor, *, tolerance: float, max_iters: int) -> t
         weights = problem.a * row_factor(problem, row_sums).exp()
         columns = _columns(kernel, weights)
         error = column_error(problem, g, columns)
-        if steps >= max_iters or steps == _next_check(steps - 1):
-            active = active & ~(error <= tolerance)
+        # An item that has stopped is confirmed now, though a mate may have called for absorption at an odd time.
+        due = torch.ones_like(stopped) if steps >= max_iters or steps == _next_check(steps - 1) else stopped
+        active = active & ~(due & (error <= tolerance))
         lost = _lost(columns, weights, limits.column) & live & active.unsqueeze(-1)
         going, losing = torch.stack((active.any(), lost.any())).tolist()
         if steps >= max_iters or not going:
@@ -56,6 +58,7 @@ def solve(problem: Problem, g: Tensor, *, tolerance: float, max_iters: int) -> t
             stepped = column_step(problem, row_potential(problem, row_sums), scratch=kernel)
             g = torch.where(active.unsqueeze(-1), stepped, g)
             steps, stride, num_iters, broken = steps + 1, 1, num_iters + active, False
+            stopped = ~active
             continue
 
         scale = _Scaling(problem, kernel, g, weights)
@@ -78,12 +81,12 @@ def solve(problem: Problem, g: Tensor, *, tolerance: float, max_iters: int) -> t
                 stride = 1
                 continue
             if broken:
-                g = g + torch.where(live, v.log(), 0)
+                g, stopped = g + torch.where(live, v.log(), 0), ~running
                 break
             steps, stride, num_iters = steps + count, min(2 * stride, CHECK_EVERY), num_iters + count * running
             v, columns, running = new_v, new_columns, still
             if losing or absorbing or not going or steps >= max_iters:
-                g = g + log_v
+                g, stopped = g + log_v, ~running
                 break
 
 
