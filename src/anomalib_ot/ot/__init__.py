@@ -1,1 +1,19 @@
-"""To be filled."""
+"""Optimal transport in plain torch: costs, marginals, Sinkhorn's algorithm, and plans that know how good they are."""
+
+from anomalib_ot.ot.cost import cosine_cost, euclidean_cost, fused_cost, position_cost, squared_euclidean_cost
+from anomalib_ot.ot.marginals import append_slack, normalise, uniform
+from anomalib_ot.ot.sinkhorn import sinkhorn
+from anomalib_ot.ot.transport import Transport
+
+__all__ = [
+    "Transport",
+    "append_slack",
+    "cosine_cost",
+    "euclidean_cost",
+    "fused_cost",
+    "normalise",
+    "position_cost",
+    "sinkhorn",
+    "squared_euclidean_cost",
+    "uniform",
+]

@@ -1,0 +1,205 @@
+"""Log-domain Sinkhorn steps, the reference for every faster form.
+
+Inside this room potentials are measured in units of epsilon, and each row of the cost is taken relative to its shift:
+`plan = a b^T exp(f + g - cost / epsilon)`, where `epsilon * (f + shift)` and `epsilon * g` are the potentials outside.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# A logit at or below this stands for "no pair": far below any real one, yet finite, so that infinities never meet.
+NOTHING = -1e30
+# What is put in the place of a missing logit: still below NOTHING when a potential is added.
+MISSING = -4e30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where one floating-point type stops being trustworthy.
+
+    Attributes:
+        exponent: Exponents are cut here: lower ones give subnormal numbers, which are slow and carry nothing.
+        share: Shares of a row at or below this are set to 0.
+        column: A column sum below this part of the total may owe too much to what was set to 0.
+        scaling: Absorb scalings into the potentials when their logarithm exceeds this.
+    """
+
+    exponent: float
+    share: float
+    column: float
+    scaling: float
+
+
+LIMITS = {
+    torch.float32: Limits(exponent=-80.0, share=1e-34, column=1e-27, scaling=30.0),
+    torch.float64: Limits(exponent=-690.0, share=1e-290, column=1e-270, scaling=200.0),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A batch of transport problems, ready to be iterated on.
+
+    Attributes:
+        cost: Cost (B, N, M) relative to the row's shift, in units of cost; a forbidden pair has `inf`, or the finite
+            price of `without_infinities`.
+        shift: What was subtracted from each row (B, N), in units of epsilon.
+        a: Source masses (B, N).
+        b: Target masses (B, M).
+        epsilon: Entropic strength, in units of cost.
+        rho_a: Marginal relaxation of the sources, broadcastable to (B, N), in units of cost.
+        rho_b: Marginal relaxation of the targets, broadcastable to (B, M), in units of cost.
+        log_a, log_b: Logarithms of the masses, `MISSING` where there is none.
+        exponent_a, exponent_b: `rho / (rho + epsilon)`: 1 for a hard marginal, 0 for a free one.
+        release_a, release_b: `epsilon / (rho + epsilon)`, the complement.
+    """
+
+    cost: Tensor
+    shift: Tensor
+    a: Tensor
+    b: Tensor
+    epsilon: float
+    rho_a: Tensor
+    rho_b: Tensor
+    log_a: Tensor = field(init=False)
+    log_b: Tensor = field(init=False)
+    exponent_a: Tensor = field(init=False)
+    exponent_b: Tensor = field(init=False)
+    release_a: Tensor = field(init=False)
+    release_b: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive what every iteration needs."""
+        for side, mass, rho in (("a", self.a, self.rho_a), ("b", self.b, self.rho_b)):
+            object.__setattr__(self, f"log_{side}", log_mass(mass))
+            hard = torch.isinf(rho)
+            soft = torch.where(hard, 0, rho)
+            object.__setattr__(self, f"exponent_{side}", torch.where(hard, 1, soft / (soft + self.epsilon)))
+            object.__setattr__(self, f"release_{side}", torch.where(hard, 0, self.epsilon / (soft + self.epsilon)))
+
+    @property
+    def limits(self) -> Limits:
+        """What the problem's floating-point type can bear."""
+        return LIMITS[self.cost.dtype]
+
+
+def log_mass(mass: Tensor) -> Tensor:
+    """Return the logarithm of a mass, `MISSING` with gradient 0 where there is none."""
+    there = mass > 0
+    return torch.where(there, torch.where(there, mass, 1).log(), MISSING)
+
+
+def without_infinities(cost: Tensor, epsilon: float) -> Tensor:
+    """Give forbidden pairs a finite price that nobody pays: exported graphs do not all compute with infinities."""
+    return torch.where(cost < math.inf, cost, -MISSING * epsilon)
+
+
+def log_sums(problem: Problem, heights: Tensor, dim: int, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sum `exp(heights - cost / epsilon)` over one side, in the log domain.
+
+    Args:
+        problem: The problem.
+        heights: Log weights of the side summed over, shaped to broadcast against the cost.
+        dim: The dimension to sum over, -1 (targets) or -2 (sources).
+        scratch: A contiguous buffer like the cost to work in; only where no gradient is recorded.
+
+    Returns:
+        The log sums, the summed dimension kept with size 1, 0 where there is no pair at all; and each pair's share of
+        its sum (B, N, M), 0 where there is no pair at all, but cut from below and so not exactly 0 for single forbidden
+        pairs. It lives in `scratch`, if given.
+    """
+    logits = torch.add(heights, problem.cost, alpha=-1 / problem.epsilon, out=scratch)
+    top = logits.detach().amax(dim, keepdim=True).clamp(min=NOTHING)
+    weights = logits.sub_(top).clamp_(min=problem.limits.exponent).exp_()
+    total = weights.sum(dim, keepdim=True)
+    some = top > NOTHING
+    sums, portion = torch.where(some, top + total.log(), 0), torch.where(some, 1 / total, 0)
+    return sums, weights.mul_(portion) if scratch is not None else weights * portion
+
+
+def row_step(problem: Problem, g: Tensor) -> Tensor:
+    """Give every source the potential that is best against `g`.
+
+    ``f = -rho / (rho + epsilon) log sum_j b_j exp(g_j - cost_ij / epsilon)``, in units of epsilon
+
+    Args:
+        problem: The problem.
+        g: Target potentials (B, M), in units of epsilon.
+
+    Returns:
+        Source potentials (B, N), in units of epsilon and relative to the shift.
+    """
+    sums, _ = log_sums(problem, (problem.log_b + g).unsqueeze(-2), dim=-1)
+    return row_potential(problem, sums.squeeze(-1))
+
+
+def row_potential(problem: Problem, row_sums: Tensor) -> Tensor:
+    """Turn the log sums of the rows into source potentials (B, N)."""
+    return -problem.exponent_a * row_sums - problem.release_a * problem.shift
+
+
+def column_step(problem: Problem, f: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """Give every target the potential that is best against `f`.
+
+    ``g = -rho / (rho + epsilon) log sum_i a_i exp(f_i - cost_ij / epsilon)``, in units of epsilon
+
+    Args:
+        problem: The problem.
+        f: Source potentials (B, N), in units of epsilon and relative to the shift.
+        scratch: See `log_sums`.
+
+    Returns:
+        Target potentials (B, M), in units of epsilon.
+    """
+    sums, _ = log_sums(problem, (problem.log_a + f).unsqueeze(-1), dim=-2, scratch=scratch)
+    return -problem.exponent_b * sums.squeeze(-2)
+
+
+def row_shares(problem: Problem, g: Tensor, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Split every source's mass among the targets, as its best answer to `g`.
+
+    Args:
+        problem: The problem.
+        g: Target potentials (B, M), in units of epsilon.
+        scratch: See `log_sums`.
+
+    Returns:
+        The rows' log sums (B, N), and shares (B, N, M): rows sum to 1, or are 0 where a source has no pair.
+    """
+    sums, shares = log_sums(problem, (problem.log_b + g).unsqueeze(-2), dim=-1, scratch=scratch)
+    if scratch is not None:
+        torch.threshold_(shares, problem.limits.share, 0)
+    else:
+        shares = torch.where(shares > problem.limits.share, shares, 0)
+    return sums.squeeze(-1), shares
+
+
+def row_factor(problem: Problem, row_sums: Tensor) -> Tensor:
+    """Return the logarithm of what a row's relaxation makes of its mass (B, N); 0 for a hard row.
+
+    The plan is ``a * exp(row_factor) * row_shares``.
+    """
+    return problem.release_a * (row_sums - problem.shift)
+
+
+def column_error(problem: Problem, g: Tensor, mass: Tensor) -> Tensor:
+    """Measure how far the columns are from where their marginal wants them.
+
+    ``sum_j |mass_j - b_j exp(-g_j / rho_j)| / sum_i a_i``: with rho = inf the L1 distance to `b`, with rho = 0 nothing.
+
+    Args:
+        problem: The problem.
+        g: Target potentials (B, M), in units of epsilon.
+        mass: What the plan brings to every target (B, M).
+
+    Returns:
+        The error (B,), as a part of the source mass; NaN where the mass has overflowed.
+    """
+    free = problem.rho_b == 0
+    pull = problem.epsilon / torch.where(free, math.inf, problem.rho_b)
+    deviation = torch.where(free, mass - mass, mass - problem.b * torch.exp(-g * pull)).abs().sum(-1)
+    total = problem.a.sum(-1)
+    return deviation / torch.where(total > 0, total, 1)
