@@ -1,1 +1,1 @@
-"""To be filled."""
+"""Images, patches and boxes; knows nothing of transport."""
