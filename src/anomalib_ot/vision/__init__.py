@@ -1,1 +1,1 @@
-"""Images, patches and maps: torch, torchvision and timm, nothing of transport and nothing of Anomalib."""
+"""Images, patches, maps and boxes; knows nothing of transport and nothing of Anomalib."""
