@@ -9,9 +9,9 @@ Python runs this module whenever it starts, by ``anomalib_ot.pth`` (up to 3.14) 
 3.15). Therefore it imports nothing but ``sys`` until there is work, and uses the standard library only. It stands
 beside the package, not in it: importing ``anomalib_ot.startup`` would bring the package into every Python process.
 
-Two rules follow for plugins. An entry point names a *leaf* module, never a package that re-exports the class: the hook
-runs in the middle of somebody's import, when a package may be half done. And what a leaf imports from its own package
-must not itself import the module that the leaf's group is named after; the plugin's import order would matter.
+Two rules follow for plugins, since the hook runs in the middle of somebody's import. An entry point names a *leaf*
+module, never a package that re-exports the class: a package may be half imported then. And a leaf does not import what
+imports the module of its group on the way (``anomalib.engine`` and ``anomalib.callbacks`` import ``anomalib.models``).
 """
 
 import sys

@@ -53,8 +53,8 @@ class Environment:
         run(sys.executable, "-m", "pip", "--python", self.python, *words, cwd=self.folder)
 
     def install(self, *what: object) -> None:
-        """Install a wheel, or ``-e`` and a folder."""
-        self.pip("install", "--no-index", "--no-deps", "--no-build-isolation", *what)
+        """Install a wheel, or ``-e`` and a folder, even if the running environment has the package too."""
+        self.pip("install", "--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed", *what)
 
     def files(self) -> set[Path]:
         """List every file, apart from compiled ones."""
