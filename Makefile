@@ -1,0 +1,60 @@
+# Two commands for a fresh machine with Python, pip and make: `make demo` and `make test`.
+# Another Python: `make PYTHON=python3.12 demo`. Another place for the environment: `make VENV=/some/folder demo`.
+
+PYTHON ?= $(shell command -v python3 || command -v python)
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed.stamp
+UNFINISHED := $(VENV).unfinished
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint notebooks clean distclean
+
+help:
+	@echo "make demo       train, test and explain on synthetic fabric; results in results/demo"
+	@echo "make test       run every test"
+	@echo "make lint       check style, format and the direction of imports"
+	@echo "make notebooks  execute the notebooks"
+	@echo "make install    only create the environment $(VENV) (the others do that first)"
+	@echo "make clean      remove results, builds and caches;  make distclean: the environment too"
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/python benchmarks/demo.py --out results/demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache
+
+notebooks: $(INSTALLED)
+	@test -n "$(NOTEBOOKS)" || echo "There are no notebooks to execute."
+	@for notebook in $(NOTEBOOKS); do \
+	    echo "$$notebook"; $(BIN)/jupyter-execute --kernel_name=python3 "$$notebook" || exit 1; \
+	done
+
+# The stamp is made last, and bears the time of the beginning: an edit of pyproject.toml meanwhile is not lost.
+# An installation that was cut short leaves half-written packages that pip takes for whole ones: then begin again;
+# what was downloaded is in pip's cache. Where Python has venv but no ensurepip (Debian), the outer pip fills in.
+$(INSTALLED): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "anomalib-ot needs Python 3.10 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12 ..."; exit 1; }
+	@if [ -e "$(UNFINISHED)" ]; then echo "An earlier installation was cut short: $(VENV) begins again."; rm -rf "$(VENV)"; fi
+	@touch "$(UNFINISHED)"
+	@echo "Installing into $(VENV). The first time takes some minutes (with PyTorch's CUDA build about 6 GB)."
+	"$(PYTHON)" -m venv "$(VENV)" || \
+	    { "$(PYTHON)" -m venv --clear --without-pip "$(VENV)" && "$(PYTHON)" -m pip --python "$(BIN)/python" install pip; }
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	@mv "$(UNFINISHED)" "$@"
+
+clean:
+	rm -rf results build dist openvino_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -path "./$(VENV)" -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf "$(VENV)" "$(UNFINISHED)"

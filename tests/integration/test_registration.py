@@ -1,0 +1,315 @@
+"""Anomalib finds our classes by their short names, in whatever order things are imported, and forgets them afterwards.
+
+Everything runs in fresh virtual environments that see the running one's packages by path. The wheel (or an editable
+install) of this checkout goes into them, so it does not matter how, or whether, the package is installed out here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STARTUP_FILES = {"anomalib_ot.pth", "anomalib_ot.start", "_anomalib_ot_startup.py"}
+OUR_ENTRY_POINTS = {
+    "anomalib.models": {"OTPrototypes": "anomalib_ot.integration.ot_prototypes:OTPrototypes"},
+    "anomalib.data": {"SyntheticFabric": "anomalib_ot.integration.synthetic_fabric:SyntheticFabric"},
+    "console_scripts": {"anomalib-ot": "anomalib_ot.__main__:main"},
+}
+ENV = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONWARNINGS"}}
+ENV["OMP_NUM_THREADS"] = "1"
+
+
+def run(*command: object, cwd: Path, **options: object) -> subprocess.CompletedProcess:
+    """Run a command to its end and show what it said if it fails."""
+    options = {"env": ENV, **options}
+    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+class Environment:
+    """A virtual environment of its own, in which the packages of the running one can be imported."""
+
+    def __init__(self, folder: Path) -> None:
+        """Create it; ``.pth`` files of the running environment stay without effect in it."""
+        self.folder = folder
+        run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+        self.python = folder / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+        self.site = Path(self.ask("import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+        outer = [path for path in sys.path if Path(path).name in {"site-packages", "dist-packages"}]
+        (self.site / "outer_environment.pth").write_text("\n".join(outer) + "\n")
+
+    def ask(self, code: str, *flags: str, **options: object) -> str:
+        """Run Python code in another folder than the checkout and return what it prints."""
+        return run(self.python, *flags, "-c", code, cwd=self.folder, **options).stdout
+
+    def pip(self, *words: object) -> None:
+        """Let the running pip work on this environment, without a network."""
+        run(sys.executable, "-m", "pip", "--python", self.python, *words, cwd=self.folder)
+
+    def install(self, *what: object) -> None:
+        """Install a wheel, or ``-e`` and a folder, even if the running environment has the package too."""
+        self.pip("install", "--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed", *what)
+
+    def files(self) -> set[Path]:
+        """List every file, apart from compiled ones."""
+        return {path for path in (self.folder / "venv").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+
+    def modules_at_start(self) -> set[str]:
+        """Name the modules that ``python -c pass`` imports."""
+        done = run(self.python, "-X", "importtime", "-c", "pass", cwd=self.folder)
+        return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory, wheel):
+    environment = Environment(tmp_path_factory.mktemp("installed"))
+    environment.install(wheel)
+    return environment
+
+
+# --- packaging and what the hook costs ----------------------------------------------------------------------
+
+
+def test_wheel_holds_startup_files_and_entry_points(wheel):
+    from configparser import ConfigParser
+
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        at_root = {name for name in names if "/" not in name}
+        declared = ConfigParser(delimiters="=")
+        declared.optionxform = str
+        declared.read_string(archive.read(next(n for n in names if n.endswith("/entry_points.txt"))).decode())
+        startup = {name: archive.read(name) for name in at_root}
+
+    assert at_root == STARTUP_FILES
+    assert {group: dict(declared[group]) for group in declared.sections()} == OUR_ENTRY_POINTS
+    assert {name.split("/")[0] for name in names} - at_root == {"anomalib_ot", "anomalib_ot-0.1.0.dist-info"}
+    assert all(content.isascii() for content in startup.values())
+    assert startup["anomalib_ot.pth"].count(b"\n") == 1, "site runs a .pth line by line: one import line, no more"
+    assert startup["anomalib_ot.start"].strip() == b"_anomalib_ot_startup:install"
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_install_adds_one_module_to_start_up_and_uninstall_leaves_no_trace(tmp_path, wheel, kind):
+    environment = Environment(tmp_path)
+    files, modules = environment.files(), environment.modules_at_start()
+
+    environment.install(*([wheel] if kind == "wheel" else ["-e", ROOT]))
+    added = environment.modules_at_start() - modules
+    code = "import anomalib_ot, sys; print(anomalib_ot.__file__, [type(f).__module__ for f in sys.meta_path])"
+    answer = environment.ask(code)
+    assert added == {"_anomalib_ot_startup"}
+    assert answer.startswith(str(ROOT if kind == "editable" else environment.site))
+    assert answer.count("_anomalib_ot_startup") == 1
+
+    environment.pip("uninstall", "--yes", "anomalib-ot")
+    assert environment.files() == files
+    assert environment.modules_at_start() == modules
+
+
+def test_root_import_loads_neither_torch_nor_anomalib(installed):
+    loaded = installed.ask("import sys, anomalib_ot; print(*{name.partition('.')[0] for name in sys.modules})").split()
+    assert "anomalib_ot" in loaded
+    assert not {"torch", "numpy", "anomalib", "lightning"} & set(loaded)
+
+
+def test_install_is_idempotent(installed):
+    code = """
+import importlib, pathlib, pkgutil, sys, _anomalib_ot_startup as startup
+line = pathlib.Path(startup.__file__).with_name("anomalib_ot.start").read_text().strip()
+assert pkgutil.resolve_name(line) is startup.install  # as PEP 829 finds it, from Python 3.15
+before = list(sys.meta_path)
+startup.install(), importlib.reload(startup).install()
+assert sys.meta_path == before
+assert [type(finder).__module__ for finder in before].count("_anomalib_ot_startup") == 1
+"""
+    installed.ask(code)
+    installed.ask(code, "-I")
+
+
+# --- import orders and names: one process imports the heavy packages once, and forks for each scenario ------
+
+DRIVER = """
+import json, os, sys, traceback, warnings
+import kornia, lightning.pytorch, timm  # heavy, and none of them imports Anomalib
+scenarios, check, report = json.load(sys.stdin)
+outcomes = {}
+for name, code in scenarios.items():
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        outcome = "passed"
+        try:
+            assert not {"anomalib.data", "anomalib_ot"} & set(sys.modules)
+            warnings.simplefilter("error", RuntimeWarning)
+            exec(code, {})
+            exec(check, {})
+        except BaseException:
+            outcome = traceback.format_exc()
+        os.write(writer, outcome[-20_000:].encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        outcomes[name] = pipe.read()
+    os.waitpid(child, 0)
+with open(report, "w") as file:
+    json.dump(outcomes, file)
+"""
+
+# What must hold in the end, whatever came before. Lists come first: asking for an attribute would load the class.
+CHECK = """
+import anomalib.data, anomalib.models
+from anomalib.models import AnomalibModule, list_models
+
+def descendants(cls):
+    return [name for child in cls.__subclasses__() for name in (child.__name__, *descendants(child))]
+
+assert descendants(anomalib.data.AnomalibDataModule).count("SyntheticFabric") == 1
+assert [cls.__name__ for cls in AnomalibModule.__subclasses__()].count("OTPrototypes") == 1
+assert {"OTPrototypes", "Padim", "Patchcore"} <= list_models("pascal")
+assert "o_t_prototypes" in list_models()
+import anomalib_ot
+assert anomalib.models.OTPrototypes is anomalib_ot.OTPrototypes
+assert anomalib.data.SyntheticFabric is anomalib_ot.SyntheticFabric
+for module in (anomalib.models, anomalib.data):
+    assert type(module.__loader__).__module__ != "_anomalib_ot_startup"
+    try:
+        module.NoSuchName
+    except AttributeError as error:
+        assert "NoSuchName" in str(error)
+    else:
+        raise AssertionError("an unknown attribute was found")
+"""
+
+# Names are resolved here, nothing is built: constructors (which may want weights or files) are replaced.
+NAMES = """
+import sys, torch, anomalib_ot
+from anomalib.data import get_datamodule
+from anomalib.models import UnknownModelError, get_model
+model_class, data_class = anomalib_ot.OTPrototypes, anomalib_ot.SyntheticFabric
+model_class.__init__ = lambda self: torch.nn.Module.__init__(self)
+data_class.__init__ = lambda self: None
+for name in ("ot_prototypes", "OTPrototypes", "o_t_prototypes"):
+    assert type(get_model(name)) is model_class, name
+for path in ("OTPrototypes", "anomalib.models.OTPrototypes", "anomalib_ot.OTPrototypes"):
+    assert type(get_model({"class_path": path})) is model_class, path
+for path in ("SyntheticFabric", "anomalib_ot.SyntheticFabric"):
+    assert type(get_datamodule({"class_path": path})) is data_class, path
+    assert type(get_datamodule({"data": {"class_path": path}})) is data_class, path
+try:
+    get_model({"class_path": "os.path.OTPrototypes"})
+except UnknownModelError:
+    pass
+else:
+    raise AssertionError("the hook opened Anomalib's allow-list to a foreign package")
+"""
+
+BROKEN = """
+import sys, warnings
+sys.path.append("broken")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", RuntimeWarning)
+    import anomalib.models
+(warning,) = [item for item in caught if issubclass(item.category, RuntimeWarning)]
+assert "'Broken' (no_such_plugin:Broken)" in str(warning.message), warning.message
+assert "No module named 'no_such_plugin'" in str(warning.message), warning.message
+try:
+    anomalib.models.Broken
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError("a broken plugin was found")
+"""
+
+NO_HOOK = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if type(finder).__module__ != "_anomalib_ot_startup"]
+"""
+
+SCENARIOS = {
+    "anomalib.models first": "import anomalib.models",
+    "anomalib.data alone": "import sys, anomalib.data\nassert 'anomalib.models' not in sys.modules",
+    "anomalib.engine first": "import anomalib.engine",
+    "anomalib.callbacks first": "import anomalib.callbacks",
+    "anomalib.deploy first": "import anomalib.deploy",
+    "anomalib.metrics first": "import anomalib.metrics",
+    "anomalib.visualization first": "import anomalib.visualization",
+    "the command line first": "import anomalib.cli.cli",
+    "one model's module first": "import anomalib.models.image.padim",
+    "package first, then Anomalib": "import anomalib_ot, anomalib.models",
+    "name from the package": "from anomalib_ot import OTPrototypes, SyntheticFabric",
+    "reload": "import importlib, anomalib.models as m, anomalib.data as d\nimportlib.reload(m), importlib.reload(d)",
+    "find_spec, then import": (
+        "from importlib.util import find_spec\nassert find_spec('anomalib.models') and find_spec('anomalib.data')"
+    ),
+    "installed late": (
+        f"{NO_HOOK}\nimport anomalib.models\nassert not hasattr(anomalib.models, 'OTPrototypes')\n"
+        "import _anomalib_ot_startup\n_anomalib_ot_startup.install()"
+    ),
+    "own command without the hook": (
+        f"{NO_HOOK}\nfrom anomalib_ot.integration.cli import register_classes\n"
+        f"register_classes(), register_classes()\n{NAMES}"
+    ),
+    "names": NAMES,
+    "broken foreign plugin": BROKEN,
+}
+# A user may import any of our modules first; the hook then runs in the middle of that import.
+SCENARIOS |= {
+    f"{module} first": f"import {module}"
+    for module in sorted(
+        ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "src" / "anomalib_ot" / "integration").rglob("*.py")
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(installed):
+    metadata = installed.folder / "broken" / "broken_plugin-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-plugin\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[anomalib.models]\nBroken = no_such_plugin:Broken\n")
+    report = installed.folder / "outcomes.json"
+    installed.ask(DRIVER, input=json.dumps([SCENARIOS, CHECK, str(report)]))
+    return json.loads(report.read_text())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the scenarios share one start by os.fork, which is safe on Linux")
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_import_order_ends_the_same(outcomes, name):
+    assert outcomes[name] == "passed", outcomes[name]
+
+
+# --- the real command, in a folder that is not the checkout -------------------------------------------------
+
+ANOMALIB = ("-c", "from anomalib.cli.cli import main; main()")  # what the script `anomalib` holds
+ARGUMENTS = ("train", "--model", "OTPrototypes", "--data", "SyntheticFabric", "--print_config")
+
+
+@pytest.mark.cli
+def test_anomalib_command_knows_both_short_names(installed):
+    config = run(installed.python, *ANOMALIB, *ARGUMENTS, cwd=installed.folder).stdout
+    assert "\n  class_path: anomalib_ot.OTPrototypes\n" in config
+    assert "\n  class_path: anomalib_ot.SyntheticFabric\n" in config
+
+
+@pytest.mark.cli
+def test_own_command_works_where_the_hook_does_not_run(installed):
+    paths = installed.ask("import sys; print(*sys.path, sep='\\n')").split()
+    env = ENV | {"PYTHONPATH": os.pathsep.join(paths)}
+    config = run(installed.python, "-S", "-m", "anomalib_ot", *ARGUMENTS, cwd=installed.folder, env=env).stdout
+    assert "\n  class_path: anomalib_ot.OTPrototypes\n" in config
+    assert "\n  class_path: anomalib_ot.SyntheticFabric\n" in config
+    assert (installed.python.parent / "anomalib-ot").exists() or os.name == "nt"
