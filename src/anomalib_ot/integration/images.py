@@ -1,0 +1,255 @@
+"""Decode every image once before the model sees any: find the broken ones, and those that 8 bits cannot hold."""
+
+import logging
+import math
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import Progress
+
+from anomalib_ot.integration.input_error import InputError
+
+__all__ = ["ImageReport", "check_images", "out_of_scale", "sample_format"]
+
+logger = logging.getLogger(__name__)
+
+MIN_SIDE = 16  # pixels; less than one patch of any backbone
+SIXTEEN_BIT_MAX = 65535
+EIGHT_BIT_MAX = 255
+NUM_THREADS = 2
+PATIENCE = 1.0  # seconds of silence before the progress bar
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """What ``check_images`` found in files that are all readable.
+
+    Args:
+        count: Number of files.
+        deep: 16-bit and float files, which Anomalib's 8-bit reading saturates or coarsens; as given, as strings.
+        alpha: Files with an alpha channel, which is dropped.
+        gray: Files with one channel.
+        palette: Files with a palette, which is expanded to RGB.
+    """
+
+    count: int
+    deep: frozenset[str]
+    alpha: tuple[str, ...]
+    gray: tuple[str, ...]
+    palette: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """One file: what is wrong with it, or its mode, its sample format and, for float files, its greatest value."""
+
+    problem: str | None = None
+    mode: str = ""
+    sample: str = ""
+    greatest: float = 0.0
+
+
+_findings: dict[tuple[str, int, int], _Finding] = {}
+
+
+def check_images(paths: Iterable[str | Path], description: str) -> ImageReport:
+    """Decode image files and stop at bad ones before training does.
+
+    Two threads decode, with a progress bar from the first second on. What is found is kept for the life of the process
+    by path, time of change and size, so that fit and test do not decode the same files twice.
+
+    Args:
+        paths: Image files, in any number and order; doubles are read once.
+        description: What they are, for messages and the progress bar, such as "training images".
+
+    Returns:
+        The report on the files.
+
+    Raises:
+        InputError: If files are missing, empty, cut off, damaged, no images, under 16 pixels on a side, or hold values
+            outside their scale (see ``read_image_deep``); names the first one and says how many there are. Also if
+            some float files use [0, 1] and others [0, 255].
+    """
+    names = list(dict.fromkeys(str(path) for path in paths))
+    keys = {name: _key(name) for name in names}
+    fresh = [name for name in names if keys[name] not in _findings]
+    for name, finding in _decode_all(fresh, description).items():
+        _findings[keys[name]] = finding
+    found = {name: _findings[keys[name]] for name in names}
+
+    bad = [(name, finding.problem) for name, finding in found.items() if finding.problem]
+    if bad:
+        more = f" ({len(bad) - 1} more of the {len(names)} files are bad too, next {bad[1][0]})" if len(bad) > 1 else ""
+        msg = f"{description}: {bad[0][0]} {bad[0][1]}{more}"
+        raise InputError(msg)
+    _check_one_float_scale(found, description)
+    report = ImageReport(
+        count=len(names),
+        deep=frozenset(name for name, finding in found.items() if finding.sample != "8"),
+        alpha=_with_mode(found, "RGBA", "LA", "PA", "RGBa", "La"),
+        gray=_with_mode(found, "1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"),
+        palette=_with_mode(found, "P", "PA"),
+    )
+    if fresh:
+        _log(report, description)
+    return report
+
+
+def sample_format(image: Image.Image) -> str:
+    """Tell how an opened, not yet loaded image stores a sample.
+
+    Args:
+        image: As ``PIL.Image.open`` returns it; only its header is looked at.
+
+    Returns:
+        ``"float"``, ``"16"`` (one channel of 16 or 32 bits), ``"16 colour"`` (PNG and TIFF with several 16-bit
+        channels, which PIL cuts to 8), or ``"8"`` for everything that Anomalib's 8-bit reading gets right.
+    """
+    if image.mode == "F":
+        return "float"
+    if image.mode.startswith("I"):
+        return "16"
+    if image.mode in {"RGB", "RGBA", "LA"}:
+        if image.format == "TIFF" and max(image.tag_v2.get(258, (8,))) == 16:
+            return "16 colour"
+        if image.format == "PNG" and any(";16" in str(tile.args) for tile in image.tile):
+            return "16 colour"
+    return "8"
+
+
+def _key(name: str) -> tuple[str, int, int]:
+    try:
+        status = os.stat(name)
+    except OSError:
+        return name, -1, -1
+    return name, status.st_mtime_ns, status.st_size
+
+
+def _decode_all(names: list[str], description: str) -> dict[str, _Finding]:
+    found: dict[str, _Finding] = {}
+    start = time.monotonic()
+    with ExitStack() as stack:
+        pool = ThreadPoolExecutor(NUM_THREADS)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        progress = task = None
+        for name, finding in zip(names, pool.map(_decode, names), strict=True):
+            found[name] = finding
+            if progress is None and time.monotonic() - start > PATIENCE:
+                console = Console(stderr=True)
+                is_silent = not (console.is_terminal or console.is_jupyter)  # a log file wants no bar
+                progress = stack.enter_context(Progress(console=console, transient=True, disable=is_silent))
+                task = progress.add_task(f"Checking {description}", total=len(names))
+            if progress is not None:
+                progress.update(task, completed=len(found))
+    return found
+
+
+def _decode(name: str) -> _Finding:
+    """Read one file to its last byte."""
+    if not os.path.exists(name):
+        return _Finding("does not exist; restore it or correct the path")
+    if os.path.isdir(name):
+        return _Finding("is a folder, not a file; remove it or rename it")
+    if os.path.getsize(name) == 0:
+        return _Finding("is empty (0 bytes); restore it or remove it")
+    try:
+        with Image.open(name) as image:
+            sample, (width, height) = sample_format(image), image.size
+            image.load()
+            if min(width, height) < MIN_SIDE:
+                return _Finding(
+                    f"is tiny, {width} x {height} pixels; expected at least {MIN_SIDE} on each side: remove it"
+                )
+            values = np.asarray(image) if sample in {"16", "float"} else None
+            mode = image.mode
+    except UnidentifiedImageError:
+        return _Finding(_unidentified(name))
+    except PermissionError:
+        return _Finding("may not be read (no permission); change its permissions")
+    except Image.DecompressionBombError as error:
+        return _Finding(f"has more pixels than Pillow opens ({error}); cut it into tiles")
+    except DECODE_ERRORS as error:
+        return _Finding(f"is cut off or damaged ({' '.join(str(error).split())}); restore it or remove it")
+    if values is None:
+        return _Finding(mode=mode, sample=sample)
+    problem = out_of_scale(values)
+    return _Finding(problem, mode, sample, greatest=0.0 if problem else float(values.max()))
+
+
+def _unidentified(name: str) -> str:
+    with open(name, "rb") as file:
+        head = file.read(256)
+    if head[:4] in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}:
+        return (
+            "is a TIFF of a kind that Pillow, and so Anomalib, cannot read (several float channels, 64 bits, unusual "
+            "compression or damage); save it with 8 or 16 bits"
+        )
+    text = "text, " if head and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head) else ""
+    return f"is {text}not an image, whatever its name says; replace it by the image or remove it"
+
+
+def out_of_scale(values: np.ndarray) -> str | None:
+    """Say what is wrong with the values of a 16-bit or float image, if anything is.
+
+    Args:
+        values: All samples of the image.
+
+    Returns:
+        The end of a sentence that begins with the file's name, or None.
+    """
+    low, high = float(values.min()), float(values.max())
+    if values.dtype.kind == "f":
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return "holds NaN or infinite values; replace them"
+        limit, scale = EIGHT_BIT_MAX, "float values in [0, 1] or [0, 255]"
+    else:
+        limit, scale = SIXTEEN_BIT_MAX, "integers from 0 to 65535"
+    if low < 0 or high > limit:
+        return f"holds values from {low:g} to {high:g}; expected {scale}: save it on that scale"
+    return None
+
+
+def _check_one_float_scale(found: dict[str, _Finding], description: str) -> None:
+    """A float file up to 1 is read as [0, 1], any other as [0, 255]: in one data set only one of them can be meant."""
+    unit = next((n for n, f in found.items() if f.sample == "float" and 0 < f.greatest <= 1), None)
+    byte = next((n for n, f in found.items() if f.sample == "float" and f.greatest > 1), None)
+    if unit and byte:
+        msg = (
+            f"{description}: the float image {unit} lies in [0, 1] but {byte} reaches {found[byte].greatest:g}; "
+            "expected one scale for all, [0, 1] or [0, 255]: save them again on one"
+        )
+        raise InputError(msg)
+
+
+def _with_mode(found: dict[str, _Finding], *modes: str) -> tuple[str, ...]:
+    return tuple(name for name, finding in found.items() if finding.mode in modes)
+
+
+def _log(report: ImageReport, description: str) -> None:
+    if report.alpha:
+        logger.info(
+            "%s: %d of %d have an alpha channel (first %s); it is dropped",
+            description,
+            len(report.alpha),
+            report.count,
+            report.alpha[0],
+        )
+    if report.deep:
+        logger.info(
+            "%s: %d of %d hold 16-bit or float samples (first %s)",
+            description,
+            len(report.deep),
+            report.count,
+            min(report.deep),
+        )
