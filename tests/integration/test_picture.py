@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from anomalib_ot.integration.causes import Arrow
-from anomalib_ot.integration.header import DEFECT, GOOD, UNKNOWN, Verdict, header
+from anomalib_ot.integration.causes import Arrow, CauseShares
+from anomalib_ot.integration.header import DEFECT, GOOD, LOOKS, PLACE, UNKNOWN, Verdict, header
 from anomalib_ot.integration.panels import colour_bar, draw_arrows, draw_outline, overlay
 from anomalib_ot.integration.picture import BAR_WIDTH, LEAST_CELL, TITLE_HEIGHT, explain_picture
 
@@ -76,6 +76,28 @@ def test_each_map_is_shown_in_its_own_panel_the_right_way_up():
         assert np.abs(drawn[there] - plain).mean() < 2
     assert np.abs(anomaly[top_left] - looks[top_left]).mean() < 20
     assert np.abs(anomaly[bottom_right] - place[bottom_right]).mean() < 20
+
+
+def test_arrows_are_drawn_in_the_last_panel_only():
+    with_arrows, without = (explain_picture(Image.new("L", (320, 320)), **maps(), max_arrows=most) for most in (8, 0))
+    same = [(panel(with_arrows, i, 320, 320) == panel(without, i, 320, 320)).all() for i in range(4)]
+    assert same == [True, True, True, False]
+
+
+def test_the_header_says_the_shares_of_the_causes_in_the_predicted_defect():
+    given = maps()
+    given["pred_mask"][16:] = False  # what is left looks wrong: .8 + .05 against .05 in each pixel
+    verdict = Verdict(score=0.7)
+    picture = explain_picture(Image.new("L", (320, 320)), **given, verdict=verdict)
+    expected = header(picture.width, verdict, CauseShares(94, 6), inside=True)
+    assert not changed(picture.crop((0, 0, *expected.size)), expected).any()
+
+
+def test_the_cause_bar_is_as_long_as_the_shares():
+    strip = np.asarray(header(800, Verdict(score=0.7), CauseShares(75, 25), inside=True))
+    looks, place = ((strip == paint).all(axis=2).any(axis=0).nonzero()[0] for paint in (LOOKS, PLACE))
+    assert looks.max() < place.min()
+    assert len(looks) == pytest.approx(3 * len(place), abs=4)
 
 
 def test_the_same_value_has_the_same_colour_in_every_panel_and_on_the_bar():
@@ -167,9 +189,22 @@ def test_every_known_thing_adds_to_the_header():
     strips.append(header(2000, verdicts[-1], normalised=False))
     ink = [int((np.asarray(strip.convert("L")) < 200).sum()) for strip in strips]
     assert ink == sorted(set(ink))
-    missed, found = (header(800, Verdict(score=score, truth=True)) for score in (0.4, 0.6))
-    assert changed(missed, found)[:, 420:].any()
     assert header(300, verdicts[-1]).height > header(2000, verdicts[-1]).height  # goes on in a new line
+
+
+@pytest.mark.parametrize(
+    ("score", "truth", "outcome"),
+    [
+        (0.7, True, "found"),
+        (0.3, True, "missed"),
+        (0.7, False, "false alarm"),
+        (0.3, False, "agreed"),
+        (None, True, ""),
+        (0.7, None, ""),
+    ],
+)
+def test_the_outcome(score, truth, outcome):
+    assert Verdict(score=score, truth=truth).outcome() == outcome
 
 
 def test_wrong_input_is_named():

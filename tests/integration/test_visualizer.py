@@ -14,7 +14,8 @@ from PIL import Image
 from torchvision.transforms.v2.functional import center_crop, normalize, resize, to_dtype, to_image
 
 from anomalib_ot.integration.explained_batch import ExplainedBatch
-from anomalib_ot.integration.visualizer import ExplanationVisualizer, PictureNames, shown_image
+from anomalib_ot.integration.header import Verdict
+from anomalib_ot.integration.visualizer import ExplanationVisualizer, PictureNames, explain_picture, shown_image
 
 SIZE = 32
 
@@ -139,6 +140,29 @@ def test_the_fallback_undoes_the_normalisation(tmp_path):
     np.testing.assert_allclose(np.asarray(image).astype(int), np.asarray(Image.open(path)), atol=1)
     raw = torch.rand(3, 5, 7)
     np.testing.assert_allclose(np.asarray(shown_image(ImageItem(image=raw))[0]) / 255, raw.permute(1, 2, 0), atol=0.003)
+
+
+def test_every_field_of_the_item_reaches_its_place(tmp_path):
+    path = write_image(tmp_path / "bad" / "a.png")
+    mask = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
+    mask[0, 4:12, 20:28] = True
+    given = explanation(1) | {"pred_mask": mask.flip(-1), "pred_label": torch.tensor([False])}
+    given["matched_position"] = torch.zeros(1, 2, 8, 8)  # arrows to the top left corner
+    batch = batch_of([path]).update(gt_mask=mask, gt_label=torch.tensor([True]))
+    (item,) = ExplainedBatch.adopt(batch, **given)
+    fields = ["anomaly_map", "feature_map", "position_map", "matched_position", "pred_mask"]
+    score, transport_score = item.pred_score.item(), item.transport_score.item()
+    verdict = Verdict(score, False, True, transport_score, 0.6, "bad/a.png")
+    expected = explain_picture(
+        Image.open(path),
+        *(getattr(item, field).numpy() for field in fields),
+        gt_mask=mask[0].numpy(),
+        verdict=verdict,
+        panel_size=100,
+        max_arrows=5,
+    )
+    drawn = ExplanationVisualizer(panel_size=100, max_arrows=5).visualize(item, threshold=0.6)
+    assert drawn.tobytes() == expected.tobytes()
 
 
 def test_items_without_causes_and_without_any_map():

@@ -40,6 +40,16 @@ class Verdict:
             return self.score > self.threshold
         return self.defect
 
+    def outcome(self) -> str:
+        """Return how the decision compares with the truth, in plain words; "" if one of them is not known."""
+        outcomes = {
+            (True, True): "found",
+            (True, False): "missed",
+            (False, True): "false alarm",
+            (False, False): "agreed",
+        }
+        return outcomes.get((self.truth, self.decision()), "")
+
 
 def header(
     width: int, verdict: Verdict, shares: CauseShares | None = None, *, inside: bool = False, normalised: bool = True
@@ -71,8 +81,7 @@ def header(
     if verdict.transport_score is not None:
         cards.append(_card("Transport score", f"{verdict.transport_score:.3g}"))
     if verdict.truth is not None:
-        outcome = {(True, True): "found", (True, False): "missed", (False, True): "false alarm"}
-        note = outcome.get((verdict.truth, defect), "agreed" if defect is not None else "")
+        note = verdict.outcome()
         cards.append(_card("Known to be", ("DEFECT" if verdict.truth else "GOOD") + (f", {note}" if note else "")))
     if verdict.name:
         name = verdict.name if len(verdict.name) <= 48 else "..." + verdict.name[-45:]

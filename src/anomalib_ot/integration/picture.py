@@ -124,7 +124,7 @@ def _position_panel(
     chosen = [] if matched_position is None else arrows(position_map, matched_position, max_arrows=max_arrows)
     caption = "arrow: from where it is to where it belongs" if chosen else "nothing clearly belongs elsewhere"
     drawn = draw_arrows(overlay(base, position_map), chosen)
-    return "In the wrong place", "" if matched_position is None else caption, drawn
+    return "In the wrong place", "" if matched_position is None or max_arrows == 0 else caption, drawn
 
 
 def _arrange(panels: list[tuple[str, str, Image.Image]], *, with_bar: bool) -> Image.Image:
