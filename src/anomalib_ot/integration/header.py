@@ -1,0 +1,155 @@
+"""The strip above the panels: is the part bad, by how much, and what is the cause."""
+
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+from anomalib_ot.integration.causes import CauseShares
+
+__all__ = ["Verdict", "header"]
+
+INK, FAINT, PAPER = (20, 22, 28), (98, 104, 116), (255, 255, 255)
+GOOD, DEFECT, UNKNOWN = (24, 128, 56), (198, 40, 40), (98, 104, 116)
+LOOKS, PLACE, PALE = (235, 130, 30), (70, 110, 200), (165, 170, 180)
+GAP, CARD_HEIGHT = 14, 58
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known about the part as a whole; each field may be None.
+
+    Args:
+        score: Anomaly score of the image; [0, 1] after normalisation.
+        defect: Whether the part is predicted defective; None: decided by score > threshold.
+        truth: Whether the part is known to be defective.
+        transport_score: Cost of transporting the image onto the prototypes, >= 0.
+        threshold: The score above which a part is defective.
+        name: File name to print.
+    """
+
+    score: float | None = None
+    defect: bool | None = None
+    truth: bool | None = None
+    transport_score: float | None = None
+    threshold: float = 0.5
+    name: str = ""
+
+    def decision(self) -> bool | None:
+        """Return whether the part is defective, or None if nothing says so."""
+        if self.defect is None and self.score is not None:
+            return self.score > self.threshold
+        return self.defect
+
+    def outcome(self) -> str:
+        """Return how the decision compares with the truth, in plain words; "" if one of them is not known."""
+        outcomes = {
+            (True, True): "found",
+            (True, False): "missed",
+            (False, True): "false alarm",
+            (False, False): "agreed",
+        }
+        return outcomes.get((self.truth, self.decision()), "")
+
+
+def header(
+    width: int, verdict: Verdict, shares: CauseShares | None = None, *, inside: bool = False, normalised: bool = True
+) -> Image.Image:
+    """Draw what is known about the part as a whole, the most important first.
+
+    Args:
+        width: Of the strip, in pixels; what does not fit goes on in a new line.
+        verdict: Score, decision, truth and name.
+        shares: How much each cause adds, or None.
+        inside: Whether the shares were counted inside the predicted defect, not in the top 1 % of the pixels.
+        normalised: Whether the maps stay within [0, 1]; if not, the header says so.
+
+    Returns:
+        RGB strip.
+    """
+    defect = verdict.decision()
+    cards = [_badge(defect)]
+    if verdict.score is not None:
+        card = _card("Score", f"{verdict.score:.2f}   threshold {verdict.threshold:.2f}")
+        draw = ImageDraw.Draw(card)
+        paint = UNKNOWN if defect is None else DEFECT if defect else GOOD
+        _bar(draw, card.width, [(min(max(verdict.score, 0), 1), paint)])
+        x = round(verdict.threshold * (card.width - 1))
+        draw.line((x, CARD_HEIGHT - 14, x, CARD_HEIGHT - 1), INK, 2)
+        cards.append(card)
+    if shares is not None:
+        cards.append(_cause_card(shares, inside, defect))
+    if verdict.transport_score is not None:
+        cards.append(_card("Transport score", f"{verdict.transport_score:.3g}"))
+    if verdict.truth is not None:
+        note = verdict.outcome()
+        cards.append(_card("Known to be", ("DEFECT" if verdict.truth else "GOOD") + (f", {note}" if note else "")))
+    if verdict.name:
+        name = verdict.name if len(verdict.name) <= 48 else "..." + verdict.name[-45:]
+        cards.append(_card("File", name))
+    if not normalised:
+        cards.append(_card("Note", "maps are not normalised; colours stop at 1"))
+    return _flow(cards, width)
+
+
+def _cause_card(shares: CauseShares, inside: bool, defect: bool | None) -> Image.Image:
+    """Say how much each cause adds, and where that was counted; on a good part in grey, for it accuses nothing."""
+    where = "Cause, inside the predicted defect" if inside else "Cause, in the top 1 % of the pixels"
+    card = _card(where, f"looks wrong {shares.feature} %,  wrong place {shares.position} %")
+    looks, place = (FAINT, PALE) if defect is False else (LOOKS, PLACE)
+    _bar(ImageDraw.Draw(card), card.width, [(shares.feature / 100, looks), (shares.position / 100, place)])
+    return card
+
+
+def _badge(defect: bool | None) -> Image.Image:
+    """Say the verdict in a word, a sign and a colour."""
+    word, paint = {None: ("NO VERDICT", UNKNOWN), True: ("DEFECT", DEFECT), False: ("GOOD", GOOD)}[defect]
+    font = ImageFont.load_default(26)
+    badge = Image.new("RGB", (64 + round(font.getlength(word)), CARD_HEIGHT), paint)
+    draw = ImageDraw.Draw(badge)
+    middle = CARD_HEIGHT // 2
+    if defect is None:
+        strokes = [((17, middle), (39, middle))]
+    elif defect:
+        strokes = [((18, middle - 10), (38, middle + 10)), ((38, middle - 10), (18, middle + 10))]
+    else:
+        strokes = [((16, middle + 1), (25, middle + 10), (40, middle - 10))]
+    for stroke in strokes:
+        draw.line(stroke, PAPER, 5, joint="curve")
+    draw.text((50, middle), word, PAPER, font, anchor="lm")
+    return badge
+
+
+def _card(caption: str, text: str) -> Image.Image:
+    """Draw a small caption over a line of text, with room for a bar below."""
+    font = ImageFont.load_default(17)
+    card = Image.new("RGB", (max(round(font.getlength(text)) + 2, 90), CARD_HEIGHT), PAPER)
+    draw = ImageDraw.Draw(card)
+    draw.text((0, 0), caption, FAINT, ImageFont.load_default(12))
+    draw.text((0, 17), text, INK, font)
+    return card
+
+
+def _bar(draw: ImageDraw.ImageDraw, width: int, parts: list[tuple[float, tuple[int, int, int]]]) -> None:
+    """Draw parts of a whole side by side at the foot of a card."""
+    top, bottom, left = CARD_HEIGHT - 11, CARD_HEIGHT - 4, 0
+    draw.rectangle((0, top, width - 1, bottom), (222, 225, 230))
+    for part, paint in parts:
+        right = left + part * (width - 1)
+        if part > 0:
+            draw.rectangle((left, top, right, bottom), paint)
+        left = right
+
+
+def _flow(cards: list[Image.Image], width: int) -> Image.Image:
+    """Set the cards from left to right, going on in a new line where the width ends."""
+    space = 2 * GAP
+    places, x, y = [], GAP, GAP
+    for card in cards:
+        if x > GAP and x + card.width + GAP > width:
+            x, y = GAP, y + CARD_HEIGHT + GAP
+        places.append((x, y))
+        x += card.width + space
+    head = Image.new("RGB", (width, y + CARD_HEIGHT + GAP), PAPER)
+    for card, place in zip(cards, places, strict=True):
+        head.paste(card, place)
+    return head

@@ -1,0 +1,155 @@
+"""The whole picture of one part: verdict on top, panels below. A pure function of arrays; no framework in sight."""
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from anomalib_ot.integration.causes import arrows, cause_shares
+from anomalib_ot.integration.header import FAINT, GAP, INK, PAPER, Verdict, header
+from anomalib_ot.integration.panels import colour_bar, draw_arrows, draw_outline, overlay
+
+__all__ = ["Verdict", "explain_picture"]
+
+TRUTH_LINE, PREDICTION_LINE = (0, 220, 255), (255, 255, 255)
+TITLE_HEIGHT, BAR_WIDTH, LEAST_CELL, LEAST_WIDTH = 44, 58, 240, 560
+WIDE = 2.0  # panels of images at least this many times wider than high stand below each other
+LONGEST = 3  # longest side of a panel, in panel sizes
+
+
+def explain_picture(
+    image: Image.Image,
+    anomaly_map: np.ndarray | None = None,
+    feature_map: np.ndarray | None = None,
+    position_map: np.ndarray | None = None,
+    matched_position: np.ndarray | None = None,
+    pred_mask: np.ndarray | None = None,
+    *,
+    gt_mask: np.ndarray | None = None,
+    verdict: Verdict | None = None,
+    image_note: str = "",
+    panel_size: int = 320,
+    max_arrows: int = 8,
+) -> Image.Image:
+    """Draw one part: is it bad, where, and is it because it looks wrong or because it is in the wrong place.
+
+    Args:
+        image: The part, at any size; the panels keep its aspect ratio.
+        anomaly_map: (H, W) in [0, 1], stretched over the image.
+        feature_map: (H, W), the part of the anomaly that is due to appearance.
+        position_map: (H, W), the part that is due to place.
+        matched_position: (2, h, w) y and x in [0, 1] of each patch's prototype; None draws no arrows.
+        pred_mask: (H, W) bool.
+        gt_mask: (H, W) bool.
+        verdict: What the header says.
+        image_note: Caption below the first panel's title if there is no ground truth to explain.
+        panel_size: Side in pixels of a square with the area of one panel, >= 32.
+        max_arrows: Most arrows to draw, >= 0.
+
+    Returns:
+        RGB picture; panels side by side, or below each other if the image is more than twice as wide as high. A map
+        that is None has no panel: a model without causes gives two panels.
+
+    Raises:
+        ValueError: If `panel_size` or `max_arrows` is too small, or a map is not of shape (H, W).
+
+    Example:
+        >>> maps = np.full((8, 8), 0.6), np.full((8, 8), 0.5), np.full((8, 8), 0.1)
+        >>> explain_picture(Image.new("L", (64, 64)), *maps, verdict=Verdict(score=0.7)).mode
+        'RGB'
+    """
+    _check(panel_size, max_arrows, (anomaly_map, feature_map, position_map, pred_mask, gt_mask))
+    verdict = verdict or Verdict()
+    base = _panel_image(image, panel_size)
+    panels = [_first_panel(base, gt_mask, image_note)]
+    if anomaly_map is not None:
+        panels.append(_anomaly_panel(base, anomaly_map, pred_mask))
+    if feature_map is not None:
+        panels.append(("Looks wrong", "bright: unlike the good parts", overlay(base, feature_map)))
+    if position_map is not None:
+        panels.append(_position_panel(base, position_map, matched_position, max_arrows))
+    shares, inside = None, False
+    if anomaly_map is not None and feature_map is not None and position_map is not None:
+        shares = cause_shares(anomaly_map, feature_map, position_map, pred_mask)
+        inside = pred_mask is not None and bool(pred_mask.any())
+    body = _arrange(panels, with_bar=len(panels) > 1)
+    width = max(body.width, LEAST_WIDTH)
+    head = header(width, verdict, shares, inside=inside, normalised=anomaly_map is None or anomaly_map.max() <= 1)
+    picture = Image.new("RGB", (width, head.height + body.height), PAPER)
+    picture.paste(head, (0, 0))
+    picture.paste(body, (0, head.height))
+    return picture
+
+
+def _check(panel_size: int, max_arrows: int, maps: tuple[np.ndarray | None, ...]) -> None:
+    """Refuse what cannot be drawn."""
+    if panel_size < 32 or max_arrows < 0:
+        msg = f"panel_size is {panel_size} and max_arrows is {max_arrows}; expected at least 32 and at least 0."
+        raise ValueError(msg)
+    for name, values in zip(("anomaly_map", "feature_map", "position_map", "pred_mask", "gt_mask"), maps, strict=True):
+        if values is not None and values.ndim != 2:
+            msg = f"{name} has shape {values.shape}; expected (H, W): pass one image's map without batch and channel."
+            raise ValueError(msg)
+
+
+def _panel_image(image: Image.Image, panel_size: int) -> Image.Image:
+    """Scale the image to the area of a panel, keeping its aspect ratio."""
+    scale = panel_size / (image.width * image.height) ** 0.5
+    scale = min(scale, LONGEST * panel_size / max(image.size))
+    size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def _first_panel(base: Image.Image, gt_mask: np.ndarray | None, note: str) -> tuple[str, str, Image.Image]:
+    """Show the part itself, with the known defect outlined."""
+    if gt_mask is None or not gt_mask.any():
+        return "Part", note, base
+    return "Part", "blue outline: known defect", draw_outline(base, gt_mask, TRUTH_LINE)
+
+
+def _anomaly_panel(
+    base: Image.Image, anomaly_map: np.ndarray, pred_mask: np.ndarray | None
+) -> tuple[str, str, Image.Image]:
+    """Show both causes together, with the predicted defect outlined."""
+    drawn = overlay(base, anomaly_map)
+    if pred_mask is None:
+        return "Anomaly", "", drawn
+    if not pred_mask.any():
+        return "Anomaly", "no pixel above the threshold", drawn
+    return "Anomaly", "white outline: predicted defect", draw_outline(drawn, pred_mask, PREDICTION_LINE)
+
+
+def _position_panel(
+    base: Image.Image, position_map: np.ndarray, matched_position: np.ndarray | None, max_arrows: int
+) -> tuple[str, str, Image.Image]:
+    """Show what is out of place, with arrows to where it belongs."""
+    chosen = [] if matched_position is None else arrows(position_map, matched_position, max_arrows=max_arrows)
+    caption = "arrow: from where it is to where it belongs" if chosen else "nothing clearly belongs elsewhere"
+    drawn = draw_arrows(overlay(base, position_map), chosen)
+    return "In the wrong place", "" if matched_position is None or max_arrows == 0 else caption, drawn
+
+
+def _arrange(panels: list[tuple[str, str, Image.Image]], *, with_bar: bool) -> Image.Image:
+    """Put the panels side by side, wide ones below each other, with one colour bar at the right."""
+    panel = panels[0][2]
+    stacked = panel.width >= WIDE * panel.height
+    cell_width, cell_height = max(panel.width, LEAST_CELL), TITLE_HEIGHT + panel.height + GAP
+    columns, rows = (1, len(panels)) if stacked else (len(panels), 1)
+    width = GAP + columns * (cell_width + GAP) + (BAR_WIDTH if with_bar else 0)
+    body = Image.new("RGB", (width, rows * cell_height), PAPER)
+    draw = ImageDraw.Draw(body)
+    for index, (title, caption, drawn) in enumerate(panels):
+        left = GAP + (0 if stacked else index * (cell_width + GAP))
+        top = index * cell_height if stacked else 0
+        draw.text((left, top + 2), title, INK, ImageFont.load_default(18))
+        draw.text((left, top + 24), caption, FAINT, ImageFont.load_default(12))
+        body.paste(drawn, (left, top + TITLE_HEIGHT))
+    if with_bar:
+        top = TITLE_HEIGHT + (cell_height if stacked else 0)  # the first panel has no map
+        height = body.height - GAP - top
+        left = width - BAR_WIDTH
+        body.paste(colour_bar(16, height), (left, top))
+        draw.rectangle((left - 1, top - 1, left + 16, top + height), outline=FAINT)
+        for value in (0.0, 0.5, 1.0):
+            y = top + round((1 - value) * (height - 1))
+            draw.line((left + 16, y, left + 21, y), FAINT)
+            draw.text((left + 25, y), f"{value:g}", INK, ImageFont.load_default(12), anchor="lm")
+    return body

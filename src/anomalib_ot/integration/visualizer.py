@@ -1,0 +1,234 @@
+"""The callback that writes one explained picture per tested image."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from anomalib.data import ImageBatch, ImageItem
+from anomalib.visualization import Visualizer
+from PIL import Image
+
+from anomalib_ot.integration.causes import arrows
+from anomalib_ot.integration.header import Verdict
+from anomalib_ot.integration.picture import explain_picture
+
+if TYPE_CHECKING:
+    from anomalib.models import AnomalibModule
+    from lightning.pytorch import Trainer
+
+__all__ = ["ExplanationVisualizer", "PictureNames", "arrows", "explain_picture", "shown_image"]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Correlation between the file and what the network saw: resizing alone leaves at least .98 on fabric, tiles, cells,
+# boards and steel; cutting off a border of 16 pixels in 256 leaves at most .88.
+SAME_VIEW = 0.95
+
+
+class ExplanationVisualizer(Visualizer):
+    """Write a picture of each tested or predicted image: is it bad, where, and why.
+
+    Models whose batches have no `feature_map` and `position_map` get two panels, the image and its anomaly map. The
+    pictures are always PNG, named by `PictureNames`, below `output_dir`.
+
+    Args:
+        output_dir: Folder to write to; None: `images` in the trainer's root folder.
+        panel_size: Side in pixels of a square with the area of one panel, >= 32.
+        max_arrows: Most arrows to misplaced patches per picture, >= 0.
+
+    Example:
+        >>> item = ImageItem(image=torch.rand(3, 64, 64), anomaly_map=torch.rand(64, 64), pred_score=0.7)
+        >>> ExplanationVisualizer(panel_size=64).visualize(item).mode
+        'RGB'
+    """
+
+    def __init__(self, output_dir: str | Path | None = None, panel_size: int = 320, max_arrows: int = 8) -> None:
+        """Keep the settings; see the class."""
+        super().__init__()
+        self.output_dir = output_dir
+        self.panel_size = panel_size
+        self.max_arrows = max_arrows
+        self._names = PictureNames()
+
+    def visualize(self, item: ImageItem, threshold: float = 0.5, name: str | None = None) -> Image.Image:
+        """Draw one item.
+
+        Args:
+            item: An `ExplainedItem`, or any `ImageItem`.
+            threshold: The score above which a part is defective.
+            name: File name to print; None: the last two parts of the item's path.
+
+        Returns:
+            RGB picture.
+        """
+        if name is None:
+            name = "/".join(Path(item.image_path).parts[-2:]) if item.image_path else ""
+        image, note = shown_image(item)
+        verdict = Verdict(
+            score=None if item.pred_score is None else float(item.pred_score),
+            defect=None if item.pred_label is None else bool(item.pred_label),
+            truth=None if item.gt_label is None else bool(item.gt_label),
+            transport_score=_number(getattr(item, "transport_score", None)),
+            threshold=threshold,
+            name=name,
+        )
+        return explain_picture(
+            image,
+            _array(item.anomaly_map),
+            _array(getattr(item, "feature_map", None)),
+            _array(getattr(item, "position_map", None)),
+            _array(getattr(item, "matched_position", None)),
+            _array(item.pred_mask),
+            gt_mask=_array(item.gt_mask),
+            verdict=verdict,
+            image_note=note,
+            panel_size=self.panel_size,
+            max_arrows=self.max_arrows,
+        )
+
+    def on_test_batch_end(
+        self,
+        trainer: "Trainer",
+        pl_module: "AnomalibModule",
+        outputs: ImageBatch,
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the pictures of a tested batch."""
+        del outputs, batch_idx, dataloader_idx
+        output_dir = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
+        root = getattr(getattr(trainer, "datamodule", None), "root", None)
+        # The host compares scores with this value, 1 - sensitivity, whether they are normalised or not.
+        threshold = getattr(getattr(pl_module, "post_processor", None), "normalized_image_threshold", 0.5)
+        for item in batch:
+            path = self._names.claim(item.image_path, output_dir, root)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            name = path.relative_to(output_dir).as_posix() if item.image_path is None else None
+            self.visualize(item, threshold=float(threshold), name=name).save(path, format="PNG")
+
+    def on_predict_batch_end(
+        self,
+        trainer: "Trainer",
+        pl_module: "AnomalibModule",
+        outputs: ImageBatch,
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the pictures of a predicted batch."""
+        self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+
+class PictureNames:
+    """Give each source image its own picture file for as long as this object lives.
+
+    The rule: a source below the data module's root keeps its path relative to the root. Any other source keeps its
+    folder and name, as Anomalib does. If that name belongs to another source already, one more parent folder is put
+    in front until it is free; if the path is used up, a number is put behind. `.png` follows the whole name, so that
+    `a.jpg` (→ `a.jpg.png`) and `a.png` differ. An image without a path is called `image_000000.png` and so on. The
+    same source gets the same name again. Processes do not share names; give each its own `output_dir`.
+
+    Example:
+        >>> names = PictureNames()
+        >>> names.claim("/x/line1/bad/000.png", Path("out")).as_posix()
+        'out/bad/000.png'
+        >>> names.claim("/x/line2/bad/000.png", Path("out")).as_posix()
+        'out/line2/bad/000.png'
+    """
+
+    def __init__(self) -> None:
+        """Start with every name free."""
+        self._owners: dict[str, str] = {}  # picture → source; keys casefolded, as some file systems ignore case
+
+    def claim(self, source: str | None, output_dir: Path, root: str | Path | None = None) -> Path:
+        """Return the picture file of a source image.
+
+        Args:
+            source: Path of the image file, or None.
+            output_dir: Folder of the pictures.
+            root: Folder of the data set; None or a folder elsewhere has no effect.
+
+        Returns:
+            A path below `output_dir`; no other source gets it.
+        """
+        if source is None:
+            number = 0
+            while not self._take(path := output_dir / f"image_{number:06d}.png", f"unnamed {number}", renew=False):
+                number += 1
+            return path
+        absolute = Path(os.path.abspath(source))
+        parts = absolute.relative_to(absolute.anchor).parts
+        file = absolute.name if absolute.suffix.lower() == ".png" else f"{absolute.name}.png"
+        keep = 1
+        if root is not None and absolute.is_relative_to(os.path.abspath(root)):
+            keep = len(absolute.relative_to(os.path.abspath(root)).parts) - 1
+        for parents in range(min(keep, len(parts) - 1), len(parts)):
+            path = output_dir.joinpath(*parts[len(parts) - 1 - parents : -1], file)
+            if self._take(path, str(absolute)):
+                return path
+        number = 2
+        while not self._take(path := output_dir.joinpath(*parts[:-1], f"{file[:-4]}-{number}.png"), str(absolute)):
+            number += 1
+        return path
+
+    def _take(self, path: Path, source: str, *, renew: bool = True) -> bool:
+        """Take a picture file for a source; `renew` lets a source take its own file again."""
+        key = os.path.abspath(path).casefold()
+        if key in self._owners:
+            return renew and self._owners[key] == source
+        self._owners[key] = source
+        return True
+
+
+def shown_image(item: ImageItem) -> tuple[Image.Image, str]:
+    """Return the image to draw on, and a note if it is not the original file.
+
+    The original file is sharper and has the true aspect ratio, but maps fit on it only if the network saw all of it:
+    where the two correlate less than a resize explains (crop, pad, rotation), the network's view is shown instead.
+
+    Args:
+        item: `image` as the network saw it; `image_path` of the original, if it has one.
+
+    Returns:
+        RGB image, and a note in plain words or "".
+    """
+    if item.image_path is not None and Path(item.image_path).is_file():
+        with Image.open(item.image_path) as file:
+            original = file.convert("RGB")  # as Anomalib reads it
+        if _same_view(original, item.image):
+            return original, ""
+        return _network_view(item.image), "as the network saw it: not the whole file"
+    return _network_view(item.image), "as the network saw it: no file"
+
+
+def _same_view(original: Image.Image, image: torch.Tensor) -> bool:
+    """Whether the tensor, normalised or not, shows the whole file."""
+    seen = image.detach().cpu().double().flatten(1).numpy()
+    size = (image.shape[-1], image.shape[-2])
+    whole = np.asarray(original.resize(size, Image.Resampling.BILINEAR), dtype=float).reshape(-1, 3).T
+    seen, whole = (values - values.mean(axis=1, keepdims=True) for values in (seen, whole))
+    spread = np.sqrt((seen**2).sum(axis=1) * (whole**2).sum(axis=1))
+    if (spread < 1e-6 * seen.shape[1]).all():
+        return True  # a plain surface fits on itself anywhere
+    channels = spread > 0
+    return bool(np.mean((seen * whole).sum(axis=1)[channels] / spread[channels]) >= SAME_VIEW)
+
+
+def _network_view(image: torch.Tensor) -> Image.Image:
+    """Turn the network's input into an image; values outside [0, 1] mean that ImageNet statistics were applied."""
+    pixels = image.detach().cpu().float().permute(1, 2, 0).numpy()
+    if pixels.min() < 0 or pixels.max() > 1:
+        pixels = pixels * np.array(IMAGENET_STD) + np.array(IMAGENET_MEAN)
+    return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def _array(values: torch.Tensor | None) -> np.ndarray | None:
+    """Bring a field to numpy."""
+    return None if values is None else values.detach().cpu().numpy()
+
+
+def _number(value: torch.Tensor | None) -> float | None:
+    """Bring a scalar field to a float."""
+    return None if value is None else float(value)
