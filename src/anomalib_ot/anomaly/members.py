@@ -27,14 +27,14 @@ class Member:
         prototype_scale: Divide each feature cost by the prototype's own typical cost; else by one number for all.
         position_quantile: A prototype is at home within the radius that holds this part of its normal patches, and a
             patch pays for the way from there on; 0 counts from the prototype's position itself, as published.
-        position_unit: The distance, in image sides, that costs as much as a typical feature cost; None takes the largest
-            distance seen in training, as published.
+        position_unit: The distance, in image sides, that costs as much as a typical feature cost; None takes the
+            largest distance seen in training, as published.
         epsilon: Entropic strength of the assignment, in units of the typical cost of a normal patch.
         rho: Relaxation of the prototypes' share of mass, in the same units; None forces equal shares, as published.
         tolerance: Marginal error at which an assignment is good enough; 0 always makes `max_iters` iterations.
         max_iters: Largest number of Sinkhorn iterations per assignment.
-        momentum: Part of the old prototype kept at each update, 0 to below 1; None updates once per pass, to the barycentre
-            of all patches.
+        momentum: Part of the old prototype kept at each update, 0 to below 1; None updates once per pass, to the
+            barycentre of all patches.
         passes: Refinement passes over the patches; 0 keeps the start.
         batch_images: Images per assignment problem.
         pooling: Neighbourhood of a patch, in patches.
@@ -53,12 +53,12 @@ class Member:
     prototype_scale: bool = True
     position_quantile: float = 0.99
     position_unit: float | None = 0.1
-    epsilon: float = 0.05
-    rho: float | None = 0.2
+    epsilon: float = 0.02
+    rho: float | None = 0.05
     tolerance: float = 1e-2
     max_iters: int = 100
     momentum: float | None = None
-    passes: int = 1
+    passes: int = 3
     batch_images: int = 8
     pooling: int = 3
     shrinkage: float = 0.05
@@ -89,13 +89,17 @@ class Member:
             raise ValueError(msg)
         positive = {"num_prototypes": self.num_prototypes, "num_global": self.num_global, "epsilon": self.epsilon}
         positive |= {"max_iters": self.max_iters}
-        positive |= {"position_unit": self.position_unit, "batch_images": self.batch_images, "shrinkage": self.shrinkage}
+        positive |= {
+            "position_unit": self.position_unit,
+            "batch_images": self.batch_images,
+            "shrinkage": self.shrinkage,
+        }
         for name, value in positive.items():
             if value is not None and not value > 0:
                 msg = f"{name}={value!r}: expected a number above 0"
                 raise ValueError(msg)
         if self.momentum is not None and not 0 <= self.momentum < 1:
-            msg = f"momentum={self.momentum!r}: expected a number from 0 to below 1, the part of the old prototype to keep"
+            msg = f"momentum={self.momentum!r}: expected the part of the old prototype to keep, from 0 to below 1"
             raise ValueError(msg)
         if self.passes < 0 or self.pooling < 1 or self.pooling % 2 == 0 or self.shrinkage > 1:
             msg = (

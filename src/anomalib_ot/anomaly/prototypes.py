@@ -16,6 +16,14 @@ def unit(vectors: Tensor) -> Tensor:
     return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=TINY)
 
 
+def take_saved_shapes(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Give the buffers of a module the shapes that they have in a checkpoint."""
+    for name, buffer in module._buffers.items():
+        saved = state_dict.get(prefix + name)
+        if saved is not None and saved.shape != buffer.shape:
+            setattr(module, name, torch.empty_like(saved, device=buffer.device))
+
+
 class PatchScores(NamedTuple):
     """Costs of the best prototype per patch: `feature` and `position` (B, N) add up to the score.
 
@@ -32,16 +40,16 @@ class PrototypeBank(nn.Module):
 
     ``cost_ij = [(1 - alpha) D_f(x_i, p_j) / s_j + alpha max(|y_i - z_j| - r_j, 0) / u] / q``
 
-    with features `x`, positions `y` of patches, prototypes `p` at `z`, the prototype's typical feature cost `s`, the radius
-    `r` within which it is at home, a unit of distance `u` and the calibration `q` of the member; all are buffers, fixed at
-    fit, so that a score never depends on the other patches of an image or a batch.
+    with features `x`, positions `y` of patches, prototypes `p` at `z`, the prototype's typical feature cost `s`, the
+    radius `r` within which it is at home, a unit of distance `u` and the calibration `q` of the member; all are
+    buffers, fixed at fit, so that a score never depends on the other patches of an image or a batch.
 
     Args:
         member: What the bank is made of.
 
     References:
-        R. Trombetta, C. Lartizien, "Learning local and global prototypes with optimal transport for unsupervised anomaly
-        detection and localization", 2025, section 3 (cost; there the scales are maxima of the batch at hand).
+        R. Trombetta, C. Lartizien, "Learning local and global prototypes with optimal transport for unsupervised
+        anomaly detection and localization", 2025, section 3 (cost; there the scales are maxima of the batch at hand).
     """
 
     SHAPED = ("mean", "projection", "prototypes", "positions", "feature_scales", "position_tolerances")
@@ -57,10 +65,7 @@ class PrototypeBank(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         """Take the shapes of a checkpoint: the number of prototypes is known only after the fit."""
-        for name, buffer in self._buffers.items():
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.shape != buffer.shape:
-                setattr(self, name, torch.empty_like(saved, device=buffer.device))
+        take_saved_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
@@ -111,3 +116,12 @@ class PrototypeBank(nn.Module):
         picked = torch.minimum(picked, cost)
         matched = self.positions[index]
         return PatchScores((cost - picked) / self.calibration, picked / self.calibration, matched)
+
+    def masses(self, embeddings: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """Return the mass (B, K) that each prototype receives from patches (B, N, D) of one image each; rows sum to 1.
+
+        Patches send equal masses, softly by cost: the semi-relaxed transport, whose plan is a softmax of ``-cost /
+        epsilon``.
+        """
+        feature, position = self.costs(embeddings, grid_size)
+        return torch.softmax(-(feature + position) / self.member.epsilon, dim=-1).mean(1)

@@ -1,8 +1,8 @@
 """Where prototypes start: from the data, or at random as published."""
 
 import math
+from typing import TYPE_CHECKING
 
-import faiss
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,26 +10,29 @@ from torch import Tensor
 from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
 from anomalib_ot.vision.patches import grid_positions
 
+if TYPE_CHECKING:
+    from anomalib_ot.anomaly.fitting import Patches
+
 POINTS_PER_PROTOTYPE = 1000
 KMEANS_ITERATIONS = 10
 
 
-def start_prototypes(bank: PrototypeBank, encoded: Tensor, patches: "Patches", seed: int) -> None:  # noqa: F821
+def start_prototypes(bank: PrototypeBank, encoded: Tensor, patches: "Patches", seed: int) -> None:
     """Set prototypes and positions before the first assignment.
 
-    Free prototypes are k-means centres; a grid of local prototypes starts at the mean of the patches of each cell, several
-    copies of it at the k-means centres of each cell. `start="random"` draws features uniformly from [0, 1).
+    Free prototypes are k-means centres; a grid of local prototypes starts at the mean of the patches of each cell,
+    several copies of it at the k-means centres of each cell. `start="random"` draws features uniformly from [0, 1).
 
     Args:
         bank: The member; prototypes and positions are set.
-        encoded: Encoded embeddings (P, D).
-        patches: Their positions and grid.
+        encoded: Encoded embeddings (n, N, D').
+        patches: Where they come from.
         seed: Seed of k-means and of random starts.
 
     Raises:
         ValueError: If there are fewer patches than prototypes.
     """
-    member, width = bank.member, encoded.shape[1]
+    member, width = bank.member, encoded.shape[-1]
     cells = None
     if member.num_global is not None:
         cells = cell_positions(patches.grid_size, member.num_global)
@@ -37,15 +40,15 @@ def start_prototypes(bank: PrototypeBank, encoded: Tensor, patches: "Patches", s
         count, named = copies * len(cells), f"num_global={member.num_global}"
     else:
         count, named = int(member.num_prototypes), f"num_prototypes={member.num_prototypes}"
-    if count > len(encoded):
+    if count > len(patches):
         msg = (
-            f"{named} makes {count} prototypes for only {len(encoded)} training patches "
+            f"{named} makes {count} prototypes for only {len(patches)} training patches "
             f"(grid {patches.grid_size[0]} x {patches.grid_size[1]}); lower it or add training images"
         )
         raise ValueError(msg)
 
     if cells is None:
-        bank.prototypes = k_means(encoded, count, seed, spherical=member.feature_cost == "cosine")
+        bank.prototypes = k_means(encoded.flatten(0, 1), count, seed, spherical=member.feature_cost == "cosine")
         bank.positions = torch.full((count, 2), 0.5)
         if member.start == "random" or member.structure == "fixed":
             generator = torch.Generator().manual_seed(seed)
@@ -53,8 +56,10 @@ def start_prototypes(bank: PrototypeBank, encoded: Tensor, patches: "Patches", s
     else:
         bank.positions = cells.repeat(copies, 1)
         if member.start == "data":
-            nearest = torch.cat([torch.cdist(rows, cells).argmin(1) for rows in patches.positions.split(8192)])
-            centres = [_cell_centres(encoded[nearest == i], copies, seed, width) for i in range(len(cells))]
+            nearest = torch.cdist(patches.positions, cells).argmin(1)
+            centres = [
+                _cell_centres(encoded[:, nearest == i].flatten(0, 1), copies, seed, width) for i in range(len(cells))
+            ]
             bank.prototypes = torch.stack(centres, dim=1).reshape(count, width)
     if member.start == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -91,6 +96,8 @@ def k_means(points: Tensor, count: int, seed: int, *, spherical: bool = False) -
         seed: Makes two runs equal.
         spherical: Cluster directions; the centres then have the mean length of the points.
     """
+    import faiss  # here, not above: importing Anomalib's models loads this module
+
     data = unit(points) if spherical else points
     data = np.ascontiguousarray(data.numpy(), dtype=np.float32)
     engine = faiss.Kmeans(

@@ -1,1 +1,1 @@
-"""To be filled."""
+"""Everything that knows Anomalib, Lightning and OpenVINO: the only floor with framework names."""

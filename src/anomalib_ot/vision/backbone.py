@@ -90,8 +90,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def load_weights(extractor: nn.Module, backbone: str, indices: list[int] | None, weights: str | Path) -> None:
     """Load a local checkpoint of a timm model into a feature extractor built from that model.
 
-    timm itself maps the names (a feature extractor's differ from the full model's). Tensors that the file lacks would keep
-    their random start without a word: they are found by loading twice from different seeds.
+    timm itself maps the names (a feature extractor's differ from the full model's). Tensors that the file lacks would
+    keep their random start without a word: they are found by loading twice from different seeds.
 
     Args:
         extractor: The timm network in use; its weights are replaced in place.
@@ -123,8 +123,8 @@ def load_weights(extractor: nn.Module, backbone: str, indices: list[int] | None,
     missing = [name for name in own if name in loaded[0] and not torch.equal(loaded[0][name], loaded[1][name])]
     if missing:
         msg = (
-            f"backbone_weights={str(weights)!r} lacks {len(missing)} tensors that {backbone!r} needs for the layers asked "
-            f"for, the first is {missing[0]!r}; give the checkpoint of this backbone, or shallower layers"
+            f"backbone_weights={str(weights)!r} lacks {len(missing)} tensors that {backbone!r} needs for these "
+            f"layers, the first is {missing[0]!r}; give the checkpoint of this backbone, or shallower layers"
         )
         raise ValueError(msg)
     extractor.load_state_dict({name: loaded[0].get(name, value) for name, value in own.items()})

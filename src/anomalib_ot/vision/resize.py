@@ -1,8 +1,8 @@
 """An antialiased resize that survives export.
 
-torchvision's antialiased resize is what the host trains with; exporters drop the antialias (OpenVINO ignores it), so that an
-exported model sees another image than the one that its thresholds were set on. Resizing is linear: two small matrices do it
-exactly, and a matrix product exports everywhere.
+torchvision's antialiased resize is what the host trains with; exporters drop the antialias (OpenVINO ignores it), so
+that an exported model sees another image than the one that its thresholds were set on. Resizing is linear: two small
+matrices do it exactly, and a matrix product exports everywhere.
 """
 
 import torch
@@ -13,7 +13,8 @@ def resize_weights(in_size: int, out_size: int, device: torch.device | None = No
     """Return the matrix (out_size, in_size) of an antialiased bilinear resize of one axis.
 
     Row `i` is the triangle filter `max(0, 1 - |j + 1/2 - c_i| / s)` with centre `c_i = (i + 1/2) in/out` and support
-    `s = max(in/out, 1)`, normalised to 1: bilinear interpolation where the image grows, its antialiased form where it shrinks.
+    `s = max(in/out, 1)`, normalised to 1: bilinear interpolation where the image grows, its antialiased form where it
+    shrinks.
 
     Args:
         in_size: Length of the axis, pixels; may be symbolic while tracing.

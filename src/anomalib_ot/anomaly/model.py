@@ -1,0 +1,183 @@
+"""The model: one backbone pass, several members, one map that splits into its two causes."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anomalib_ot.anomaly.fitting import Patches, fit_bank
+from anomalib_ot.anomaly.members import Member
+from anomalib_ot.anomaly.prototypes import PatchScores, PrototypeBank
+from anomalib_ot.anomaly.scoring import TransportScore, image_score
+from anomalib_ot.vision.patches import MapSmoother, patch_embeddings, upsample
+
+Source = tuple[tuple[str, ...], int]
+Embedded = dict[Source, tuple[Tensor, tuple[int, int]]]
+FIT_IMAGES = 8
+
+
+class Explained(NamedTuple):
+    """What the model says of B images.
+
+    `anomaly_map` (B, 1, H, W) is exactly `feature_map + position_map`: how much a place looks wrong, and how much what
+    is seen there belongs elsewhere; `matched_position` (B, 2, h, w) is where, (y, x) in [0, 1]. `pred_score` (B,) is
+    the score of the image, `transport_score` (B,) its image-level part if the model has one.
+    """
+
+    pred_score: Tensor
+    pred_label: Tensor | None
+    anomaly_map: Tensor
+    pred_mask: Tensor | None
+    feature_map: Tensor
+    position_map: Tensor
+    matched_position: Tensor
+    transport_score: Tensor | None
+
+
+class PrototypesModel(nn.Module):
+    """Anomaly detection by transport of patches to prototypes of normal parts.
+
+    Args:
+        feature_extractor: Maps images (B, 3, H, W) to a dict of feature maps by layer name; frozen.
+        members: The members of the ensemble.
+        score: Image score, "mean_top1" or "max" of the map.
+        smoothing: Standard deviation of the Gaussian over the map, pixels.
+        transport_score: Whether the image-level transport score takes part in the image score.
+        num_groups: Groups of prototypes that the transport score counts.
+
+    References:
+        R. Trombetta, C. Lartizien, "Learning local and global prototypes with optimal transport for unsupervised
+        anomaly detection and localization", 2025.
+    """
+
+    def __init__(
+        self,
+        feature_extractor: nn.Module,
+        members: Sequence[Member],
+        *,
+        score: str = "mean_top1",
+        smoothing: float = 4.0,
+        transport_score: bool = False,
+        num_groups: int = 16,
+    ) -> None:
+        super().__init__()
+        self.feature_extractor = feature_extractor
+        self.banks = nn.ModuleList(PrototypeBank(member) for member in members)
+        self.smoother = MapSmoother(smoothing)
+        self.score = score
+        self.transport_score = TransportScore(num_groups) if transport_score else None
+        self.register_buffer("is_fitted", torch.tensor(False))
+
+    @property
+    def sources(self) -> list[Source]:
+        """The distinct (layers, pooling) that members take their embeddings from, in order."""
+        return list(dict.fromkeys((bank.member.layers, bank.member.pooling) for bank in self.banks))
+
+    def embed(self, images: Tensor) -> Embedded:
+        """Return embeddings (B, N, D) and grid size per source, in float32 whatever autocast says."""
+        features = self.feature_extractor(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return {
+                (layers, pooling): patch_embeddings([features[layer] for layer in layers], pooling)
+                for layers, pooling in self.sources
+            }
+
+    def forward(self, images: Tensor) -> Explained:
+        """Score normalised images (B, 3, H, W)."""
+        embedded = self.embed(images)
+        with torch.autocast(images.device.type, enabled=False):
+            local = self._local(embedded, (images.shape[-2], images.shape[-1]))
+            if self.transport_score is None:
+                return local
+            masses = [bank.masses(*embedded[bank.member.layers, bank.member.pooling]) for bank in self.banks]
+            score, transport = self.transport_score(local.pred_score, masses)
+            return local._replace(pred_score=score, transport_score=transport)
+
+    def _local(self, embedded: Embedded, size: tuple[int, int]) -> Explained:
+        grids = [grid for _, grid in embedded.values()]
+        finest = max(grids, key=lambda grid: grid[0] * grid[1])
+        parts, matched = [], []
+        for bank in self.banks:
+            embeddings, grid = embedded[bank.member.layers, bank.member.pooling]
+            scores = bank(embeddings, grid)
+            maps = torch.stack([scores.feature, scores.position], dim=1).unflatten(2, grid)
+            parts.append(upsample(maps, size, bank.member.align_corners))
+            matched.append(_on_grid(scores, grid, finest))
+        maps = self.smoother(torch.stack(parts).mean(0))
+        feature_map, position_map = maps[:, :1], maps[:, 1:]
+        anomaly_map = feature_map + position_map
+        score = image_score(anomaly_map, self.score)
+        position = _most_misplaced(matched)
+        return Explained(score, None, anomaly_map, None, feature_map, position_map, position, None)
+
+    def fit(
+        self,
+        patches: dict[Source, Patches],
+        size: tuple[int, int],
+        seed: int,
+        *,
+        resume: bool = False,
+        report: Callable[[str, int, int], None] | None = None,
+    ) -> list[float]:
+        """Fit every member, and the transport score, to normal patches.
+
+        Args:
+            patches: Normal patches per source.
+            size: Height and width of the images that they come from, pixels.
+            seed: Makes two fits equal.
+            resume: Refine what is there instead of starting anew.
+            report: Called with (what is done, steps done, steps in all).
+
+        Returns:
+            The mean transport cost of each member's last pass.
+        """
+        costs = []
+        for number, bank in enumerate(self.banks):
+            name = f"member {number + 1} of {len(self.banks)}"
+            progress = None if report is None else (lambda done, of, name=name: report(name, done, of))
+            known = patches[bank.member.layers, bank.member.pooling]
+            costs.append(fit_bank(bank, known, seed + number, resume=resume, report=progress))
+        if self.transport_score is not None:
+            self._fit_transport(patches, size, seed)
+        self.is_fitted = torch.tensor(True, device=self.is_fitted.device)
+        return costs
+
+    def fitted_state(self) -> dict[str, Tensor]:
+        """Return what the fit has learned: all buffers but the backbone's."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("feature_extractor.")}
+
+    def load_fitted_state(self, state: dict[str, Tensor]) -> None:
+        """Take over what a fit in another process has learned."""
+        self.load_state_dict({**state, **self.feature_extractor.state_dict(prefix="feature_extractor.")})
+
+    def _fit_transport(self, patches: dict[Source, Patches], size: tuple[int, int], seed: int) -> None:
+        """Learn the masses and the local scores of the training images."""
+        masses: list[list[Tensor]] = [[] for _ in self.banks]
+        local = []
+        num_images = len(next(iter(patches.values())).embeddings)
+        for images in torch.arange(num_images).split(FIT_IMAGES):
+            embedded = {source: (known.embeddings[images], known.grid_size) for source, known in patches.items()}
+            local.append(self._local(embedded, size).pred_score)
+            for bank, collected in zip(self.banks, masses, strict=True):
+                collected.append(bank.masses(*embedded[bank.member.layers, bank.member.pooling]))
+        self.transport_score.fit(list(self.banks), [torch.cat(mass) for mass in masses], torch.cat(local), seed)
+
+
+def _on_grid(scores: PatchScores, grid: tuple[int, int], finest: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Bring the position cost (B, 1, h, w) and the matched position (B, 2, h, w) to the finest grid, nearest."""
+    cost = scores.position.unflatten(1, grid).unsqueeze(1)
+    matched = scores.matched.transpose(1, 2).unflatten(2, grid)
+    if grid == finest:
+        return cost, matched
+    return F.interpolate(cost, size=finest, mode="nearest"), F.interpolate(matched, size=finest, mode="nearest")
+
+
+def _most_misplaced(matched: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the matched positions (B, 2, h, w) of the member that finds a patch most out of place."""
+    cost, position = matched[0]
+    for other_cost, other_position in matched[1:]:
+        position = torch.where(other_cost > cost, other_position, position)
+        cost = torch.maximum(cost, other_cost)
+    return position

@@ -1,0 +1,75 @@
+"""Build Anomalib's feature extractor, and get its weights: from the hub, from a file, or at random because asked to."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from anomalib.models.components.feature_extractors import TimmFeatureExtractor
+
+from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.vision.backbone import known_layers, load_weights
+
+RANDOM = "random"
+
+
+def build_extractor(backbone: str, layers: Sequence[str]) -> TimmFeatureExtractor:
+    """Build the feature extractor of a timm backbone without weights of worth.
+
+    Args:
+        backbone: Name of a timm model, convolutional or transformer.
+        layers: Names of its layers.
+
+    Raises:
+        InputError: If timm has no such model, or the model no such layer; the known ones are in the message.
+    """
+    try:
+        known = known_layers(backbone)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    for layer in layers:
+        if layer not in known:
+            msg = f"layers: backbone {backbone!r} has no layer {layer!r}; it has {', '.join(known)}"
+            raise InputError(msg)
+    if len(set(layers)) < len(layers):
+        msg = f"layers={list(layers)!r}: a layer is named twice; name each once"
+        raise InputError(msg)
+    return TimmFeatureExtractor(backbone=backbone, layers=list(layers), pre_trained=False)
+
+
+def fill_weights(extractor: TimmFeatureExtractor, weights: str | Path | None, seed: int) -> None:
+    """Give a feature extractor its weights.
+
+    Args:
+        extractor: What to fill, in place.
+        weights: Path of a checkpoint; None for timm's pretrained weights from the hub; "random" for none at all.
+        seed: Seed of random weights.
+
+    Raises:
+        InputError: If the file is missing, unsafe, broken or of another model, or the hub cannot be reached.
+    """
+    network, backbone = extractor.feature_extractor, extractor.backbone
+    indices = None if extractor._uses_intermediates else extractor.idx
+    options = {"dynamic_img_size": True} if indices is None else {"features_only": True, "exportable": True}
+    if indices is not None:
+        options["out_indices"] = indices
+    if weights == RANDOM:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network.load_state_dict(timm.create_model(backbone, pretrained=False, **options).state_dict())
+        return
+    if weights is not None:
+        try:
+            load_weights(network, backbone, indices, weights)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return
+    try:
+        network.load_state_dict(timm.create_model(backbone, pretrained=True, **options).state_dict())
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        msg = (
+            f"the pretrained weights of backbone {backbone!r} could not be fetched ({reason}); either run once with "
+            "access to the Hugging Face hub, or pass backbone_weights=PATH of a .safetensors or .pth checkpoint"
+        )
+        raise InputError(msg) from error

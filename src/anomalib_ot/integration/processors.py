@@ -1,0 +1,111 @@
+"""What stands before and after the model: one resize for training and export, and scores that keep their causes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from anomalib.data import Batch, InferenceBatch
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
+
+from anomalib_ot.anomaly.model import Explained
+from anomalib_ot.integration.deep_images import restore_deep_images
+from anomalib_ot.integration.explained_batch import split_by_cause
+from anomalib_ot.vision.resize import AntialiasResize
+
+
+class ExportablePreProcessor(PreProcessor):
+    """Resize and normalise, in training and in the exported graph alike.
+
+    Anomalib trains with an antialiased resize and exports one without; thresholds then belong to other images than
+    those that the exported model sees. Here the export resizes by matrix products that equal the antialiased resize.
+    Images deeper than 8 bits, which Anomalib's reading saturates, are put back before the transforms.
+
+    Args:
+        transform: What to apply; `Resize` and `Normalize` as a rule.
+    """
+
+    def __init__(self, transform: Transform | None = None) -> None:
+        super().__init__(transform)
+        self.export_transform = _exportable(self.export_transform)
+        self.deep_paths: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, image_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> "ExportablePreProcessor":
+        """Return the usual one: resize to `image_size` (height, width) and normalise channels by `mean` and `std`."""
+        size = (int(image_size[0]), int(image_size[1]))
+        return cls(Compose([Resize(size, antialias=True), Normalize(mean=list(mean), std=list(std))]))
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore the transforms of a checkpoint, and the exportable resize with them."""
+        super().load_checkpoint_config(config)
+        self.export_transform = _exportable(self.export_transform)
+
+    def _restore(self, batch: Batch) -> None:
+        if self.deep_paths:
+            resize = next((module for module in _flat(self.transform) if isinstance(module, Resize)), None)
+            batch.image = restore_deep_images(batch.image, batch.image_path, self.deep_paths, resize)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Prepare a training batch."""
+        self._restore(batch)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Prepare a validation batch."""
+        self._restore(batch)
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Prepare a test batch."""
+        self._restore(batch)
+        super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Prepare a batch to predict."""
+        self._restore(batch)
+        super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+
+def _flat(transform: nn.Module | None) -> list[nn.Module]:
+    """List the transforms of nested compositions in order."""
+    if isinstance(transform, Compose):
+        return [inner for part in transform.transforms for inner in _flat(part)]
+    return [] if transform is None else [transform]
+
+
+def _exportable(transform: Transform | None) -> nn.Module | None:
+    """Replace each resize to a fixed size by one that keeps its antialias in an exported graph."""
+    parts = [
+        AntialiasResize(part.size) if isinstance(part, Resize) and len(part.size) == 2 else part
+        for part in _flat(transform)
+    ]
+    return nn.Sequential(*parts) if parts else None
+
+
+class ExplainedPostProcessor(PostProcessor):
+    """Normalise and threshold scores, and keep the two causes exact parts of the normalised map."""
+
+    def forward(self, predictions: Explained | InferenceBatch) -> Explained | InferenceBatch:
+        """Post-process predictions of any batch size; what comes without causes is Anomalib's own business."""
+        processed = super().forward(predictions)
+        if not isinstance(predictions, Explained):
+            return processed
+        feature_map, position_map = split_by_cause(
+            processed.anomaly_map, predictions.feature_map, predictions.position_map
+        )
+        return predictions._replace(**processed._asdict(), feature_map=feature_map, position_map=position_map)
+
+
+def without_causes(predictions: Explained) -> InferenceBatch:
+    """Keep the four outputs that Anomalib's own inferencers read."""
+    fields: dict[str, Tensor | None] = {name: getattr(predictions, name) for name in InferenceBatch._fields}
+    return InferenceBatch(**fields)
