@@ -1,6 +1,8 @@
 """Where prototypes start: from the data, or at random as published."""
 
+import logging
 import math
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -96,8 +98,7 @@ def k_means(points: Tensor, count: int, seed: int, *, spherical: bool = False) -
         seed: Makes two runs equal.
         spherical: Cluster directions; the centres then have the mean length of the points.
     """
-    import faiss  # here, not above: importing Anomalib's models loads this module
-
+    faiss = _faiss()
     data = unit(points) if spherical else points
     data = np.ascontiguousarray(data.numpy(), dtype=np.float32)
     engine = faiss.Kmeans(
@@ -112,6 +113,14 @@ def k_means(points: Tensor, count: int, seed: int, *, spherical: bool = False) -
     engine.train(data)
     centres = torch.from_numpy(np.array(engine.centroids, dtype=np.float32))
     return centres * points.norm(dim=1).mean() if spherical else centres
+
+
+def _faiss() -> ModuleType:
+    """Import FAISS when it is needed, as importing Anomalib's models loads this file; without its loader's chatter."""
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
+    import faiss
+
+    return faiss
 
 
 def _cell_centres(points: Tensor, copies: int, seed: int, width: int) -> Tensor:

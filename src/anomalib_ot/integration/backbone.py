@@ -9,22 +9,24 @@ from anomalib.models.components.feature_extractors import TimmFeatureExtractor
 
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.vision.backbone import known_layers, load_weights
+from anomalib_ot.vision.filter_bank import SCALES, FilterBank
 
 RANDOM = "random"
+FILTER_BANK = "filter_bank"
 
 
-def build_extractor(backbone: str, layers: Sequence[str]) -> TimmFeatureExtractor:
-    """Build the feature extractor of a timm backbone without weights of worth.
+def build_extractor(backbone: str, layers: Sequence[str]) -> TimmFeatureExtractor | FilterBank:
+    """Build the feature extractor of a backbone, still without weights of worth.
 
     Args:
-        backbone: Name of a timm model, convolutional or transformer.
+        backbone: Name of a timm model, convolutional or transformer, or "filter_bank".
         layers: Names of its layers.
 
     Raises:
         InputError: If timm has no such model, or the model no such layer; the known ones are in the message.
     """
     try:
-        known = known_layers(backbone)
+        known = list(SCALES) if backbone == FILTER_BANK else known_layers(backbone)
     except ValueError as error:
         raise InputError(str(error)) from error
     for layer in layers:
@@ -34,10 +36,12 @@ def build_extractor(backbone: str, layers: Sequence[str]) -> TimmFeatureExtracto
     if len(set(layers)) < len(layers):
         msg = f"layers={list(layers)!r}: a layer is named twice; name each once"
         raise InputError(msg)
+    if backbone == FILTER_BANK:
+        return FilterBank(layers)
     return TimmFeatureExtractor(backbone=backbone, layers=list(layers), pre_trained=False)
 
 
-def fill_weights(extractor: TimmFeatureExtractor, weights: str | Path | None, seed: int) -> None:
+def fill_weights(extractor: TimmFeatureExtractor | FilterBank, weights: str | Path | None, seed: int) -> None:
     """Give a feature extractor its weights.
 
     Args:
@@ -48,6 +52,11 @@ def fill_weights(extractor: TimmFeatureExtractor, weights: str | Path | None, se
     Raises:
         InputError: If the file is missing, unsafe, broken or of another model, or the hub cannot be reached.
     """
+    if isinstance(extractor, FilterBank):
+        if weights is not None:
+            msg = f"backbone_weights={str(weights)!r}: the filter bank has no weights; leave the argument out"
+            raise InputError(msg)
+        return
     network, backbone = extractor.feature_extractor, extractor.backbone
     indices = None if extractor._uses_intermediates else extractor.idx
     options = {"dynamic_img_size": True} if indices is None else {"features_only": True, "exportable": True}

@@ -11,6 +11,7 @@ from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
@@ -44,7 +45,8 @@ class OTPrototypes(AnomalibModule):
     part, and every patch names the place that it was matched to.
 
     Args:
-        backbone: Name of a timm model, convolutional or vision transformer.
+        backbone: Name of a timm model, convolutional or vision transformer; or "filter_bank", which needs no weights
+            (its layers are scale1, scale2 and scale3).
         layers: Its layers to take features from, finest first.
         backbone_weights: Path of a local checkpoint (.safetensors or .pth); None fetches timm's pretrained weights
             from the Hugging Face hub; "random" uses none, for demonstrations.
@@ -145,12 +147,14 @@ class OTPrototypes(AnomalibModule):
         check_datamodule(self.trainer.datamodule, self.trainer.state.fn)
 
     def setup(self, stage: str) -> None:
-        """Check every image file that the stage reads, and fetch the backbone's weights before a training."""
+        """Check every image file that the stage reads; before a training, fetch weights and limit the passes."""
         datamodule = self.trainer.datamodule
         paths = check_datamodule(datamodule, stage)
         self._check_images(paths.for_stage(stage), f"images to {stage}")
         if isinstance(self.pre_processor, ExportablePreProcessor) and self.pre_processor.deep_paths:
             check_augmentations(datamodule, self.pre_processor.deep_paths)
+        if stage == "fit" and self.trainer.max_epochs in UNLIMITED_EPOCHS:
+            self.trainer.fit_loop.max_epochs = self.epochs
         if stage == "fit" and not self.model.is_fitted and self.trainer.ckpt_path is None:
             fill_weights(self.model.feature_extractor, self.backbone_weights, self.seed)
 
@@ -201,23 +205,20 @@ class OTPrototypes(AnomalibModule):
         self._network_size = tuple(batch.image.shape[-2:])
 
     def on_validation_start(self) -> None:
-        """Fit before a validation: at the end of the pass to all of it, within the first pass to what there is."""
-        if not self.trainer.training and not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            if self.model.is_fitted or not len(self._cache):
-                self._check_fitted("validate")
-                return
+        """Fit before a validation: at the end of a pass to all of it, within the first pass to what there is."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self._check_fitted("validate")
+        elif self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._fit_collected()
+        elif not self.model.is_fitted:
             self._fit(self._cache.patches(keep=True))
-            return
-        self._fit_collected()
 
     def on_train_epoch_end(self) -> None:
-        """Fit at the latest now, tell the cost, and stop where the user set no limit."""
+        """Fit at the latest now, and tell the cost of transport."""
         self._fit_collected()
         for number, cost in enumerate(self._costs):
             if cost == cost:  # NaN: the member has no refinement pass
                 self.log(f"transport_cost_{number}", cost, rank_zero_only=True)
-        if self.trainer.max_epochs in UNLIMITED_EPOCHS and self.current_epoch + 1 >= self.epochs:
-            self.trainer.should_stop = True
 
     def _fit_collected(self) -> None:
         """Fit to what a pass has collected, once."""
