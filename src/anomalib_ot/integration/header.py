@@ -104,7 +104,7 @@ def header(
     cards += _cause_cards(verdict, shares, inside)
     if verdict.transport_score is not None:
         limit = "" if verdict.transport_threshold is None else f"   threshold {verdict.transport_threshold:.1f}"
-        cards.append(_card("Transport score", f"{verdict.transport_score:.1f}{limit}"))
+        cards.append(_card("Transport score", f"{round(verdict.transport_score, 1) + 0.0:.1f}{limit}"))
     if verdict.truth is not None:
         note = verdict.outcome()
         cards.append(_card("Known to be", ("DEFECT" if verdict.truth else "GOOD") + (f", {note}" if note else "")))
@@ -121,11 +121,11 @@ def causes_to_tell(
 ) -> tuple[CauseShares | None, bool]:
     """Return the shares, None where they explain nothing, and whether amounts are off.
 
-    A good part without a defective pixel has no cause. Where no pixel is defective and the amounts are off, the shares
-    of the highest pixels would accuse the wrong cause.
+    A good part has no cause. Where no pixel is defective and the amounts are off, the shares of the highest pixels
+    would accuse the wrong cause.
     """
     amounts = verdict.amounts_are_off(inside)
-    silent = not inside and (amounts or verdict.decision() is False)
+    silent = verdict.decision() is False or (amounts and not inside)
     return None if silent else shares, amounts
 
 

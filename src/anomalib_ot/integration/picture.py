@@ -16,10 +16,8 @@ TITLE_HEIGHT, BAR_WIDTH, LEAST_CELL, LEAST_WIDTH = 44, 58, 240, 560
 WIDE = 2.0  # panels of images at least this many times wider than high stand below each other
 THRESHOLD = 0.5  # of a normalised map
 HALF_WAY, LEAST_STRENGTH = 0.5, 0.02  # an arrow starts where place alone lifts the anomaly half way to the threshold
-LEAST_SPACING, SPACING = (
-    3.0,
-    0.12,
-)  # between arrows, in patches and in sides of the part: one misplaced thing, one arrow
+# Between the starts of arrows, in patches and in sides of the part: one misplaced thing gets one arrow.
+LEAST_SPACING, SPACING = 3.0, 0.12
 LONGEST = 3  # longest side of a panel, in panel sizes
 
 
@@ -165,7 +163,7 @@ def _anomaly_panel(base: Image.Image, anomaly_map: np.ndarray, pred_mask: np.nda
         return Panel("Anomaly", "", drawn)
     if not pred_mask.any():
         return Panel("Anomaly", "no pixel above the threshold", drawn)
-    return Panel("Anomaly", "white outline: predicted defect", draw_outline(drawn, pred_mask, PREDICTION_LINE))
+    return Panel("Anomaly", "white outline: above the threshold", draw_outline(drawn, pred_mask, PREDICTION_LINE))
 
 
 def _position_panel(
