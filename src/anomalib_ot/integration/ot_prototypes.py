@@ -1,7 +1,7 @@
 """OTPrototypes: anomaly detection by optimal transport to prototypes of normal parts, as an Anomalib model."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 install_short_errors()
 
 UNLIMITED_EPOCHS = (1000, -1)  # what Lightning puts where the user gave no limit
+CPU_PORTION = 4  # images
 
 
 class OTPrototypes(AnomalibModule):
@@ -201,7 +202,9 @@ class OTPrototypes(AnomalibModule):
     def training_step(self, batch: Batch, *args: object) -> None:
         """Collect the embeddings of a batch of good images."""
         del args
-        self._cache.add(self.model.embed(batch.image), batch.image_path)
+        paths = batch.image_path
+        for start, images in self._portions(batch.image):
+            self._cache.add(self.model.embed(images), None if paths is None else paths[start : start + len(images)])
         self._network_size = tuple(batch.image.shape[-2:])
 
     def on_validation_start(self) -> None:
@@ -246,7 +249,19 @@ class OTPrototypes(AnomalibModule):
     # ---- validation, test, prediction
 
     def _predict(self, batch: Batch) -> ExplainedBatch:
-        return ExplainedBatch.adopt(batch, **self.model(batch.image)._asdict())
+        portions = [self.model(images)._asdict() for _, images in self._portions(batch.image)]
+        whole = {
+            name: None if value is None else torch.cat([portion[name] for portion in portions])
+            for name, value in portions[0].items()
+        }
+        return ExplainedBatch.adopt(batch, **whole)
+
+    @staticmethod
+    def _portions(images: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (start, images): on a CPU a few at a time, which bounds memory whatever the batch size."""
+        size = CPU_PORTION if images.device.type == "cpu" else len(images)
+        for start in range(0, len(images), size):
+            yield start, images[start : start + size]
 
     def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Predict a batch; thresholds are found from the predictions."""
