@@ -15,7 +15,7 @@ WEIGHTS = Path(os.environ.get("ANOMALIB_OT_WEIGHTS", Path(__file__).parents[3] /
 
 
 def features_only(backbone, indices):
-    return timm.create_model(backbone, pretrained=False, features_only=True, exportable=True, out_indices=indices).eval()
+    return timm.create_model(backbone, features_only=True, exportable=True, out_indices=indices).eval()
 
 
 def images(size=64, batch=1):
@@ -82,7 +82,8 @@ def test_half_precision_file_loads(full, tmp_path):
 
 
 def test_shallow_layers_need_no_deep_weights(full, tmp_path):
-    state = {name: value for name, value in full.state_dict().items() if not name.startswith(("layer3", "layer4", "fc"))}
+    deep = ("layer3", "layer4", "fc")
+    state = {name: value for name, value in full.state_dict().items() if not name.startswith(deep)}
     path = save(state, tmp_path / "shallow.pth")
     network = features_only("resnet18", [1, 2])
     load_weights(network, "resnet18", [1, 2], path)
@@ -106,7 +107,9 @@ def test_a_single_missing_tensor_is_named(full, lost, tmp_path):
         assert torch.equal(value, before[name]), f"{name} changed although the file was refused"
 
 
-@pytest.mark.parametrize("backbone", ["resnet34", "resnet50", "mobilenetv2_100", "convnext_atto", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "backbone", ["resnet34", "resnet50", "mobilenetv2_100", "convnext_atto", "vit_tiny_patch16_224"]
+)
 def test_weights_of_another_model_are_refused(full, backbone, tmp_path):
     path = save(full.state_dict(), tmp_path / "resnet18.pth")
     indices = None if "vit" in backbone else [1, 2]
@@ -143,9 +146,10 @@ def test_transformer_weights_load(tmp_path):
     network = timm.create_model("vit_tiny_patch16_224", pretrained=False, dynamic_img_size=True).eval()
     load_weights(network, "vit_tiny_patch16_224", None, path)
     x = images(224)
-    pairs = zip(*(model.forward_intermediates(x, indices=[2], intermediates_only=True) for model in (network, full)))
-    for feature, expected in pairs:
-        torch.testing.assert_close(feature, expected)
+    (feature,), (expected,) = (
+        model.forward_intermediates(x, indices=[2], intermediates_only=True) for model in (network, full)
+    )
+    torch.testing.assert_close(feature, expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -31,7 +31,8 @@ def known_layers(backbone: str) -> list[str]:
         hint = f"near ones: {', '.join(near)}" if near else "timm.list_models() lists them"
         msg = f"backbone={backbone!r}: timm {timm.__version__} has no model of that name; {hint}"
         raise ValueError(msg)
-    refusal = f"backbone={backbone!r} gives no feature maps {{}}; take a convolutional model or a plain vision transformer"
+    cure = "take a convolutional model or a plain vision transformer"
+    refusal = f"backbone={backbone!r} gives no feature maps {{}}; {cure}"
     if "vit" in backbone.lower():  # Anomalib goes by the name, too
         model = timm.create_model(backbone, pretrained=False)
         blocks = getattr(model, "blocks", None)
@@ -155,7 +156,7 @@ def _check_depth(state: dict[str, Tensor], backbone: str, weights: str | Path) -
     )
     if known < given:
         msg = (
-            f"backbone_weights={str(weights)!r} does not fit backbone={backbone!r}: it holds {min(given - known)!r} and "
-            f"{len(given - known) - 1} more tensors that this backbone has not; name the backbone that the file is of"
+            f"backbone_weights={str(weights)!r} does not fit backbone={backbone!r}: it holds {min(given - known)!r} "
+            f"and {len(given - known) - 1} more tensors unknown to it; name the backbone that the file is of"
         )
         raise ValueError(msg)
