@@ -241,9 +241,9 @@ def measure_scales(bank: PrototypeBank, encoded: Tensor, patches: Patches) -> No
     """Measure the constants of the metric on the normal patches: `s`, `z`, `r`, `u` and the calibration `q`.
 
     Where the member scales per prototype, `s_j` is the mean cost of its patches, drawn to the mean over all prototypes
-    by a third of an average prototype's patches, and not below `smallest_cost`; else it is the largest cost seen. Free prototypes take the mean
-    position of their patches. `r_j` is the quantile of the distance of its patches, `u` the unit, or the largest
-    distance seen. `q` is the 99th percentile minus the median of the scores, at least 0.1.
+    by a third of an average prototype's patches, and not below `smallest_cost`; else it is the largest cost seen. Free
+    prototypes take the mean position of their patches. `r_j` is the quantile of the distance of its patches, `u` the
+    unit, or the largest distance seen. `q` is the 99th percentile minus the median of the scores, at least 0.1.
     """
     member, count = bank.member, bank.num_prototypes
     positions = patches.positions
