@@ -20,7 +20,7 @@ def build_extractor(backbone: str, layers: Sequence[str]) -> TimmFeatureExtracto
 
     Args:
         backbone: Name of a timm model, convolutional or transformer, or "filter_bank".
-        layers: Names of its layers.
+        layers: Names of its layers, in any order.
 
     Raises:
         InputError: If timm has no such model, or the model no such layer; the known ones are in the message.
@@ -38,7 +38,10 @@ def build_extractor(backbone: str, layers: Sequence[str]) -> TimmFeatureExtracto
         raise InputError(msg)
     if backbone == FILTER_BANK:
         return FilterBank(layers)
-    return TimmFeatureExtractor(backbone=backbone, layers=list(layers), pre_trained=False)
+    # timm returns maps in the order of the network, and Anomalib names them in the order asked for.
+    return TimmFeatureExtractor(
+        backbone=backbone, layers=[layer for layer in known if layer in layers], pre_trained=False
+    )
 
 
 def fill_weights(extractor: TimmFeatureExtractor | FilterBank, weights: str | Path | None, seed: int) -> None:
