@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_ot.integration.causes import CauseShares
 
-__all__ = ["Verdict", "header"]
+__all__ = ["Verdict", "badge", "cause_lines", "header"]
 
 INK, FAINT, PAPER = (20, 22, 28), (98, 104, 116), (255, 255, 255)
 GOOD, DEFECT, UNKNOWN = (24, 128, 56), (198, 40, 40), (98, 104, 116)
@@ -67,7 +67,7 @@ def header(
         RGB strip.
     """
     defect = verdict.decision()
-    cards = [_badge(defect)]
+    cards = [badge(defect)]
     if verdict.score is not None:
         card = _card("Score", f"{verdict.score:.2f}   threshold {verdict.threshold:.2f}")
         draw = ImageDraw.Draw(card)
@@ -91,6 +91,13 @@ def header(
     return _flow(cards, width)
 
 
+def cause_lines(verdict: Verdict, shares: CauseShares | None, *, inside: bool) -> list[str]:
+    """Say in short lines why the part is bad; nothing on a part that is good everywhere."""
+    if shares is None or (verdict.decision() is False and not inside):
+        return []
+    return [f"looks wrong {shares.feature} %, wrong place {shares.position} %"]
+
+
 def _cause_card(shares: CauseShares, inside: bool, defect: bool | None) -> Image.Image:
     """Say how much each cause adds, and where that was counted; on a good part in grey, for it accuses nothing."""
     where = "Cause, inside the predicted defect" if inside else "Cause, in the top 1 % of the pixels"
@@ -100,7 +107,7 @@ def _cause_card(shares: CauseShares, inside: bool, defect: bool | None) -> Image
     return card
 
 
-def _badge(defect: bool | None) -> Image.Image:
+def badge(defect: bool | None) -> Image.Image:
     """Say the verdict in a word, a sign and a colour."""
     word, paint = {None: ("NO VERDICT", UNKNOWN), True: ("DEFECT", DEFECT), False: ("GOOD", GOOD)}[defect]
     font = ImageFont.load_default(26)

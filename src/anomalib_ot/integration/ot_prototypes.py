@@ -206,6 +206,7 @@ class OTPrototypes(AnomalibModule):
         for start, images in self._portions(batch.image):
             self._cache.add(self.model.embed(images), None if paths is None else paths[start : start + len(images)])
         self._network_size = tuple(batch.image.shape[-2:])
+        self.optimizers().step()  # moves nothing; but Lightning writes no checkpoint of a training without a step
 
     def on_validation_start(self) -> None:
         """Fit before a validation: at the end of a pass to all of it, within the first pass to what there is."""

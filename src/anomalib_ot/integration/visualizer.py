@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
     from lightning.pytorch import Trainer
 
-__all__ = ["ExplanationVisualizer", "PictureNames", "arrows", "explain_picture", "shown_image"]
+__all__ = ["ExplanationVisualizer", "PictureNames", "arrows", "explain_picture", "explanation_of", "shown_image"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Correlation between the file and what the network saw: resizing alone leaves at least .98 on fabric, tiles, cells,
@@ -62,30 +62,8 @@ class ExplanationVisualizer(Visualizer):
         Returns:
             RGB picture.
         """
-        if name is None:
-            name = "/".join(Path(item.image_path).parts[-2:]) if item.image_path else ""
-        image, note = shown_image(item)
-        verdict = Verdict(
-            score=None if item.pred_score is None else float(item.pred_score),
-            defect=None if item.pred_label is None else bool(item.pred_label),
-            truth=None if item.gt_label is None else bool(item.gt_label),
-            transport_score=_number(getattr(item, "transport_score", None)),
-            threshold=threshold,
-            name=name,
-        )
-        return explain_picture(
-            image,
-            _array(item.anomaly_map),
-            _array(getattr(item, "feature_map", None)),
-            _array(getattr(item, "position_map", None)),
-            _array(getattr(item, "matched_position", None)),
-            _array(item.pred_mask),
-            gt_mask=_array(item.gt_mask),
-            verdict=verdict,
-            image_note=note,
-            panel_size=self.panel_size,
-            max_arrows=self.max_arrows,
-        )
+        explanation = explanation_of(item, threshold, name)
+        return explain_picture(**explanation, panel_size=self.panel_size, max_arrows=self.max_arrows)
 
     def on_test_batch_end(
         self,
@@ -119,6 +97,28 @@ class ExplanationVisualizer(Visualizer):
     ) -> None:
         """Write the pictures of a predicted batch."""
         self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+
+def explanation_of(item: ImageItem, threshold: float = 0.5, name: str | None = None) -> dict[str, Any]:
+    """Collect what `explain_picture` draws of an item; see `ExplanationVisualizer.visualize`.
+
+    Returns:
+        The arguments of `explain_picture` but for the sizes.
+    """
+    if name is None:
+        name = "/".join(Path(item.image_path).parts[-2:]) if item.image_path else ""
+    image, note = shown_image(item)
+    verdict = Verdict(
+        score=None if item.pred_score is None else float(item.pred_score),
+        defect=None if item.pred_label is None else bool(item.pred_label),
+        truth=None if item.gt_label is None else bool(item.gt_label),
+        transport_score=_number(getattr(item, "transport_score", None)),
+        threshold=threshold,
+        name=name,
+    )
+    maps = ("anomaly_map", "feature_map", "position_map", "matched_position", "pred_mask", "gt_mask")
+    arrays = {field: _array(getattr(item, field, None)) for field in maps}
+    return {"image": image, **arrays, "verdict": verdict, "image_note": note}
 
 
 class PictureNames:
