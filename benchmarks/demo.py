@@ -170,7 +170,7 @@ def _run(options: argparse.Namespace, workshop: Path, console: Console, steps: d
         _keep(exported, checkpoint, options.out / "model")
     with step("compare", "Run the exported model on the test images"):
         agreement = _compare(options.out / "model" / "model.xml", halves["test"])
-    _draw_sheet(halves["test"], float(model.post_processor.normalized_image_threshold), options.out)
+    _draw_sheet(halves["test"], model.post_processor, options.out)
     return {
         "images": {"train": options.num_train, **{name: len(items) for name, items in halves.items()}},
         **{name: round(float(value), 4) for name, value in tested.items()},
@@ -242,7 +242,7 @@ def _per_defect(items: list[Any]) -> dict[str, dict[str, float]]:
     return figures
 
 
-def _draw_sheet(items: list[Any], threshold: float, out: Path) -> None:
+def _draw_sheet(items: list[Any], post_processor: Any, out: Path) -> None:
     """One row per kind of defect: the test image with the median score of its kind, so none is picked by looks."""
     from anomalib_ot.integration.contact_sheet import contact_sheet
     from anomalib_ot.integration.visualizer import explanation_of
@@ -254,7 +254,11 @@ def _draw_sheet(items: list[Any], threshold: float, out: Path) -> None:
             key=lambda item: float(item.pred_score),
         )
         if ranked:
-            explanation = explanation_of(ranked[len(ranked) // 2], threshold)
+            explanation = explanation_of(
+                ranked[len(ranked) // 2],
+                float(post_processor.normalized_image_threshold),
+                transport_threshold=post_processor.transport_threshold,
+            )
             rows.append((defect.replace("_", " "), explanation))
     contact_sheet(rows).save(out / "contact_sheet.png")
 

@@ -10,7 +10,7 @@ from anomalib_ot.integration.picture import draw_colour_bar, draw_panels, find_s
 
 __all__ = ["contact_sheet"]
 
-LABEL_WIDTH, BAR_WIDTH, TITLE_HEIGHT, SPACE = 176, 48, 30, 10
+LABEL_WIDTH, BAR_WIDTH, TITLE_HEIGHT, SPACE = 180, 48, 30, 10
 TITLE_SIZE, TEXT_SIZE, LINE = 17, 14, 19
 
 
@@ -81,8 +81,8 @@ def _label(name: str, explanation: Mapping[str, Any], height: int) -> Image.Imag
     if verdict.score is not None:
         draw.text((0, y), f"score {verdict.score:.2f}, threshold {verdict.threshold:.2f}", FAINT, font)
         y += LINE
-    for line in cause_lines(verdict, shares, inside=inside):
-        for piece in _wrapped(line, font, LABEL_WIDTH):
+    for line in cause_lines(verdict, shares, inside):
+        for piece in _wrapped(line, font, LABEL_WIDTH - SPACE):
             draw.text((0, y), piece, INK, font)
             y += LINE
     return label

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from anomalib_ot.integration.causes import CauseShares, arrows, cause_shares
+from anomalib_ot.integration.causes import CauseShares, arrows, cause_shares, normal_level
 from anomalib_ot.integration.header import FAINT, GAP, INK, PAPER, Verdict, header
 from anomalib_ot.integration.panels import colour_bar, draw_arrows, draw_outline, overlay
 
@@ -14,6 +14,12 @@ __all__ = ["Panel", "Verdict", "draw_colour_bar", "draw_panels", "explain_pictur
 TRUTH_LINE, PREDICTION_LINE = (0, 220, 255), (255, 255, 255)
 TITLE_HEIGHT, BAR_WIDTH, LEAST_CELL, LEAST_WIDTH = 44, 58, 240, 560
 WIDE = 2.0  # panels of images at least this many times wider than high stand below each other
+THRESHOLD = 0.5  # of a normalised map
+HALF_WAY, LEAST_STRENGTH = 0.5, 0.02  # an arrow starts where place alone lifts the anomaly half way to the threshold
+LEAST_SPACING, SPACING = (
+    3.0,
+    0.12,
+)  # between arrows, in patches and in sides of the part: one misplaced thing, one arrow
 LONGEST = 3  # longest side of a panel, in panel sizes
 
 
@@ -94,16 +100,22 @@ def draw_panels(
     panel_size: int = 320,
     max_arrows: int = 8,
 ) -> list[Panel]:
-    """Draw the panels of one part: the part itself, then one for each map that is given; see `explain_picture`."""
+    """Draw the panels of one part: the part itself, then one for each map that is given; see `explain_picture`.
+
+    The panel of a cause shows the anomaly that would be there if the other cause were at its normal level: so all
+    panels have one scale, with normal surroundings and the threshold at the same colours.
+    """
     _check(panel_size, max_arrows, (anomaly_map, feature_map, position_map, pred_mask, gt_mask))
     base = _panel_image(image, panel_size)
     panels = [_first_panel(base, gt_mask, image_note)]
     if anomaly_map is not None:
         panels.append(_anomaly_panel(base, anomaly_map, pred_mask))
     if feature_map is not None:
-        panels.append(Panel("Looks wrong", "bright: unlike the good parts", overlay(base, feature_map)))
+        usual = 0.0 if position_map is None else normal_level(position_map)
+        panels.append(Panel("Looks wrong", "bright: unlike the good parts", overlay(base, feature_map + usual)))
     if position_map is not None:
-        panels.append(_position_panel(base, position_map, matched_position, max_arrows))
+        usual = 0.0 if feature_map is None else normal_level(feature_map)
+        panels.append(_position_panel(base, position_map, usual, matched_position, max_arrows))
     return panels
 
 
@@ -112,11 +124,11 @@ def find_shares(
     feature_map: np.ndarray | None,
     position_map: np.ndarray | None,
     pred_mask: np.ndarray | None,
-) -> tuple[CauseShares | None, bool]:
-    """Return the shares of the causes, None without maps of both; and whether they were counted inside a mask."""
+) -> tuple[CauseShares | None, bool | None]:
+    """Return the shares of the causes, None without maps of both; and whether any pixel is predicted defective."""
+    inside = None if pred_mask is None else bool(pred_mask.any())
     if anomaly_map is None or feature_map is None or position_map is None:
-        return None, False
-    inside = pred_mask is not None and bool(pred_mask.any())
+        return None, inside
     return cause_shares(anomaly_map, feature_map, position_map, pred_mask), inside
 
 
@@ -157,13 +169,17 @@ def _anomaly_panel(base: Image.Image, anomaly_map: np.ndarray, pred_mask: np.nda
 
 
 def _position_panel(
-    base: Image.Image, position_map: np.ndarray, matched_position: np.ndarray | None, max_arrows: int
+    base: Image.Image, position_map: np.ndarray, usual: float, matched_position: np.ndarray | None, max_arrows: int
 ) -> Panel:
     """Show what is out of place, with arrows to where it belongs."""
-    chosen = [] if matched_position is None else arrows(position_map, matched_position, max_arrows=max_arrows)
+    title, drawn = "In the wrong place", overlay(base, position_map + usual)
+    if matched_position is None or max_arrows == 0:
+        return Panel(title, "", drawn)
+    least = max(HALF_WAY * (THRESHOLD - usual), LEAST_STRENGTH)
+    spacing = max(LEAST_SPACING, SPACING * max(matched_position.shape[1:]))
+    chosen = arrows(position_map, matched_position, max_arrows=max_arrows, min_strength=least, spacing=spacing)
     caption = "arrow: from where it is to where it belongs" if chosen else "nothing clearly belongs elsewhere"
-    drawn = draw_arrows(overlay(base, position_map), chosen)
-    return Panel("In the wrong place", "" if matched_position is None or max_arrows == 0 else caption, drawn)
+    return Panel(title, caption, draw_arrows(drawn, chosen))
 
 
 def _arrange(panels: list[Panel], *, with_bar: bool) -> Image.Image:
