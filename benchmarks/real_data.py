@@ -21,8 +21,8 @@ BACKBONES = {
     "resnet18": ("resnet18", "resnet18_imagenet_layer123.safetensors", ("layer2", "layer3")),
     "mobilenetv2": ("mobilenetv2_100_same", "mobilenetv2_100_imagenet.safetensors", ("blocks.2", "blocks.4")),
 }
-# The published 16 grids per layer need a cost matrix of 2.5 GB per problem, and 50 passes take hours on 2 cores: one grid
-# and 10 passes are what fits a small machine.
+# The published 16 grids per layer need a cost matrix of 2.5 GB per problem, and 50 passes take hours on 2 cores: one
+# grid and 10 passes are what fits a small machine.
 MODELS = {
     "OTPrototypes": {},
     "OTPrototypes + transport score": {"transport_score": True},
