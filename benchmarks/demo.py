@@ -133,6 +133,7 @@ def _run(options: argparse.Namespace, workshop: Path, console: Console, steps: d
         layers=["scale1", "scale2", "scale3"],
         image_size=size,
         transport_score=True,
+        smoothing=2.0,  # yarns are thin
         seed=options.seed,
         visualizer=ExplanationVisualizer(options.out / "pictures"),
     )

@@ -11,9 +11,12 @@ from torch import Tensor
 from anomalib_ot.anomaly.prototypes import TINY, PrototypeBank
 from anomalib_ot.anomaly.start import start_prototypes
 from anomalib_ot.ot import sinkhorn
+from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.vision.patches import grid_positions
 
 CHUNK = 8192
+RESOLUTION = 0.01
+SMALLEST_SPREAD = 0.1
 Report = Callable[[int, int], None]
 
 
@@ -61,15 +64,16 @@ def fit_bank(
             "check the backbone's weights and the training images"
         )
         raise ValueError(msg)
-    if not resume:
-        _set_statistics(bank, patches.embeddings)
-    encoded = bank.encode(patches.embeddings)
-    if not resume:
-        start_prototypes(bank, encoded, patches, seed)
-        measure_scales(bank, encoded, patches)
-    cost = refine(bank, encoded, patches, seed, report)
-    if bank.member.passes:
-        measure_scales(bank, encoded, patches)
+    with full_precision(patches.embeddings):
+        if not resume:
+            _set_statistics(bank, patches.embeddings)
+        encoded = bank.encode(patches.embeddings)
+        if not resume:
+            start_prototypes(bank, encoded, patches, seed)
+            measure_scales(bank, encoded, patches)
+        cost = refine(bank, encoded, patches, seed, report)
+        if bank.member.passes:
+            measure_scales(bank, encoded, patches)
     return cost
 
 
@@ -174,13 +178,25 @@ class Received:
 
 
 def typical_energy(bank: PrototypeBank, encoded: Tensor) -> float:
-    """Return the mean cost of transport of an encoded patch (n, N, D') to its nearest prototype."""
-    return float(torch.cat([_energy(bank, x).min(-1).values for x in blocks(encoded)]).mean())
+    """Return the mean cost of transport of an encoded patch (n, N, D') to its nearest prototype, never all but zero."""
+    mean = torch.cat([_energy(bank, bank.feature_distance(x)).min(-1).values for x in blocks(encoded)]).mean()
+    return float(torch.maximum(mean, _energy(bank, smallest_cost(bank, encoded))))
 
 
-def _energy(bank: PrototypeBank, encoded: Tensor) -> Tensor:
+def smallest_cost(bank: PrototypeBank, encoded: Tensor) -> Tensor:
+    """Return the feature cost of a patch that is off by a hundredth of the typical length of encoded ones (n, N, D').
+
+    Normal patches that agree better than that (constant images, as many prototypes as patches) differ by rounding, and
+    rounding must not become the unit of a scale.
+    """
+    if bank.member.feature_cost == "cosine":
+        return torch.tensor(RESOLUTION**2 / 2)
+    typical_length = torch.linalg.vector_norm(encoded) / math.sqrt(encoded.shape[0] * encoded.shape[1])
+    return (RESOLUTION * typical_length).clamp(min=1e-6)
+
+
+def _energy(bank: PrototypeBank, distance: Tensor) -> Tensor:
     """Feature cost of transport: one minus the cosine, or the squared distance, which a barycentre minimises."""
-    distance = bank.feature_distance(encoded)
     return distance if bank.member.feature_cost == "cosine" else distance.square()
 
 
@@ -201,7 +217,7 @@ def assign(bank: PrototypeBank, encoded: Tensor, positions: Tensor, energy_unit:
     """
     member = bank.member
     if member.prototype_scale:
-        feature = _energy(bank, encoded) / max(energy_unit, TINY)
+        feature = _energy(bank, bank.feature_distance(encoded)) / energy_unit
     else:
         feature = bank.feature_distance(encoded)
         feature = feature / feature.max().clamp(min=TINY)
@@ -225,9 +241,9 @@ def measure_scales(bank: PrototypeBank, encoded: Tensor, patches: Patches) -> No
     """Measure the constants of the metric on the normal patches: `s`, `z`, `r`, `u` and the calibration `q`.
 
     Where the member scales per prototype, `s_j` is the mean cost of its patches, drawn to the mean over all prototypes
-    by a third of an average prototype's patches; else it is the largest cost seen. Free prototypes take the mean
-    position of their patches. `r_j` is the quantile of the distance of its patches, `u` the unit, or the largest
-    distance seen. `q` is the 99th percentile minus the median of the scores.
+    by a third of an average prototype's patches, and not below `smallest_cost`; else it is the largest cost seen. Free
+    prototypes take the mean position of their patches. `r_j` is the quantile of the distance of its patches, `u` the
+    unit, or the largest distance seen. `q` is the 99th percentile minus the median of the scores, at least 0.1.
     """
     member, count = bank.member, bank.num_prototypes
     positions = patches.positions
@@ -240,7 +256,7 @@ def measure_scales(bank: PrototypeBank, encoded: Tensor, patches: Patches) -> No
     if member.prototype_scale:
         prior = len(cost) / count / 3
         total = torch.zeros(count).index_add_(0, index, cost)
-        scales = (total + prior * cost.mean()) / (members_of + prior)
+        scales = ((total + prior * cost.mean()) / (members_of + prior)).clamp(min=smallest_cost(bank, encoded))
     else:
         scales = torch.full((count,), max(largest))
     bank.feature_scales = scales.clamp(min=1e-6)
@@ -254,8 +270,7 @@ def measure_scales(bank: PrototypeBank, encoded: Tensor, patches: Patches) -> No
     bank.calibration = torch.ones(())
     if member.calibrate:
         median, high = _quantiles(_scores(bank, encoded, positions), torch.tensor([0.5, 0.99]))
-        if high - median > 1e-4:
-            bank.calibration = high - median
+        bank.calibration = (high - median).clamp(min=SMALLEST_SPREAD)
 
 
 def _scores(bank: PrototypeBank, encoded: Tensor, positions: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
 """What one member of the ensemble is made of, and the two presets."""
 
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
+from types import NoneType
 from typing import Any
 
 FEATURE_COSTS = ("cosine", "euclidean", "whitened")
@@ -67,17 +70,28 @@ class Member:
 
     def __post_init__(self) -> None:
         """Check every value where it enters."""
-        object.__setattr__(self, "layers", tuple(self.layers))
-        for name, value in (("alpha", self.alpha), ("position_quantile", self.position_quantile)):
-            if not 0 <= value <= 1:
-                msg = f"{name}={value!r}: expected a number between 0 and 1"
-                raise ValueError(msg)
+        object.__setattr__(self, "layers", _layers(self.layers))
         _check_known("feature_cost", self.feature_cost, FEATURE_COSTS)
         _check_known("structure", self.structure, STRUCTURES)
         _check_known("start", self.start, STARTS)
-        if not self.layers:
-            msg = "layers=[]: expected at least one layer of the backbone"
-            raise ValueError(msg)
+        for name in ("prototype_scale", "align_corners", "calibrate"):
+            if not isinstance(getattr(self, name), bool):
+                msg = f"{name}={getattr(self, name)!r}: expected true or false"
+                raise ValueError(msg)
+        for name in ("num_prototypes", "max_iters", "passes", "batch_images", "pooling"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (Integral, NoneType)):
+                msg = f"{name}={value!r}: expected a whole number"
+                raise ValueError(msg)
+        for name in ("alpha", "position_quantile"):
+            self._check_number(name, "between 0 and 1", lambda value: 0 <= value <= 1)
+        for name in ("num_prototypes", "num_global", "max_iters", "batch_images", "epsilon", "position_unit"):
+            self._check_number(name, "finite and above 0", lambda value: 0 < value < math.inf)
+        for name in ("rho", "tolerance", "passes"):
+            self._check_number(name, "of at least 0", lambda value: value >= 0)
+        self._check_number("shrinkage", "above 0 and at most 1", lambda value: 0 < value <= 1)
+        self._check_number("momentum", "from 0 to below 1, the part of the old prototype to keep", lambda m: 0 <= m < 1)
+        self._check_number("pooling", "that is odd and at least 1", lambda value: value >= 1 and value % 2 == 1)
         if (self.num_prototypes is None) == (self.num_global is None):
             msg = (
                 f"num_prototypes={self.num_prototypes!r} and num_global={self.num_global!r}: give one of the two; "
@@ -87,34 +101,27 @@ class Member:
         if self.num_global is not None and self.num_global >= 1 and self.num_global != int(self.num_global):
             msg = f"num_global={self.num_global!r}: expected a whole number, or a fraction below 1 for a coarser grid"
             raise ValueError(msg)
-        positive = {"num_prototypes": self.num_prototypes, "num_global": self.num_global, "epsilon": self.epsilon}
-        positive |= {"max_iters": self.max_iters}
-        positive |= {
-            "position_unit": self.position_unit,
-            "batch_images": self.batch_images,
-            "shrinkage": self.shrinkage,
-        }
-        for name, value in positive.items():
-            if value is not None and not value > 0:
-                msg = f"{name}={value!r}: expected a number above 0"
-                raise ValueError(msg)
-        if self.momentum is not None and not 0 <= self.momentum < 1:
-            msg = f"momentum={self.momentum!r}: expected the part of the old prototype to keep, from 0 to below 1"
+
+    def _check_number(self, name: str, expected: str, is_good: Callable[[float], bool]) -> None:
+        """Refuse what is no number (None passes where it is the name of a choice), and numbers out of range."""
+        value = getattr(self, name)
+        if value is None and name in ("num_prototypes", "num_global", "position_unit", "rho", "momentum"):
+            return
+        if not isinstance(value, Real) or isinstance(value, bool) or not is_good(value):
+            msg = f"{name}={value!r}: expected a number {expected}"
             raise ValueError(msg)
-        if self.passes < 0 or self.pooling < 1 or self.pooling % 2 == 0 or self.shrinkage > 1:
-            msg = (
-                f"passes={self.passes!r}, pooling={self.pooling!r}, shrinkage={self.shrinkage!r}: "
-                "expected passes >= 0, an odd pooling >= 1 and shrinkage <= 1"
-            )
-            raise ValueError(msg)
-        for name, value in (("rho", self.rho), ("tolerance", self.tolerance)):
-            if value is not None and not value >= 0:
-                msg = f"{name}={value!r}: expected a number of at least 0"
-                raise ValueError(msg)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for checkpoints and configuration files."""
         return asdict(self) | {"layers": list(self.layers)}
+
+
+def _layers(layers: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers) or len(layers) == 0:
+        given = layers if isinstance(layers, str) else list(layers)
+        msg = f"layers={given!r}: expected a list of at least one layer name of the backbone"
+        raise ValueError(msg)
+    return tuple(layers)
 
 
 def _check_known(name: str, value: str, known: Sequence[str]) -> None:
@@ -147,7 +154,7 @@ def make_members(
         ValueError: If a preset, a key or a value is not known.
     """
     _check_known("preset", preset, PRESETS)
-    layers = tuple(layers)
+    layers = _layers(layers)
     known = {field.name for field in fields(Member)}
     if members is not None:
         if not members:
@@ -164,7 +171,11 @@ def make_members(
             given = {"layers": layers, **given}
             if "num_global" in given and "num_prototypes" not in given:
                 given["num_prototypes"] = None
-            built.append(Member(**given))
+            try:
+                built.append(Member(**given))
+            except ValueError as error:
+                msg = f"members[{number}]: {error}"
+                raise ValueError(msg) from error
     elif preset == "paper":
         published = Member(
             layers=layers[:1],

@@ -11,6 +11,7 @@ from anomalib_ot.anomaly.fitting import Patches, fit_bank
 from anomalib_ot.anomaly.members import Member
 from anomalib_ot.anomaly.prototypes import PatchScores, PrototypeBank
 from anomalib_ot.anomaly.scoring import TransportScore, image_score
+from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.vision.patches import MapSmoother, patch_embeddings, upsample
 
 Source = tuple[tuple[str, ...], int]
@@ -140,7 +141,8 @@ class PrototypesModel(nn.Module):
             known = patches[bank.member.layers, bank.member.pooling]
             costs.append(fit_bank(bank, known, seed + number, resume=resume, report=progress))
         if self.transport_score is not None:
-            self._fit_transport(patches, size, seed)
+            with full_precision(next(iter(patches.values())).embeddings):
+                self._fit_transport(patches, size, seed)
         self.is_fitted = torch.tensor(True, device=self.is_fitted.device)
         return costs
 

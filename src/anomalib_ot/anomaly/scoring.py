@@ -83,7 +83,16 @@ class TransportScore(nn.Module):
             masses: Per member, the mass (n, K) that each prototype receives from each training image.
             local_score: The local scores (n,) of the training images.
             seed: Seed of the grouping.
+
+        Raises:
+            ValueError: If there are fewer than two training images.
         """
+        if len(local_score) < 2:
+            msg = (
+                "transport_score compares masses between images and needs at least 2 training images, it has "
+                f"{len(local_score)}; add images or turn transport_score off"
+            )
+            raise ValueError(msg)
         groups = []
         for bank in banks:
             centres = unit(bank.prototypes) if bank.member.feature_cost == "cosine" else bank.prototypes

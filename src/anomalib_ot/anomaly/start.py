@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from anomalib_ot.anomaly.fitting import Patches
 
 POINTS_PER_PROTOTYPE = 1000
+CANDIDATES_PER_PROTOTYPE = 100
 KMEANS_ITERATIONS = 10
 
 
@@ -90,7 +91,7 @@ def cell_positions(grid_size: tuple[int, int], num_global: float) -> Tensor:
 
 
 def k_means(points: Tensor, count: int, seed: int, *, spherical: bool = False) -> Tensor:
-    """Return the k-means centres (count, D) of points (P, D), by FAISS.
+    """Return the k-means centres (count, D) of points (P, D), by FAISS from a spread-out start.
 
     Args:
         points: What to cluster.
@@ -110,9 +111,37 @@ def k_means(points: Tensor, count: int, seed: int, *, spherical: bool = False) -
         min_points_per_centroid=1,
         max_points_per_centroid=POINTS_PER_PROTOTYPE,
     )
-    engine.train(data)
+    engine.train(data, init_centroids=spread_points(torch.from_numpy(data), count, seed).numpy())
     centres = torch.from_numpy(np.array(engine.centroids, dtype=np.float32))
     return centres * points.norm(dim=1).mean() if spherical else centres
+
+
+def spread_points(points: Tensor, count: int, seed: int) -> Tensor:
+    """Choose points (count, D) far from each other among points (P, D): the start of k-means++.
+
+    Each is drawn with a probability in proportion to the squared distance to the nearest one before it, among a random
+    sample of the points.
+
+    Args:
+        points: What to choose from.
+        count: How many, at most P.
+        seed: Makes two choices equal.
+
+    References:
+        D. Arthur, S. Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sample = points[torch.randperm(len(points), generator=generator)[: CANDIDATES_PER_PROTOTYPE * count]]
+    lengths = sample.square().sum(1)
+    chosen, nearest = [0], torch.full((len(sample),), math.inf)
+    for _ in range(count - 1):
+        last = sample[chosen[-1]]
+        nearest = torch.minimum(nearest, (lengths + last @ last - 2 * (sample @ last)).clamp(min=0.0))
+        nearest[chosen[-1]] = 0.0
+        within = (nearest.double() + 1e-30).cumsum(0)
+        drawn = torch.searchsorted(within, torch.rand((), dtype=torch.float64, generator=generator) * within[-1])
+        chosen.append(min(int(drawn), len(sample) - 1))
+    return sample[chosen]
 
 
 def _faiss() -> ModuleType:

@@ -49,11 +49,12 @@ class EmbeddingCache:
 
         Args:
             embedded: Embeddings and grid size per source.
-            keys: A name for each image, its path; None numbers them as they come.
+            keys: A name for each image, its path; None numbers them as they come to this process.
         """
         batch_size = len(next(iter(embedded.values()))[0])
         if keys is None:
-            keys = [f"image {len(self._seen) + i}" for i in range(batch_size)]
+            process = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            keys = [f"image {len(self._seen) + i:09} of process {process}" for i in range(batch_size)]
         self._grids = {source: grid for source, (_, grid) in embedded.items()}
         for i, key in enumerate(keys):
             self._seen.add(str(key))

@@ -1,5 +1,6 @@
 """Pretrained weights for timm backbones, from the hub or from a local file, and never by chance."""
 
+import difflib
 from pathlib import Path
 
 import timm
@@ -20,20 +21,30 @@ def known_layers(backbone: str) -> list[str]:
         Layer names such as `layer2` or `blocks.4`.
 
     Raises:
-        ValueError: If timm knows no such model; the nearest names are in the message.
+        ValueError: If timm knows no such model (the nearest names are in the message), or none of its layers is a map.
 
     >>> known_layers("resnet18")
     ['act1', 'layer1', 'layer2', 'layer3', 'layer4']
     """
     if not timm.is_model(backbone):
-        near = timm.list_models(f"*{backbone.split('.')[0][:6]}*")[:6]
+        near = difflib.get_close_matches(backbone.split(".")[0], timm.list_models(), n=6)
         hint = f"near ones: {', '.join(near)}" if near else "timm.list_models() lists them"
         msg = f"backbone={backbone!r}: timm {timm.__version__} has no model of that name; {hint}"
         raise ValueError(msg)
-    if "vit" in backbone.lower():
-        depth = len(timm.create_model(backbone, pretrained=False).blocks)
-        return [f"blocks.{i}" for i in range(depth)]
-    model = timm.create_model(backbone, pretrained=False, features_only=True)
+    cure = "take a convolutional model or a plain vision transformer"
+    refusal = f"backbone={backbone!r} gives no feature maps {{}}; {cure}"
+    if "vit" in backbone.lower():  # Anomalib goes by the name, too
+        model = timm.create_model(backbone, pretrained=False)
+        blocks = getattr(model, "blocks", None)
+        if blocks is None or not hasattr(model, "patch_embed"):
+            raise ValueError(refusal.format(f"by block ({type(model).__name__} is no plain transformer)"))
+        return [f"blocks.{i}" for i in range(len(blocks))]
+    try:
+        model = timm.create_model(backbone, pretrained=False, features_only=True)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise ValueError(refusal.format(f"({str(error)[:200]})")) from error
+    if getattr(model, "output_fmt", "NCHW") != "NCHW":
+        raise ValueError(refusal.format(f"with channels first ({model.output_fmt.value})"))
     return [info["module"] for info in model.feature_info.info]
 
 
@@ -91,7 +102,7 @@ def load_weights(extractor: nn.Module, backbone: str, indices: list[int] | None,
     """Load a local checkpoint of a timm model into a feature extractor built from that model.
 
     timm itself maps the names (a feature extractor's differ from the full model's). Tensors that the file lacks would
-    keep their random start without a word: they are found by loading twice from different seeds.
+    keep their start without a word: they are found by loading twice, once with other numbers in the file.
 
     Args:
         extractor: The timm network in use; its weights are replaced in place.
@@ -107,24 +118,45 @@ def load_weights(extractor: nn.Module, backbone: str, indices: list[int] | None,
     if indices is None:
         options = {"num_classes": 0, "dynamic_img_size": True}
     loaded = []
-    for seed in (1, 2):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            try:
-                overlay = {"state_dict": dict(state), "url": "", "hf_hub_id": None, "file": None}
-                loaded.append(
-                    timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **options).state_dict()
-                )
-            except (RuntimeError, KeyError, AttributeError) as error:
-                first = next((line.strip() for line in str(error).splitlines() if "ize mismatch" in line), str(error))
-                msg = f"backbone_weights={str(weights)!r} does not fit backbone={backbone!r}: {first[:300]}"
-                raise ValueError(msg) from error
+    for tensors in (state, {name: 2 * value + 1 for name, value in state.items() if value.is_floating_point()}):
+        overlay = {"state_dict": {**state, **tensors}, "url": "", "hf_hub_id": None, "file": None}
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                network = timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
+            first = next((line.strip() for line in str(error).splitlines() if "ize mismatch" in line), str(error))
+            msg = f"backbone_weights={str(weights)!r} does not fit backbone={backbone!r}: {first[:300]}"
+            raise ValueError(msg) from error
+        loaded.append(network.state_dict())
     own = extractor.state_dict()
-    missing = [name for name in own if name in loaded[0] and not torch.equal(loaded[0][name], loaded[1][name])]
+    missing = [
+        name
+        for name, value in loaded[0].items()
+        if name in own and value.is_floating_point() and torch.equal(value, loaded[1][name])
+    ]
     if missing:
         msg = (
             f"backbone_weights={str(weights)!r} lacks {len(missing)} tensors that {backbone!r} needs for these "
             f"layers, the first is {missing[0]!r}; give the checkpoint of this backbone, or shallower layers"
         )
         raise ValueError(msg)
+    _check_depth(state, backbone, weights)
     extractor.load_state_dict({name: loaded[0].get(name, value) for name, value in own.items()})
+
+
+def _check_depth(state: dict[str, Tensor], backbone: str, weights: str | Path) -> None:
+    """Refuse the checkpoint of a deeper sibling: all of this backbone's matrices under its names, and more of them."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        full = timm.create_model(backbone, pretrained=False).state_dict()
+        stages = {layer.split(".")[0] for layer in known_layers(backbone)}
+    known, given = (
+        {name for name, value in tensors.items() if value.ndim > 1 and name.split(".")[0] in stages}
+        for tensors in (full, state)
+    )
+    if known < given:
+        msg = (
+            f"backbone_weights={str(weights)!r} does not fit backbone={backbone!r}: it holds {min(given - known)!r} "
+            f"and {len(given - known) - 1} more tensors unknown to it; name the backbone that the file is of"
+        )
+        raise ValueError(msg)

@@ -45,10 +45,10 @@ def gabor_kernels(wavelength: float, num_orientations: int = NUM_ORIENTATIONS) -
 class FilterBank(nn.Module):
     """Describe images by local contrast at several wavelengths and orientations, and by colour.
 
-    Each scale holds the energies of quadrature pairs of Gabor filters (of the image halved as often as the scale
-    says), averaged to its stride, and the mean colour: 4, 8 and 16 pixels of stride with wavelengths from 4, 8 and 16
-    pixels up. It has no weights to fetch and nothing random: a fall-back for demonstrations and textures, no match for
-    a pretrained network elsewhere.
+    Each scale holds the energies of quadrature pairs of Gabor filters of its wavelength and the next longer one, and
+    the mean colour, averaged to its stride: 4, 8 and 16 pixels, with wavelengths of 4, 8 and 16 pixels. It has no
+    weights to fetch and nothing random: a fall-back for demonstrations and textures, no match for a pretrained network
+    elsewhere.
 
     Args:
         layers: Which of "scale1", "scale2", "scale3".

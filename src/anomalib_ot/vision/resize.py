@@ -53,6 +53,10 @@ class AntialiasResize(nn.Module):
         height, width = images.shape[-2:]
         rows = resize_weights(height, self.size[0], images.device).to(images.dtype)
         columns = resize_weights(width, self.size[1], images.device).to(images.dtype)
+        # Autocast would round pixels. It is asked first, so that an exported graph bears no trace of it.
+        if torch.is_autocast_enabled(images.device.type):
+            with torch.autocast(images.device.type, enabled=False):
+                return rows @ images @ columns.T
         return rows @ images @ columns.T
 
     def extra_repr(self) -> str:
