@@ -100,7 +100,7 @@ class OTPrototypes(AnomalibModule):
         score: str | None = None,
         smoothing: float | None = None,
         transport_score: bool = False,
-        num_groups: int = 16,
+        num_groups: int = 8,
         epochs: int = 1,
         max_cached_gb: float = 4.0,
         seed: int = 0,
