@@ -1,15 +1,20 @@
 """Build Anomalib's feature extractor, and get its weights: from the hub, from a file, or at random because asked to."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import timm
 import torch
-from anomalib.models.components.feature_extractors import TimmFeatureExtractor
 
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.vision.backbone import known_layers, load_weights
 from anomalib_ot.vision.filter_bank import SCALES, FilterBank
+
+if TYPE_CHECKING:
+    from anomalib.models.components.feature_extractors import TimmFeatureExtractor
 
 RANDOM = "random"
 FILTER_BANK = "filter_bank"
@@ -38,6 +43,9 @@ def build_extractor(backbone: str, layers: Sequence[str]) -> TimmFeatureExtracto
         raise InputError(msg)
     if backbone == FILTER_BANK:
         return FilterBank(layers)
+    # Here, as importing anomalib.models imports OTPrototypes, which imports this file: it must not be half done then.
+    from anomalib.models.components.feature_extractors import TimmFeatureExtractor
+
     # timm returns maps in the order of the network, and Anomalib names them in the order asked for.
     return TimmFeatureExtractor(
         backbone=backbone, layers=[layer for layer in known if layer in layers], pre_trained=False
