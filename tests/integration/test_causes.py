@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from anomalib_ot.integration.causes import arrows, bowed_line, cause_shares
+from anomalib_ot.integration.causes import arrows, bowed_line, cause_shares, normal_level
 
 
 def at_home(h: int, w: int) -> np.ndarray:
@@ -123,19 +123,37 @@ def test_wrong_shapes_are_named(position_shape, matched_shape, match):
 
 
 def test_shares_inside_the_mask_only():
-    feature_map, position_map = np.full((10, 10), 0.1), np.full((10, 10), 0.9)
+    feature_map, position_map = np.full((2, 10, 10), 0.1)
     mask = np.zeros((10, 10), bool)
     mask[2:4, 2:4] = True
-    feature_map[mask], position_map[mask] = 0.6, 0.2
+    feature_map[mask], position_map[mask] = 0.7, 0.3
+    feature_map[8, 8], position_map[8, 8] = 0.0, 0.9  # elsewhere
     assert cause_shares(feature_map + position_map, feature_map, position_map, mask) == (75, 25)
 
 
 def test_shares_in_the_top_percent_without_a_mask():
     feature_map, position_map = np.zeros((20, 20)), np.full((20, 20), 0.1)
-    feature_map[5, 5:9] = 0.9
+    feature_map[5, 5:9], position_map[5, 5:9] = 0.9, 0.2
     anomaly_map = feature_map + position_map
     assert cause_shares(anomaly_map, feature_map, position_map) == (90, 10)
     assert cause_shares(anomaly_map, feature_map, position_map, np.zeros((20, 20), bool)) == (90, 10)
+
+
+def test_what_normal_surroundings_have_too_is_no_cause():
+    # A normalised map: normal cloth lies near .4 by its looks; a motif in the wrong place adds .2 for its place.
+    feature_map, position_map = np.full((20, 20), 0.4), np.zeros((20, 20))
+    mask = np.zeros((20, 20), bool)
+    mask[5:10, 5:10] = True
+    feature_map[mask], position_map[mask] = 0.45, 0.2
+    assert cause_shares(feature_map + position_map, feature_map, position_map, mask) == (20, 80)
+    assert normal_level(feature_map) == pytest.approx(0.4)
+
+
+def test_a_defect_over_most_of_the_part_is_not_taken_for_normal():
+    feature_map, position_map = np.full((20, 20), 0.4), np.zeros((20, 20))
+    feature_map[:14] = 0.9
+    assert normal_level(feature_map) == pytest.approx(0.4)
+    assert cause_shares(feature_map, feature_map, position_map, feature_map > 0.5) == (100, 0)
 
 
 @pytest.mark.parametrize("seed", range(20))

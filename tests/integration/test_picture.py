@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from anomalib_ot.integration.causes import Arrow, CauseShares
-from anomalib_ot.integration.header import DEFECT, GOOD, LOOKS, PLACE, UNKNOWN, Verdict, header
+from anomalib_ot.integration.header import AMOUNTS, DEFECT, GOOD, LOOKS, PLACE, UNKNOWN, Verdict, cause_lines, header
 from anomalib_ot.integration.panels import colour_bar, draw_arrows, draw_outline, overlay
 from anomalib_ot.integration.picture import BAR_WIDTH, LEAST_CELL, TITLE_HEIGHT, explain_picture
 
@@ -86,10 +86,11 @@ def test_arrows_are_drawn_in_the_last_panel_only():
 
 def test_the_header_says_the_shares_of_the_causes_in_the_predicted_defect():
     given = maps()
-    given["pred_mask"][16:] = False  # what is left looks wrong: .8 + .05 against .05 in each pixel
+    given["position_map"][:8, :8] += 0.25  # above what is normal: .75 by looks and .25 by place in each pixel
+    given["pred_mask"][16:] = False
     verdict = Verdict(score=0.7)
     picture = explain_picture(Image.new("L", (320, 320)), **given, verdict=verdict)
-    expected = header(picture.width, verdict, CauseShares(94, 6), inside=True)
+    expected = header(picture.width, verdict, CauseShares(75, 25), inside=True)
     assert not changed(picture.crop((0, 0, *expected.size)), expected).any()
 
 
@@ -101,11 +102,96 @@ def test_the_cause_bar_is_as_long_as_the_shares():
 
 
 def test_the_same_value_has_the_same_colour_in_every_panel_and_on_the_bar():
-    same = np.full((16, 16), 0.5)
-    picture = explain_picture(Image.new("L", (320, 320), 128), same, same, same)
+    value, looks, place = (np.full((16, 16), part) for part in (0.6, 0.4, 0.2))
+    picture = explain_picture(Image.new("L", (320, 320), 128), value, looks, place)
     colours = {tuple(panel(picture, index, 320, 320)[100, 100]) for index in (1, 2, 3)}
     assert len(colours) == 1
-    assert colour_bar(16, 201).getpixel((8, 100)) == pytest.approx(next(iter(colours)), abs=3)
+    row = np.asarray(colour_bar(16, 201))[80].mean(axis=0)  # a light and a dark square
+    assert row == pytest.approx(next(iter(colours)), abs=3)
+
+
+def test_each_cause_is_shown_as_if_it_were_the_only_one():
+    # What is out of place by .2 shows at .2 above the normal level: just where it crosses the threshold.
+    looks, place = np.full((32, 32), 0.4), np.zeros((32, 32))
+    place[8:16, 8:16] = 0.2
+    image = Image.new("L", (320, 320), 128)
+    picture = explain_picture(image, looks + place, looks, place)
+    expected = np.asarray(overlay(image, looks + place)).astype(int)
+    np.testing.assert_array_equal(panel(picture, 3, 320, 320), expected)
+    np.testing.assert_array_equal(panel(picture, 2, 320, 320), np.asarray(overlay(image, looks)))
+
+
+def test_normal_surroundings_stay_clear_and_the_defect_stands_out():
+    bright = np.asarray(overlay(Image.new("L", (1, 1), 200), np.zeros((1, 1)))).astype(int)
+    change = []
+    for value in np.linspace(0, 1, 11):
+        drawn = np.asarray(overlay(Image.new("L", (1, 1), 200), np.full((1, 1), value))).astype(int)
+        change.append(np.abs(drawn - bright).max())
+    assert change[4:8] == sorted(change[4:8])
+    assert max(change[:5]) == 0  # up to .4
+    assert change[5] >= 15  # the threshold
+    assert change[8] >= 100
+
+
+def test_the_bar_shows_how_much_shines_through():
+    bar = np.asarray(colour_bar(16, 201)).astype(int)
+    contrast = np.ptp(bar[:, [4, 12]], axis=1).max(axis=1)  # between the two squares of a row
+    assert contrast[200] > 40  # value 0: clear
+    assert contrast[0] < 15  # value 1: the map hides what is below
+    assert (np.diff(contrast[::8]) >= -2).all()
+
+
+def test_one_misplaced_thing_gets_one_arrow_even_on_a_fine_grid():
+    place = np.zeros((64, 64))
+    place[8:20, 8:20] = 0.2
+    place[9, 15] = place[14, 10] = 0.5  # two peaks
+    matched = np.stack(np.meshgrid(np.linspace(0, 1, 64), np.linspace(0, 1, 64), indexing="ij"))
+    matched[:, 8:20, 8:20] += 0.5
+    image = Image.new("L", (320, 320), 128)
+    given = (np.full((64, 64), 0.4) + place, np.full((64, 64), 0.4), place, matched)
+    plain, drawn = (panel(explain_picture(image, *given, max_arrows=most), 3, 320, 320) for most in (0, 8))
+    single = panel(explain_picture(image, *given, max_arrows=1), 3, 320, 320)
+    assert (drawn != plain).any()
+    assert (drawn == single).all()
+
+
+def words(verdict: Verdict, shares: CauseShares | None, inside: bool | None) -> str:
+    return "; ".join(cause_lines(verdict, shares, inside))
+
+
+def test_a_missing_thing_is_told_plainly_and_not_as_wrong_looks():
+    shares = CauseShares(100, 0)
+    missing = Verdict(score=0.65, transport_score=11.8, transport_threshold=2.2)
+    assert words(missing, shares, False) == "amounts are off: something missing, or one too many"
+    unknown = Verdict(score=0.65, transport_score=11.8)  # no threshold known: no pixel explains the verdict
+    assert words(unknown, shares, False) == "amounts are off: something missing, or one too many"
+    assert words(unknown, shares, None) == "looks wrong 100 %"  # nobody has looked at the pixels
+    assert words(unknown, shares, True) == "looks wrong 100 %"
+
+
+def test_amounts_are_a_cause_beside_the_others_and_only_above_their_threshold():
+    both = Verdict(score=0.8, transport_score=3.5, transport_threshold=2.2)
+    told = "wrong place 60 %; looks wrong 40 %; amounts are off: something missing, or one too many"
+    assert words(both, CauseShares(40, 60), True) == told
+    within = Verdict(score=0.8, transport_score=1.5, transport_threshold=2.2)
+    assert words(within, CauseShares(40, 60), True) == "wrong place 60 %; looks wrong 40 %"
+    assert words(within, CauseShares(40, 60), False) == "wrong place 60 %; looks wrong 40 %"
+
+
+def test_a_good_part_has_no_cause():
+    good = Verdict(score=0.3, transport_score=3.5, transport_threshold=4.0)
+    assert words(good, CauseShares(100, 0), False) == ""
+    assert words(good, CauseShares(90, 10), True) == ""  # single pixels above their threshold change nothing
+
+
+def test_the_header_draws_the_third_cause():
+    missing = Verdict(score=0.65, transport_score=11.8)
+    strip = np.asarray(header(1408, missing, CauseShares(100, 0), inside=False))
+    assert (strip == AMOUNTS).all(axis=2).any()
+    assert not (strip == LOOKS).all(axis=2).any()
+    strip = np.asarray(header(1408, missing, CauseShares(75, 25), inside=True))
+    assert not (strip == AMOUNTS).all(axis=2).any()
+    assert (strip == LOOKS).all(axis=2).any()
 
 
 def test_colours_do_not_stretch_to_the_maximum_and_stop_at_the_ends():

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from torchvision.transforms.v2.functional import center_crop, normalize, resize, to_dtype, to_image
 
+from anomalib_ot.integration.deep_images import read_image_deep
 from anomalib_ot.integration.explained_batch import ExplainedBatch
 from anomalib_ot.integration.header import Verdict
 from anomalib_ot.integration.visualizer import ExplanationVisualizer, PictureNames, explain_picture, shown_image
@@ -142,6 +143,41 @@ def test_the_fallback_undoes_the_normalisation(tmp_path):
     np.testing.assert_allclose(np.asarray(shown_image(ImageItem(image=raw))[0]) / 255, raw.permute(1, 2, 0), atol=0.003)
 
 
+def write_deep(path: Path, full: int) -> str:
+    coarse = np.random.default_rng(3).random((6, 9))
+    fine = np.asarray(Image.fromarray(coarse.astype(np.float32)).resize((90, 60), Image.Resampling.BICUBIC))
+    Image.fromarray((fine.clip(0, 1) * full).astype(np.uint16)).save(path)
+    return str(path)
+
+
+def test_a_16_bit_file_is_shown_with_all_its_shades(tmp_path):
+    path = write_deep(tmp_path / "deep.png", 65535)
+    network = resize(read_image_deep(path), [SIZE, SIZE])
+    image, note = shown_image(ImageItem(image=network, image_path=path))
+    assert (image.size, note) == ((90, 60), "")
+    np.testing.assert_allclose(np.asarray(image)[..., 0], np.asarray(Image.open(path)) / 257, atol=0.51)
+    assert len(np.unique(np.asarray(image))) > 100  # Pillow's own conversion leaves two
+
+
+def test_12_bits_stored_in_16_are_brightened_and_the_picture_says_so(tmp_path):
+    path = write_deep(tmp_path / "dim.png", 4095)
+    network = resize(read_image_deep(path), [SIZE, SIZE])
+    image, note = shown_image(ImageItem(image=network, image_path=path))
+    assert note.startswith("shown 16")
+    assert note.endswith("times as bright as stored")
+    shown = np.asarray(image)[..., 0]
+    assert shown.max() == 255
+    assert len(np.unique(shown)) > 100
+
+
+def test_a_dark_8_bit_file_is_shown_as_it_is(tmp_path):
+    path = write_image(tmp_path / "a.png", mode="L")
+    Image.open(path).point(lambda value: value // 8).save(path)
+    image, note = shown_image(ImageItem(image=seen(path), image_path=path))
+    assert note == ""
+    assert np.asarray(image).max() <= 32
+
+
 def test_every_field_of_the_item_reaches_its_place(tmp_path):
     path = write_image(tmp_path / "bad" / "a.png")
     mask = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
@@ -152,7 +188,7 @@ def test_every_field_of_the_item_reaches_its_place(tmp_path):
     (item,) = ExplainedBatch.adopt(batch, **given)
     fields = ["anomaly_map", "feature_map", "position_map", "matched_position", "pred_mask"]
     score, transport_score = item.pred_score.item(), item.transport_score.item()
-    verdict = Verdict(score, False, True, transport_score, 0.6, "bad/a.png")
+    verdict = Verdict(score, False, True, transport_score, transport_threshold=0.1, threshold=0.6, name="bad/a.png")
     expected = explain_picture(
         Image.open(path),
         *(getattr(item, field).numpy() for field in fields),
@@ -161,7 +197,7 @@ def test_every_field_of_the_item_reaches_its_place(tmp_path):
         panel_size=100,
         max_arrows=5,
     )
-    drawn = ExplanationVisualizer(panel_size=100, max_arrows=5).visualize(item, threshold=0.6)
+    drawn = ExplanationVisualizer(panel_size=100, max_arrows=5).visualize(item, 0.6, transport_threshold=0.1)
     assert drawn.tobytes() == expected.tobytes()
 
 

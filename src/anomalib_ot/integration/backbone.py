@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import timm
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.vision.backbone import known_layers, load_weights
@@ -18,10 +20,12 @@ if TYPE_CHECKING:
 
 RANDOM = "random"
 FILTER_BANK = "filter_bank"
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+PATIENCE = 5.0  # seconds for an answer of the hub
 
 
 def build_extractor(backbone: str, layers: Sequence[str]) -> TimmFeatureExtractor | FilterBank:
-    """Build the feature extractor of a backbone, still without weights of worth.
+    """Build the feature extractor of a backbone, frozen and still without weights of worth.
 
     Args:
         backbone: Name of a timm model, convolutional or transformer, or "filter_bank".
@@ -47,9 +51,8 @@ def build_extractor(backbone: str, layers: Sequence[str]) -> TimmFeatureExtracto
     from anomalib.models.components.feature_extractors import TimmFeatureExtractor
 
     # timm returns maps in the order of the network, and Anomalib names them in the order asked for.
-    return TimmFeatureExtractor(
-        backbone=backbone, layers=[layer for layer in known if layer in layers], pre_trained=False
-    )
+    ordered = [layer for layer in known if layer in layers]
+    return TimmFeatureExtractor(backbone=backbone, layers=ordered, pre_trained=False).requires_grad_(False)
 
 
 def fill_weights(extractor: TimmFeatureExtractor | FilterBank, weights: str | Path | None, seed: int) -> None:
@@ -84,7 +87,12 @@ def fill_weights(extractor: TimmFeatureExtractor | FilterBank, weights: str | Pa
         except ValueError as error:
             raise InputError(str(error)) from error
         return
+    cached = _cached_weights(backbone)
+    if cached is not None:
+        load_weights(network, backbone, indices, cached)
+        return
     try:
+        _probe_hub(backbone)
         network.load_state_dict(timm.create_model(backbone, pretrained=True, **options).state_dict())
     except Exception as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
@@ -93,3 +101,28 @@ def fill_weights(extractor: TimmFeatureExtractor | FilterBank, weights: str | Pa
             "access to the Hugging Face hub, or pass backbone_weights=PATH of a .safetensors or .pth checkpoint"
         )
         raise InputError(msg) from error
+
+
+def _cached_weights(backbone: str) -> str | None:
+    """Find the weights of a backbone among those fetched earlier, without asking the network."""
+    repository = timm.get_pretrained_cfg(backbone).hf_hub_id
+    for name in HUB_FILES if repository else ():
+        found = try_to_load_from_cache(repository, name)
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _probe_hub(backbone: str) -> None:
+    """Ask the hub for a few bytes, once and briefly: a download would try again for most of a minute.
+
+    Raises:
+        Exception: Of the network, if the hub cannot be reached. An answer of any kind is left to the download.
+    """
+    repository = timm.get_pretrained_cfg(backbone).hf_hub_id
+    if not repository:
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, HUB_FILES[0]), timeout=PATIENCE)
+    except HfHubHTTPError:
+        return

@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Arrow", "CauseShares", "arrows", "bowed_line", "cause_shares"]
+__all__ = ["Arrow", "CauseShares", "arrows", "bowed_line", "cause_shares", "normal_level"]
 
 TOP_SHARE = 0.01  # of the pixels, where no pixel is predicted defective
+NORMAL_QUANTILE = 0.25  # of a map's pixels: a defect may cover most of a part
 BOW = 0.12  # how far the middle of an arrow leaves the straight line, in lengths
 SIDE_BY_SIDE = 0.5  # least distance between the middle parts of two arrows, in patches
 
@@ -28,12 +29,25 @@ class Arrow(NamedTuple):
     strength: float
 
 
+def normal_level(values: np.ndarray) -> float:
+    """Return the value that is usual on this part: normal surroundings are not at 0, their looks vary too.
+
+    Args:
+        values: (H, W) map.
+
+    Returns:
+        The lower quartile of the map's pixels.
+    """
+    return float(np.quantile(values, NORMAL_QUANTILE))
+
+
 def cause_shares(
     anomaly_map: np.ndarray, feature_map: np.ndarray, position_map: np.ndarray, pred_mask: np.ndarray | None = None
 ) -> CauseShares | None:
     """Share the anomaly between its causes, inside the predicted mask or else in the top 1 % of the pixels.
 
-    feature share = Σ feature_map / Σ (feature_map + position_map)
+    feature share = Σ (feature_map − n_f)⁺ / Σ [(feature_map − n_f)⁺ + (position_map − n_p)⁺], with n the normal level
+    of each map: what normal surroundings have too is the cause of nothing.
 
     Args:
         anomaly_map: (H, W), ranks the pixels where no mask is predicted.
@@ -42,18 +56,22 @@ def cause_shares(
         pred_mask: (H, W) bool; without one, or with an empty one, the top 1 % (at least one pixel) counts.
 
     Returns:
-        Whole percents that sum to 100, or None if neither cause adds anything there.
+        Whole percents that sum to 100, or None if neither cause rises above its normal level there.
 
     Example:
-        >>> cause_shares(np.ones((2, 2)), np.full((2, 2), 0.82), np.full((2, 2), 0.18))
-        CauseShares(feature=82, position=18)
+        >>> feature_map, position_map = np.full((4, 4), 0.4), np.zeros((4, 4))
+        >>> feature_map[0, 0], position_map[0, 0] = 0.5, 0.3
+        >>> cause_shares(feature_map + position_map, feature_map, position_map)
+        CauseShares(feature=25, position=75)
     """
     if pred_mask is not None and pred_mask.any():
         region = pred_mask.astype(bool)
     else:
         count = max(1, round(TOP_SHARE * anomaly_map.size))
         region = anomaly_map >= np.partition(anomaly_map.ravel(), -count)[-count]
-    feature, position = float(feature_map[region].sum()), float(position_map[region].sum())
+    feature, position = (
+        float((values[region] - normal_level(values)).clip(min=0).sum()) for values in (feature_map, position_map)
+    )
     if not feature + position > 0:
         return None
     percent = round(100 * feature / (feature + position))

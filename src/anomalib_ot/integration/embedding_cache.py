@@ -50,14 +50,15 @@ class EmbeddingCache:
 
         Args:
             embedded: Embeddings and grid size per source.
-            keys: A name for each image, its path; None numbers them as they come.
+            keys: A name for each image, its path; None numbers them as they come to this process.
 
         Raises:
             InputError: If the images have another size than those before.
         """
         batch_size = len(next(iter(embedded.values()))[0])
         if keys is None:
-            keys = [f"image {len(self._seen) + i:09}" for i in range(batch_size)]
+            process = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            keys = [f"image {len(self._seen) + i:09} of process {process}" for i in range(batch_size)]
         grids = {source: grid for source, (_, grid) in embedded.items()}
         for source, grid in grids.items():
             before = self._grids.get(source, grid)

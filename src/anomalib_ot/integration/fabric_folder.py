@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.vision.fabric import DEFECTS, GENERATION, SMALLEST_SIDE, FabricSample, render_fabric
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class FabricFolder:
         seed: Names the cloth and its pieces, at least 0.
 
     Raises:
-        ValueError: If an argument is out of range or a defect is unknown.
+        InputError: If an argument is out of range or a defect is unknown.
 
     Example:
         >>> folder = FabricFolder(num_train=2, num_test_good=2, num_per_defect=1, defects=("stain", "hole"))
@@ -71,17 +72,17 @@ class FabricFolder:
         for name, least in (("num_train", 2), ("num_test_good", 2), ("num_per_defect", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 msg = f"{name} is {getattr(self, name)}; expected at least {least}"
-                raise ValueError(msg)
+                raise InputError(msg)
         if len(self.image_size) != 2 or min(self.image_size) < SMALLEST_SIDE:
             msg = f"image_size is {self.image_size}; expected (height, width) of at least {SMALLEST_SIDE} pixels each"
-            raise ValueError(msg)
+            raise InputError(msg)
         unknown = [defect for defect in self.defects if defect not in DEFECTS]
         if unknown or not self.defects or len(set(self.defects)) < len(self.defects):
             msg = f"defects is {list(self.defects)}; expected one or more of {', '.join(DEFECTS)}, each once"
-            raise ValueError(msg)
+            raise InputError(msg)
         if self.num_per_defect * len(self.defects) < 2:
             msg = "num_per_defect is 1 with a single defect; expected at least 2 images, to test and to validate with"
-            raise ValueError(msg)
+            raise InputError(msg)
         object.__setattr__(self, "defects", tuple(defect for defect in DEFECTS if defect in self.defects))
         object.__setattr__(self, "image_size", tuple(self.image_size))
 
@@ -113,14 +114,14 @@ class FabricFolder:
             root: The data set's folder. Any number of processes may ask for it at once.
 
         Raises:
-            ValueError: If ``root`` holds something else, or the data set with files missing or added.
+            InputError: If ``root`` holds something else, or the data set with files missing or added.
         """
         if root.is_dir() and any(root.iterdir()):
             self._check(root)
             return
         if root.exists() and not root.is_dir():
             msg = f"root is '{root}', a file; expected a new or empty folder"
-            raise ValueError(msg)
+            raise InputError(msg)
         root.parent.mkdir(parents=True, exist_ok=True)
         # Whoever is killed in here leaves a hidden folder beside root, but never half a data set in it.
         with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as workshop:
@@ -142,12 +143,12 @@ class FabricFolder:
         if not (root / PARAMETERS).is_file():
             found = min(path.name for path in root.iterdir())
             msg = f"root is '{root}', which holds other files, such as '{found}'; expected an empty folder: {cure}"
-            raise ValueError(msg)
+            raise InputError(msg)
         try:
             stored = json.loads((root / PARAMETERS).read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             msg = f"root is '{root}', whose '{PARAMETERS}' is not JSON ({error}): {cure}"
-            raise ValueError(msg) from error
+            raise InputError(msg) from error
         if stored != self.parameters:
             pairs = stored if isinstance(stored, dict) else {}
             differences = ", ".join(
@@ -156,7 +157,7 @@ class FabricFolder:
                 if pairs.get(name) != value
             )
             msg = f"root is '{root}', which holds synthetic fabric of other parameters ({differences}): {cure}"
-            raise ValueError(msg)
+            raise InputError(msg)
         expected = {ANNOTATIONS}
         for picture in self.pictures():
             expected |= {picture.path} if picture.defect is None else {picture.path, _mask_path(picture)}
@@ -167,7 +168,7 @@ class FabricFolder:
             msg = (
                 f"root is '{root}', where {len(odd)} files are missing or foreign, such as '{odd[0]}' ({state}): {cure}"
             )
-            raise ValueError(msg)
+            raise InputError(msg)
 
     def _write(self, stage: Path) -> None:
         """Draw all images into a folder that does not exist yet."""

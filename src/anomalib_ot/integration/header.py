@@ -6,11 +6,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_ot.integration.causes import CauseShares
 
-__all__ = ["Verdict", "header"]
+__all__ = ["Verdict", "badge", "cause_lines", "header"]
 
 INK, FAINT, PAPER = (20, 22, 28), (98, 104, 116), (255, 255, 255)
 GOOD, DEFECT, UNKNOWN = (24, 128, 56), (198, 40, 40), (98, 104, 116)
-LOOKS, PLACE, PALE = (235, 130, 30), (70, 110, 200), (165, 170, 180)
+LOOKS, PLACE, AMOUNTS = (235, 130, 30), (70, 110, 200), (130, 70, 160)
+AMOUNTS_OFF = "amounts are off: something missing, or one too many"
 GAP, CARD_HEIGHT = 14, 58
 
 
@@ -22,7 +23,8 @@ class Verdict:
         score: Anomaly score of the image; [0, 1] after normalisation.
         defect: Whether the part is predicted defective; None: decided by score > threshold.
         truth: Whether the part is known to be defective.
-        transport_score: Cost of transporting the image onto the prototypes, >= 0.
+        transport_score: How unusual the amounts are that the part sends to the prototypes, in spreads of good parts.
+        transport_threshold: The transport score that makes a part defective on its own; None: not known.
         threshold: The score above which a part is defective.
         name: File name to print.
     """
@@ -31,6 +33,7 @@ class Verdict:
     defect: bool | None = None
     truth: bool | None = None
     transport_score: float | None = None
+    transport_threshold: float | None = None
     threshold: float = 0.5
     name: str = ""
 
@@ -39,6 +42,22 @@ class Verdict:
         if self.defect is None and self.score is not None:
             return self.score > self.threshold
         return self.defect
+
+    def amounts_are_off(self, inside: bool | None) -> bool:
+        """Whether the part is bad because something is missing or there is one too many.
+
+        Args:
+            inside: Whether any pixel is predicted defective; None: not known.
+
+        Returns:
+            Whether the transport score alone makes the part defective; where its threshold is not known, whether it
+            must, because no pixel does.
+        """
+        if not self.decision() or self.transport_score is None:
+            return False
+        if self.transport_threshold is None:
+            return inside is False
+        return self.transport_score > self.transport_threshold
 
     def outcome(self) -> str:
         """Return how the decision compares with the truth, in plain words; "" if one of them is not known."""
@@ -52,7 +71,12 @@ class Verdict:
 
 
 def header(
-    width: int, verdict: Verdict, shares: CauseShares | None = None, *, inside: bool = False, normalised: bool = True
+    width: int,
+    verdict: Verdict,
+    shares: CauseShares | None = None,
+    *,
+    inside: bool | None = None,
+    normalised: bool = True,
 ) -> Image.Image:
     """Draw what is known about the part as a whole, the most important first.
 
@@ -60,14 +84,15 @@ def header(
         width: Of the strip, in pixels; what does not fit goes on in a new line.
         verdict: Score, decision, truth and name.
         shares: How much each cause adds, or None.
-        inside: Whether the shares were counted inside the predicted defect, not in the top 1 % of the pixels.
+        inside: Whether any pixel is predicted defective, and the shares were counted there; if not, in the top 1 % of
+            the pixels. None: not known.
         normalised: Whether the maps stay within [0, 1]; if not, the header says so.
 
     Returns:
         RGB strip.
     """
     defect = verdict.decision()
-    cards = [_badge(defect)]
+    cards = [badge(defect)]
     if verdict.score is not None:
         card = _card("Score", f"{verdict.score:.2f}   threshold {verdict.threshold:.2f}")
         draw = ImageDraw.Draw(card)
@@ -76,10 +101,10 @@ def header(
         x = round(verdict.threshold * (card.width - 1))
         draw.line((x, CARD_HEIGHT - 14, x, CARD_HEIGHT - 1), INK, 2)
         cards.append(card)
-    if shares is not None:
-        cards.append(_cause_card(shares, inside, defect))
+    cards += _cause_cards(verdict, shares, inside)
     if verdict.transport_score is not None:
-        cards.append(_card("Transport score", f"{verdict.transport_score:.3g}"))
+        limit = "" if verdict.transport_threshold is None else f"   threshold {verdict.transport_threshold:.1f}"
+        cards.append(_card("Transport score", f"{round(verdict.transport_score, 1) + 0.0:.1f}{limit}"))
     if verdict.truth is not None:
         note = verdict.outcome()
         cards.append(_card("Known to be", ("DEFECT" if verdict.truth else "GOOD") + (f", {note}" if note else "")))
@@ -91,16 +116,45 @@ def header(
     return _flow(cards, width)
 
 
-def _cause_card(shares: CauseShares, inside: bool, defect: bool | None) -> Image.Image:
-    """Say how much each cause adds, and where that was counted; on a good part in grey, for it accuses nothing."""
-    where = "Cause, inside the predicted defect" if inside else "Cause, in the top 1 % of the pixels"
-    card = _card(where, f"looks wrong {shares.feature} %,  wrong place {shares.position} %")
-    looks, place = (FAINT, PALE) if defect is False else (LOOKS, PLACE)
-    _bar(ImageDraw.Draw(card), card.width, [(shares.feature / 100, looks), (shares.position / 100, place)])
-    return card
+def causes_to_tell(
+    verdict: Verdict, shares: CauseShares | None, inside: bool | None
+) -> tuple[CauseShares | None, bool]:
+    """Return the shares, None where they explain nothing, and whether amounts are off.
+
+    A good part has no cause. Where no pixel is defective and the amounts are off, the shares of the highest pixels
+    would accuse the wrong cause.
+    """
+    amounts = verdict.amounts_are_off(inside)
+    silent = verdict.decision() is False or (amounts and not inside)
+    return None if silent else shares, amounts
 
 
-def _badge(defect: bool | None) -> Image.Image:
+def cause_lines(verdict: Verdict, shares: CauseShares | None, inside: bool | None) -> list[str]:
+    """Say in short lines why the part is bad, the greater cause first; nothing if there is nothing to tell."""
+    told, amounts = causes_to_tell(verdict, shares, inside)
+    lines = []
+    if told is not None:
+        named = [(told.feature, f"looks wrong {told.feature} %"), (told.position, f"wrong place {told.position} %")]
+        lines = [line for share, line in sorted(named, reverse=True) if share > 0]
+    return [*lines, AMOUNTS_OFF] if amounts else lines
+
+
+def _cause_cards(verdict: Verdict, shares: CauseShares | None, inside: bool | None) -> list[Image.Image]:
+    """Say how much each cause adds, and where that was counted."""
+    told, amounts = causes_to_tell(verdict, shares, inside)
+    cards = []
+    if told is not None:
+        where = "Cause, inside the predicted defect" if inside else "Cause, in the top 1 % of the pixels"
+        cards.append(_card(where, f"looks wrong {told.feature} %,  wrong place {told.position} %"))
+        parts = [(told.feature / 100, LOOKS), (told.position / 100, PLACE)]
+        _bar(ImageDraw.Draw(cards[-1]), cards[-1].width, parts)
+    if amounts:
+        cards.append(_card("Cause, in the part as a whole", AMOUNTS_OFF))
+        _bar(ImageDraw.Draw(cards[-1]), cards[-1].width, [(1.0, AMOUNTS)])
+    return cards
+
+
+def badge(defect: bool | None) -> Image.Image:
     """Say the verdict in a word, a sign and a colour."""
     word, paint = {None: ("NO VERDICT", UNKNOWN), True: ("DEFECT", DEFECT), False: ("GOOD", GOOD)}[defect]
     font = ImageFont.load_default(26)

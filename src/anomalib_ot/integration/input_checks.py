@@ -266,7 +266,7 @@ def _check_training_images(datamodule: AnomalibDataModule, train: tuple[str, ...
         return
     where = f" ({train[0]})" if train else ""
     cause = "; Anomalib's split keeps a part of them for validation and test" if is_split else ""
-    folder = getattr(datamodule, "normal_dir", None) or getattr(datamodule, "root", None)
+    folder = Path(train[0]).parent if train else getattr(datamodule, "root", None)
     msg = (
         f"data {datamodule.name}: {len(train)} normal image(s) to train on{where}, at least {MIN_TRAINING_IMAGES} "
         f"are needed{cause}; add normal images to {folder}"

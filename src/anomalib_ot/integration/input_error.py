@@ -68,13 +68,19 @@ def _input_message_in(error: BaseException) -> str | None:
 def install_short_errors() -> None:
     """Let the Anomalib command line end with one line, and status 1, on an uncaught ``InputError``.
 
+    The same goes, with status 2, for arguments of this package's classes that the command line does not accept.
+
     Does nothing unless the program is that command line, that is, unless ``anomalib.cli.cli`` has put rich's
     traceback hook in place: scripts and notebooks keep their tracebacks. All other exceptions still go to rich.
     Repeated calls change nothing. With ``ANOMALIB_OT_TRACEBACK=1`` in the environment the traceback is shown.
 
     Lightning needs no care: it tells its callbacks and loggers of the exception, prints nothing, and raises it again.
     """
+    if "anomalib.cli.cli" not in sys.modules:
+        return
+    from anomalib_ot.integration.argument_errors import install_short_argument_errors
+
+    install_short_argument_errors(TRACEBACK_SWITCH)
     former = sys.excepthook
-    is_rich = getattr(former, "__module__", None) == "rich.traceback"
-    if is_rich and "anomalib.cli.cli" in sys.modules:
+    if getattr(former, "__module__", None) == "rich.traceback":
         sys.excepthook = _ShortErrors(former)

@@ -1,32 +1,32 @@
 """OTPrototypes: anomaly detection by optimal transport to prototypes of normal parts, as an Anomalib model."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import AnomalibDataModule, Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
 from anomalib_ot.anomaly.fitting import Patches
-from anomalib_ot.anomaly.members import PRESETS, make_members
 from anomalib_ot.anomaly.model import Explained, PrototypesModel, Source
-from anomalib_ot.anomaly.scoring import IMAGE_SCORES
-from anomalib_ot.integration.backbone import build_extractor, fill_weights
-from anomalib_ot.integration.deep_images import check_augmentations
+from anomalib_ot.integration.backbone import fill_weights
+from anomalib_ot.integration.checkpoints import check_checkpoint_file, check_is_prototypes, trained_arguments
 from anomalib_ot.integration.embedding_cache import EmbeddingCache
 from anomalib_ot.integration.explained_batch import ExplainedBatch
 from anomalib_ot.integration.fit_progress import fit_progress
-from anomalib_ot.integration.images import check_images
-from anomalib_ot.integration.input_checks import check_datamodule, check_fraction, check_known, dataset_image_paths
+from anomalib_ot.integration.input_checks import check_datamodule
 from anomalib_ot.integration.input_error import InputError, install_short_errors
+from anomalib_ot.integration.input_guard import InputGuard, check_fitted
+from anomalib_ot.integration.model_arguments import MODEL_ARGUMENTS, build_model, check_training_arguments
 from anomalib_ot.integration.processors import ExplainedPostProcessor, ExportablePreProcessor, without_causes
 from anomalib_ot.integration.visualizer import ExplanationVisualizer
 from anomalib_ot.vision.backbone import normalisation
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 install_short_errors()
 
 UNLIMITED_EPOCHS = (1000, -1)  # what Lightning puts where the user gave no limit
+CPU_PORTION = 4  # images
+NO_DATA = "no data to {}; name a data set (--data Folder --data.root ..., in Python datamodule=...)"
 
 
 class OTPrototypes(AnomalibModule):
@@ -109,13 +111,21 @@ class OTPrototypes(AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         install_short_errors()
-        check_known("preset", preset, PRESETS)
-        published = preset == "paper"
-        built_members = _members(preset, layers, members, alpha, num_prototypes, num_global)
-        kind = score if score is not None else ("max" if published else IMAGE_SCORES[0])
-        check_known("score", kind, IMAGE_SCORES)
-        _check_numbers(image_size, smoothing, num_groups, epochs, max_cached_gb)
-        extractor = build_extractor(backbone, _all_layers(layers, built_members))
+        model = build_model(
+            backbone=backbone,
+            layers=layers,
+            preset=preset,
+            members=members,
+            alpha=alpha,
+            num_prototypes=num_prototypes,
+            num_global=num_global,
+            image_size=image_size,
+            score=score,
+            smoothing=smoothing,
+            transport_score=transport_score,
+            num_groups=num_groups,
+        )
+        check_training_arguments(epochs, max_cached_gb)
         if pre_processor is True:
             pre_processor = ExportablePreProcessor.of(image_size, *normalisation(backbone))
         super().__init__(
@@ -124,14 +134,7 @@ class OTPrototypes(AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        self.model = PrototypesModel(
-            extractor,
-            built_members,
-            score=kind,
-            smoothing=smoothing if smoothing is not None else (0.0 if published else 4.0),
-            transport_score=transport_score,
-            num_groups=num_groups,
-        )
+        self.model = model
         self.backbone_weights = backbone_weights
         self.epochs = epochs
         self.seed = seed
@@ -146,37 +149,24 @@ class OTPrototypes(AnomalibModule):
         """Check the folders before Anomalib reads them (Lightning calls this once per machine)."""
         check_datamodule(self.trainer.datamodule, self.trainer.state.fn)
 
-    def setup(self, stage: str) -> None:
-        """Check every image file that the stage reads; before a training, fetch weights and limit the passes."""
-        datamodule = self.trainer.datamodule
-        paths = check_datamodule(datamodule, stage)
-        self._check_images(paths.for_stage(stage), f"images to {stage}")
-        if isinstance(self.pre_processor, ExportablePreProcessor) and self.pre_processor.deep_paths:
-            check_augmentations(datamodule, self.pre_processor.deep_paths)
-        if stage == "fit" and self.trainer.max_epochs in UNLIMITED_EPOCHS:
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the processors, the evaluator, the visualiser, and the guard of all input."""
+        return [*super().configure_callbacks(), InputGuard()]
+
+    def on_fit_start(self) -> None:
+        """Limit the passes; get the backbone's weights, unless the model or the checkpoint to resume from has them."""
+        if self.trainer.max_epochs in UNLIMITED_EPOCHS:
             self.trainer.fit_loop.max_epochs = self.epochs
-        if stage == "fit" and not self.model.is_fitted and self.trainer.ckpt_path is None:
+        if not self.model.is_fitted:
             fill_weights(self.model.feature_extractor, self.backbone_weights, self.seed)
 
-    def _check_images(self, paths: Sequence[str], description: str) -> None:
-        report = check_images(paths, description)
-        if isinstance(self.pre_processor, ExportablePreProcessor):
-            self.pre_processor.deep_paths = self.pre_processor.deep_paths | report.deep
-        elif report.deep:
-            first = min(report.deep)
-            msg = (
-                f"image {first} has more than 8 bits, which Anomalib saturates and this pre-processor "
-                f"({type(self.pre_processor).__name__}) does not restore; convert it to 8 bits, or use the default one"
-            )
-            raise InputError(msg)
+    def train_dataloader(self) -> NoReturn:
+        """Say that there is no data to train on; Lightning asks the model only if nothing else was given."""
+        raise InputError(NO_DATA.format("train on"))
 
-    def _check_fitted(self, doing: str) -> None:
-        if not self.model.is_fitted:
-            msg = (
-                f"this OTPrototypes model is not trained, there is nothing to {doing}; train it first, "
-                "or name its checkpoint (--ckpt_path PATH, in Python OTPrototypes.load_from_checkpoint(PATH))"
-            )
-            raise InputError(msg)
+    def test_dataloader(self) -> NoReturn:
+        """Say that there is no data to test on; Lightning asks the model only if nothing else was given."""
+        raise InputError(NO_DATA.format("test on"))
 
     # ---- training: one pass collects, the end of the pass fits
 
@@ -201,14 +191,20 @@ class OTPrototypes(AnomalibModule):
     def training_step(self, batch: Batch, *args: object) -> None:
         """Collect the embeddings of a batch of good images."""
         del args
-        self._cache.add(self.model.embed(batch.image), batch.image_path)
+        paths = batch.image_path
+        for start, images in self._portions(batch.image):
+            self._cache.add(self.model.embed(images), None if paths is None else paths[start : start + len(images)])
         self._network_size = tuple(batch.image.shape[-2:])
+        # Without an optimiser Lightning counts no step, and then writes no checkpoint and never reaches max_steps.
+        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        steps.increment_ready()
+        steps.increment_completed()
 
     def on_validation_start(self) -> None:
         """Fit before a validation: at the end of a pass to all of it, within the first pass to what there is."""
         if self.trainer.state.fn != TrainerFn.FITTING:
-            self._check_fitted("validate")
-        elif self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return
+        if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._fit_collected()
         elif not self.model.is_fitted:
             self._fit(self._cache.patches(keep=True))
@@ -226,27 +222,39 @@ class OTPrototypes(AnomalibModule):
             self._fit(self._cache.patches())
 
     def _fit(self, patches: dict[Source, Patches]) -> None:
-        """Fit in the first process, to what all have collected, and hand the result to the others."""
-        device, resume = self.device, self.current_epoch > 0
+        """Fit in the first process, to what all have collected, and hand the result, or the failure, to the others."""
+        device, failure = self.device, None
         self.model.to("cpu")
-        try:
-            if self.trainer.is_global_zero:
+        if self.trainer.is_global_zero:
+            seed, resume = self.seed + 1000 * self.current_epoch, self.current_epoch > 0
+            try:
                 with fit_progress(self.trainer) as report:
-                    seed = self.seed + 1000 * self.current_epoch
                     self._costs = self.model.fit(patches, self._network_size, seed, resume=resume, report=report)
-            state, self._costs = self.trainer.strategy.broadcast((self.model.fitted_state(), self._costs))
-            self.model.load_fitted_state(state)
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        finally:
-            self.model.to(device)
+            except ValueError as error:
+                failure = error
+        state = self.model.fitted_state()
+        state, self._costs, failure = self.trainer.strategy.broadcast((state, self._costs, failure))
+        if failure is not None:
+            raise InputError(str(failure)) from failure
+        self.model.load_fitted_state(state)
+        self.model.to(device)
 
     # ---- validation, test, prediction
 
     def _predict(self, batch: Batch) -> ExplainedBatch:
-        return ExplainedBatch.adopt(batch, **self.model(batch.image)._asdict())
+        portions = [self.model(images)._asdict() for _, images in self._portions(batch.image)]
+        whole = {
+            name: None if value is None else torch.cat([portion[name] for portion in portions])
+            for name, value in portions[0].items()
+        }
+        return ExplainedBatch.adopt(batch, **whole)
+
+    @staticmethod
+    def _portions(images: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (start, images): on a CPU a few at a time, which bounds memory whatever the batch size."""
+        size = CPU_PORTION if images.device.type == "cpu" else len(images)
+        for start in range(0, len(images), size):
+            yield start, images[start : start + size]
 
     def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Predict a batch; thresholds are found from the predictions."""
@@ -263,16 +271,28 @@ class OTPrototypes(AnomalibModule):
         del batch_idx, dataloader_idx
         return self._predict(batch)
 
-    def on_test_start(self) -> None:
-        """Refuse to test what was not trained."""
-        self._check_fitted("test")
+    # ---- checkpoints
 
-    def on_predict_start(self) -> None:
-        """Refuse to predict with what was not trained; check the images of a plain folder."""
-        self._check_fitted("predict")
-        loaders = self.trainer.predict_dataloaders
-        for loader in loaders if isinstance(loaders, list) else [loaders]:
-            self._check_images(dataset_image_paths(getattr(loader, "dataset", None)), "images to predict")
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Become the model that was trained, whatever the arguments: its prototypes belong to no other."""
+        check_is_prototypes(checkpoint)
+        trained = trained_arguments(checkpoint, self.hparams)
+        if trained:
+            self.hparams.update(trained)
+            self.model = build_model(**{name: self.hparams[name] for name in MODEL_ARGUMENTS})
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and isinstance(self._trainer.datamodule, AnomalibDataModule):
+            self._trainer.datamodule.setup(self._trainer.state.fn)  # its data sets take over the restored resize
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "OTPrototypes":
+        """Load a trained model; see Anomalib's `AnomalibModule.load_from_checkpoint`.
+
+        Raises:
+            InputError: If there is no such file, or it is not a checkpoint of this model.
+        """
+        check_checkpoint_file(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     # ---- export
 
@@ -283,19 +303,19 @@ class OTPrototypes(AnomalibModule):
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
         """Export to PyTorch; see Anomalib's `ExportMixin.to_torch`."""
-        self._check_fitted("export")
+        check_fitted(self, "export")
         return super().to_torch(*args, **kwargs)
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
         """Export to ONNX; see Anomalib's `ExportMixin.to_onnx`."""
-        self._check_fitted("export")
+        check_fitted(self, "export")
         # Anomalib asks for 14, which torch cannot write: it tries, prints a page of traceback, and writes 18.
         kwargs.setdefault("opset_version", 18)
         return super().to_onnx(*args, **kwargs)
 
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
         """Export to OpenVINO; see Anomalib's `ExportMixin.to_openvino`."""
-        self._check_fitted("export")
+        check_fitted(self, "export")
         return super().to_openvino(*args, **kwargs)
 
     # ---- the parts around the model
@@ -313,38 +333,3 @@ class OTPrototypes(AnomalibModule):
     def configure_visualizer(cls) -> ExplanationVisualizer:
         """Return the default visualiser."""
         return ExplanationVisualizer()
-
-
-def _members(preset: str, layers: Sequence[str], members: Sequence[Mapping[str, Any]] | None, alpha, count, grids):
-    if alpha is not None:
-        check_fraction("alpha", alpha)
-    try:
-        plain = None if members is None else [dict(member) for member in members]
-        return make_members(preset, layers, plain, alpha=alpha, num_prototypes=count, num_global=grids)
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
-
-
-def _all_layers(layers: Sequence[str], members: Sequence) -> list[str]:
-    """List the layers of all members, those of the model first."""
-    used = {layer for member in members for layer in member.layers}
-    ordered = dict.fromkeys([*layers, *(layer for member in members for layer in member.layers)])
-    return [layer for layer in ordered if layer in used]
-
-
-def _check_numbers(
-    image_size: Sequence[int], smoothing: float | None, num_groups: int, epochs: int, max_cached_gb: float
-) -> None:
-    if len(image_size) != 2 or min(image_size) < 32:
-        msg = f"image_size={list(image_size)!r}: expected height and width of at least 32 pixels each"
-        raise InputError(msg)
-    if smoothing is not None and not 0 <= smoothing < 100:
-        msg = f"smoothing={smoothing!r}: expected a standard deviation from 0 to below 100 pixels; 0 turns it off"
-        raise InputError(msg)
-    for name, value, least in (("num_groups", num_groups, 2), ("epochs", epochs, 1)):
-        if value < least:
-            msg = f"{name}={value!r}: expected at least {least}"
-            raise InputError(msg)
-    if not max_cached_gb > 0:
-        msg = f"max_cached_gb={max_cached_gb!r}: expected a number above 0"
-        raise InputError(msg)

@@ -11,7 +11,10 @@ from anomalib_ot.integration.causes import BOW, Arrow, bowed_line
 __all__ = ["colour_bar", "draw_arrows", "draw_outline", "overlay"]
 
 COLOUR_MAP = "inferno"  # grows lighter with the value: also readable in grey and by the colour-blind
-OPACITY, FULL_FROM = 0.9, 0.8  # of the map over the image, from this value on; it falls smoothly to 0 at value 0
+# Opacity of the map over the image: none up to the first value, where normal surroundings lie on a normalised map (its
+# threshold is at .5), the most from the second on.
+OPACITY, CLEAR_UP_TO, FULL_FROM = 0.9, 0.4, 0.7
+CHECK = 8  # side in pixels of the squares behind the colour bar, which show how much of the image shines through
 SHADES = (35, 160)  # black and white of the grey image below a map: muted, so that bright cloth is not taken for a map
 DARK = (15, 15, 20)
 
@@ -20,7 +23,7 @@ DARK = (15, 15, 20)
 def _colours() -> tuple[np.ndarray, np.ndarray]:
     """Colour (256, 3) and opacity (256, 1) of each value from 0 to 1."""
     colours = 255 * matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 1, 256))[:, :3]
-    rise = (np.linspace(0, 1, 256) / FULL_FROM).clip(0, 1)
+    rise = ((np.linspace(0, 1, 256) - CLEAR_UP_TO) / (FULL_FROM - CLEAR_UP_TO)).clip(0, 1)
     return colours, OPACITY * (rise**2 * (3 - 2 * rise))[:, None]
 
 
@@ -43,9 +46,13 @@ def overlay(image: Image.Image, values: np.ndarray) -> Image.Image:
 
 
 def colour_bar(width: int, height: int) -> Image.Image:
-    """Return the colours from 1 (top) to 0 (bottom) as they look over mid-grey."""
-    grey = Image.new("RGB", (width, height), (128, 128, 128))
-    return overlay(grey, np.linspace(1, 0, height)[:, None].repeat(width, axis=1))
+    """Return the colours from 1 (top) to 0 (bottom) as they look over squares of light and dark grey.
+
+    Where a map is opaque the squares are hidden, where it is clear they are all there is to see.
+    """
+    rows, columns = np.indices((height, width)) // CHECK
+    squares = Image.fromarray(np.where((rows + columns) % 2 == 0, 64, 192).astype(np.uint8))
+    return overlay(squares, np.linspace(1, 0, height)[:, None].repeat(width, axis=1))
 
 
 def draw_outline(image: Image.Image, mask: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:

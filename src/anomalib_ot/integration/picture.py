@@ -1,18 +1,32 @@
 """The whole picture of one part: verdict on top, panels below. A pure function of arrays; no framework in sight."""
 
+from typing import NamedTuple
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from anomalib_ot.integration.causes import arrows, cause_shares
+from anomalib_ot.integration.causes import CauseShares, arrows, cause_shares, normal_level
 from anomalib_ot.integration.header import FAINT, GAP, INK, PAPER, Verdict, header
 from anomalib_ot.integration.panels import colour_bar, draw_arrows, draw_outline, overlay
 
-__all__ = ["Verdict", "explain_picture"]
+__all__ = ["Panel", "Verdict", "draw_colour_bar", "draw_panels", "explain_picture", "find_shares"]
 
 TRUTH_LINE, PREDICTION_LINE = (0, 220, 255), (255, 255, 255)
 TITLE_HEIGHT, BAR_WIDTH, LEAST_CELL, LEAST_WIDTH = 44, 58, 240, 560
 WIDE = 2.0  # panels of images at least this many times wider than high stand below each other
+THRESHOLD = 0.5  # of a normalised map
+HALF_WAY, LEAST_STRENGTH = 0.5, 0.02  # an arrow starts where place alone lifts the anomaly half way to the threshold
+# Between the starts of arrows, in patches and in sides of the part: one misplaced thing gets one arrow.
+LEAST_SPACING, SPACING = 3.0, 0.12
 LONGEST = 3  # longest side of a panel, in panel sizes
+
+
+class Panel(NamedTuple):
+    """One view of the part, with a title and a line of explanation."""
+
+    title: str
+    caption: str
+    drawn: Image.Image
 
 
 def explain_picture(
@@ -56,20 +70,12 @@ def explain_picture(
         >>> explain_picture(Image.new("L", (64, 64)), *maps, verdict=Verdict(score=0.7)).mode
         'RGB'
     """
-    _check(panel_size, max_arrows, (anomaly_map, feature_map, position_map, pred_mask, gt_mask))
     verdict = verdict or Verdict()
-    base = _panel_image(image, panel_size)
-    panels = [_first_panel(base, gt_mask, image_note)]
-    if anomaly_map is not None:
-        panels.append(_anomaly_panel(base, anomaly_map, pred_mask))
-    if feature_map is not None:
-        panels.append(("Looks wrong", "bright: unlike the good parts", overlay(base, feature_map)))
-    if position_map is not None:
-        panels.append(_position_panel(base, position_map, matched_position, max_arrows))
-    shares, inside = None, False
-    if anomaly_map is not None and feature_map is not None and position_map is not None:
-        shares = cause_shares(anomaly_map, feature_map, position_map, pred_mask)
-        inside = pred_mask is not None and bool(pred_mask.any())
+    maps = (anomaly_map, feature_map, position_map, matched_position, pred_mask)
+    panels = draw_panels(
+        image, *maps, gt_mask=gt_mask, image_note=image_note, panel_size=panel_size, max_arrows=max_arrows
+    )
+    shares, inside = find_shares(anomaly_map, feature_map, position_map, pred_mask)
     body = _arrange(panels, with_bar=len(panels) > 1)
     width = max(body.width, LEAST_WIDTH)
     head = header(width, verdict, shares, inside=inside, normalised=anomaly_map is None or anomaly_map.max() <= 1)
@@ -77,6 +83,51 @@ def explain_picture(
     picture.paste(head, (0, 0))
     picture.paste(body, (0, head.height))
     return picture
+
+
+def draw_panels(
+    image: Image.Image,
+    anomaly_map: np.ndarray | None = None,
+    feature_map: np.ndarray | None = None,
+    position_map: np.ndarray | None = None,
+    matched_position: np.ndarray | None = None,
+    pred_mask: np.ndarray | None = None,
+    *,
+    gt_mask: np.ndarray | None = None,
+    image_note: str = "",
+    panel_size: int = 320,
+    max_arrows: int = 8,
+) -> list[Panel]:
+    """Draw the panels of one part: the part itself, then one for each map that is given; see `explain_picture`.
+
+    The panel of a cause shows the anomaly that would be there if the other cause were at its normal level: so all
+    panels have one scale, with normal surroundings and the threshold at the same colours.
+    """
+    _check(panel_size, max_arrows, (anomaly_map, feature_map, position_map, pred_mask, gt_mask))
+    base = _panel_image(image, panel_size)
+    panels = [_first_panel(base, gt_mask, image_note)]
+    if anomaly_map is not None:
+        panels.append(_anomaly_panel(base, anomaly_map, pred_mask))
+    if feature_map is not None:
+        usual = 0.0 if position_map is None else normal_level(position_map)
+        panels.append(Panel("Looks wrong", "bright: unlike the good parts", overlay(base, feature_map + usual)))
+    if position_map is not None:
+        usual = 0.0 if feature_map is None else normal_level(feature_map)
+        panels.append(_position_panel(base, position_map, usual, matched_position, max_arrows))
+    return panels
+
+
+def find_shares(
+    anomaly_map: np.ndarray | None,
+    feature_map: np.ndarray | None,
+    position_map: np.ndarray | None,
+    pred_mask: np.ndarray | None,
+) -> tuple[CauseShares | None, bool | None]:
+    """Return the shares of the causes, None without maps of both; and whether any pixel is predicted defective."""
+    inside = None if pred_mask is None else bool(pred_mask.any())
+    if anomaly_map is None or feature_map is None or position_map is None:
+        return None, inside
+    return cause_shares(anomaly_map, feature_map, position_map, pred_mask), inside
 
 
 def _check(panel_size: int, max_arrows: int, maps: tuple[np.ndarray | None, ...]) -> None:
@@ -98,38 +149,40 @@ def _panel_image(image: Image.Image, panel_size: int) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
-def _first_panel(base: Image.Image, gt_mask: np.ndarray | None, note: str) -> tuple[str, str, Image.Image]:
+def _first_panel(base: Image.Image, gt_mask: np.ndarray | None, note: str) -> Panel:
     """Show the part itself, with the known defect outlined."""
     if gt_mask is None or not gt_mask.any():
-        return "Part", note, base
-    return "Part", "blue outline: known defect", draw_outline(base, gt_mask, TRUTH_LINE)
+        return Panel("Part", note, base)
+    return Panel("Part", "blue outline: known defect", draw_outline(base, gt_mask, TRUTH_LINE))
 
 
-def _anomaly_panel(
-    base: Image.Image, anomaly_map: np.ndarray, pred_mask: np.ndarray | None
-) -> tuple[str, str, Image.Image]:
+def _anomaly_panel(base: Image.Image, anomaly_map: np.ndarray, pred_mask: np.ndarray | None) -> Panel:
     """Show both causes together, with the predicted defect outlined."""
     drawn = overlay(base, anomaly_map)
     if pred_mask is None:
-        return "Anomaly", "", drawn
+        return Panel("Anomaly", "", drawn)
     if not pred_mask.any():
-        return "Anomaly", "no pixel above the threshold", drawn
-    return "Anomaly", "white outline: predicted defect", draw_outline(drawn, pred_mask, PREDICTION_LINE)
+        return Panel("Anomaly", "no pixel above the threshold", drawn)
+    return Panel("Anomaly", "white outline: above the threshold", draw_outline(drawn, pred_mask, PREDICTION_LINE))
 
 
 def _position_panel(
-    base: Image.Image, position_map: np.ndarray, matched_position: np.ndarray | None, max_arrows: int
-) -> tuple[str, str, Image.Image]:
+    base: Image.Image, position_map: np.ndarray, usual: float, matched_position: np.ndarray | None, max_arrows: int
+) -> Panel:
     """Show what is out of place, with arrows to where it belongs."""
-    chosen = [] if matched_position is None else arrows(position_map, matched_position, max_arrows=max_arrows)
+    title, drawn = "In the wrong place", overlay(base, position_map + usual)
+    if matched_position is None or max_arrows == 0:
+        return Panel(title, "", drawn)
+    least = max(HALF_WAY * (THRESHOLD - usual), LEAST_STRENGTH)
+    spacing = max(LEAST_SPACING, SPACING * max(matched_position.shape[1:]))
+    chosen = arrows(position_map, matched_position, max_arrows=max_arrows, min_strength=least, spacing=spacing)
     caption = "arrow: from where it is to where it belongs" if chosen else "nothing clearly belongs elsewhere"
-    drawn = draw_arrows(overlay(base, position_map), chosen)
-    return "In the wrong place", "" if matched_position is None or max_arrows == 0 else caption, drawn
+    return Panel(title, caption, draw_arrows(drawn, chosen))
 
 
-def _arrange(panels: list[tuple[str, str, Image.Image]], *, with_bar: bool) -> Image.Image:
+def _arrange(panels: list[Panel], *, with_bar: bool) -> Image.Image:
     """Put the panels side by side, wide ones below each other, with one colour bar at the right."""
-    panel = panels[0][2]
+    panel = panels[0].drawn
     stacked = panel.width >= WIDE * panel.height
     cell_width, cell_height = max(panel.width, LEAST_CELL), TITLE_HEIGHT + panel.height + GAP
     columns, rows = (1, len(panels)) if stacked else (len(panels), 1)
@@ -144,12 +197,16 @@ def _arrange(panels: list[tuple[str, str, Image.Image]], *, with_bar: bool) -> I
         body.paste(drawn, (left, top + TITLE_HEIGHT))
     if with_bar:
         top = TITLE_HEIGHT + (cell_height if stacked else 0)  # the first panel has no map
-        height = body.height - GAP - top
-        left = width - BAR_WIDTH
-        body.paste(colour_bar(16, height), (left, top))
-        draw.rectangle((left - 1, top - 1, left + 16, top + height), outline=FAINT)
-        for value in (0.0, 0.5, 1.0):
-            y = top + round((1 - value) * (height - 1))
-            draw.line((left + 16, y, left + 21, y), FAINT)
-            draw.text((left + 25, y), f"{value:g}", INK, ImageFont.load_default(12), anchor="lm")
+        draw_colour_bar(body, width - BAR_WIDTH, top, body.height - GAP - top)
     return body
+
+
+def draw_colour_bar(picture: Image.Image, left: int, top: int, height: int) -> None:
+    """Draw the colours of the maps into a picture, with their values from 1 at the top to 0."""
+    draw = ImageDraw.Draw(picture)
+    picture.paste(colour_bar(16, height), (left, top))
+    draw.rectangle((left - 1, top - 1, left + 16, top + height), outline=FAINT)
+    for value in (0.0, 0.5, 1.0):
+        y = top + round((1 - value) * (height - 1))
+        draw.line((left + 16, y, left + 21, y), FAINT)
+        draw.text((left + 25, y), f"{value:g}", INK, ImageFont.load_default(12), anchor="lm")

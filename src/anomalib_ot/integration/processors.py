@@ -1,8 +1,10 @@
 """What stands before and after the model: one resize for training and export, and scores that keep their causes."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -103,17 +105,50 @@ def _is_antialiased_resize(part: nn.Module) -> bool:
 
 
 class ExplainedPostProcessor(PostProcessor):
-    """Normalise and threshold scores, and keep the two causes exact parts of the normalised map."""
+    """Normalise and threshold scores, and keep the two causes exact parts of the normalised map.
+
+    Normalisation stretches the anomaly map and shifts it, so that its threshold comes to .5. The position part is only
+    stretched: what is in its place stays at 0. The shift goes to the feature part, since every patch looks a little
+    unlike its prototype.
+    """
+
+    @property
+    def transport_threshold(self) -> float | None:
+        """The transport score that makes an image defective on its own, in the score's own units before normalisation.
+
+        An image is as odd as the odder of its map and its amounts says, so the image's threshold holds for both. None
+        before thresholds are found, or without normalisation.
+        """
+        if not self.enable_normalization:
+            return None
+        shift = (self.normalized_image_threshold - 0.5) * (self.image_max - self.image_min)
+        threshold = float(self.image_threshold + shift)
+        return None if math.isnan(threshold) else threshold
 
     def forward(self, predictions: Explained | InferenceBatch) -> Explained | InferenceBatch:
         """Post-process predictions of any batch size; what comes without causes is Anomalib's own business."""
         processed = super().forward(predictions)
         if not isinstance(predictions, Explained):
             return processed
-        feature_map, position_map = split_by_cause(
-            processed.anomaly_map, predictions.feature_map, predictions.position_map
-        )
+        feature_map, position_map = self._split(processed.anomaly_map, predictions.position_map)
         return predictions._replace(**processed._asdict(), feature_map=feature_map, position_map=position_map)
+
+    def normalize_batch(self, batch: Batch) -> None:
+        """Normalise a batch; its causes, if it has any, follow."""
+        position_map = getattr(batch, "position_map", None)
+        super().normalize_batch(batch)
+        if position_map is not None:
+            anomaly_map = batch.anomaly_map.as_subclass(Tensor)
+            batch.feature_map, batch.position_map = self._split(anomaly_map, position_map.as_subclass(Tensor))
+
+    def _split(self, anomaly_map: Tensor, position_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Split a processed map (any shape) into its parts, given the position part before the processing."""
+        if not self.enable_normalization:
+            return split_by_cause(anomaly_map, anomaly_map - position_map, position_map)
+        span = self.pixel_max - self.pixel_min
+        stretch = torch.where(span > 0, 1 / span, 1.0)  # no statistics (NaN) or all alike: nothing was stretched
+        position_map = torch.minimum(position_map * stretch, anomaly_map)
+        return split_by_cause(anomaly_map, anomaly_map - position_map, position_map)
 
 
 def without_causes(predictions: Explained) -> InferenceBatch:

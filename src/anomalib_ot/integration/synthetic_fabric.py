@@ -12,6 +12,7 @@ from platformdirs import user_cache_path
 from torchvision.transforms.v2 import Transform
 
 from anomalib_ot.integration.fabric_folder import FabricFolder
+from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.vision.fabric import DEFECTS
 
 
@@ -43,7 +44,7 @@ class SyntheticFabric(AnomalibDataModule):
         val_split_ratio: Which part of those images is split off, within (0, 1).
 
     Raises:
-        ValueError: If an argument is out of range, a defect is unknown, or (on ``prepare_data`` or ``setup``) ``root``
+        InputError: If an argument is out of range, a defect is unknown, or (on ``prepare_data`` or ``setup``) ``root``
             holds something else.
 
     Example:
@@ -83,10 +84,10 @@ class SyntheticFabric(AnomalibDataModule):
         modes = [mode.value for mode in ValSplitMode if mode is not ValSplitMode.FROM_DIR]
         if val_split_mode not in modes:
             msg = f"val_split_mode is {val_split_mode!r}; expected one of {', '.join(modes)}"
-            raise ValueError(msg)
+            raise InputError(msg)
         if not 0 < val_split_ratio < 1:
             msg = f"val_split_ratio is {val_split_ratio}; expected a number between 0 and 1, both excluded"
-            raise ValueError(msg)
+            raise InputError(msg)
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,

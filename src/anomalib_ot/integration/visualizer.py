@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,19 +11,23 @@ from anomalib.visualization import Visualizer
 from PIL import Image
 
 from anomalib_ot.integration.causes import arrows
+from anomalib_ot.integration.deep_images import read_image_deep
 from anomalib_ot.integration.header import Verdict
+from anomalib_ot.integration.images import sample_format
 from anomalib_ot.integration.picture import explain_picture
 
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
     from lightning.pytorch import Trainer
 
-__all__ = ["ExplanationVisualizer", "PictureNames", "arrows", "explain_picture", "shown_image"]
+__all__ = ["ExplanationVisualizer", "PictureNames", "arrows", "explain_picture", "explanation_of", "shown_image"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Correlation between the file and what the network saw: resizing alone leaves at least .98 on fabric, tiles, cells,
 # boards and steel; cutting off a border of 16 pixels in 256 leaves at most .88.
 SAME_VIEW = 0.95
+# A deep image whose brightest pixels, but for a few hot ones, stay below this is brightened for the eye.
+DIM, WHITE = 0.5, 0.001
 
 
 class ExplanationVisualizer(Visualizer):
@@ -51,41 +55,27 @@ class ExplanationVisualizer(Visualizer):
         self.max_arrows = max_arrows
         self._names = PictureNames()
 
-    def visualize(self, item: ImageItem, threshold: float = 0.5, name: str | None = None) -> Image.Image:
+    def visualize(
+        self,
+        item: ImageItem,
+        threshold: float = 0.5,
+        name: str | None = None,
+        transport_threshold: float | None = None,
+    ) -> Image.Image:
         """Draw one item.
 
         Args:
             item: An `ExplainedItem`, or any `ImageItem`.
             threshold: The score above which a part is defective.
             name: File name to print; None: the last two parts of the item's path.
+            transport_threshold: The transport score above which a part is defective whatever its map says; None: not
+                known.
 
         Returns:
             RGB picture.
         """
-        if name is None:
-            name = "/".join(Path(item.image_path).parts[-2:]) if item.image_path else ""
-        image, note = shown_image(item)
-        verdict = Verdict(
-            score=None if item.pred_score is None else float(item.pred_score),
-            defect=None if item.pred_label is None else bool(item.pred_label),
-            truth=None if item.gt_label is None else bool(item.gt_label),
-            transport_score=_number(getattr(item, "transport_score", None)),
-            threshold=threshold,
-            name=name,
-        )
-        return explain_picture(
-            image,
-            _array(item.anomaly_map),
-            _array(getattr(item, "feature_map", None)),
-            _array(getattr(item, "position_map", None)),
-            _array(getattr(item, "matched_position", None)),
-            _array(item.pred_mask),
-            gt_mask=_array(item.gt_mask),
-            verdict=verdict,
-            image_note=note,
-            panel_size=self.panel_size,
-            max_arrows=self.max_arrows,
-        )
+        explanation = explanation_of(item, threshold, name, transport_threshold)
+        return explain_picture(**explanation, panel_size=self.panel_size, max_arrows=self.max_arrows)
 
     def on_test_batch_end(
         self,
@@ -101,12 +91,14 @@ class ExplanationVisualizer(Visualizer):
         output_dir = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
         root = getattr(getattr(trainer, "datamodule", None), "root", None)
         # The host compares scores with this value, 1 - sensitivity, whether they are normalised or not.
-        threshold = getattr(getattr(pl_module, "post_processor", None), "normalized_image_threshold", 0.5)
+        post_processor = getattr(pl_module, "post_processor", None)
+        threshold = float(getattr(post_processor, "normalized_image_threshold", 0.5))
+        transport_threshold = getattr(post_processor, "transport_threshold", None)
         for item in batch:
             path = self._names.claim(item.image_path, output_dir, root)
             path.parent.mkdir(parents=True, exist_ok=True)
             name = path.relative_to(output_dir).as_posix() if item.image_path is None else None
-            self.visualize(item, threshold=float(threshold), name=name).save(path, format="PNG")
+            self.visualize(item, threshold, name, transport_threshold).save(path, format="PNG")
 
     def on_predict_batch_end(
         self,
@@ -119,6 +111,31 @@ class ExplanationVisualizer(Visualizer):
     ) -> None:
         """Write the pictures of a predicted batch."""
         self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+
+def explanation_of(
+    item: ImageItem, threshold: float = 0.5, name: str | None = None, transport_threshold: float | None = None
+) -> dict[str, Any]:
+    """Collect what `explain_picture` draws of an item; see `ExplanationVisualizer.visualize`.
+
+    Returns:
+        The arguments of `explain_picture` but for the sizes.
+    """
+    if name is None:
+        name = "/".join(Path(item.image_path).parts[-2:]) if item.image_path else ""
+    image, note = shown_image(item)
+    verdict = Verdict(
+        score=None if item.pred_score is None else float(item.pred_score),
+        defect=None if item.pred_label is None else bool(item.pred_label),
+        truth=None if item.gt_label is None else bool(item.gt_label),
+        transport_score=_number(getattr(item, "transport_score", None)),
+        transport_threshold=transport_threshold,
+        threshold=threshold,
+        name=name,
+    )
+    maps = ("anomaly_map", "feature_map", "position_map", "matched_position", "pred_mask", "gt_mask")
+    arrays = {field: _array(getattr(item, field, None)) for field in maps}
+    return {"image": image, **arrays, "verdict": verdict, "image_note": note}
 
 
 class PictureNames:
@@ -188,6 +205,8 @@ def shown_image(item: ImageItem) -> tuple[Image.Image, str]:
     The original file is sharper and has the true aspect ratio, but maps fit on it only if the network saw all of it:
     where the two correlate less than a resize explains (crop, pad, rotation), the network's view is shown instead.
 
+    Files of 16 bits or floats are shown on the scale on which the network gets them, and a dim one brightened.
+
     Args:
         item: `image` as the network saw it; `image_path` of the original, if it has one.
 
@@ -195,12 +214,27 @@ def shown_image(item: ImageItem) -> tuple[Image.Image, str]:
         RGB image, and a note in plain words or "".
     """
     if item.image_path is not None and Path(item.image_path).is_file():
-        with Image.open(item.image_path) as file:
-            original = file.convert("RGB")  # as Anomalib reads it
+        original, note = _visible(item.image_path)
         if _same_view(original, item.image):
-            return original, ""
+            return original, note
         return _network_view(item.image), "as the network saw it: not the whole file"
     return _network_view(item.image), "as the network saw it: no file"
+
+
+def _visible(path: str) -> tuple[Image.Image, str]:
+    """Read a file to be looked at: 12 bits stored in 16 would be black. 8-bit images are shown as they are."""
+    pixels = read_image_deep(path)
+    with Image.open(path) as file:
+        deep = sample_format(file) != "8"
+    bright = float(np.quantile(pixels.amax(0).numpy(), 1 - WHITE)) if deep else 1.0
+    if bright >= DIM or bright == 0:
+        return _to_image(pixels), ""
+    return _to_image(pixels / bright), f"shown {1 / bright:.3g} times as bright as stored"
+
+
+def _to_image(pixels: torch.Tensor) -> Image.Image:
+    """Turn (3, H, W) in [0, 1] into an image; larger values become white."""
+    return Image.fromarray((pixels.movedim(0, -1).numpy().clip(0, 1) * 255).round().astype(np.uint8))
 
 
 def _same_view(original: Image.Image, image: torch.Tensor) -> bool:

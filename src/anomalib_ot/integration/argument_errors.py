@@ -1,0 +1,101 @@
+"""One line instead of ten where the command line refuses an argument of our classes."""
+
+import difflib
+import inspect
+import os
+import re
+import sys
+import textwrap
+from functools import wraps
+from importlib import import_module
+
+import anomalib.data
+import anomalib.models
+from jsonargparse import ArgumentParser
+
+import anomalib_ot
+
+__all__ = ["install_short_argument_errors", "short_argument_error"]
+
+PROBLEM = re.compile(r"Problem with given class_path '([\w.]+)':\n(.*?)(?=\n {2}Given value type|\Z)", re.DOTALL)
+VALUE = re.compile(r"(?:Got value: |Given value: )(.*)")
+STATUS = 2  # of a command line that cannot be understood
+
+
+def short_argument_error(message: str, *, foreign: bool = False) -> str | None:
+    """Say in one line what jsonargparse says of an argument in many.
+
+    Args:
+        message: What it would print.
+        foreign: Whether to do so for Anomalib's own classes too.
+
+    Returns:
+        The line; None if the message is of another kind, or not about a class of this package.
+
+    >>> short_argument_error("Parser key \\"model\\": - Expected a dot import path string: OTPrototype")
+    "--model is 'OTPrototype', which is not known; did you mean 'OTPrototypes'?"
+    """
+    key = re.search(r'Parser key "(?:\w+\.)*(\w+)"', message)
+    option = f"--{key[1]}" if key else "the command line"
+    problem = PROBLEM.search(message)
+    if problem is None:
+        unknown = re.search(r"Expected a dot import path string: (\w+)", message)
+        names = [*anomalib_ot.__all__, *(dir(anomalib.data) + dir(anomalib.models) if foreign else ())]
+        near = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.8) if unknown else []
+        return f"{option} is {unknown[1]!r}, which is not known; did you mean {near[0]!r}?" if near else None
+    path, reason = problem[1], textwrap.dedent(problem[2])
+    if not foreign and path.partition(".")[0] != anomalib_ot.__name__:
+        return None
+    known, name = _parameters(path), path.rpartition(".")[2]
+    refused = re.match(r"(?:Option|Key) '([\w.]+)' is (not accepted|required)", reason)
+    mistyped, value = re.match(r'Parser key "(\w+)', reason), VALUE.search(reason)
+    if known and refused and refused[2] == "required":
+        return f"{option}.{refused[1]} is missing, {name} needs it; expected {known.get(refused[1], 'a value')}"
+    if known and refused:
+        near = difflib.get_close_matches(refused[1], known, n=1)
+        hint = f"did you mean {near[0]!r}? It" if near else "it"
+        return f"{option}.{refused[1]}: {name} has no such argument; {hint} has {', '.join(known)}"
+    if known and mistyped and value and mistyped[1] in known:
+        return f"{option}.{mistyped[1]} is {value[1]!r}; expected {known[mistyped[1]]}"
+    return f"{option}: {' '.join(reason.split())}"
+
+
+def _parameters(path: str) -> dict[str, str] | None:
+    """List the arguments of a class, with their types in words; None if there is no such class."""
+    module, _, name = path.rpartition(".")
+    try:
+        parameters = inspect.signature(getattr(import_module(module), name)).parameters
+    except (ImportError, AttributeError, ValueError):
+        return None
+    annotations = {key: value.annotation for key, value in parameters.items()}
+    words = {
+        key: value if isinstance(value, str) else inspect.formatannotation(value) for key, value in annotations.items()
+    }
+    return {key: re.sub(r"\b(?:\w+\.)+(?=\w)", "", value) for key, value in words.items()}
+
+
+def install_short_argument_errors(switch: str) -> None:
+    """Let jsonargparse's parsers print that line, and nothing else, for arguments of our classes.
+
+    There is no hook for this in jsonargparse: its method `ArgumentParser.error` is wrapped. Anomalib's classes get the
+    line too in a command that names one of ours. All other messages go the former way, as does everything with the
+    environment variable `switch` set to 1. Repeated calls change nothing.
+
+    Args:
+        switch: Name of the environment variable that asks for the long form.
+    """
+    former = ArgumentParser.error
+    if hasattr(former, "is_short"):
+        return
+
+    @wraps(former)
+    def error(self: ArgumentParser, message: str, ex: Exception | None = None) -> None:
+        ours = any(name in word for word in sys.argv for name in anomalib_ot.__all__)
+        short = short_argument_error(message, foreign=ours)
+        if short is None or not self.exit_on_error or os.environ.get(switch) == "1":
+            former(self, message, ex)
+        print(f"anomalib-ot: error: {short}", file=sys.stderr, flush=True)
+        self.exit(STATUS)
+
+    error.is_short = True
+    ArgumentParser.error = error

@@ -1,0 +1,105 @@
+"""Reading checkpoints: what is wrong with a file, and what it decides about the model that takes it over."""
+
+import logging
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from anomalib.engine.plugins import AnomalibCheckpointIO
+from lightning.pytorch import Trainer
+
+from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.model_arguments import MODEL_ARGUMENTS
+
+__all__ = ["check_checkpoint_file", "check_is_prototypes", "install_checkpoint_check", "trained_arguments"]
+
+logger = logging.getLogger(__name__)
+
+USUAL_PLACE = "results/OTPrototypes/<data>/latest/weights/lightning/model.ckpt"
+OWN_ENTRY = "model.is_fitted"
+
+
+def check_checkpoint_file(path: str | Path) -> None:
+    """Check that a file can be a checkpoint at all, before Lightning opens it.
+
+    Args:
+        path: A local path; addresses such as ``s3://...`` are left to Lightning.
+
+    Raises:
+        InputError: If there is no such file, or it is not a zip archive, as every checkpoint is.
+    """
+    if "://" in str(path):
+        return
+    if not Path(path).is_file():
+        msg = f"checkpoint {path} does not exist; expected what a training has written, such as {USUAL_PLACE}"
+        raise InputError(msg)
+    if not zipfile.is_zipfile(path):
+        msg = f"checkpoint {path} is cut off or no checkpoint; take another one, such as {USUAL_PLACE}"
+        raise InputError(msg)
+
+
+class _CheckedCheckpointIO(AnomalibCheckpointIO):
+    """Anomalib's reading of checkpoints, with one clear line where it fails."""
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        check_checkpoint_file(path)
+        try:
+            return super().load_checkpoint(path, *args, **kwargs)
+        except UnpicklingError as error:  # its text advises to run whatever the file contains: better not repeated
+            msg = f"checkpoint {path} holds more than tensors and plain data, or is damaged; take one of Anomalib 2.7"
+            raise InputError(msg) from error
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            msg = f"checkpoint {path} cannot be read ({reason}); it is damaged: take another one"
+            raise InputError(msg) from error
+
+
+def install_checkpoint_check(trainer: Trainer) -> None:
+    """Let a trainer say in one line what is wrong with a checkpoint; plugins of the user's own stay as they are."""
+    plugin = trainer.strategy.checkpoint_io
+    if type(plugin) is AnomalibCheckpointIO:
+        trainer.strategy.checkpoint_io = _CheckedCheckpointIO(plugin.extra_safe_globals)
+
+
+def check_is_prototypes(checkpoint: Mapping[str, Any]) -> None:
+    """Check that a loaded checkpoint is one of OTPrototypes."""
+    if OWN_ENTRY not in checkpoint.get("state_dict", {}):
+        keys = ", ".join(list(checkpoint.get("state_dict", {}))[:3])
+        msg = (
+            f"the checkpoint is of another model, not of OTPrototypes (its weights begin with {keys or 'nothing'}); "
+            "name the model that it was trained with, or another checkpoint"
+        )
+        raise InputError(msg)
+
+
+def trained_arguments(checkpoint: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+    """Find the arguments of a checkpoint that differ from a model's, among those that its prototypes depend on.
+
+    Args:
+        checkpoint: As Lightning loads it.
+        present: The arguments of the model that loads it.
+
+    Returns:
+        The checkpoint's values of the arguments that differ; they are told in a warning.
+    """
+    saved = checkpoint.get("hyper_parameters", {})
+    differing = {
+        name: saved[name] for name in MODEL_ARGUMENTS if name in saved and _plain(saved[name]) != _plain(present[name])
+    }
+    if differing:
+        told = ", ".join(
+            f"{name}={_plain(value)!r} (not {_plain(present[name])!r})" for name, value in differing.items()
+        )
+        logger.warning("The model takes from the checkpoint, which was trained so: %s", told)
+    return differing
+
+
+def _plain(value: Any) -> Any:
+    """Bring a value to the form in which it reads back from a file: lists and dicts."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value

@@ -1,0 +1,98 @@
+"""The `anomalib` command for the tests, without the seconds that its imports take each time."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Does what the script `anomalib` does, after the imports once per call: each call is a forked process of its own, with
+# its own arguments, folder and environment, whose end (exception hook, exit status) is the interpreter's own.
+SERVER = """
+import json, multiprocessing, os, sys
+from anomalib.cli.cli import main
+for process in multiprocessing.active_children():  # an import has left one
+    process.join()
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+for stream, path in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
+    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), stream)
+os.chdir(job["cwd"])
+os.environ.update(job["env"])
+sys.argv = ["anomalib", *job["words"]]
+main()
+"""
+ENV = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "80"}
+NEVER = ("ANOMALIB_OT_TRACEBACK", "PYTHONWARNINGS")
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The last line on stderr: where a command that fails says why."""
+        return (self.err.rstrip().splitlines() or [""])[-1]
+
+
+class Anomalib:
+    """Runs `anomalib` with words as a user would, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        """Start nothing yet."""
+        self.folder = folder
+        self.env = {name: value for name, value in os.environ.items() if name not in NEVER} | ENV
+        self._server: subprocess.Popen | None = None
+        self._calls = 0
+
+    def __call__(self, *words: object, cwd: Path | None = None, **env: str) -> Done:
+        """Run the command to its end in a process that has Anomalib imported already."""
+        if not hasattr(os, "fork"):
+            return self.fresh(*words, cwd=cwd, **env)
+        if self._server is None:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            command = [sys.executable, "-c", SERVER]
+            self._server = subprocess.Popen(command, cwd=self.folder, env=self.env, text=True, **pipes)
+        self._calls += 1
+        out, err = (self.folder / f"{self._calls}.{stream}" for stream in ("out", "err"))
+        job = {"words": [str(word) for word in words], "cwd": str(cwd or self.folder), "env": env}
+        self._server.stdin.write(json.dumps(job | {"out": str(out), "err": str(err)}) + "\n")
+        self._server.stdin.flush()
+        return Done(int(self._server.stdout.readline()), out.read_text(), err.read_text())
+
+    def fresh(self, *words: object, cwd: Path | None = None, program: tuple[str, ...] = (), **env: str) -> Done:
+        """Run the installed script, or another program, from the start of a new interpreter."""
+        script = Path(sys.executable).parent / "anomalib"
+        program = program or ((str(script),) if script.exists() else (sys.executable, "-m", "anomalib.cli.cli"))
+        command = [*program, *(str(word) for word in words)]
+        pipes = {"capture_output": True, "text": True, "timeout": 300}
+        done = subprocess.run(command, cwd=cwd or self.folder, env=self.env | env, **pipes)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def close(self) -> None:
+        """End the process that was kept."""
+        if self._server is not None:
+            self._server.communicate()
+
+
+@pytest.fixture(scope="session")
+def anomalib(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Anomalib]:
+    """The command line of Anomalib, in an empty folder."""
+    command = Anomalib(tmp_path_factory.mktemp("anomalib"))
+    yield command
+    command.close()
