@@ -42,9 +42,6 @@ def build_extractor(backbone: str, layers: Sequence[str]) -> TimmFeatureExtracto
         if layer not in known:
             msg = f"layers: backbone {backbone!r} has no layer {layer!r}; it has {', '.join(known)}"
             raise InputError(msg)
-    if len(set(layers)) < len(layers):
-        msg = f"layers={list(layers)!r}: a layer is named twice; name each once"
-        raise InputError(msg)
     if backbone == FILTER_BANK:
         return FilterBank(layers)
     # Here, as importing anomalib.models imports OTPrototypes, which imports this file: it must not be half done then.
