@@ -220,7 +220,7 @@ def test_random_weights_are_seeded():
         ({"backbone": "resnet81"}, "resnet81.*no model of that name"),
         ({"backbone": "mobilevit_s", "layers": ["blocks.1"]}, "mobilevit_s.*no feature maps"),
         ({"layers": ["layer9"]}, "no layer 'layer9'.*layer1, layer2"),
-        ({"layers": ["layer1", "layer1"]}, "named twice"),
+        ({"layers": ["layer1", "layer1"]}, "layer1.*twice"),
         ({"backbone": "filter_bank"}, "no layer 'layer2'.*scale1"),
         ({"layers": []}, "at least one layer"),
         ({"members": [{"alpha": 3}]}, r"members\[0\]: alpha=3"),
