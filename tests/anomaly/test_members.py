@@ -125,6 +125,7 @@ def test_wrong_values_are_refused_by_name(changes, message):
         ({"members": [{}, {"aplha": 0.1}]}, r"members\[1\] has the unknown key 'aplha'; did you mean 'alpha'"),
         ({"members": [{}, {"alpha": 7}]}, r"members\[1\]: alpha=7"),
         ({"layers": ()}, "layers=.*at least one layer"),
+        ({"layers": ["layer2", "layer2"]}, "layers=.*named twice"),
         ({"layers": "layer2"}, "layers='layer2'.*list"),
     ],
     ids=str,

@@ -1,12 +1,14 @@
 """Normalisation stretches and shifts the map; the causes stay what they were, in training's batches and in exports."""
 
+import openvino
 import pytest
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import ImageBatch, InferenceBatch
+from torch import nn
 
 from anomalib_ot.anomaly.model import Explained
 from anomalib_ot.integration.explained_batch import ExplainedBatch
-from anomalib_ot.integration.processors import ExplainedPostProcessor
+from anomalib_ot.integration.processors import ExplainedPostProcessor, without_causes
 
 LEAST, MOST, THRESHOLD = 0.5, 8.5, 2.0
 
@@ -80,3 +82,79 @@ def test_the_transport_threshold_is_the_images_in_the_scores_own_units():
     assert done.pred_label.tolist() == [False, True]
     assert ExplainedPostProcessor().transport_threshold is None
     assert post_processor(enable_normalization=False).transport_threshold is None
+
+
+def explained(batch: int) -> Explained:
+    generator = torch.Generator().manual_seed(1)
+    feature, position = (3 * torch.rand(batch, 1, 12, 10, generator=generator) for _ in range(2))
+    whole = feature + position
+    matched = torch.rand(batch, 2, 4, 5, generator=generator)
+    return Explained(whole.amax((1, 2, 3)), None, whole, None, feature, position, matched, None)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_map_score_and_thresholds(batch):
+    given = explained(batch)
+    out = post_processor()(given)
+    torch.testing.assert_close(out.anomaly_map, ((given.anomaly_map - THRESHOLD) / (MOST - LEAST) + 0.5).clamp(0, 1))
+    torch.testing.assert_close(out.pred_score, ((given.pred_score - 3) / 20 + 0.5).clamp(0, 1))
+    assert torch.equal(out.pred_mask, given.anomaly_map > THRESHOLD)
+    assert torch.equal(out.pred_label, given.pred_score > 3)
+    assert out.pred_mask.any()
+    assert not out.pred_mask.all()
+    assert torch.equal(out.feature_map + out.position_map, out.anomaly_map)
+    assert torch.equal(out.matched_position, given.matched_position)
+
+
+def test_an_image_alone_and_in_a_batch():
+    given = explained(3)
+    alone = post_processor()(Explained(*(None if value is None else value[1:2] for value in given)))
+    for together, own in zip(post_processor()(given), alone, strict=True):
+        assert together is own is None or torch.equal(together[1:2], own)
+
+
+def test_plain_predictions_are_anomalibs_business():
+    given = explained(3)
+    out = post_processor()(InferenceBatch(pred_score=given.pred_score, anomaly_map=given.anomaly_map))
+    assert type(out) is InferenceBatch
+    assert torch.equal(out.anomaly_map, post_processor()(given).anomaly_map)
+
+
+def test_without_causes_keeps_the_four_outputs():
+    out = post_processor()(explained(3))
+    plain = without_causes(out)
+    assert plain._fields == ("pred_score", "pred_label", "anomaly_map", "pred_mask")
+    for name in plain._fields:
+        assert getattr(plain, name) is getattr(out, name)
+
+
+class Around(nn.Module):
+    """The post-processor alone, as a graph from two maps to four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processor = post_processor()
+
+    def forward(self, feature: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        whole = feature + position
+        out = self.processor(Explained(whole.amax((1, 2, 3)), None, whole, None, feature, position, feature, None))
+        return out.feature_map, out.position_map, out.anomaly_map, out.pred_mask.float()
+
+
+def test_the_parts_add_up_in_openvino(tmp_path):
+    given = explained(2)
+    pair, dims = (given.feature_map, given.position_map), ({0: torch.export.Dim("batch")},) * 2
+    program = torch.onnx.export(Around().eval(), pair, dynamo=True, dynamic_shapes=dims, verbose=False)
+    program.save(tmp_path / "processor.onnx")
+    core = openvino.Core()
+    model = core.read_model(tmp_path / "processor.onnx")
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for batch in (1, 4):
+        given = explained(batch)
+        expected = post_processor()(given)
+        found = compiled((given.feature_map.numpy(), given.position_map.numpy()))
+        feature, position, whole, mask = (torch.from_numpy(found[i]) for i in range(4))
+        assert (feature + position - whole).abs().max() <= 1e-6
+        for ours, theirs in ((whole, expected.anomaly_map), (feature, expected.feature_map)):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+        assert torch.equal(mask.bool(), expected.pred_mask)

@@ -121,6 +121,9 @@ def _layers(layers: Sequence[str]) -> tuple[str, ...]:
         given = layers if isinstance(layers, str) else list(layers)
         msg = f"layers={given!r}: expected a list of at least one layer name of the backbone"
         raise ValueError(msg)
+    if len(set(layers)) < len(layers):
+        msg = f"layers={list(layers)!r}: a layer is named twice; name each once"
+        raise ValueError(msg)
     return tuple(layers)
 
 

@@ -1,17 +1,22 @@
 """Build Anomalib's feature extractor, and get its weights: from the hub, from a file, or at random because asked to."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import timm
 import torch
-from anomalib.models.components.feature_extractors import TimmFeatureExtractor
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.vision.backbone import known_layers, load_weights
 from anomalib_ot.vision.filter_bank import SCALES, FilterBank
+
+if TYPE_CHECKING:
+    from anomalib.models.components.feature_extractors import TimmFeatureExtractor
 
 RANDOM = "random"
 FILTER_BANK = "filter_bank"
@@ -39,6 +44,9 @@ def build_extractor(backbone: str, layers: Sequence[str]) -> TimmFeatureExtracto
             raise InputError(msg)
     if backbone == FILTER_BANK:
         return FilterBank(layers)
+    # Here, as importing anomalib.models imports OTPrototypes, which imports this file: it must not be half done then.
+    from anomalib.models.components.feature_extractors import TimmFeatureExtractor
+
     # timm returns maps in the order of the network, and Anomalib names them in the order asked for.
     ordered = [layer for layer in known if layer in layers]
     return TimmFeatureExtractor(backbone=backbone, layers=ordered, pre_trained=False).requires_grad_(False)

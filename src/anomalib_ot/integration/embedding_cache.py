@@ -10,6 +10,7 @@ from torch import distributed as dist
 
 from anomalib_ot.anomaly.fitting import Patches
 from anomalib_ot.anomaly.model import Embedded, Source
+from anomalib_ot.integration.input_error import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +51,24 @@ class EmbeddingCache:
         Args:
             embedded: Embeddings and grid size per source.
             keys: A name for each image, its path; None numbers them as they come to this process.
+
+        Raises:
+            InputError: If the images have another size than those before.
         """
         batch_size = len(next(iter(embedded.values()))[0])
         if keys is None:
             process = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
             keys = [f"image {len(self._seen) + i:09} of process {process}" for i in range(batch_size)]
-        self._grids = {source: grid for source, (_, grid) in embedded.items()}
+        grids = {source: grid for source, (_, grid) in embedded.items()}
+        for source, grid in grids.items():
+            before = self._grids.get(source, grid)
+            if grid != before:
+                msg = (
+                    f"training images give grids of {before[0]} x {before[1]} and of {grid[0]} x {grid[1]} patches; "
+                    "a fit needs one size: add a Resize to a fixed height and width to the pre-processor"
+                )
+                raise InputError(msg)
+        self._grids = grids
         for i, key in enumerate(keys):
             self._seen.add(str(key))
             self._images[str(key)] = {

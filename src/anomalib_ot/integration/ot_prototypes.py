@@ -311,6 +311,8 @@ class OTPrototypes(AnomalibModule):
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
         """Export to ONNX; see Anomalib's `ExportMixin.to_onnx`."""
         check_fitted(self, "export")
+        # Anomalib asks for 14, which torch cannot write: it tries, prints a page of traceback, and writes 18.
+        kwargs.setdefault("opset_version", 18)
         return super().to_onnx(*args, **kwargs)
 
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:

@@ -8,14 +8,17 @@ import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
+from anomalib.pre_processing.utils.transform import get_exportable_transform
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
+from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
 
 from anomalib_ot.anomaly.model import Explained
 from anomalib_ot.integration.deep_images import restore_deep_images
 from anomalib_ot.integration.explained_batch import split_by_cause
 from anomalib_ot.vision.resize import AntialiasResize
+
+BILINEAR = (InterpolationMode.BILINEAR, InterpolationMode.BILINEAR.value, 2)
 
 
 class ExportablePreProcessor(PreProcessor):
@@ -31,7 +34,7 @@ class ExportablePreProcessor(PreProcessor):
 
     def __init__(self, transform: Transform | None = None) -> None:
         super().__init__(transform)
-        self.export_transform = _exportable(self.export_transform)
+        self.export_transform = _exportable(self.transform)
         self.deep_paths: frozenset[str] = frozenset()
 
     @classmethod
@@ -43,7 +46,7 @@ class ExportablePreProcessor(PreProcessor):
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore the transforms of a checkpoint, and the exportable resize with them."""
         super().load_checkpoint_config(config)
-        self.export_transform = _exportable(self.export_transform)
+        self.export_transform = _exportable(self.transform)
 
     def _restore(self, batch: Batch) -> None:
         if self.deep_paths:
@@ -85,12 +88,20 @@ def _flat(transform: nn.Module | None) -> list[nn.Module]:
 
 
 def _exportable(transform: Transform | None) -> nn.Module | None:
-    """Replace each resize to a fixed size by one that keeps its antialias in an exported graph."""
+    """Replace each resize that `AntialiasResize` equals by it; what else there is stays Anomalib's business."""
     parts = [
-        AntialiasResize(part.size) if isinstance(part, Resize) and len(part.size) == 2 else part
+        AntialiasResize(part.size) if _is_antialiased_resize(part) else get_exportable_transform(part)
         for part in _flat(transform)
     ]
     return nn.Sequential(*parts) if parts else None
+
+
+def _is_antialiased_resize(part: nn.Module) -> bool:
+    """Whether it is the usual resize: to a fixed height and width, bilinear, antialiased."""
+    if not isinstance(part, Resize) or part.size is None or len(part.size) != 2:
+        return False
+    # torchvision keeps the mode as it was given: as an enum, as its value, or as Pillow's number.
+    return part.interpolation in BILINEAR and bool(part.antialias)
 
 
 class ExplainedPostProcessor(PostProcessor):
