@@ -78,7 +78,7 @@ def fit_bank(
 
 
 def _set_statistics(bank: PrototypeBank, embeddings: Tensor) -> None:
-    """Set mean and projection of the whitening: `axes / sqrt(variances)`, variances shrunk towards their mean."""
+    """Set mean and projection of the whitening: the covariance to the power -1/2, variances shrunk to their mean."""
     if bank.member.feature_cost != "whitened":
         return
     mean = embeddings.mean((0, 1))
@@ -92,7 +92,8 @@ def _set_statistics(bank: PrototypeBank, embeddings: Tensor) -> None:
     shrinkage = bank.member.shrinkage
     variances = (1 - shrinkage) * variances + shrinkage * variances.mean().clamp(min=TINY)
     bank.mean = mean
-    bank.projection = (axes / variances.sqrt()).float()
+    # Turned back by the axes: continuous in the covariance, where eigenvectors of close variances are not.
+    bank.projection = ((axes / variances.sqrt()) @ axes.T).float()
 
 
 def blocks(values: Tensor) -> tuple[Tensor, ...]:

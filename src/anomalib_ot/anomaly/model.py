@@ -1,6 +1,6 @@
 """The model: one backbone pass, several members, one map that splits into its two causes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from anomalib_ot.vision.patches import MapSmoother, patch_embeddings, upsample
 Source = tuple[tuple[str, ...], int]
 Embedded = dict[Source, tuple[Tensor, tuple[int, int]]]
 FIT_IMAGES = 8
+CPU_PORTION = 4  # images
 
 
 class Explained(NamedTuple):
@@ -35,6 +36,13 @@ class Explained(NamedTuple):
     position_map: Tensor
     matched_position: Tensor
     transport_score: Tensor | None
+
+
+def portions(images: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (start, images): on a CPU a few at a time, which bounds memory whatever the batch size."""
+    size = CPU_PORTION if images.device.type == "cpu" else len(images)
+    for start in range(0, len(images), size):
+        yield start, images[start : start + size]
 
 
 class PrototypesModel(nn.Module):
@@ -95,6 +103,11 @@ class PrototypesModel(nn.Module):
             masses = [bank.masses(*embedded[bank.member.layers, bank.member.pooling]) for bank in self.banks]
             score, transport = self.transport_score(local.pred_score, masses)
             return local._replace(pred_score=score, transport_score=transport)
+
+    def predict(self, images: Tensor) -> Explained:
+        """Score normalised images (B, 3, H, W) as `forward` does, in portions."""
+        parts = [self(some) for _, some in portions(images)]
+        return Explained(*(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)))
 
     def _local(self, embedded: Embedded, size: tuple[int, int]) -> Explained:
         grids = [grid for _, grid in embedded.values()]

@@ -8,7 +8,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from anomalib.engine.plugins import AnomalibCheckpointIO
 from lightning.pytorch import Trainer
 
 from anomalib_ot.integration.input_error import InputError
@@ -54,19 +53,13 @@ def _check_file(path: Path) -> None:
         raise InputError(msg)
 
 
-class _CheckedCheckpointIO(AnomalibCheckpointIO):
-    """Anomalib's reading of checkpoints, with one clear line where it fails."""
-
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        with checked_reading(path):
-            return super().load_checkpoint(path, *args, **kwargs)
-
-
 def install_checkpoint_check(trainer: Trainer) -> None:
     """Let a trainer say in one line what is wrong with a checkpoint; plugins of the user's own stay as they are."""
+    from anomalib_ot.integration.checked_checkpoint_io import AnomalibCheckpointIO, CheckedCheckpointIO
+
     plugin = trainer.strategy.checkpoint_io
     if type(plugin) is AnomalibCheckpointIO:
-        trainer.strategy.checkpoint_io = _CheckedCheckpointIO(plugin.extra_safe_globals)
+        trainer.strategy.checkpoint_io = CheckedCheckpointIO(plugin.extra_safe_globals)
 
 
 def check_is_prototypes(checkpoint: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """OTPrototypes: anomaly detection by optimal transport to prototypes of normal parts, as an Anomalib model."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
 from anomalib_ot.anomaly.fitting import Patches
-from anomalib_ot.anomaly.model import Explained, PrototypesModel, Source
+from anomalib_ot.anomaly.model import Explained, PrototypesModel, Source, portions
 from anomalib_ot.integration.backbone import fill_weights
 from anomalib_ot.integration.checkpoints import check_is_prototypes, checked_reading, trained_arguments
 from anomalib_ot.integration.embedding_cache import EmbeddingCache
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 install_short_errors()
 
 UNLIMITED_EPOCHS = (1000, -1)  # what Lightning puts where the user gave no limit
-CPU_PORTION = 4  # images
 NO_DATA = "no data to {}; name a data set (--data Folder --data.root ..., in Python datamodule=...)"
 
 
@@ -192,7 +191,7 @@ class OTPrototypes(AnomalibModule):
         """Collect the embeddings of a batch of good images."""
         del args
         paths = batch.image_path
-        for start, images in self._portions(batch.image):
+        for start, images in portions(batch.image):
             self._cache.add(self.model.embed(images), None if paths is None else paths[start : start + len(images)])
         self._network_size = tuple(batch.image.shape[-2:])
         # Without an optimiser Lightning counts no step, and then writes no checkpoint and never reaches max_steps.
@@ -244,19 +243,7 @@ class OTPrototypes(AnomalibModule):
     # ---- validation, test, prediction
 
     def _predict(self, batch: Batch) -> ExplainedBatch:
-        portions = [self.model(images)._asdict() for _, images in self._portions(batch.image)]
-        whole = {
-            name: None if value is None else torch.cat([portion[name] for portion in portions])
-            for name, value in portions[0].items()
-        }
-        return ExplainedBatch.adopt(batch, **whole)
-
-    @staticmethod
-    def _portions(images: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (start, images): on a CPU a few at a time, which bounds memory whatever the batch size."""
-        size = CPU_PORTION if images.device.type == "cpu" else len(images)
-        for start in range(0, len(images), size):
-            yield start, images[start : start + size]
+        return ExplainedBatch.adopt(batch, **self.model.predict(batch.image)._asdict())
 
     def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Predict a batch; thresholds are found from the predictions."""
