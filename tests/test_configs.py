@@ -75,6 +75,12 @@ def test_data_is_built_with_every_argument_of_its_file(name, kind):
         assert Path(datamodule.root) == Path(given["root"])
 
 
+@pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
+def test_a_data_file_is_read_in_python_too(path):
+    datamodule = AnomalibDataModule.from_config(path)
+    assert type(datamodule).__name__ == yaml.safe_load(path.read_text())["class_path"].rpartition(".")[2]
+
+
 def test_the_models_are_what_their_names_say():
     plain = [bank.member for bank in model_of("ot_prototypes").model.banks]
     assert plain == [bank.member for bank in OTPrototypes(backbone="resnet18").model.banks]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from anomalib_ot.integration.fabric_folder import FabricFolder
+
 # Does what the script `anomalib` does, after the imports once per call: each call is a forked process of its own, with
 # its own arguments, folder and environment, whose end (exception hook, exit status) is the interpreter's own.
 SERVER = """
@@ -96,3 +98,25 @@ def anomalib(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Anomalib]:
     command = Anomalib(tmp_path_factory.mktemp("anomalib"))
     yield command
     command.close()
+
+
+@pytest.fixture(scope="session")
+def small_model() -> list[str]:
+    """Words for a model that trains in a fraction of a second, without weights."""
+    model = "--model.backbone filter_bank --model.layers [scale1,scale2] --model.image_size [64,64]"
+    return [*["--trainer.accelerator", "cpu", "--model", "OTPrototypes"], *model.split(), "--model.num_prototypes", "8"]
+
+
+@pytest.fixture(scope="session")
+def fabric(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six good images to train on; two good ones and one of each of the six defects for validation and test."""
+    root = tmp_path_factory.mktemp("fabric") / "set"
+    FabricFolder(num_train=6, num_test_good=2, num_per_defect=1, image_size=(64, 64)).ensure(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_data(fabric: Path) -> list[str]:
+    """Words for that data set."""
+    data = "--data SyntheticFabric --data.num_train 6 --data.num_test_good 2 --data.num_per_defect 1"
+    return [*data.split(), "--data.image_size", "[64,64]", "--data.root", str(fabric)]

@@ -61,7 +61,7 @@ class PrototypesModel(nn.Module):
         score: str = "mean_top1",
         smoothing: float = 4.0,
         transport_score: bool = False,
-        num_groups: int = 16,
+        num_groups: int = 8,
     ) -> None:
         super().__init__()
         self.feature_extractor = feature_extractor

@@ -51,7 +51,7 @@ class TransportScore(nn.Module):
 
     SHAPED = ("groups", "mean", "precision")
 
-    def __init__(self, num_groups: int = 16) -> None:
+    def __init__(self, num_groups: int = 8) -> None:
         super().__init__()
         self.num_groups = num_groups
         self.register_buffer("groups", torch.zeros(0, dtype=torch.long))

@@ -37,9 +37,6 @@ def build_extractor(backbone: str, layers: Sequence[str]) -> TimmFeatureExtracto
         if layer not in known:
             msg = f"layers: backbone {backbone!r} has no layer {layer!r}; it has {', '.join(known)}"
             raise InputError(msg)
-    if len(set(layers)) < len(layers):
-        msg = f"layers={list(layers)!r}: a layer is named twice; name each once"
-        raise InputError(msg)
     if backbone == FILTER_BANK:
         return FilterBank(layers)
     # timm returns maps in the order of the network, and Anomalib names them in the order asked for.

@@ -2,7 +2,8 @@
 
 import logging
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,7 +14,7 @@ from lightning.pytorch import Trainer
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.model_arguments import MODEL_ARGUMENTS
 
-__all__ = ["check_checkpoint_file", "check_is_prototypes", "install_checkpoint_check", "trained_arguments"]
+__all__ = ["check_is_prototypes", "checked_reading", "install_checkpoint_check", "trained_arguments"]
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +22,31 @@ USUAL_PLACE = "results/OTPrototypes/<data>/latest/weights/lightning/model.ckpt"
 OWN_ENTRY = "model.is_fitted"
 
 
-def check_checkpoint_file(path: str | Path) -> None:
-    """Check that a file can be a checkpoint at all, before Lightning opens it.
+@contextmanager
+def checked_reading(path: str | Path) -> Iterator[None]:
+    """Check that a file can be a checkpoint at all, and say what is wrong if reading it fails.
 
     Args:
         path: A local path; addresses such as ``s3://...`` are left to Lightning.
 
     Raises:
-        InputError: If there is no such file, or it is not a zip archive, as every checkpoint is.
+        InputError: If there is no such file, it is not a zip archive, as every checkpoint is, or cannot be read.
     """
-    if "://" in str(path):
-        return
-    if not Path(path).is_file():
+    if "://" not in str(path):
+        _check_file(Path(path))
+    try:
+        yield
+    except UnpicklingError as error:  # its text advises to run whatever the file contains: better not repeated
+        msg = f"checkpoint {path} holds more than tensors and plain data, or is damaged; take one of Anomalib 2.7"
+        raise InputError(msg) from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        msg = f"checkpoint {path} cannot be read ({reason}); it is damaged, or not of this version: take another one"
+        raise InputError(msg) from error
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
         msg = f"checkpoint {path} does not exist; expected what a training has written, such as {USUAL_PLACE}"
         raise InputError(msg)
     if not zipfile.is_zipfile(path):
@@ -44,16 +58,8 @@ class _CheckedCheckpointIO(AnomalibCheckpointIO):
     """Anomalib's reading of checkpoints, with one clear line where it fails."""
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        check_checkpoint_file(path)
-        try:
+        with checked_reading(path):
             return super().load_checkpoint(path, *args, **kwargs)
-        except UnpicklingError as error:  # its text advises to run whatever the file contains: better not repeated
-            msg = f"checkpoint {path} holds more than tensors and plain data, or is damaged; take one of Anomalib 2.7"
-            raise InputError(msg) from error
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            msg = f"checkpoint {path} cannot be read ({reason}); it is damaged: take another one"
-            raise InputError(msg) from error
 
 
 def install_checkpoint_check(trainer: Trainer) -> None:

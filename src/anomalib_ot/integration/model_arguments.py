@@ -67,6 +67,9 @@ def build_model(
     """
     check_known("preset", preset, PRESETS)
     published = preset == "paper"
+    if len(set(layers)) < len(layers):
+        msg = f"layers is {list(layers)}, which names a layer twice; name each once"
+        raise InputError(msg)
     built = _members(preset, layers, members, alpha=alpha, num_prototypes=num_prototypes, num_global=num_global)
     score = score if score is not None else ("max" if published else IMAGE_SCORES[0])
     check_known("score", score, IMAGE_SCORES)

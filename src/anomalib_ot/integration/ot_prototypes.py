@@ -19,7 +19,7 @@ from torch import nn
 from anomalib_ot.anomaly.fitting import Patches
 from anomalib_ot.anomaly.model import Explained, PrototypesModel, Source
 from anomalib_ot.integration.backbone import fill_weights
-from anomalib_ot.integration.checkpoints import check_checkpoint_file, check_is_prototypes, trained_arguments
+from anomalib_ot.integration.checkpoints import check_is_prototypes, checked_reading, trained_arguments
 from anomalib_ot.integration.embedding_cache import EmbeddingCache
 from anomalib_ot.integration.explained_batch import ExplainedBatch
 from anomalib_ot.integration.fit_progress import fit_progress
@@ -100,7 +100,7 @@ class OTPrototypes(AnomalibModule):
         score: str | None = None,
         smoothing: float | None = None,
         transport_score: bool = False,
-        num_groups: int = 16,
+        num_groups: int = 8,
         epochs: int = 1,
         max_cached_gb: float = 4.0,
         seed: int = 0,
@@ -212,6 +212,8 @@ class OTPrototypes(AnomalibModule):
     def on_train_epoch_end(self) -> None:
         """Fit at the latest now, and tell the cost of transport."""
         self._fit_collected()
+        if self.trainer.barebones:  # logs nothing
+            return
         for number, cost in enumerate(self._costs):
             if cost == cost:  # NaN: the member has no refinement pass
                 self.log(f"transport_cost_{number}", cost, rank_zero_only=True)
@@ -291,8 +293,8 @@ class OTPrototypes(AnomalibModule):
         Raises:
             InputError: If there is no such file, or it is not a checkpoint of this model.
         """
-        check_checkpoint_file(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        with checked_reading(checkpoint_path):
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     # ---- export
 
