@@ -1,43 +1,116 @@
-"""Every configuration file builds what it names, the way the command line builds it."""
+"""Every file in configs/ becomes an object, read the way the command line reads it."""
 
 from pathlib import Path
 
 import pytest
 import yaml
+from anomalib.cli import AnomalibCLI
+from anomalib.data import AnomalibDataModule, Folder, MVTecAD
+from anomalib.models import AnomalibModule
+
+from anomalib_ot import OTPrototypes, SyntheticFabric
+from anomalib_ot.integration.cli import register_classes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+MODELS, DATA, BENCHMARKS = (sorted((CONFIGS / room).glob("*.yaml")) for room in ("model", "data", "benchmark"))
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_model_configuration_builds_its_model(path, tmp_path):
-    from anomalib.models import AnomalibModule
+@pytest.fixture(autouse=True)
+def registered():
+    """Do what the start-up hook does, which does not run for a package that lies on PYTHONPATH."""
+    register_classes()
 
-    from anomalib_ot import OTPrototypes
 
-    given = yaml.safe_load(path.read_text())
-    given = given.get("model", given)
-    assert set(given) <= {"class_path", "init_args"}
-    whole = tmp_path / path.name
-    whole.write_text(yaml.safe_dump({"model": given}))
-    model = AnomalibModule.from_config(whole)
+def read(command: str, **parts: Path) -> tuple[AnomalibModule, AnomalibDataModule | None]:
+    """Let the command line read files and build what they describe, and run nothing."""
+    words = [word for name, path in parts.items() for word in (f"--{name}", str(path))]
+    cli = AnomalibCLI(args=[command, *words], run=False)
+    cli.instantiate_classes()
+    return cli.model, getattr(cli, "datamodule", None)
+
+
+def model_of(name: str) -> OTPrototypes:
+    model, _ = read("train", model=CONFIGS / "model" / f"{name}.yaml", data=CONFIGS / "data" / "synthetic_fabric.yaml")
+    return model
+
+
+def test_there_is_a_file_for_everything_the_readme_names():
+    names = {"ot_prototypes", "ot_prototypes_paper", "ot_prototypes_filter_bank", "ot_prototypes_members"}
+    assert {path.stem for path in MODELS} == names
+    assert {path.stem for path in DATA} == {"synthetic_fabric", "folder", "mvtec_ad"}
+    assert {path.stem for path in BENCHMARKS} == {"ot_prototypes"}
+
+
+@pytest.mark.parametrize("path", [*MODELS, *DATA], ids=lambda path: path.stem)
+def test_a_file_holds_a_class_and_its_arguments_and_nothing_else(path):
+    assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) == {"class_path", "init_args"}
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_a_model_is_built_with_every_argument_of_its_file(path):
+    model = model_of(path.stem)
     assert isinstance(model, OTPrototypes)
-    for name, value in given.get("init_args", {}).items():
-        assert model.hparams[name] == value or list(model.hparams[name]) == value
+    for name, value in yaml.safe_load(path.read_text(encoding="utf-8"))["init_args"].items():
+        assert name in model.hparams
+        if name != "members":
+            assert _plain(model.hparams[name]) == value
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "data").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_data_configuration_builds_its_datamodule(path):
-    from anomalib.data import AnomalibDataModule
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
-    given = yaml.safe_load(path.read_text())
-    given = given.get("data", given)
-    assert set(given) <= {"class_path", "init_args"}
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("synthetic_fabric", SyntheticFabric), ("folder", Folder), ("mvtec_ad", MVTecAD)]
+)
+def test_data_is_built_with_every_argument_of_its_file(name, kind):
+    path = CONFIGS / "data" / f"{name}.yaml"
+    _, datamodule = read("train", model=CONFIGS / "model" / "ot_prototypes_filter_bank.yaml", data=path)
+    assert type(datamodule) is kind
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))["init_args"]
+    assert datamodule.train_batch_size == given["train_batch_size"] == 16
+    assert datamodule.seed == given["seed"] == 0
+    assert datamodule.val_split_mode == given["val_split_mode"]
+    if name != "synthetic_fabric":
+        assert Path(datamodule.root) == Path(given["root"])
+
+
+@pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
+def test_a_data_file_is_read_in_python_too(path):
     datamodule = AnomalibDataModule.from_config(path)
-    assert type(datamodule).__name__ == given["class_path"].rpartition(".")[2]
+    assert type(datamodule).__name__ == yaml.safe_load(path.read_text())["class_path"].rpartition(".")[2]
 
 
-def test_the_benchmark_configuration_names_our_model_and_data():
-    text = (CONFIGS / "benchmark" / "ot_prototypes.yaml").read_text()
-    assert yaml.safe_load(text)
-    assert "OTPrototypes" in text
-    assert "SyntheticFabric" in text
+def test_the_models_are_what_their_names_say():
+    plain = [bank.member for bank in model_of("ot_prototypes").model.banks]
+    assert plain == [bank.member for bank in OTPrototypes(backbone="resnet18").model.banks]
+    paper = [bank.member for bank in model_of("ot_prototypes_paper").model.banks]
+    assert [(member.layers, member.alpha) for member in paper] == [
+        (("layer2",), 0.0),
+        (("layer2",), 0.3),
+        (("layer3",), 0.0),
+        (("layer3",), 0.3),
+    ]
+    assert {(member.num_global, member.passes, member.rho) for member in paper} == {(16, 50, None)}
+    own = [bank.member for bank in model_of("ot_prototypes_members").model.banks]
+    assert [(member.layers, member.num_prototypes, member.num_global) for member in own] == [
+        (("layer2",), 256, None),
+        (("layer3",), 64, None),
+        (("layer2", "layer3"), None, 0.5),
+    ]
+    filters = model_of("ot_prototypes_filter_bank").model
+    assert filters.transport_score is not None
+    assert not list(filters.feature_extractor.parameters())
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_a_benchmark_makes_its_jobs(path):
+    from anomalib.pipelines.benchmark.generator import BenchmarkJobGenerator
+
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert set(given) == {"accelerator", "benchmark"}
+    jobs = list(BenchmarkJobGenerator(accelerator="cpu").generate_jobs(given["benchmark"], None))
+    assert {type(job.model) for job in jobs} == {OTPrototypes}
+    assert {type(job.datamodule) for job in jobs} == {SyntheticFabric}
+    settings = {(job.model.model.banks[0].member.alpha, job.model.model.transport_score is not None) for job in jobs}
+    assert settings == {(0.0, False), (0.0, True), (0.3, False), (0.3, True)}

@@ -70,7 +70,7 @@ def test_only_local_maxima_strongest_first_at_most_so_many():
     for i in range(12):
         row, column = 2 * i, 0
         strengths[row, column] = 0.5 + 0.03 * i
-        matched[:, row, column] = [row / 23, 1.0]
+        matched[:, row, column] = [row / 23, (1.0, 0.6)[i % 2]]  # neighbours are not one thing
     strengths[22, 1] = 0.7  # beside a stronger one
     matched[:, 22, 1] = [0.0, 1.0]
     found = arrows(spots(h, w, strengths), matched, spacing=2.0)
@@ -120,6 +120,16 @@ def test_the_line_bows_to_one_side_only():
 def test_wrong_shapes_are_named(position_shape, matched_shape, match):
     with pytest.raises(ValueError, match=match):
         arrows(np.zeros(position_shape), np.zeros(matched_shape))
+
+
+def test_two_peaks_of_one_misplaced_thing_share_an_arrow():
+    h = w = 40
+    position_map = spots(h, w, {(10, 14): 0.9, (14, 10): 0.8})
+    matched = np.zeros((2, h, w))
+    matched[:, 10, 14], matched[:, 14, 10] = np.array([30, 34]) / 39, np.array([34, 30]) / 39
+    assert len(arrows(position_map, matched)) == 1
+    matched[:, 14, 10] = np.array([34, 4]) / 39  # another way: another thing
+    assert len(arrows(position_map, matched)) == 2
 
 
 def test_shares_inside_the_mask_only():

@@ -10,6 +10,8 @@ TOP_SHARE = 0.01  # of the pixels, where no pixel is predicted defective
 NORMAL_QUANTILE = 0.25  # of a map's pixels: a defect may cover most of a part
 BOW = 0.12  # how far the middle of an arrow leaves the straight line, in lengths
 SIDE_BY_SIDE = 0.5  # least distance between the middle parts of two arrows, in patches
+# Arrows that start this near to each other and go the same way, in sides of the part, tell of one thing.
+ONE_THING, SAME_WAY = 0.15, 0.1
 
 
 class CauseShares(NamedTuple):
@@ -91,8 +93,9 @@ def arrows(
     """Choose the few most misplaced patches and point each to where it belongs.
 
     A patch counts if it is a local maximum of the position map (mean over the patch), strong enough, and matched to a
-    prototype far enough away. Patches are taken strongest first; one is left out if it starts too near to another, or
-    if its arrow would run over another's. Two swapped parts both keep their arrows: the arrows bow apart.
+    prototype far enough away. Patches are taken strongest first; one is left out if it starts too near to another, if
+    it belongs to the same thing as another (near, and moved alike), or if its arrow would run over another's. Two
+    swapped parts both keep their arrows: the arrows bow apart.
 
     Args:
         position_map: (H, W) part of the anomaly map that is due to place, >= 0, H >= h and W >= w.
@@ -136,7 +139,9 @@ def arrows(
         start = np.array([row, column], dtype=float)
         end = matched_position[:, row, column].clip(0, 1) * (grid - 1)
         line = bowed_line(start, end)
-        if np.linalg.norm(end - start) < min_displacement or not all(_apart(line, other, spacing) for other in taken):
+        if np.linalg.norm(end - start) < min_displacement:
+            continue
+        if any(_one_thing(line, other, grid) or not _apart(line, other, spacing) for other in taken):
             continue
         ends = [*(start + 0.5) / grid, *(end + 0.5) / grid]
         chosen.append(Arrow(*map(float, ends), strength=float(strengths[row, column])))
@@ -182,3 +187,9 @@ def _apart(line: np.ndarray, other: np.ndarray, spacing: float) -> bool:
     inner = slice(len(line) // 5, len(line) - len(line) // 5)
     gaps = np.linalg.norm(line[inner, None] - other[None, inner], axis=-1)
     return bool(gaps.min() >= SIDE_BY_SIDE)
+
+
+def _one_thing(line: np.ndarray, other: np.ndarray, grid: np.ndarray) -> bool:
+    """Whether two arrows start near to each other and go the same way, measured in sides of the patch grid."""
+    starts, ends = (line[0] - other[0]) / grid, (line[-1] - other[-1]) / grid
+    return bool(np.linalg.norm(starts) < ONE_THING and np.linalg.norm(ends - starts) < SAME_WAY)

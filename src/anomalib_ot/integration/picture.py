@@ -16,8 +16,6 @@ TITLE_HEIGHT, BAR_WIDTH, LEAST_CELL, LEAST_WIDTH = 44, 58, 240, 560
 WIDE = 2.0  # panels of images at least this many times wider than high stand below each other
 THRESHOLD = 0.5  # of a normalised map
 HALF_WAY, LEAST_STRENGTH = 0.5, 0.02  # an arrow starts where place alone lifts the anomaly half way to the threshold
-# Between the starts of arrows, in patches and in sides of the part: one misplaced thing gets one arrow.
-LEAST_SPACING, SPACING = 3.0, 0.12
 LONGEST = 3  # longest side of a panel, in panel sizes
 
 
@@ -174,8 +172,7 @@ def _position_panel(
     if matched_position is None or max_arrows == 0:
         return Panel(title, "", drawn)
     least = max(HALF_WAY * (THRESHOLD - usual), LEAST_STRENGTH)
-    spacing = max(LEAST_SPACING, SPACING * max(matched_position.shape[1:]))
-    chosen = arrows(position_map, matched_position, max_arrows=max_arrows, min_strength=least, spacing=spacing)
+    chosen = arrows(position_map, matched_position, max_arrows=max_arrows, min_strength=least)
     caption = "arrow: from where it is to where it belongs" if chosen else "nothing clearly belongs elsewhere"
     return Panel(title, caption, draw_arrows(drawn, chosen))
 
