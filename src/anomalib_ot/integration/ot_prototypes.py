@@ -275,11 +275,7 @@ class OTPrototypes(AnomalibModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "OTPrototypes":
-        """Load a trained model; see Anomalib's `AnomalibModule.load_from_checkpoint`.
-
-        Raises:
-            InputError: If there is no such file, or it is not a checkpoint of this model.
-        """
+        """Load a trained model; see Anomalib's `AnomalibModule.load_from_checkpoint`."""
         with checked_reading(checkpoint_path):
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
