@@ -98,7 +98,7 @@ def test_arguments(case, anomalib, small_model, small_data, home):
         ({"num_groups": 1}, "num_groups is 1; expected at least 2"),
         ({"epochs": 0}, "epochs is 0; expected at least 1"),
         ({"max_cached_gb": 0}, "max_cached_gb is 0; expected a number above 0"),
-        ({"num_prototypes": 0}, "num_prototypes=0: expected a number above 0"),
+        ({"num_prototypes": 0}, "num_prototypes=0: expected a number finite and above 0"),
         ({"num_prototypes": 4, "num_global": 2}, "give one of the two"),
         ({"alpha": True}, "alpha is True; expected a number from 0 to 1"),
     ],
