@@ -10,8 +10,7 @@ TOP_SHARE = 0.01  # of the pixels, where no pixel is predicted defective
 NORMAL_QUANTILE = 0.25  # of a map's pixels: a defect may cover most of a part
 BOW = 0.12  # how far the middle of an arrow leaves the straight line, in lengths
 SIDE_BY_SIDE = 0.5  # least distance between the middle parts of two arrows, in patches
-# Arrows that start this near to each other and go the same way, in sides of the part, tell of one thing.
-ONE_THING, SAME_WAY = 0.15, 0.1
+ONE_THING = 0.15  # arrows that start and end this near to each other, in sides of the part, tell of one thing
 
 
 class CauseShares(NamedTuple):
@@ -94,8 +93,8 @@ def arrows(
 
     A patch counts if it is a local maximum of the position map (mean over the patch), strong enough, and matched to a
     prototype far enough away. Patches are taken strongest first; one is left out if it starts too near to another, if
-    it belongs to the same thing as another (near, and moved alike), or if its arrow would run over another's. Two
-    swapped parts both keep their arrows: the arrows bow apart.
+    it belongs to the same thing as another (near, and sent to the same place), or if its arrow would run over
+    another's. Two swapped parts both keep their arrows: the arrows bow apart.
 
     Args:
         position_map: (H, W) part of the anomaly map that is due to place, >= 0, H >= h and W >= w.
@@ -190,6 +189,5 @@ def _apart(line: np.ndarray, other: np.ndarray, spacing: float) -> bool:
 
 
 def _one_thing(line: np.ndarray, other: np.ndarray, grid: np.ndarray) -> bool:
-    """Whether two arrows start near to each other and go the same way, measured in sides of the patch grid."""
-    starts, ends = (line[0] - other[0]) / grid, (line[-1] - other[-1]) / grid
-    return bool(np.linalg.norm(starts) < ONE_THING and np.linalg.norm(ends - starts) < SAME_WAY)
+    """Whether two arrows start near to each other and end near to each other, in sides of the patch grid."""
+    return all(bool(np.linalg.norm((line[end] - other[end]) / grid) < ONE_THING) for end in (0, -1))
