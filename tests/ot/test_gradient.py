@@ -104,7 +104,7 @@ def test_an_item_s_gradient_does_not_depend_on_its_batch_mates():
     for item in range(3):
         alone = cost[item].clone().requires_grad_()
         (sinkhorn(alone, a[item], b[item], epsilon=0.1).plan * weights[item]).sum().backward()
-        torch.testing.assert_close(together.grad[item], alone.grad, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(together.grad[item], alone.grad, rtol=1e-6, atol=1e-8)
 
 
 def test_none_records_nothing():

@@ -2,7 +2,8 @@
 
 Where every source splits its mass as its best answer to `g` (one softmax per row), the shares form a kernel whose rows
 sum to 1, whatever the range of the cost. A Sinkhorn iteration then needs two matrix-vector products, until the
-scalings have grown so far that they must be absorbed into `g`. All forms make the same iterates, up to rounding.
+scalings have grown so far that they must be absorbed into `g`. Anderson acceleration works on the total potentials, so
+absorption does not disturb it.
 """
 
 import math
@@ -10,21 +11,22 @@ import math
 import torch
 from torch import Tensor
 
+from anomalib_ot.ot.anderson import Anderson
 from anomalib_ot.ot.softmin import Problem, column_error, column_step, row_factor, row_potential, row_shares
 
 CHECK_EVERY = 5
+# An accelerated step costs some tens of small operations more: on small problems it must first seem worth it.
+SMALL, PLAIN_STEPS = 30_000, 20
 
 
-def solve(problem: Problem, g: Tensor, *, tolerance: float, max_iters: int) -> tuple[Tensor, ...]:
-    """Iterate until every item's columns are right, each item stopping by itself.
-
-    The error is looked at after iterations 0 to 5, 10, 15, ...: at the same ones for every item, so that none stops
-    earlier or later because of its batch mates.
+def solve(problem: Problem, g: Tensor, *, tolerance: float | None, max_iters: int) -> tuple[Tensor, ...]:
+    """Iterate until every item's columns are right, each item stopping by itself, or a fixed number of times.
 
     Args:
         problem: The problem; no gradient is recorded.
         g: Where to start (B, M), in units of epsilon.
-        tolerance: Largest `column_error` to stop at, at least 0.
+        tolerance: Largest `column_error` to stop at, at least 0, reached with acceleration; None makes `max_iters`
+            plain iterations, the iterates of the log domain up to rounding.
         max_iters: Largest number of iterations.
 
     Returns:
@@ -35,102 +37,164 @@ def solve(problem: Problem, g: Tensor, *, tolerance: float, max_iters: int) -> t
         B. Schmitzer, "Stabilized sparse scaling algorithms for entropy regularized transport problems", SIAM J. Sci.
         Comput. 2019.
     """
-    limits = problem.limits
-    kernel = torch.empty(problem.cost.shape, dtype=problem.cost.dtype, device=problem.cost.device)
-    num_iters = torch.zeros(len(g), dtype=torch.int64, device=g.device)
-    active = torch.ones(len(g), dtype=torch.bool, device=g.device)
-    stopped = torch.zeros_like(active)
-    live = problem.b > 0
-    steps, stride, broken = 0, 1, False
+    scaling = _Scaling(problem, g)
+    counts, running = [0] * len(g), [True] * len(g)
+    plain_steps = max_iters if tolerance is None else PLAIN_STEPS if problem.cost[0].numel() <= SMALL else 0
+    anderson, steps, stride = None, 0, CHECK_EVERY
     while True:
-        row_sums, _ = row_shares(problem, g, scratch=kernel)
-        weights = problem.a * row_factor(problem, row_sums).exp()
-        columns = _columns(kernel, weights)
-        error = column_error(problem, g, columns)
-        # An item that has stopped is confirmed now, though a mate may have called for absorption at an odd time.
-        due = torch.ones_like(stopped) if steps >= max_iters or steps == _next_check(steps - 1) else stopped
-        active = active & ~(due & (error <= tolerance))
-        lost = _lost(columns, weights, limits.column) & live & active.unsqueeze(-1)
-        going, losing = torch.stack((active.any(), lost.any())).tolist()
-        if steps >= max_iters or not going:
-            return g, kernel.mul_(weights.unsqueeze(-1)), row_sums, error, num_iters
-        if losing or broken:  # the kernel cannot hold some column's mass: make this iteration in the log domain
-            stepped = column_step(problem, row_potential(problem, row_sums), scratch=kernel)
-            g = torch.where(active.unsqueeze(-1), stepped, g)
-            steps, stride, num_iters, broken = steps + 1, 1, num_iters + active, False
-            stopped = ~active
-            continue
+        error = scaling.error()
+        errors, lightest, least, greatest = scaling.look(error)
+        # Plain steps are looked at at fixed times, so that no item stops early because of its batch mates.
+        if tolerance is not None and (steps >= plain_steps or steps % CHECK_EVERY == 0):
+            running = [runs and not e <= tolerance for runs, e in zip(running, errors, strict=True)]
+        if steps >= max_iters or not any(running):
+            return *scaling.finish(), error, torch.tensor(counts, device=g.device)
+        # What the kernel rounds to 0 may be a good part of a very light column: such items step in the log domain.
+        light = [runs and not problem.limits.column <= part < math.inf for runs, part in zip(running, lightest, strict=True)]
+        within = 1 / problem.limits.scaling <= least <= greatest <= problem.limits.scaling
+        if not within or (any(light) and not least == greatest == 1):
+            scaling.absorb(scaling.potentials())
+            if any(light):
+                continue
 
-        scale = _Scaling(problem, kernel, g, weights)
-        v, running = torch.ones_like(g), active
-        while True:
-            count = min(stride, _next_check(steps) - steps, max_iters - steps)
-            new_v, new_columns, new_weights = scale(columns, count)
-            moving = running.unsqueeze(-1)
-            broken = ~new_v.isfinite() & live & moving
-            lost = _lost(new_columns, new_weights, limits.column) & live & moving
-            new_v = torch.where(moving, new_v, v)
-            new_columns = torch.where(moving, new_columns, columns)
-            log_v = torch.where(live, new_v.log(), 0)
-            far = log_v.abs().amax() > limits.scaling
-            still = running
-            if steps + count == _next_check(steps):
-                still = running & ~(column_error(problem, g + log_v, new_v * new_columns) <= tolerance)
-            broken, losing, going, absorbing = torch.stack((broken.any(), lost.any(), still.any(), far)).tolist()
-            if (broken or losing) and count > 1:  # somewhere in these steps the kernel gave out: take them one by one
+        count = min(stride, CHECK_EVERY - steps % CHECK_EVERY, plain_steps - steps, max_iters - steps)
+        if count > 1 and not any(light):
+            before = scaling.v.clone()
+            scaling.advance(count, running)
+            if not scaling.is_whole():  # somewhere in these steps the scalings went out of bounds: one by one
+                scaling.move(before)
                 stride = 1
                 continue
-            if broken:
-                g, stopped = g + torch.where(live, v.log(), 0), ~running
-                break
-            steps, stride, num_iters = steps + count, min(2 * stride, CHECK_EVERY), num_iters + count * running
-            v, columns, running = new_v, new_columns, still
-            if losing or absorbing or not going or steps >= max_iters:
-                g, stopped = g + log_v, ~running
-                break
+            stride = CHECK_EVERY
+        else:
+            count, x, stride = 1, scaling.potentials(), min(2 * stride, CHECK_EVERY)
+            residual = scaling.plain_step().log_().sub_(x - scaling.g)
+            if any(light):
+                residual = torch.where(_mask(light, g), scaling.log_domain_step() - x, residual)
+            if steps < plain_steps:
+                stepped = x + residual
+            else:
+                anderson = anderson or Anderson(x)
+                stepped = anderson.step(x, residual, errors)
+            scaling.go_to(stepped if all(running) else torch.where(_mask(running, g), stepped, x), absorb=any(light))
+        steps, counts = steps + count, [n + count * runs for n, runs in zip(counts, running, strict=True)]
 
 
 class _Scaling:
-    """Plain Sinkhorn iterations on one kernel."""
+    """A kernel, and the scalings of its rows and columns that make it a plan: ``weights_i kernel_ij v_j``.
 
-    def __init__(self, problem: Problem, kernel: Tensor, g: Tensor, weights: Tensor) -> None:
-        self.kernel, self.a, self.b = kernel, weights, problem.b
-        self.exponent_a = None if (problem.exponent_a == 1).all() else problem.exponent_a
-        self.exponent_b = None if (problem.exponent_b == 1).all() else problem.exponent_b
-        self.pull = None if self.exponent_b is None else torch.exp(-problem.release_b * g)
-        self.least = torch.finfo(kernel.dtype).tiny
+    Attributes:
+        g: Potentials (B, M) in the kernel, in units of epsilon.
+        v: Scalings (B, M) of the columns.
+        kv: The kernel's product (B, N) with them.
+        weights: Masses (B, N) that the rows send, divided by `kv`.
+        columns: Sums (B, M) of the kernel's columns, weighted by `weights`.
+    """
 
-    def __call__(self, columns: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Make some iterations; return `v`, the kernel's column sums that answer to it, and the rows' weights."""
+    def __init__(self, problem: Problem, g: Tensor) -> None:
+        self.problem = problem
+        self.kernel = torch.empty(problem.cost.shape, dtype=problem.cost.dtype, device=problem.cost.device)
+        self.v, self.columns = torch.empty_like(g), torch.empty_like(g)
+        self.kv, self.weights = torch.empty_like(problem.a), torch.empty_like(problem.a)
+        # What the products work on: a plain matrix-vector product has less overhead than a batch of one.
+        if len(g) == 1:
+            self.product, parts = torch.mv, [part[0] for part in (self.v, self.kv, self.weights, self.columns)]
+            self.matrix = self.kernel[0]
+        else:
+            self.product = torch.bmm
+            parts = [part.unsqueeze(-1) for part in (self.v, self.kv, self.weights, self.columns)]
+            self.matrix = self.kernel
+        self.transposed = self.matrix.mT
+        self.v_part, self.kv_part, self.weights_part, self.columns_part = parts
+        self.live = None if problem.full else problem.b > 0
+        self.least = problem.limits.share
+        self.absorb(g)
+
+    def absorb(self, g: Tensor) -> None:
+        """Make the kernel of these potentials (B, M), in units of epsilon, and start from scalings of 1."""
+        self.g = g
+        self.row_sums, _ = row_shares(self.problem, g, scratch=self.kernel)
+        self.row_mass = self.problem.a
+        if not self.problem.hard_a:
+            self.row_mass = self.problem.a * row_factor(self.problem, self.row_sums).exp()
+        self.pull = None if self.problem.hard_b else torch.exp(-self.problem.release_b * g)
+        self.v.fill_(1)
+        self.kv.fill_(1)
+        self.weights.copy_(self.row_mass)
+        self.product(self.transposed, self.weights_part, out=self.columns_part)
+
+    def plain_step(self, out: Tensor | None = None) -> Tensor:
+        """Return the column scalings (B, M) that Sinkhorn's iteration comes to next."""
+        columns = self.columns if self.problem.full else self.columns.clamp(min=self.least)
+        v = torch.div(self.problem.b, columns, out=out)
+        if self.pull is not None:
+            v.pow_(self.problem.exponent_b).mul_(self.pull)
+        return v if self.live is None else v.masked_fill_(~self.live, 1)
+
+    def advance(self, count: int, running: list[bool]) -> None:
+        """Make plain iterations, of the items that run."""
+        stopped, frozen = (None, None) if all(running) else (~_mask(running, self.v), self.v.clone())
         for _ in range(count):
-            v = self.b / columns.clamp(min=self.least)
-            if self.exponent_b is not None:
-                v = v.pow(self.exponent_b) * self.pull
-            kv = _rows(self.kernel, v).clamp_(min=self.least)
-            weights = self.a / (kv if self.exponent_a is None else kv.pow(self.exponent_a))
-            columns = _columns(self.kernel, weights)
-        return v, columns, weights
+            self.plain_step(out=self.v)
+            if frozen is not None:
+                torch.where(stopped, frozen, self.v, out=self.v)
+            self._answer()
+
+    def go_to(self, potentials: Tensor, *, absorb: bool) -> None:
+        """Take new potentials (B, M): as scalings, unless told to absorb them or the scalings would be extreme."""
+        log_v = potentials - self.g
+        if absorb or not float(log_v.abs().amax()) <= 2 * math.log(self.problem.limits.scaling):
+            self.absorb(potentials)
+        else:
+            self.move(log_v.exp_())
+
+    def move(self, v: Tensor) -> None:
+        """Take new column scalings (B, M), and the rows' answer to them."""
+        self.v.copy_(v)
+        self._answer()
+
+    def _answer(self) -> None:
+        self.product(self.matrix, self.v_part, out=self.kv_part)
+        if not self.problem.full:
+            self.kv.clamp_(min=self.least)
+        powered = self.kv if self.problem.hard_a else self.kv.pow(self.problem.exponent_a)
+        torch.div(self.row_mass, powered, out=self.weights)
+        self.product(self.transposed, self.weights_part, out=self.columns_part)
+
+    def potentials(self) -> Tensor:
+        """Return the potentials (B, M) of the kernel and its scalings together, in units of epsilon."""
+        return self.g + self.v.log()
+
+    def error(self) -> Tensor:
+        """Return the columns' error (B,)."""
+        return column_error(self.problem, None if self.problem.hard_b else self.potentials(), self.v * self.columns)
+
+    def look(self, error: Tensor) -> tuple[list[float], list[float], float, float]:
+        """Read the errors (B,), the lightest column's part (B,), and the least and the greatest scaling of all."""
+        part = self.columns / self.weights.sum(-1, keepdim=True)
+        part = part if self.live is None else part.masked_fill_(~self.live, 1)
+        values = torch.cat((error, part.amin(-1), torch.stack(torch.aminmax(self.v)))).tolist()
+        return values[: len(error)], values[len(error) : -2], *values[-2:]
+
+    def is_whole(self) -> bool:
+        """Say whether all scalings are far from overflow and underflow."""
+        least, greatest = torch.stack(torch.aminmax(self.v)).tolist()
+        bound = self.problem.limits.scaling**2
+        return 1 / bound <= least <= greatest <= bound
+
+    def log_domain_step(self) -> Tensor:
+        """Return the potentials (B, M) after one iteration in the log domain from those absorbed; spends the kernel."""
+        return column_step(self.problem, row_potential(self.problem, self.row_sums), scratch=self.kernel)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return potentials (B, M), the plan (B, N, M), which takes the kernel's place, and the rows' log sums."""
+        plan = self.kernel.mul_(self.v.unsqueeze(-2)).mul_(self.weights.unsqueeze(-1))
+        row_sums = self.row_sums + self.kv.log()
+        if not self.problem.full:  # a row without any pair keeps the sum that stands for it
+            row_sums = torch.where(self.kv > self.least, row_sums, self.row_sums)
+        return self.potentials(), plan, row_sums
 
 
-def _next_check(steps: int) -> int:
-    """Return the first iteration after this one at which the error is looked at."""
-    return steps + 1 if steps < CHECK_EVERY else (steps // CHECK_EVERY + 1) * CHECK_EVERY
-
-
-def _lost(columns: Tensor, weights: Tensor, share: float) -> Tensor:
-    """Say which columns are so light that what the kernel rounds to 0 might be a good part of them."""
-    return ~((columns >= share * weights.sum(-1, keepdim=True)) & (columns < math.inf))
-
-
-def _rows(kernel: Tensor, v: Tensor) -> Tensor:
-    """Multiply (B, N, M) with (B, M)."""
-    if len(kernel) == 1:  # a plain matrix-vector product has less overhead
-        return torch.mv(kernel[0], v[0]).unsqueeze(0)
-    return torch.bmm(kernel, v.unsqueeze(-1)).squeeze(-1)
-
-
-def _columns(kernel: Tensor, weights: Tensor) -> Tensor:
-    """Multiply the transpose of (B, N, M) with (B, N)."""
-    if len(kernel) == 1:
-        return torch.mv(kernel[0].mT, weights[0]).unsqueeze(0)
-    return torch.bmm(kernel.mT, weights.unsqueeze(-1)).squeeze(-1)
+def _mask(flags: list[bool], like: Tensor) -> Tensor:
+    """Make flags (B,) a mask (B, 1)."""
+    return torch.tensor(flags, device=like.device).unsqueeze(-1)

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from anomalib_ot.ot import implicit, scaling
-from anomalib_ot.ot.marginals import check_cost, check_mass, check_rho, check_sums, check_support, uniform
+from anomalib_ot.ot.marginals import (
+    SUM_TOLERANCE,
+    check_cost,
+    check_mass,
+    check_rho,
+    check_sums,
+    check_support,
+    uniform,
+)
 from anomalib_ot.ot.precision import full_precision, widen
 from anomalib_ot.ot.softmin import (
     NOTHING,
@@ -98,31 +106,35 @@ def sinkhorn(
         cost, row_mask, column_mask = _masked(cost.unsqueeze(0) if single else cost, mask)
         a = _masses("a", a, cost.shape[:2], row_mask, cost)
         b = _masses("b", b, cost.shape[::2], column_mask, cost)
-        rho_a = _relaxation("rho_a", rho if rho_a is None else rho_a, a)
-        rho_b = _relaxation("rho_b", rho if rho_b is None else rho_b, b)
+        hard_a, rho_a = _relaxation("rho_a", rho if rho_a is None else rho_a, a)
+        hard_b, rho_b = _relaxation("rho_b", rho if rho_b is None else rho_b, b)
         g = _start(init, b, epsilon)
         if num_iters is None:
-            a, b, shift = _checked(cost.detach(), a, b, rho_a, rho_b)
+            a, b, shift, full = _checked(cost.detach(), a, b, rho_a, rho_b)
         else:
-            shift = _row_shift(cost.detach())
+            shift, full = _row_shift(cost.detach()), False
 
         records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (cost, a, b))
         unrolls = records and gradient == "unrolled"
         with nullcontext() if unrolls or not records else torch.no_grad():
             relative = cost if shift is None else cost - shift.unsqueeze(-1)
             relative = relative if num_iters is None else without_infinities(relative, epsilon)
-            scaled_shift = torch.zeros_like(a) if shift is None else shift / epsilon
-            problem = Problem(relative, scaled_shift, a, b, epsilon, rho_a, rho_b)
+            scaled_shift = None if shift is None else shift / epsilon
+            problem = Problem(relative, scaled_shift, a, b, epsilon, rho_a, rho_b, hard_a, hard_b, full)
             error = None
-            if num_iters is not None:
+            if num_iters is not None and (unrolls or _is_traced()):
                 steps = torch.full(a.shape[:1], num_iters, dtype=torch.int64, device=a.device)
                 g, plan, row_sums = _fixed(problem, g, num_iters)
+            elif num_iters is not None:
+                g, plan, row_sums, _, steps = scaling.solve(problem, g, tolerance=None, max_iters=num_iters)
             elif unrolls:
                 g, plan, row_sums, error, steps = _unrolled(problem, g, tolerance, max_iters)
             else:
                 g, plan, row_sums, error, steps = scaling.solve(problem, g, tolerance=tolerance, max_iters=max_iters)
-            f = epsilon * (row_potential(problem, row_sums) + problem.shift)
-            f, g = torch.where(a > 0, f, 0), torch.where(b > 0, epsilon * g, 0)
+            f = row_potential(problem, row_sums)
+            f, g = epsilon * (f if shift is None else f + scaled_shift), epsilon * g
+            if not full:
+                f, g = torch.where(a > 0, f, 0), torch.where(b > 0, g, 0)
 
         if records and not unrolls:
             exponents = (problem.exponent_a, problem.exponent_b)
@@ -132,6 +144,11 @@ def sinkhorn(
         tensors = tuple(None if tensor is None else tensor[0] for tensor in tensors)
     plan, f, g, cost, a, b, rho_b, steps, error = tensors
     return Transport(plan, f, g, cost, a, b, epsilon, rho_b, tolerance, steps, error)
+
+
+def _is_traced() -> bool:
+    """Say whether a graph is being recorded, in which nothing may look at a value."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _fixed(problem: Problem, g: Tensor, num_iters: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,26 +176,50 @@ def _unrolled(
         steps = steps + active
 
 
-def _checked(cost: Tensor, a: Tensor, b: Tensor, rho_a: Tensor, rho_b: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check the values of a problem; drop relaxed mass that has nowhere to go; find the rows' shift if worth it."""
+def _checked(
+    cost: Tensor, a: Tensor, b: Tensor, rho_a: Tensor, rho_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """Check the values of a problem; drop relaxed mass that has nowhere to go; find the rows' shift if worth it.
+
+    Returns:
+        Masses `a` and `b`, the shift of the rows (None: it would gain nothing), and whether all masses are above 0.
+    """
+    row_min, row_max = torch.aminmax(cost, dim=-1)
+    summary = _summary(row_min, row_max, a.detach(), b.detach())
+    least, greatest, least_a, greatest_a, least_b, greatest_b, gap, offset, widest = summary
+    # NaN compares false: whatever is wrong ends up with the checks that name it.
+    usual = -math.inf < least and greatest < math.inf and least_a > 0 and least_b > 0
+    usual = usual and greatest_a < math.inf and greatest_b < math.inf and gap <= SUM_TOLERANCE / 2
+    if usual and not (rho_a.ndim or rho_b.ndim):
+        return a, b, row_min if offset > widest else None, True
+
     for name, mass, rho in (("a", a, rho_a), ("b", b, rho_b)):
         check_mass(name, mass.detach())
         check_rho(f"rho_{name}", rho)
-    row_min, row_max = torch.aminmax(cost, dim=-1)
     check_cost(row_min, cost)
-    if torch.isinf(row_max).any() or not (a > 0).any(-1).all() or not (b > 0).any(-1).all():
-        allowed = ~torch.isinf(cost)
-        reachable_a = (allowed & (b > 0).unsqueeze(-2)).any(-1)
-        reachable_b = (allowed & (a > 0).unsqueeze(-1)).any(-2)
-        check_sums(a.detach(), b.detach(), rho_a, rho_b)
-        check_support("a", a.detach(), reachable_a, rho_a)
-        check_support("b", b.detach(), reachable_b, rho_b)
-        a, b = torch.where(reachable_a, a, 0), torch.where(reachable_b, b, 0)
-        return a, b, _row_shift(cost)
+    allowed = ~torch.isinf(cost)
+    reachable_a = (allowed & (b > 0).unsqueeze(-2)).any(-1)
+    reachable_b = (allowed & (a > 0).unsqueeze(-1)).any(-2)
     check_sums(a.detach(), b.detach(), rho_a, rho_b)
+    check_support("a", a.detach(), reachable_a, rho_a)
+    check_support("b", b.detach(), reachable_b, rho_b)
+    a, b = torch.where(reachable_a, a, 0), torch.where(reachable_b, b, 0)
+    return a, b, _row_shift(cost), bool((a > 0).all() and (b > 0).all())
+
+
+def _summary(row_min: Tensor, row_max: Tensor, a: Tensor, b: Tensor) -> list[float]:
+    """Look at all values in one go.
+
+    Returns:
+        Least and greatest cost, least and greatest `a`, least and greatest `b`, the largest relative gap between sums,
+        the largest offset of a row, and the widest range of a row.
+    """
+    sum_a, sum_b = a.sum(-1, dtype=torch.float64), b.sum(-1, dtype=torch.float64)
+    gap = ((sum_a - sum_b).abs() / torch.maximum(sum_a, sum_b)).amax().to(row_min.dtype)
     # The shift costs a copy of the cost; without an offset it gains nothing.
-    worth_it = bool((row_min.abs() > (row_max - row_min).amax(-1, keepdim=True)).any())
-    return a, b, row_min if worth_it else None
+    offset, widest = row_min.abs().amax(), (row_max - row_min).amax()
+    scalars = (row_min.amin(), row_max.amax(), *torch.aminmax(a), *torch.aminmax(b), gap, offset, widest)
+    return torch.stack(scalars).tolist()
 
 
 def _row_shift(cost: Tensor) -> Tensor:
@@ -222,17 +263,17 @@ def _masses(name: str, mass: Tensor | None, shape: tuple[int, int], there: Tenso
     return mass if there is None else torch.where(there, mass, 0)
 
 
-def _relaxation(name: str, rho: float | Tensor, mass: Tensor) -> Tensor:
-    """Bring a relaxation into a form that broadcasts against the masses."""
+def _relaxation(name: str, rho: float | Tensor, mass: Tensor) -> tuple[bool, Tensor]:
+    """Bring a relaxation into a form that broadcasts against the masses; say whether it is known to be hard."""
     if isinstance(rho, Tensor):  # its values are checked with all others, where values may be looked at
         if rho.ndim > 2 or (rho.ndim and rho.shape not in (mass.shape, mass.shape[1:])):
             msg = f"{name} is {tuple(rho.shape)}; expected a number or one per point, {tuple(mass.shape)}"
             raise ValueError(msg)
-        return rho.detach().to(mass)
+        return False, rho.detach().to(mass)
     if not rho >= 0:
         msg = f"{name} is {rho}; expected at least 0, in units of cost: inf = hard marginal, 0 = free marginal"
         raise ValueError(msg)
-    return torch.full((), rho, dtype=mass.dtype, device=mass.device)
+    return rho == math.inf, torch.full((), rho, dtype=mass.dtype, device=mass.device)
 
 
 def _start(init: Transport | None, b: Tensor, epsilon: float) -> Tensor:

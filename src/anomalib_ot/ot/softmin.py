@@ -5,7 +5,8 @@ Inside this room potentials are measured in units of epsilon, and each row of th
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Limits:
         exponent: Exponents are cut here: lower ones give subnormal numbers, which are slow and carry nothing.
         share: Shares of a row at or below this are set to 0.
         column: A column sum below this part of the total may owe too much to what was set to 0.
-        scaling: Absorb scalings into the potentials when their logarithm exceeds this.
+        scaling: Absorb scalings into the potentials when they exceed this, or the inverse of it.
     """
 
     exponent: float
@@ -34,8 +35,8 @@ class Limits:
 
 
 LIMITS = {
-    torch.float32: Limits(exponent=-80.0, share=1e-34, column=1e-27, scaling=30.0),
-    torch.float64: Limits(exponent=-690.0, share=1e-290, column=1e-270, scaling=200.0),
+    torch.float32: Limits(exponent=-80.0, share=1e-34, column=1e-27, scaling=1e13),
+    torch.float64: Limits(exponent=-690.0, share=1e-290, column=1e-270, scaling=1e87),
 }
 
 
@@ -46,44 +47,78 @@ class Problem:
     Attributes:
         cost: Cost (B, N, M) relative to the row's shift, in units of cost; a forbidden pair has `inf`, or the finite
             price of `without_infinities`.
-        shift: What was subtracted from each row (B, N), in units of epsilon.
+        shift: What was subtracted from each row (B, N), in units of epsilon; None for nothing.
         a: Source masses (B, N).
         b: Target masses (B, M).
         epsilon: Entropic strength, in units of cost.
         rho_a: Marginal relaxation of the sources, broadcastable to (B, N), in units of cost.
         rho_b: Marginal relaxation of the targets, broadcastable to (B, M), in units of cost.
-        log_a, log_b: Logarithms of the masses, `MISSING` where there is none.
-        exponent_a, exponent_b: `rho / (rho + epsilon)`: 1 for a hard marginal, 0 for a free one.
-        release_a, release_b: `epsilon / (rho + epsilon)`, the complement.
+        hard_a, hard_b: Whether all of a side is known to be hard: then nothing is computed for its relaxation.
+        full: Whether all masses are known to be above 0.
     """
 
     cost: Tensor
-    shift: Tensor
+    shift: Tensor | None
     a: Tensor
     b: Tensor
     epsilon: float
     rho_a: Tensor
     rho_b: Tensor
-    log_a: Tensor = field(init=False)
-    log_b: Tensor = field(init=False)
-    exponent_a: Tensor = field(init=False)
-    exponent_b: Tensor = field(init=False)
-    release_a: Tensor = field(init=False)
-    release_b: Tensor = field(init=False)
+    hard_a: bool = False
+    hard_b: bool = False
+    full: bool = False
 
-    def __post_init__(self) -> None:
-        """Derive what every iteration needs."""
-        for side, mass, rho in (("a", self.a, self.rho_a), ("b", self.b, self.rho_b)):
-            object.__setattr__(self, f"log_{side}", log_mass(mass))
-            hard = torch.isinf(rho)
-            soft = torch.where(hard, 0, rho)
-            object.__setattr__(self, f"exponent_{side}", torch.where(hard, 1, soft / (soft + self.epsilon)))
-            object.__setattr__(self, f"release_{side}", torch.where(hard, 0, self.epsilon / (soft + self.epsilon)))
+    @cached_property
+    def log_a(self) -> Tensor:
+        """Logarithms of the source masses (B, N), `MISSING` where there is none."""
+        return self.a.log() if self.full else log_mass(self.a)
+
+    @cached_property
+    def log_b(self) -> Tensor:
+        """Logarithms of the target masses (B, M), `MISSING` where there is none."""
+        return self.b.log() if self.full else log_mass(self.b)
+
+    @cached_property
+    def exponent_a(self) -> Tensor:
+        """`rho / (rho + epsilon)` of the sources: 1 for a hard marginal, 0 for a free one."""
+        return _exponent(self.rho_a, self.epsilon)
+
+    @cached_property
+    def exponent_b(self) -> Tensor:
+        """`rho / (rho + epsilon)` of the targets."""
+        return _exponent(self.rho_b, self.epsilon)
+
+    @cached_property
+    def release_a(self) -> Tensor:
+        """`epsilon / (rho + epsilon)` of the sources, the complement."""
+        return _release(self.rho_a, self.epsilon)
+
+    @cached_property
+    def release_b(self) -> Tensor:
+        """`epsilon / (rho + epsilon)` of the targets."""
+        return _release(self.rho_b, self.epsilon)
+
+    @cached_property
+    def total(self) -> Tensor:
+        """Source mass in all (B,), 1 where there is none."""
+        total = self.a.sum(-1)
+        return total if self.full else torch.where(total > 0, total, 1)
 
     @property
     def limits(self) -> Limits:
         """What the problem's floating-point type can bear."""
         return LIMITS[self.cost.dtype]
+
+
+def _exponent(rho: Tensor, epsilon: float) -> Tensor:
+    hard = torch.isinf(rho)
+    soft = torch.where(hard, 0, rho)
+    return torch.where(hard, 1, soft / (soft + epsilon))
+
+
+def _release(rho: Tensor, epsilon: float) -> Tensor:
+    hard = torch.isinf(rho)
+    return torch.where(hard, 0, epsilon / (torch.where(hard, 0, rho) + epsilon))
 
 
 def log_mass(mass: Tensor) -> Tensor:
@@ -138,7 +173,10 @@ def row_step(problem: Problem, g: Tensor) -> Tensor:
 
 def row_potential(problem: Problem, row_sums: Tensor) -> Tensor:
     """Turn the log sums of the rows into source potentials (B, N)."""
-    return -problem.exponent_a * row_sums - problem.release_a * problem.shift
+    if problem.hard_a:
+        return -row_sums
+    potential = -problem.exponent_a * row_sums
+    return potential if problem.shift is None else potential - problem.release_a * problem.shift
 
 
 def column_step(problem: Problem, f: Tensor, scratch: Tensor | None = None) -> Tensor:
@@ -155,7 +193,8 @@ def column_step(problem: Problem, f: Tensor, scratch: Tensor | None = None) -> T
         Target potentials (B, M), in units of epsilon.
     """
     sums, _ = log_sums(problem, (problem.log_a + f).unsqueeze(-1), dim=-2, scratch=scratch)
-    return -problem.exponent_b * sums.squeeze(-2)
+    sums = sums.squeeze(-2)
+    return -sums if problem.hard_b else -problem.exponent_b * sums
 
 
 def row_shares(problem: Problem, g: Tensor, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -182,7 +221,7 @@ def row_factor(problem: Problem, row_sums: Tensor) -> Tensor:
 
     The plan is ``a * exp(row_factor) * row_shares``.
     """
-    return problem.release_a * (row_sums - problem.shift)
+    return problem.release_a * (row_sums if problem.shift is None else row_sums - problem.shift)
 
 
 def column_error(problem: Problem, g: Tensor, mass: Tensor) -> Tensor:
@@ -198,8 +237,9 @@ def column_error(problem: Problem, g: Tensor, mass: Tensor) -> Tensor:
     Returns:
         The error (B,), as a part of the source mass; NaN where the mass has overflowed.
     """
+    if problem.hard_b:
+        return (mass - problem.b).abs_().sum(-1) / problem.total
     free = problem.rho_b == 0
     pull = problem.epsilon / torch.where(free, math.inf, problem.rho_b)
     deviation = torch.where(free, mass - mass, mass - problem.b * torch.exp(-g * pull)).abs().sum(-1)
-    total = problem.a.sum(-1)
-    return deviation / torch.where(total > 0, total, 1)
+    return deviation / problem.total
