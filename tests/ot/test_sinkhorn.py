@@ -197,7 +197,7 @@ def test_accelerated_items_stop_by_themselves(dtype, rho):
     assert batch.num_iters[easy].tolist() == [alone[item].num_iters.item() for item in easy]
     difference = (batch.plan - torch.stack([one.plan for one in alone])).abs().sum((-2, -1))
     # Acceleration amplifies rounding: where many steps were needed, answers agree to the tolerance.
-    assert (difference <= 2e-3 * torch.stack([one.plan.sum() for one in alone])).all()
+    assert (difference <= 1e-2 * torch.stack([one.plan.sum() for one in alone])).all()
     assert (difference[easy] <= 1e-4).all()
 
 
@@ -328,7 +328,7 @@ def test_barycentres_are_weighted_means():
 def test_a_mate_that_absorbs_at_odd_times_moves_nobody(seed):
     cost = torch.rand(3, 8, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     cost = (cost * torch.tensor([1.0, 3.0, 300.0], dtype=torch.float64).view(3, 1, 1)).float()
-    settings = {"epsilon": 0.05, "tolerance": 0.02, "max_iters": 20}  # all of them plain iterations
+    settings = {"epsilon": 0.05, "tolerance": 0.05, "max_iters": 20}  # all of them plain iterations
     batch = sinkhorn(cost, **settings)
     assert 0 < batch.num_iters.min() < batch.num_iters.max()
     for item in range(3):
