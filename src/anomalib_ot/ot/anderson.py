@@ -8,6 +8,7 @@ from torch import Tensor
 MEMORY = 8
 REGULARISATION = 1e-6  # of the least squares, relative to each difference's own length
 WORSE = 5.0  # an error this many times the best one is a failure
+LONGEST = 1e4  # corrections longer than this, in plain steps, are not made
 PATIENCE, HALVED = 10, 0.5  # so is an error that has not been halved within this many steps
 
 
@@ -66,7 +67,10 @@ class Anderson:
             self.gram.zero_()
             self.last = (x, residual)
             return plain
-        step = plain - self._correction(x, residual, [note.forgets for note in notes])
+        correction = self._correction(x, residual, [note.forgets for note in notes])
+        # A singular least squares can ask for anything, and from far away no error would find back. NaN compares false.
+        sane = correction.abs().amax(-1, keepdim=True) <= LONGEST * residual.abs().amax(-1, keepdim=True)
+        step = plain - torch.where(sane, correction, 0)
         if any(note.plain for note in notes):
             step = torch.where(_column([note.plain for note in notes], x), plain, step)
         return step
@@ -87,7 +91,7 @@ class Anderson:
         self.slot = (self.slot + 1) % MEMORY
         lengths = self.gram.diagonal(dim1=-2, dim2=-1)
         ridge = (REGULARISATION * lengths).masked_fill_(lengths <= 0, 1.0)
-        gamma = torch.linalg.solve_ex(self.gram + torch.diag_embed(ridge), products[..., 1]).result.nan_to_num_(0, 0, 0)
+        gamma = torch.linalg.solve_ex(self.gram + torch.diag_embed(ridge), products[..., 1]).result
         return torch.bmm(self.jumps.mT, gamma.to(x).unsqueeze(-1)).squeeze(-1)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anomalib_ot.ot.precision import full_precision
+from anomalib_ot.ot.products import times
 
 MAX_CG_STEPS = 200
 
@@ -79,17 +80,17 @@ def _pull_back(
     to_cost = plan * to_plan / -epsilon
     from_plan_a, from_plan_b = -to_cost.sum(-1), -to_cost.sum(-2)
     to_f = to_f + from_plan_a
-    to_g = to_g + from_plan_b - _times(plan.mT, per_row * to_f)
+    to_g = to_g + from_plan_b - times(plan.mT, per_row * to_f)
 
     # g solves (I - dS/dg)^T x = to_g; beta = exponent_b x / columns is all that is needed of x.
     hard = ((exponent_a == 1) | (rows == 0)).all(-1) & ((exponent_b == 1) | (columns == 0)).all(-1)
     beta = _solve(plan, per_row.sqrt(), per_column.sqrt(), columns.sqrt() * hard.unsqueeze(-1), to_g)
-    from_g = -_times(plan, beta)
+    from_g = -times(plan, beta)
     alpha = per_row * (to_f + from_g)
 
     to_cost = to_cost.addcmul_(plan, alpha.unsqueeze(-1) + beta.unsqueeze(-2))
     to_a = epsilon * _divide(from_plan_a + from_g, masses[0])
-    to_b = epsilon * _divide(from_plan_b - _times(plan.mT, alpha), masses[1])
+    to_b = epsilon * _divide(from_plan_b - times(plan.mT, alpha), masses[1])
     return to_cost, to_a, to_b
 
 
@@ -111,8 +112,8 @@ def _solve(plan: Tensor, scale_a: Tensor, scale_b: Tensor, null: Tensor, to_g: T
         active = energy > goal
         if not active.any():
             break
-        image = scale_a * _times(plan, scale_b * direction)
-        curved = project(direction - scale_b * _times(plan.mT, scale_a * image))
+        image = scale_a * times(plan, scale_b * direction)
+        curved = project(direction - scale_b * times(plan.mT, scale_a * image))
         curvature = (direction * curved).sum(-1, keepdim=True)
         active = active & (curvature > 0)
         step = torch.where(active, energy / torch.where(active, curvature, 1), 0)
@@ -128,8 +129,3 @@ def _divide(x: Tensor, y: Tensor) -> Tensor:
     """Divide, giving 0 where the divisor is 0, or so small that the quotient could overflow."""
     enough = y > torch.finfo(y.dtype).smallest_normal / torch.finfo(y.dtype).eps
     return torch.where(enough, x / torch.where(enough, y, 1), 0)
-
-
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Multiply (B, N, M) with (B, M)."""
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)

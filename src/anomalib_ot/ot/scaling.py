@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from anomalib_ot.ot.anderson import Anderson
+from anomalib_ot.ot.products import Product
 from anomalib_ot.ot.softmin import Problem, column_error, column_step, row_factor, row_potential, row_shares
 
-CHECK_EVERY = 5
+CHECK_EVERY, UNCHECKED = 5, 20
 # An accelerated step costs some tens of small operations more: on small problems it must first seem worth it.
 SMALL, PLAIN_STEPS = 30_000, 20
 
@@ -40,7 +41,8 @@ def solve(problem: Problem, g: Tensor, *, tolerance: float | None, max_iters: in
     scaling = _Scaling(problem, g)
     counts, running = [0] * len(g), [True] * len(g)
     plain_steps = max_iters if tolerance is None else PLAIN_STEPS if problem.cost[0].numel() <= SMALL else 0
-    anderson, steps, stride = None, 0, CHECK_EVERY
+    anderson, steps, longest = None, 0, CHECK_EVERY if tolerance is not None else UNCHECKED
+    stride = longest
     while True:
         error = scaling.error()
         errors, lightest, least, greatest = scaling.look(error)
@@ -50,14 +52,16 @@ def solve(problem: Problem, g: Tensor, *, tolerance: float | None, max_iters: in
         if steps >= max_iters or not any(running):
             return *scaling.finish(), error, torch.tensor(counts, device=g.device)
         # What the kernel rounds to 0 may be a good part of a very light column: such items step in the log domain.
-        light = [runs and not problem.limits.column <= part < math.inf for runs, part in zip(running, lightest, strict=True)]
+        light = [
+            runs and not problem.limits.column <= part < math.inf for runs, part in zip(running, lightest, strict=True)
+        ]
         within = 1 / problem.limits.scaling <= least <= greatest <= problem.limits.scaling
         if not within or (any(light) and not least == greatest == 1):
             scaling.absorb(scaling.potentials())
             if any(light):
                 continue
 
-        count = min(stride, CHECK_EVERY - steps % CHECK_EVERY, plain_steps - steps, max_iters - steps)
+        count = min(stride, longest - steps % longest, plain_steps - steps, max_iters - steps)
         if count > 1 and not any(light):
             before = scaling.v.clone()
             scaling.advance(count, running)
@@ -65,9 +69,9 @@ def solve(problem: Problem, g: Tensor, *, tolerance: float | None, max_iters: in
                 scaling.move(before)
                 stride = 1
                 continue
-            stride = CHECK_EVERY
+            stride = longest
         else:
-            count, x, stride = 1, scaling.potentials(), min(2 * stride, CHECK_EVERY)
+            count, x, stride = 1, scaling.potentials(), min(2 * stride, longest)
             residual = scaling.plain_step().log_().sub_(x - scaling.g)
             if any(light):
                 residual = torch.where(_mask(light, g), scaling.log_domain_step() - x, residual)
@@ -96,16 +100,8 @@ class _Scaling:
         self.kernel = torch.empty(problem.cost.shape, dtype=problem.cost.dtype, device=problem.cost.device)
         self.v, self.columns = torch.empty_like(g), torch.empty_like(g)
         self.kv, self.weights = torch.empty_like(problem.a), torch.empty_like(problem.a)
-        # What the products work on: a plain matrix-vector product has less overhead than a batch of one.
-        if len(g) == 1:
-            self.product, parts = torch.mv, [part[0] for part in (self.v, self.kv, self.weights, self.columns)]
-            self.matrix = self.kernel[0]
-        else:
-            self.product = torch.bmm
-            parts = [part.unsqueeze(-1) for part in (self.v, self.kv, self.weights, self.columns)]
-            self.matrix = self.kernel
-        self.transposed = self.matrix.mT
-        self.v_part, self.kv_part, self.weights_part, self.columns_part = parts
+        self.sum_rows = Product(self.kernel, self.v, self.kv)
+        self.sum_columns = Product(self.kernel.mT, self.weights, self.columns)
         self.live = None if problem.full else problem.b > 0
         self.least = problem.limits.share
         self.absorb(g)
@@ -121,7 +117,7 @@ class _Scaling:
         self.v.fill_(1)
         self.kv.fill_(1)
         self.weights.copy_(self.row_mass)
-        self.product(self.transposed, self.weights_part, out=self.columns_part)
+        self.sum_columns()
 
     def plain_step(self, out: Tensor | None = None) -> Tensor:
         """Return the column scalings (B, M) that Sinkhorn's iteration comes to next."""
@@ -154,12 +150,12 @@ class _Scaling:
         self._answer()
 
     def _answer(self) -> None:
-        self.product(self.matrix, self.v_part, out=self.kv_part)
+        self.sum_rows()
         if not self.problem.full:
             self.kv.clamp_(min=self.least)
         powered = self.kv if self.problem.hard_a else self.kv.pow(self.problem.exponent_a)
         torch.div(self.row_mass, powered, out=self.weights)
-        self.product(self.transposed, self.weights_part, out=self.columns_part)
+        self.sum_columns()
 
     def potentials(self) -> Tensor:
         """Return the potentials (B, M) of the kernel and its scalings together, in units of epsilon."""

@@ -46,7 +46,7 @@ def sinkhorn(
     tolerance: float = 1e-3,
     max_iters: int = 1000,
     num_iters: int | None = None,
-    init: Transport | None = None,
+    init: Transport | Tensor | None = None,
     gradient: str = "implicit",
 ) -> Transport:
     """Solve entropic optimal transport, balanced or relaxed, for one problem or a batch of them.
@@ -74,7 +74,8 @@ def sinkhorn(
         tolerance: Largest `marginal_error` to stop at, at least 0; a part of the source mass.
         max_iters: Stop here, tolerance or not; look at `reached_tolerance`.
         num_iters: Make exactly this many iterations instead, without any check of values: traceable and exportable.
-        init: An earlier answer to start from; its `g` only.
+        init: Where to start: an earlier answer, of which only `g` is taken, or finite target potentials (M,) or
+            (B, M) in units of cost; 0 by default.
         gradient: "implicit" differentiates the solution itself; its error is of the order of the marginal error, so
             tighten `tolerance` for precise gradients. For few iterations say "unrolled",
             which differentiates the iterations, at their cost in memory. "none" records nothing. Gradients reach
@@ -111,14 +112,16 @@ def sinkhorn(
         g = _start(init, b, epsilon)
         if num_iters is None:
             a, b, shift, full = _checked(cost.detach(), a, b, rho_a, rho_b)
-        else:
+        elif _is_traced():
             shift, full = _row_shift(cost.detach()), False
+        else:
+            shift, full = _looked_at(cost.detach(), a.detach(), b.detach())
 
         records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (cost, a, b))
         unrolls = records and gradient == "unrolled"
         with nullcontext() if unrolls or not records else torch.no_grad():
             relative = cost if shift is None else cost - shift.unsqueeze(-1)
-            relative = relative if num_iters is None else without_infinities(relative, epsilon)
+            relative = relative if num_iters is None or full else without_infinities(relative, epsilon)
             scaled_shift = None if shift is None else shift / epsilon
             problem = Problem(relative, scaled_shift, a, b, epsilon, rho_a, rho_b, hard_a, hard_b, full)
             error = None
@@ -184,19 +187,14 @@ def _checked(
     Returns:
         Masses `a` and `b`, the shift of the rows (None: it would gain nothing), and whether all masses are above 0.
     """
-    row_min, row_max = torch.aminmax(cost, dim=-1)
-    summary = _summary(row_min, row_max, a.detach(), b.detach())
-    least, greatest, least_a, greatest_a, least_b, greatest_b, gap, offset, widest = summary
-    # NaN compares false: whatever is wrong ends up with the checks that name it.
-    usual = -math.inf < least and greatest < math.inf and least_a > 0 and least_b > 0
-    usual = usual and greatest_a < math.inf and greatest_b < math.inf and gap <= SUM_TOLERANCE / 2
+    shift, usual = _looked_at(cost, a.detach(), b.detach())
     if usual and not (rho_a.ndim or rho_b.ndim):
-        return a, b, row_min if offset > widest else None, True
+        return a, b, shift, True
 
     for name, mass, rho in (("a", a, rho_a), ("b", b, rho_b)):
         check_mass(name, mass.detach())
         check_rho(f"rho_{name}", rho)
-    check_cost(row_min, cost)
+    check_cost(cost.amin(-1), cost)
     allowed = ~torch.isinf(cost)
     reachable_a = (allowed & (b > 0).unsqueeze(-2)).any(-1)
     reachable_b = (allowed & (a > 0).unsqueeze(-1)).any(-2)
@@ -207,19 +205,24 @@ def _checked(
     return a, b, _row_shift(cost), bool((a > 0).all() and (b > 0).all())
 
 
-def _summary(row_min: Tensor, row_max: Tensor, a: Tensor, b: Tensor) -> list[float]:
+def _looked_at(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor | None, bool]:
     """Look at all values in one go.
 
     Returns:
-        Least and greatest cost, least and greatest `a`, least and greatest `b`, the largest relative gap between sums,
-        the largest offset of a row, and the widest range of a row.
+        The rows' shift, None where it would gain nothing; and whether all is usual: finite costs, masses above 0 whose
+        sums agree. Whatever is not usual remains to be checked by those who can name it.
     """
+    row_min, row_max = torch.aminmax(cost, dim=-1)
     sum_a, sum_b = a.sum(-1, dtype=torch.float64), b.sum(-1, dtype=torch.float64)
     gap = ((sum_a - sum_b).abs() / torch.maximum(sum_a, sum_b)).amax().to(row_min.dtype)
-    # The shift costs a copy of the cost; without an offset it gains nothing.
     offset, widest = row_min.abs().amax(), (row_max - row_min).amax()
     scalars = (row_min.amin(), row_max.amax(), *torch.aminmax(a), *torch.aminmax(b), gap, offset, widest)
-    return torch.stack(scalars).tolist()
+    least, greatest, least_a, greatest_a, least_b, greatest_b, gap, offset, widest = torch.stack(scalars).tolist()
+    usual = -math.inf < least and greatest < math.inf and least_a > 0 and least_b > 0  # NaN compares false
+    usual = usual and greatest_a < math.inf and greatest_b < math.inf and gap <= SUM_TOLERANCE / 2
+    if not usual:
+        return _row_shift(cost), False
+    return row_min if offset > widest else None, True  # the shift costs a copy of the cost
 
 
 def _row_shift(cost: Tensor) -> Tensor:
@@ -276,14 +279,15 @@ def _relaxation(name: str, rho: float | Tensor, mass: Tensor) -> tuple[bool, Ten
     return rho == math.inf, torch.full((), rho, dtype=mass.dtype, device=mass.device)
 
 
-def _start(init: Transport | None, b: Tensor, epsilon: float) -> Tensor:
+def _start(init: Transport | Tensor | None, b: Tensor, epsilon: float) -> Tensor:
     """Return the target potentials to start from, in units of epsilon."""
     if init is None:
         return torch.zeros_like(b)
-    if init.g.shape not in (b.shape, b.shape[1:]):
-        msg = f"init has potentials g {tuple(init.g.shape)}; expected {tuple(b.shape)}: start from the same targets"
+    g = init.g if isinstance(init, Transport) else init
+    if g.shape not in (b.shape, b.shape[1:]):
+        msg = f"init has potentials g {tuple(g.shape)}; expected {tuple(b.shape)}: start from the same targets"
         raise ValueError(msg)
-    return (init.g.detach().to(b) / epsilon).expand_as(b)
+    return (g.detach().to(b) / epsilon).expand_as(b)
 
 
 def _check_settings(
