@@ -27,10 +27,15 @@ class Product:
         matrix: Matrices (B, N, M).
         vector: Vectors (B, M).
         out: Where the product goes (B, N).
+        sizes: How many rows and columns of each item count: the rest of `out` is left alone, the rest of `vector` is
+            taken for 0. Only where items are multiplied one by one; elsewhere all count.
     """
 
-    def __init__(self, matrix: Tensor, vector: Tensor, out: Tensor) -> None:
-        self.items = list(zip(matrix, vector, out, strict=True)) if one_by_one(matrix) else None
+    def __init__(self, matrix: Tensor, vector: Tensor, out: Tensor, sizes: list[tuple[int, int]] | None = None) -> None:
+        self.items = None
+        if one_by_one(matrix):
+            sizes = sizes or [tuple(matrix.shape[1:])] * len(matrix)
+            self.items = [(matrix[item, :n, :m], vector[item, :m], out[item, :n]) for item, (n, m) in enumerate(sizes)]
         self.transposed, self.vector, self.out = matrix.mT, vector.unsqueeze(-2), out.unsqueeze(-2)
 
     def __call__(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anomalib_ot.ot.anderson import Anderson
-from anomalib_ot.ot.products import Product
+from anomalib_ot.ot.products import Product, one_by_one
 from anomalib_ot.ot.softmin import Problem, column_error, column_step, row_factor, row_potential, row_shares
 
 CHECK_EVERY, UNCHECKED = 5, 20
@@ -98,10 +98,11 @@ class _Scaling:
     def __init__(self, problem: Problem, g: Tensor) -> None:
         self.problem = problem
         self.kernel = torch.empty(problem.cost.shape, dtype=problem.cost.dtype, device=problem.cost.device)
-        self.v, self.columns = torch.empty_like(g), torch.empty_like(g)
+        self.v, self.columns = torch.empty_like(g), torch.zeros_like(g)
         self.kv, self.weights = torch.empty_like(problem.a), torch.empty_like(problem.a)
-        self.sum_rows = Product(self.kernel, self.v, self.kv)
-        self.sum_columns = Product(self.kernel.mT, self.weights, self.columns)
+        sizes = None if problem.full or not one_by_one(self.kernel) else _sizes(problem)
+        self.sum_rows = Product(self.kernel, self.v, self.kv, sizes)
+        self.sum_columns = Product(self.kernel.mT, self.weights, self.columns, sizes and [(m, n) for n, m in sizes])
         self.live = None if problem.full else problem.b > 0
         self.least = problem.limits.share
         self.absorb(g)
@@ -189,6 +190,12 @@ class _Scaling:
         if not self.problem.full:  # a row without any pair keeps the sum that stands for it
             row_sums = torch.where(self.kv > self.least, row_sums, self.row_sums)
         return self.potentials(), plan, row_sums
+
+
+def _sizes(problem: Problem) -> list[tuple[int, int]]:
+    """Return the rows and columns of each item up to the last one with mass: what padding adds is not multiplied."""
+    last = [(mass > 0) * torch.arange(1, mass.shape[1] + 1, device=mass.device) for mass in (problem.a, problem.b)]
+    return [tuple(size) for size in torch.stack([index.amax(1) for index in last], 1).tolist()]
 
 
 def _mask(flags: list[bool], like: Tensor) -> Tensor:

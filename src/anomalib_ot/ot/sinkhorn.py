@@ -212,7 +212,7 @@ def _looked_at(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor | None, bool]
         The rows' shift, None where it would gain nothing; and whether all is usual: finite costs, masses above 0 whose
         sums agree. Whatever is not usual remains to be checked by those who can name it.
     """
-    row_min, row_max = torch.aminmax(cost, dim=-1)
+    row_min, row_max = cost.amin(-1), cost.amax(-1)  # each far faster than aminmax along a dimension
     sum_a, sum_b = a.sum(-1, dtype=torch.float64), b.sum(-1, dtype=torch.float64)
     gap = ((sum_a - sum_b).abs() / torch.maximum(sum_a, sum_b)).amax().to(row_min.dtype)
     offset, widest = row_min.abs().amax(), (row_max - row_min).amax()
