@@ -13,6 +13,8 @@ def test_public_names_change_only_on_purpose():
     import anomalib_ot.ot as core
 
     assert sorted(core.__all__) == [
+        "SparseTransport",
+        "Support",
         "Transport",
         "append_slack",
         "cosine_cost",
@@ -21,6 +23,7 @@ def test_public_names_change_only_on_purpose():
         "normalise",
         "position_cost",
         "sinkhorn",
+        "sparse_sinkhorn",
         "squared_euclidean_cost",
         "uniform",
     ]

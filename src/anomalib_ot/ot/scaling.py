@@ -7,6 +7,7 @@ absorption does not disturb it.
 """
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,57 @@ CHECK_EVERY, UNCHECKED = 5, 20
 SMALL, PLAIN_STEPS = 30_000, 20
 
 
-def solve(problem: Problem, g: Tensor, *, tolerance: float | None, max_iters: int) -> tuple[Tensor, ...]:
+class Kernel(Protocol):
+    """What a scaling works on: the shares into which sources split their mass, as their best answer to potentials."""
+
+    def connect(self, v: Tensor, kv: Tensor, weights: Tensor, columns: Tensor) -> None:
+        """Learn where the vectors of the two products live."""
+
+    def absorb(self, g: Tensor) -> Tensor:
+        """Become the kernel of these potentials (B, M); return the rows' log sums (B, N)."""
+
+    def sum_rows(self) -> None:
+        """Set `kv` (B, N) to the product with `v` (B, M)."""
+
+    def sum_columns(self) -> None:
+        """Set `columns` (B, M) to the product of the transpose with `weights` (B, N)."""
+
+    def log_domain_step(self, f: Tensor) -> Tensor:
+        """Return the columns' best answer (B, M) to source potentials (B, N); spends the kernel."""
+
+    def plan(self, weights: Tensor, v: Tensor) -> Tensor:
+        """Become ``weights_i kernel_ij v_j``."""
+
+
+class DenseKernel:
+    """All pairs, in one buffer (B, N, M)."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.values = torch.empty(problem.cost.shape, dtype=problem.cost.dtype, device=problem.cost.device)
+
+    def connect(self, v: Tensor, kv: Tensor, weights: Tensor, columns: Tensor) -> None:
+        """See `Kernel`."""
+        sizes = None if self.problem.full or not one_by_one(self.values) else _sizes(self.problem)
+        self.sum_rows = Product(self.values, v, kv, sizes)
+        self.sum_columns = Product(self.values.mT, weights, columns, sizes and [(m, n) for n, m in sizes])
+
+    def absorb(self, g: Tensor) -> Tensor:
+        """See `Kernel`."""
+        return row_shares(self.problem, g, scratch=self.values)[0]
+
+    def log_domain_step(self, f: Tensor) -> Tensor:
+        """See `Kernel`."""
+        return column_step(self.problem, f, scratch=self.values)
+
+    def plan(self, weights: Tensor, v: Tensor) -> Tensor:
+        """See `Kernel`."""
+        return self.values.mul_(v.unsqueeze(-2)).mul_(weights.unsqueeze(-1))
+
+
+def solve(
+    problem: Problem, g: Tensor, *, tolerance: float | None, max_iters: int, kernel: Kernel | None = None
+) -> tuple[Tensor, ...]:
     """Iterate until every item's columns are right, each item stopping by itself, or a fixed number of times.
 
     Args:
@@ -29,16 +80,17 @@ def solve(problem: Problem, g: Tensor, *, tolerance: float | None, max_iters: in
         tolerance: Largest `column_error` to stop at, at least 0, reached with acceleration; None makes `max_iters`
             plain iterations, the iterates of the log domain up to rounding.
         max_iters: Largest number of iterations.
+        kernel: The pairs that there are; all of them by default.
 
     Returns:
-        Target potentials (B, M) in units of epsilon; the plan (B, N, M), the rows' best answer to them; the rows' log
-        sums (B, N); the plan's `column_error` (B,); the number of updates of `g` (B,).
+        Target potentials (B, M) in units of epsilon; the plan in the kernel's form, the rows' best answer to them; the
+        rows' log sums (B, N); the plan's `column_error` (B,); the number of updates of `g` (B,).
 
     References:
         B. Schmitzer, "Stabilized sparse scaling algorithms for entropy regularized transport problems", SIAM J. Sci.
         Comput. 2019.
     """
-    scaling = _Scaling(problem, g)
+    scaling = _Scaling(problem, g, kernel or DenseKernel(problem))
     counts, running = [0] * len(g), [True] * len(g)
     plain_steps = max_iters if tolerance is None else PLAIN_STEPS if problem.cost[0].numel() <= SMALL else 0
     anderson, steps, longest = None, 0, CHECK_EVERY if tolerance is not None else UNCHECKED
@@ -95,14 +147,11 @@ class _Scaling:
         columns: Sums (B, M) of the kernel's columns, weighted by `weights`.
     """
 
-    def __init__(self, problem: Problem, g: Tensor) -> None:
-        self.problem = problem
-        self.kernel = torch.empty(problem.cost.shape, dtype=problem.cost.dtype, device=problem.cost.device)
+    def __init__(self, problem: Problem, g: Tensor, kernel: Kernel) -> None:
+        self.problem, self.kernel = problem, kernel
         self.v, self.columns = torch.empty_like(g), torch.zeros_like(g)
         self.kv, self.weights = torch.empty_like(problem.a), torch.empty_like(problem.a)
-        sizes = None if problem.full or not one_by_one(self.kernel) else _sizes(problem)
-        self.sum_rows = Product(self.kernel, self.v, self.kv, sizes)
-        self.sum_columns = Product(self.kernel.mT, self.weights, self.columns, sizes and [(m, n) for n, m in sizes])
+        kernel.connect(self.v, self.kv, self.weights, self.columns)
         self.live = None if problem.full else problem.b > 0
         self.least = problem.limits.share
         self.absorb(g)
@@ -110,7 +159,7 @@ class _Scaling:
     def absorb(self, g: Tensor) -> None:
         """Make the kernel of these potentials (B, M), in units of epsilon, and start from scalings of 1."""
         self.g = g
-        self.row_sums, _ = row_shares(self.problem, g, scratch=self.kernel)
+        self.row_sums = self.kernel.absorb(g)
         self.row_mass = self.problem.a
         if not self.problem.hard_a:
             self.row_mass = self.problem.a * row_factor(self.problem, self.row_sums).exp()
@@ -118,7 +167,7 @@ class _Scaling:
         self.v.fill_(1)
         self.kv.fill_(1)
         self.weights.copy_(self.row_mass)
-        self.sum_columns()
+        self.kernel.sum_columns()
 
     def plain_step(self, out: Tensor | None = None) -> Tensor:
         """Return the column scalings (B, M) that Sinkhorn's iteration comes to next."""
@@ -151,12 +200,12 @@ class _Scaling:
         self._answer()
 
     def _answer(self) -> None:
-        self.sum_rows()
+        self.kernel.sum_rows()
         if not self.problem.full:
             self.kv.clamp_(min=self.least)
         powered = self.kv if self.problem.hard_a else self.kv.pow(self.problem.exponent_a)
         torch.div(self.row_mass, powered, out=self.weights)
-        self.sum_columns()
+        self.kernel.sum_columns()
 
     def potentials(self) -> Tensor:
         """Return the potentials (B, M) of the kernel and its scalings together, in units of epsilon."""
@@ -181,11 +230,11 @@ class _Scaling:
 
     def log_domain_step(self) -> Tensor:
         """Return the potentials (B, M) after one iteration in the log domain from those absorbed; spends the kernel."""
-        return column_step(self.problem, row_potential(self.problem, self.row_sums), scratch=self.kernel)
+        return self.kernel.log_domain_step(row_potential(self.problem, self.row_sums))
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return potentials (B, M), the plan (B, N, M), which takes the kernel's place, and the rows' log sums."""
-        plan = self.kernel.mul_(self.v.unsqueeze(-2)).mul_(self.weights.unsqueeze(-1))
+        """Return potentials (B, M), the plan, which takes the kernel's place, and the rows' log sums."""
+        plan = self.kernel.plan(self.weights, self.v)
         row_sums = self.row_sums + self.kv.log()
         if not self.problem.full:  # a row without any pair keeps the sum that stands for it
             row_sums = torch.where(self.kv > self.least, row_sums, self.row_sums)

@@ -1,0 +1,165 @@
+"""Which pairs of patch and prototype are worth considering: neighbours found by FAISS, position folded in."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
+from anomalib_ot.anomaly.start import import_faiss
+from anomalib_ot.ot import Support, sinkhorn
+
+BLOCK = 4096  # points that are searched for at a time
+SAMPLE_ROWS = 64
+DENSEST = 0.25  # of all pairs: a support with more saves nothing
+
+
+def nearest_support(
+    encoded: Tensor,
+    positions: Tensor,
+    bank: PrototypeBank,
+    k: int,
+    *,
+    energy_unit: float = 1.0,
+) -> Support:
+    """Choose, for each patch, its `k` cheapest prototypes, and for each prototype its `k / 2` cheapest patches.
+
+    The second half matters: without it rare prototypes starve. Candidates come from one exact Euclidean search in the
+    space of features and positions together, each scaled by its weight in the metric: ``(1 - alpha) |x - p|^2 / s +
+    alpha |y - z|^2 / u^2``. Twice as many as needed are looked at, and the cheapest by the true cost are kept.
+
+    Args:
+        encoded: Encoded patches (n, D).
+        positions: Their positions (n, 2).
+        bank: The member; prototypes, positions and scales are set.
+        k: Prototypes per patch, at least 1; more than there are means all.
+        energy_unit: The feature cost that counts as 1, as in the fit.
+
+    Returns:
+        The pairs with their costs, as `fitting.assign` would give them, without any (n, K) matrix in between.
+
+    Raises:
+        ValueError: If `k` is below 1.
+    """
+    if k < 1:
+        msg = f"k={k}: expected at least 1 prototype per patch"
+        raise ValueError(msg)
+    patches, prototypes = _joint(encoded, positions, bank, energy_unit)
+    rows, columns = [], []
+    for queries, known, count, swapped in (
+        (patches, prototypes, k, False),
+        (prototypes, patches, math.ceil(k / 2), True),
+    ):
+        count = min(count, len(known))
+        near = neighbours(queries, known, min(2 * count, len(known)))
+        for first in range(0, len(queries), BLOCK):
+            block = near[first : first + BLOCK]
+            own = torch.arange(first, first + len(block), device=block.device)[:, None].expand_as(block)
+            cost = pair_cost(encoded, positions, bank, *((block, own) if swapped else (own, block)), energy_unit)
+            kept = cost.topk(count, dim=1, largest=False, sorted=False).indices
+            own, block = own.gather(1, kept).flatten(), block.gather(1, kept).flatten()
+            rows.append(block if swapped else own)
+            columns.append(own if swapped else block)
+    rows, columns = torch.cat(rows), torch.cat(columns)
+    cost = torch.cat(
+        [
+            pair_cost(encoded, positions, bank, row, column, energy_unit)
+            for row, column in zip(rows.split(BLOCK * 16), columns.split(BLOCK * 16), strict=True)
+        ]
+    )
+    return Support.of_pairs(rows, columns, cost, (len(encoded), bank.num_prototypes))
+
+
+def choose_k(
+    encoded: Tensor,
+    positions: Tensor,
+    bank: PrototypeBank,
+    *,
+    energy_unit: float = 1.0,
+    keep: float = 0.997,
+    seed: int = 0,
+) -> int | None:
+    """Choose how many prototypes per patch hold a wanted part of the dense plan's mass; None where dense is better.
+
+    A small dense problem between a sample of patches and all prototypes tells how mass spreads; `k` doubles from 8
+    until the cheapest pairs keep enough of it on the mean. Large `epsilon` spreads mass widely: then no
+    support with at most a quarter of all pairs will do.
+
+    Args:
+        encoded: Encoded patches (n, D).
+        positions: Their positions (n, 2).
+        bank: The member; its `epsilon` and scales count.
+        energy_unit: The feature cost that counts as 1.
+        keep: Part of the mass to keep, below 1.
+        seed: Seed of the sample.
+
+    Returns:
+        Prototypes per patch, or None.
+    """
+    count = bank.num_prototypes
+    sample = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed))[: max(SAMPLE_ROWS, 2 * count)]
+    sample = sample.to(encoded.device)
+    cost = dense_cost(encoded[sample], positions[sample], bank, energy_unit)
+    plan = sinkhorn(cost, epsilon=bank.member.epsilon, tolerance=1e-2, max_iters=200, gradient="none").plan
+    shares = plan[:SAMPLE_ROWS] / plan[:SAMPLE_ROWS].sum(1, keepdim=True)
+    # The pairs that a support holds are the cheapest ones, which need not be those with the most mass.
+    order = cost[:SAMPLE_ROWS].argsort(1)
+    kept = shares.gather(1, order).cumsum(1).mean(0)
+    k = 8
+    while k <= DENSEST * count / 1.5:
+        if kept[k - 1] >= keep:
+            return k
+        k *= 2
+    return None
+
+
+def dense_cost(encoded: Tensor, positions: Tensor, bank: PrototypeBank, energy_unit: float) -> Tensor:
+    """Return the cost of transport (n, K) of patches (n, D) at positions (n, 2)."""
+    alpha, distance = bank.member.alpha, bank.feature_distance(encoded)
+    energy = distance if bank.member.feature_cost == "cosine" else distance.square()
+    return (1 - alpha) * energy / energy_unit + alpha * bank.position_cost(positions)
+
+
+def pair_cost(
+    encoded: Tensor, positions: Tensor, bank: PrototypeBank, rows: Tensor, columns: Tensor, energy_unit: float
+) -> Tensor:
+    """Return the cost of transport of single pairs: patches `rows` and prototypes `columns`, of any one shape."""
+    alpha, shape = bank.member.alpha, rows.shape
+    costs = []
+    for row, column in zip(rows.flatten().split(BLOCK * 16), columns.flatten().split(BLOCK * 16), strict=True):
+        x, p = encoded[row], bank.prototypes[column]
+        if bank.member.feature_cost == "cosine":
+            energy = (1 - (unit(x) * unit(p)).sum(1)).clamp(min=0.0)
+        else:
+            energy = (x - p).square().sum(1)
+        away = (positions[row] - bank.positions[column]).square().sum(1).sqrt() - bank.position_tolerances[column]
+        costs.append((1 - alpha) * energy / energy_unit + alpha * away.clamp(min=0.0) / bank.position_unit)
+    return torch.cat(costs).view(shape)
+
+
+def neighbours(queries: Tensor, known: Tensor, count: int) -> Tensor:
+    """Return the indices (n, count) of the known points (m, D) nearest to each query (n, D), exactly.
+
+    On CUDA FAISS searches there, where it has its GPU part; else on the CPU.
+    """
+    faiss = import_faiss()
+    index = faiss.IndexFlatL2(known.shape[1])
+    if known.is_cuda and hasattr(faiss, "StandardGpuResources"):
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), known.device.index or 0, index)
+    index.add(known.detach().cpu().contiguous().numpy())
+    found = [
+        torch.from_numpy(index.search(block.detach().cpu().contiguous().numpy(), count)[1])
+        for block in queries.split(BLOCK)
+    ]
+    return torch.cat(found).to(queries.device)
+
+
+def _joint(encoded: Tensor, positions: Tensor, bank: PrototypeBank, energy_unit: float) -> tuple[Tensor, Tensor]:
+    """Put features and positions side by side, so that squared distances are the metric's, but for its kinks."""
+    alpha = bank.member.alpha
+    x, p = encoded, bank.prototypes
+    weight = (1 - alpha) / energy_unit
+    if bank.member.feature_cost == "cosine":
+        x, p, weight = unit(x), unit(p), weight / 2  # |x - p|^2 = 2 (1 - cos)
+    scale, reach = math.sqrt(weight), math.sqrt(alpha) / float(bank.position_unit)
+    return torch.cat((scale * x, reach * positions), 1), torch.cat((scale * p, reach * bank.positions), 1)
