@@ -7,10 +7,13 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from anomalib_ot.anomaly.fitting import Patches, assign, fit_bank, typical_energy
+from anomalib_ot.anomaly import scales
+from anomalib_ot.anomaly.assignment import assign
+from anomalib_ot.anomaly.fitting import fit_bank
 from anomalib_ot.anomaly.members import FEATURE_COSTS, Member
 from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.anomaly.start import cell_positions, k_means, spread_points
+from anomalib_ot.anomaly.training_patches import EncodedPatches, Patches
 
 GRID = (4, 4)
 
@@ -35,6 +38,10 @@ def coloured(images, colours, grid=GRID):
 @pytest.fixture(scope="module")
 def colours():
     return torch.rand(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+def typical_energy(bank, embeddings, grid=GRID):
+    return scales.typical_energy(bank, EncodedPatches(bank, Patches(embeddings, grid)))
 
 
 def scores(bank, embeddings, grid=GRID):
@@ -97,7 +104,7 @@ def test_prototypes_go_to_the_barycentres_of_what_they_received():
     bank, _ = fit(embeddings, passes=0, feature_cost="euclidean", structure="learned")
     before = {name: value.clone() for name, value in bank.named_buffers()}
     unit = typical_energy(bank, embeddings)
-    plan, _ = assign(bank, embeddings.flatten(0, 1), Patches(embeddings, GRID).positions.repeat(6, 1), unit)
+    plan = assign(bank, embeddings.flatten(0, 1), Patches(embeddings, GRID).positions.repeat(6, 1), unit).plan
     expected = plan.T @ embeddings.flatten(0, 1) / plan.sum(0)[:, None]
     moved = PrototypeBank(Member(**{**bank.member.as_dict(), "passes": 1, "momentum": 0.25, "batch_images": 6}))
     moved.load_state_dict(before)
@@ -113,7 +120,7 @@ def test_forced_shares_are_equal_and_relaxed_ones_are_not():
     for rho in (None, 0.05):
         options = {"num_prototypes": 2, "feature_cost": "euclidean", "alpha": 0.0, "batch_images": 12, "epsilon": 0.1}
         bank, _ = fit(rare, rho=rho, max_iters=1000, **options)
-        plan, _ = assign(bank, rare.flatten(0, 1), positions, typical_energy(bank, rare))
+        plan = assign(bank, rare.flatten(0, 1), positions, typical_energy(bank, rare)).plan
         shares[rho] = (plan.sum(0) / plan.sum()).sort().values
     torch.testing.assert_close(shares[None], torch.tensor([0.5, 0.5]), rtol=0, atol=0.02)
     assert shares[0.05][0] < 0.3
@@ -223,7 +230,7 @@ def test_autocast_does_not_round_the_fit():
 
 def test_progress_is_reported_to_the_end():
     steps = []
-    fit(textured(10), passes=3, batch_images=4, report=lambda *step: steps.append(step))
+    fit(textured(10), passes=3, min_improvement=None, batch_images=4, report=lambda *step: steps.append(step))
     assert steps == [(i + 1, 9) for i in range(9)]
 
 

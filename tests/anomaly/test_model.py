@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from anomalib_ot.anomaly.fitting import Patches
 from anomalib_ot.anomaly.members import Member, make_members
 from anomalib_ot.anomaly.model import PrototypesModel
 from anomalib_ot.anomaly.prototypes import PrototypeBank
+from anomalib_ot.anomaly.training_patches import Patches
 from anomalib_ot.vision.filter_bank import FilterBank
 
 SIZE = (64, 80)

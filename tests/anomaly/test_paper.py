@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from anomalib_ot.anomaly.fitting import Patches, fit_bank
+from anomalib_ot.anomaly.fitting import fit_bank
 from anomalib_ot.anomaly.members import make_members
 from anomalib_ot.anomaly.model import PrototypesModel
 from anomalib_ot.anomaly.prototypes import PrototypeBank
+from anomalib_ot.anomaly.training_patches import Patches
 
 GRID, WIDTH, IMAGES, BATCH, PASSES, SEED = (4, 3), 6, 8, 4, 2, 3
 

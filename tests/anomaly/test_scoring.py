@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from anomalib_ot.anomaly.fitting import Patches
 from anomalib_ot.anomaly.members import Member
 from anomalib_ot.anomaly.model import PrototypesModel
 from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.anomaly.scoring import TransportScore, image_score, robust_centre
+from anomalib_ot.anomaly.training_patches import Patches
 
 SIZE, CELL, BLOB = 128, 32, 20
 

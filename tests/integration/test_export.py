@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from anomalib.deploy import OpenVINOInferencer
 
-from anomalib_ot.anomaly.fitting import Patches
+from anomalib_ot.anomaly.training_patches import Patches
 from anomalib_ot.integration.backbone import build_extractor, fill_weights
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.ot_prototypes import OTPrototypes

@@ -11,6 +11,16 @@ from typing import Any
 FEATURE_COSTS = ("cosine", "euclidean", "whitened")
 STRUCTURES = ("learned", "fixed")
 STARTS = ("data", "random")
+SOLVERS = ("sinkhorn", "pot")
+NONE_CHOOSES = (
+    "num_prototypes",
+    "num_global",
+    "position_unit",
+    "rho",
+    "momentum",
+    "min_improvement",
+    "max_problem_mb",
+)
 PRESETS = ("default", "paper")
 
 
@@ -38,8 +48,14 @@ class Member:
         max_iters: Largest number of Sinkhorn iterations per assignment.
         momentum: Part of the old prototype kept at each update, 0 to below 1; None updates once per pass, to the
             barycentre of all patches.
-        passes: Refinement passes over the patches; 0 keeps the start.
-        batch_images: Images per assignment problem.
+        passes: Refinement passes over the patches, at most; 0 keeps the start.
+        min_improvement: Stop after a pass that lowers the mean transport cost by no more than this part of it; 0
+            stops once it no longer falls, None never.
+        batch_images: Images per assignment problem, at most.
+        max_problem_mb: Bound of the cost matrix of one assignment problem, MB, which fewer images keep to; None sets no
+            bound. A solver holds a few matrices of that size.
+        warm_start: Start each assignment from the potentials found before, instead of from 0.
+        solver: "sinkhorn", or "pot" for reference: POT in float64, for problems of up to two million pairs.
         pooling: Neighbourhood of a patch, in patches.
         shrinkage: Part of the average variance mixed into the whitening, above 0 to 1.
         align_corners: How maps are upsampled (True as published).
@@ -62,7 +78,11 @@ class Member:
     max_iters: int = 100
     momentum: float | None = None
     passes: int = 3
+    min_improvement: float | None = 1e-3
     batch_images: int = 8
+    max_problem_mb: float | None = 1000.0
+    warm_start: bool = True
+    solver: str = "sinkhorn"
     pooling: int = 3
     shrinkage: float = 0.05
     align_corners: bool = False
@@ -74,7 +94,8 @@ class Member:
         _check_known("feature_cost", self.feature_cost, FEATURE_COSTS)
         _check_known("structure", self.structure, STRUCTURES)
         _check_known("start", self.start, STARTS)
-        for name in ("prototype_scale", "align_corners", "calibrate"):
+        _check_known("solver", self.solver, SOLVERS)
+        for name in ("prototype_scale", "align_corners", "calibrate", "warm_start"):
             if not isinstance(getattr(self, name), bool):
                 msg = f"{name}={getattr(self, name)!r}: expected true or false"
                 raise ValueError(msg)
@@ -85,9 +106,17 @@ class Member:
                 raise ValueError(msg)
         for name in ("alpha", "position_quantile"):
             self._check_number(name, "between 0 and 1", lambda value: 0 <= value <= 1)
-        for name in ("num_prototypes", "num_global", "max_iters", "batch_images", "epsilon", "position_unit"):
+        for name in (
+            "num_prototypes",
+            "num_global",
+            "max_iters",
+            "batch_images",
+            "epsilon",
+            "position_unit",
+            "max_problem_mb",
+        ):
             self._check_number(name, "finite and above 0", lambda value: 0 < value < math.inf)
-        for name in ("rho", "tolerance", "passes"):
+        for name in ("rho", "tolerance", "passes", "min_improvement"):
             self._check_number(name, "of at least 0", lambda value: value >= 0)
         self._check_number("shrinkage", "above 0 and at most 1", lambda value: 0 < value <= 1)
         self._check_number("momentum", "from 0 to below 1, the part of the old prototype to keep", lambda m: 0 <= m < 1)
@@ -105,7 +134,7 @@ class Member:
     def _check_number(self, name: str, expected: str, is_good: Callable[[float], bool]) -> None:
         """Refuse what is no number (None passes where it is the name of a choice), and numbers out of range."""
         value = getattr(self, name)
-        if value is None and name in ("num_prototypes", "num_global", "position_unit", "rho", "momentum"):
+        if value is None and name in NONE_CHOOSES:
             return
         if not isinstance(value, Real) or isinstance(value, bool) or not is_good(value):
             msg = f"{name}={value!r}: expected a number {expected}"
@@ -193,7 +222,10 @@ def make_members(
             tolerance=0.0,
             momentum=0.95,
             passes=50,
+            min_improvement=None,
             batch_images=64,
+            max_problem_mb=None,
+            warm_start=False,
             pooling=1,
             align_corners=True,
             calibrate=False,

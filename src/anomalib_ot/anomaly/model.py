@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anomalib_ot.anomaly.fitting import Patches, fit_bank
+from anomalib_ot.anomaly.fitting import fit_bank
 from anomalib_ot.anomaly.members import Member
 from anomalib_ot.anomaly.prototypes import PatchScores, PrototypeBank
 from anomalib_ot.anomaly.scoring import TransportScore, image_score
+from anomalib_ot.anomaly.training_patches import Patches
 from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.vision.patches import MapSmoother, patch_embeddings, upsample
 

@@ -3,70 +3,67 @@
 import logging
 import math
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
+from anomalib_ot.anomaly.training_patches import EncodedPatches, sample_numbers
 from anomalib_ot.vision.patches import grid_positions
-
-if TYPE_CHECKING:
-    from anomalib_ot.anomaly.fitting import Patches
 
 POINTS_PER_PROTOTYPE = 1000
 CANDIDATES_PER_PROTOTYPE = 100
 KMEANS_ITERATIONS = 10
+CELL_BYTES = 2**26  # of patches that are held at a time to find the centres of cells
 
 
-def start_prototypes(bank: PrototypeBank, encoded: Tensor, patches: "Patches", seed: int) -> None:
+def start_prototypes(bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> None:
     """Set prototypes and positions before the first assignment.
 
     Free prototypes are k-means centres; a grid of local prototypes starts at the mean of the patches of each cell,
     several copies of it at the k-means centres of each cell. `start="random"` draws features uniformly from [0, 1).
+    K-means takes a seeded sample of 1000 patches per prototype, and no more than these are read; means take all.
 
     Args:
         bank: The member; prototypes and positions are set.
-        encoded: Encoded embeddings (n, N, D').
-        patches: Where they come from.
-        seed: Seed of k-means and of random starts.
+        encoded: The patches.
+        seed: Seed of samples, of k-means and of random starts.
 
     Raises:
         ValueError: If there are fewer patches than prototypes.
     """
-    member, width = bank.member, encoded.shape[-1]
+    member, grid_size = bank.member, encoded.patches.grid_size
     cells = None
     if member.num_global is not None:
-        cells = cell_positions(patches.grid_size, member.num_global)
+        cells = cell_positions(grid_size, member.num_global)
         copies = max(int(member.num_global), 1)
         count, named = copies * len(cells), f"num_global={member.num_global}"
     else:
         count, named = int(member.num_prototypes), f"num_prototypes={member.num_prototypes}"
-    if count > len(patches):
+    if count > len(encoded):
         msg = (
-            f"{named} makes {count} prototypes for only {len(patches)} training patches "
-            f"(grid {patches.grid_size[0]} x {patches.grid_size[1]}); lower it or add training images"
+            f"{named} makes {count} prototypes for only {len(encoded)} training patches "
+            f"(grid {grid_size[0]} x {grid_size[1]}); lower it or add training images"
         )
         raise ValueError(msg)
 
-    if cells is None:
-        bank.prototypes = k_means(encoded.flatten(0, 1), count, seed, spherical=member.feature_cost == "cosine")
-        bank.positions = torch.full((count, 2), 0.5)
-        if member.start == "random" or member.structure == "fixed":
-            generator = torch.Generator().manual_seed(seed)
-            bank.positions = torch.rand(count, 2, generator=generator)
-    else:
-        bank.positions = cells.repeat(copies, 1)
-        if member.start == "data":
-            nearest = torch.cdist(patches.positions, cells).argmin(1)
-            centres = [
-                _cell_centres(encoded[:, nearest == i].flatten(0, 1), copies, seed, width) for i in range(len(cells))
-            ]
-            bank.prototypes = torch.stack(centres, dim=1).reshape(count, width)
+    generator = torch.Generator().manual_seed(seed)
     if member.start == "random":
-        generator = torch.Generator().manual_seed(seed)
-        bank.prototypes = torch.rand(count, width, generator=generator)
+        prototypes = torch.rand(count, encoded.width, generator=generator)
+    elif cells is None:
+        sample = encoded.rows(sample_numbers(len(encoded), POINTS_PER_PROTOTYPE * count, seed))
+        prototypes = k_means(sample, count, seed, spherical=member.feature_cost == "cosine")
+    else:
+        cell = torch.cdist(encoded.patches.positions, cells).argmin(1)
+        prototypes = _cell_centres(encoded, cell, len(cells), copies, seed).transpose(0, 1).flatten(0, 1)
+    if cells is not None:
+        positions = cells.repeat(copies, 1)
+    elif member.start == "random" or member.structure == "fixed":
+        positions = torch.rand(count, 2, generator=generator.manual_seed(seed))
+    else:
+        positions = torch.full((count, 2), 0.5)
+    bank.prototypes, bank.positions = prototypes.to(encoded.device), positions.to(encoded.device)
 
 
 def cell_positions(grid_size: tuple[int, int], num_global: float) -> Tensor:
@@ -93,13 +90,16 @@ def cell_positions(grid_size: tuple[int, int], num_global: float) -> Tensor:
 def k_means(points: Tensor, count: int, seed: int, *, spherical: bool = False) -> Tensor:
     """Return the k-means centres (count, D) of points (P, D), by FAISS from a spread-out start.
 
+    On the CPU, unless the installed FAISS has GPUs.
+
     Args:
-        points: What to cluster.
+        points: What to cluster; of more than 1000 per centre, FAISS takes a sample.
         count: Number of centres, at most P.
         seed: Makes two runs equal.
         spherical: Cluster directions; the centres then have the mean length of the points.
     """
     faiss = _faiss()
+    points = points.cpu()
     data = unit(points) if spherical else points
     data = np.ascontiguousarray(data.numpy(), dtype=np.float32)
     engine = faiss.Kmeans(
@@ -110,6 +110,7 @@ def k_means(points: Tensor, count: int, seed: int, *, spherical: bool = False) -
         spherical=spherical,
         min_points_per_centroid=1,
         max_points_per_centroid=POINTS_PER_PROTOTYPE,
+        gpu=faiss.get_num_gpus() > 0,
     )
     engine.train(data, init_centroids=spread_points(torch.from_numpy(data), count, seed).numpy())
     centres = torch.from_numpy(np.array(engine.centroids, dtype=np.float32))
@@ -152,10 +153,38 @@ def _faiss() -> ModuleType:
     return faiss
 
 
-def _cell_centres(points: Tensor, copies: int, seed: int, width: int) -> Tensor:
-    """Return the centres (copies, D) of one cell: its mean, or k-means centres, repeated where patches are few."""
-    if len(points) == 0:
-        return torch.zeros(copies, width)
-    if copies == 1 or len(points) < copies:
-        return points.mean(0, keepdim=True).repeat(copies, 1)
-    return k_means(points, copies, seed)
+def _cell_centres(encoded: EncodedPatches, cell: Tensor, count: int, copies: int, seed: int) -> Tensor:
+    """Return the centres (cells, copies, D') of cells: means, or k-means centres where patches are enough.
+
+    Args:
+        encoded: The patches.
+        cell: The cell of each patch of an image (N,).
+        count: Number of cells.
+        copies: Centres per cell.
+        seed: Seed of samples and of k-means.
+    """
+    centres = _cell_means(encoded, cell, count)[:, None].repeat(1, copies, 1)
+    if copies == 1:
+        return centres
+    patches = torch.bincount(cell, minlength=count)
+    images = sample_numbers(
+        encoded.num_images, math.ceil(POINTS_PER_PROTOTYPE * copies / int(patches.clamp(min=1).min())), seed
+    )
+    at_once = max(CELL_BYTES // (4 * encoded.width * len(images) * int(patches.max())), 1)
+    wanted = (patches * len(images) >= copies).nonzero().flatten()
+    for some in wanted.split(at_once):
+        numbers = [(images[:, None] * encoded.per_image + (cell == one).nonzero().T).flatten() for one in some]
+        points = encoded.rows(torch.cat(numbers)).split([len(those) for those in numbers])
+        for one, own in zip(some, points, strict=True):
+            centres[one] = k_means(own, copies, seed)
+    return centres
+
+
+def _cell_means(encoded: EncodedPatches, cell: Tensor, count: int) -> Tensor:
+    """Return the mean (cells, D') of the patches of each cell (N,); 0 for cells without any."""
+    per_patch = torch.zeros(encoded.per_image, encoded.width, dtype=torch.float64)
+    for block in encoded.blocks():
+        per_patch += block.sum(0, dtype=torch.float64).cpu()
+    sums = torch.zeros(count, encoded.width, dtype=torch.float64).index_add_(0, cell, per_patch)
+    held = torch.bincount(cell, minlength=count) * encoded.num_images
+    return (sums / held.clamp(min=1)[:, None]).float()

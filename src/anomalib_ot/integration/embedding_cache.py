@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from anomalib_ot.anomaly.fitting import Patches
 from anomalib_ot.anomaly.model import Embedded, Source
+from anomalib_ot.anomaly.training_patches import Patches
 from anomalib_ot.integration.input_error import InputError
 
 logger = logging.getLogger(__name__)

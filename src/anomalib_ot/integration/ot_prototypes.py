@@ -16,8 +16,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
-from anomalib_ot.anomaly.fitting import Patches
 from anomalib_ot.anomaly.model import Explained, PrototypesModel, Source, portions
+from anomalib_ot.anomaly.training_patches import Patches
 from anomalib_ot.integration.backbone import fill_weights
 from anomalib_ot.integration.checkpoints import check_is_prototypes, checked_reading, trained_arguments
 from anomalib_ot.integration.embedding_cache import EmbeddingCache

@@ -1,0 +1,143 @@
+"""One assignment of patches to prototypes: the costs, the solver, and how well it was solved."""
+
+import logging
+import math
+import warnings
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anomalib_ot.anomaly.members import Member
+from anomalib_ot.anomaly.prototypes import TINY, PrototypeBank
+from anomalib_ot.anomaly.scales import energy
+from anomalib_ot.ot import sinkhorn
+from anomalib_ot.ot.transport import Transport
+
+POT_PAIRS = 2_000_000
+MEGABYTE = 10**6
+logger = logging.getLogger(__name__)
+
+
+class Assignment(NamedTuple):
+    """Who goes where: `plan` (n, K), its transport `cost` per unit of mass, whether the solver reached its tolerance.
+
+    `potentials` is what a similar problem may start from: a transport without its plan and costs; None with POT.
+    """
+
+    plan: Tensor
+    cost: float
+    reached_tolerance: bool
+    num_iters: int
+    potentials: Transport | None
+
+
+def assign(
+    bank: PrototypeBank, encoded: Tensor, positions: Tensor, energy_unit: float, start: Transport | None = None
+) -> Assignment:
+    """Assign patches to prototypes by entropic transport from equal masses.
+
+    Costs have one scale for all prototypes. Scales that the member leaves open (`prototype_scale` off, no
+    `position_unit`) are the maxima of this batch, as published.
+
+    Args:
+        bank: The member.
+        encoded: Encoded patches (n, D').
+        positions: Their positions (n, 2).
+        energy_unit: The feature cost that counts as 1.
+        start: The potentials of a similar problem.
+
+    Raises:
+        ValueError: If POT is to solve a problem of more than two million pairs.
+    """
+    member = bank.member
+    if member.prototype_scale:
+        feature = energy(bank, bank.feature_distance(encoded)) / energy_unit
+    else:
+        feature = bank.feature_distance(encoded)
+        feature = feature / feature.max().clamp(min=TINY)
+    if member.position_unit is not None:
+        position = bank.position_cost(positions)
+    else:
+        position = bank.position_distance(positions)
+        position = position / position.max().clamp(min=TINY)
+    cost = (1 - member.alpha) * feature + member.alpha * position
+    if member.solver == "pot":
+        return _solve_with_pot(member, cost)
+    transport = sinkhorn(
+        cost,
+        epsilon=member.epsilon,
+        rho_b=math.inf if member.rho is None else member.rho,
+        tolerance=member.tolerance,
+        max_iters=member.max_iters,
+        init=start,
+        gradient="none",
+    )
+    price, reached = float(transport.value / transport.plan.sum()), bool(transport.reached_tolerance)
+    nothing = cost.new_zeros(0)
+    light = replace(transport, plan=nothing, f=nothing, cost=nothing, a=nothing)
+    return Assignment(transport.plan, price, reached, int(transport.num_iters), light)
+
+
+def images_per_problem(member: Member, patches_per_image: int, num_prototypes: int) -> int:
+    """Return how many images share an assignment: `batch_images`, or fewer where `max_problem_mb` bounds the costs.
+
+    Raises:
+        ValueError: If the costs of one image are beyond the bound already.
+    """
+    if member.max_problem_mb is None:
+        return member.batch_images
+    one_image = 4 * patches_per_image * num_prototypes / MEGABYTE
+    fitting = int(member.max_problem_mb / one_image)
+    if fitting < 1:
+        msg = (
+            f"max_problem_mb={member.max_problem_mb}: the costs of one image ({patches_per_image} patches x "
+            f"{num_prototypes} prototypes) take {one_image:.3g} MB; raise it, or lower the number of prototypes"
+        )
+        raise ValueError(msg)
+    if fitting < member.batch_images:
+        logger.info(
+            "Assignments hold %d images instead of batch_images=%d, so that their costs stay within max_problem_mb=%g",
+            fitting,
+            member.batch_images,
+            member.max_problem_mb,
+        )
+    return min(fitting, member.batch_images)
+
+
+def _solve_with_pot(member: Member, cost: Tensor) -> Assignment:
+    """Solve with POT in float64, from potentials 0: slow, and nobody else's code than the field's reference.
+
+    Its own measure of convergence is another one: it stops at the tolerance over the root of the number of prototypes,
+    which for hard marginals is at least as strict as ours.
+
+    References:
+        R. Flamary et al., "POT: Python optimal transport", JMLR 2021.
+    """
+    if cost.numel() > POT_PAIRS:
+        msg = (
+            f"solver='pot' is for small problems: {cost.shape[0]} patches x {cost.shape[1]} prototypes are more than "
+            f"{POT_PAIRS} pairs; lower batch_images or the number of prototypes, or use solver='sinkhorn'"
+        )
+        raise ValueError(msg)
+    import ot  # POT; heavy, and seldom wanted
+
+    matrix = cost.detach().cpu().double().numpy()
+    a, b = (np.full(count, 1 / count) for count in matrix.shape)
+    options = {"reg": member.epsilon, "numItermax": member.max_iters, "stopThr": member.tolerance / math.sqrt(len(b))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what POT says about convergence is measured below, and told once
+        if member.rho is None:
+            plan, log = ot.sinkhorn(a, b, matrix, method="sinkhorn_log", log=True, **options)
+            wanted = b
+        else:
+            plan, log = ot.unbalanced.sinkhorn_unbalanced(
+                a, b, matrix, reg_m=(math.inf, member.rho), method="sinkhorn_stabilized", log=True, **options
+            )
+            wanted = b * np.exp(-member.epsilon * log["logv"] / member.rho)
+    error = np.abs(plan.sum(0) - wanted).sum() + np.abs(plan.sum(1) - a).sum()
+    price = float((plan * matrix).sum() / plan.sum())
+    num_iters = log.get("niter", len(log["err"]))
+    return Assignment(torch.from_numpy(plan).to(cost), price, bool(error <= member.tolerance), num_iters, None)

@@ -1,0 +1,160 @@
+"""Refinement: prototypes move to the barycentres of the patches that transport assigns to them."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from anomalib_ot.anomaly.assignment import Assignment, assign, images_per_problem
+from anomalib_ot.anomaly.prototypes import TINY, PrototypeBank
+from anomalib_ot.anomaly.scales import typical_energy
+from anomalib_ot.anomaly.training_patches import EncodedPatches
+from anomalib_ot.ot.transport import Transport
+
+Report = Callable[[int, int], None]
+logger = logging.getLogger(__name__)
+
+
+def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Report | None = None) -> float:
+    """Move prototypes to the barycentres of the patches that transport assigns to them.
+
+    ``p <- m p + (1 - m) (plan^T x) / (plan^T 1)`` after each problem, and positions alike if the structure is learned;
+    `m` is the momentum. Without momentum, plans of a whole pass are summed and prototypes move once, to the barycentre
+    of all patches: the order of images then has no influence. Positions of the copies of a grid stay one shared
+    layout.
+
+    Passes end early once one lowers the mean transport cost by no more than `min_improvement` of it. A warning tells
+    how many problems did not reach their tolerance, unless that is 0.
+
+    Args:
+        bank: The member; prototypes and positions are set.
+        encoded: The patches.
+        seed: Seed of the order of images.
+        report: Called with (steps done, steps in all); after an early end once more with all steps done.
+
+    Returns:
+        Mean transport cost per unit of mass over the last pass (NaN without a pass).
+
+    Raises:
+        ValueError: If not even one image fits into `max_problem_mb`, or a problem is too large for POT.
+
+    References:
+        R. Trombetta, C. Lartizien, 2025, section 3 (assignment and update).
+    """
+    member = bank.member
+    if not member.passes:
+        return math.nan
+    generator = torch.Generator().manual_seed(seed)
+    size = images_per_problem(member, encoded.per_image, bank.num_prototypes)
+    steps = member.passes * math.ceil(encoded.num_images / size)
+    copies = int(member.num_global) if member.num_global is not None and member.num_global >= 1 else 1
+    energy_unit, solved, last = typical_energy(bank, encoded), Solved(), math.nan
+    for _ in range(member.passes):
+        solved.begin_pass()
+        sums = Received.nothing(bank)
+        for images in torch.randperm(encoded.num_images, generator=generator).split(size):
+            x, y = encoded.images(images).flatten(0, 1), encoded.positions.repeat(len(images), 1)
+            start = solved.start(moving=member.momentum is not None) if member.warm_start else None
+            found = assign(bank, x, y, energy_unit, start)
+            solved.add(found)
+            sums.add(found.plan, x, y)
+            if member.momentum is not None:
+                sums.move(bank, member.momentum, copies)
+                sums = Received.nothing(bank)
+            if report is not None:
+                report(solved.problems, steps)
+        if member.momentum is None:
+            sums.move(bank, 0.0, copies)
+        if member.min_improvement is not None and last - solved.mean_cost <= member.min_improvement * last:
+            break
+        last = solved.mean_cost
+    if report is not None and solved.problems < steps:
+        report(steps, steps)
+    if solved.unfinished and member.tolerance > 0:
+        logger.warning(
+            "%d of %d assignments did not reach tolerance=%g within max_iters=%d; raise max_iters or epsilon, or the "
+            "tolerance",
+            solved.unfinished,
+            solved.problems,
+            member.tolerance,
+            member.max_iters,
+        )
+    return solved.mean_cost
+
+
+class Solved:
+    """What is known of the assignments solved so far: how many, how well, at which cost, and where to start the next.
+
+    While prototypes move after each problem, the next one starts from the last potentials. While they stay for a whole
+    pass, all its problems start from the mean potentials of the pass before: the order of images has no influence.
+    """
+
+    def __init__(self) -> None:
+        self.problems, self.unfinished, self.num_iters = 0, 0, 0
+        self._latest: Transport | None = None
+        self._mean: Transport | None = None
+        self._sum: Tensor | None = None
+        self._cost, self._in_pass = 0.0, 0
+
+    @property
+    def mean_cost(self) -> float:
+        """Mean cost per unit of mass of the assignments of this pass."""
+        return self._cost / self._in_pass
+
+    def begin_pass(self) -> None:
+        """Begin a pass; the one before gives potentials to start from."""
+        if self._sum is not None:
+            self._mean = replace(self._latest, g=self._sum / self._in_pass)
+        self._cost, self._in_pass, self._sum = 0.0, 0, None
+
+    def start(self, *, moving: bool) -> Transport | None:
+        """Return where the next problem may start, None at first; `moving` prototypes move after each problem."""
+        return self._latest if moving else self._mean
+
+    def add(self, found: Assignment) -> None:
+        """Count one more."""
+        self.problems += 1
+        self.unfinished += not found.reached_tolerance
+        self.num_iters += found.num_iters
+        self._cost += found.cost
+        self._in_pass += 1
+        self._latest = found.potentials
+        if found.potentials is not None:
+            g = found.potentials.g.double()
+            self._sum = g if self._sum is None else self._sum + g
+
+
+@dataclass
+class Received:
+    """What prototypes received: `mass` (K,), mass times embedding (K, D') and times position (K, 2), in float64."""
+
+    mass: Tensor
+    embeddings: Tensor
+    positions: Tensor
+
+    @classmethod
+    def nothing(cls, bank: PrototypeBank) -> "Received":
+        """Start at zero."""
+        like = bank.prototypes.double()
+        return cls(torch.zeros_like(like[:, 0]), torch.zeros_like(like), like.new_zeros(len(like), 2))
+
+    def add(self, plan: Tensor, encoded: Tensor, positions: Tensor) -> None:
+        """Add what the plan (n, K) brings from patches (n, D') at positions (n, 2)."""
+        self.mass += plan.sum(0)
+        self.embeddings += plan.T @ encoded
+        self.positions += plan.T @ positions
+
+    def move(self, bank: PrototypeBank, keep: float, copies: int) -> None:
+        """Move to `keep` times the prototypes plus the rest times the barycentres; those without mass stay."""
+        alive, mass = (self.mass > TINY)[:, None], self.mass.clamp(min=TINY)[:, None]
+        mixed = keep * bank.prototypes + (1 - keep) * self.embeddings / mass
+        bank.prototypes = torch.where(alive, mixed.float(), bank.prototypes)
+        if bank.member.structure == "learned":
+            moved = keep * bank.positions + (1 - keep) * self.positions / mass
+            moved = torch.where(alive, moved.float(), bank.positions)
+            if copies > 1:
+                moved = moved.view(copies, -1, 2).mean(0).repeat(copies, 1)
+            bank.positions = moved
