@@ -98,7 +98,7 @@ def k_means(points: Tensor, count: int, seed: int, *, spherical: bool = False) -
         seed: Makes two runs equal.
         spherical: Cluster directions; the centres then have the mean length of the points.
     """
-    faiss = _faiss()
+    faiss = import_faiss()
     points = points.cpu()
     data = unit(points) if spherical else points
     data = np.ascontiguousarray(data.numpy(), dtype=np.float32)
@@ -145,7 +145,7 @@ def spread_points(points: Tensor, count: int, seed: int) -> Tensor:
     return sample[chosen]
 
 
-def _faiss() -> ModuleType:
+def import_faiss() -> ModuleType:
     """Import FAISS when it is needed, as importing Anomalib's models loads this file; without its loader's chatter."""
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     import faiss

@@ -11,6 +11,7 @@ from anomalib_ot.ot import Support, sinkhorn
 
 BLOCK = 4096  # points that are searched for at a time
 SAMPLE_ROWS = 64
+LOOKED_AT, AGREES_AT = 4, 0.25
 DENSEST = 0.25  # of all pairs: a support with more saves nothing
 
 
@@ -25,8 +26,9 @@ def nearest_support(
     """Choose, for each patch, its `k` cheapest prototypes, and for each prototype its `k / 2` cheapest patches.
 
     The second half matters: without it rare prototypes starve. Candidates come from one exact Euclidean search in the
-    space of features and positions together, each scaled by its weight in the metric: ``(1 - alpha) |x - p|^2 / s +
-    alpha |y - z|^2 / u^2``. Twice as many as needed are looked at, and the cheapest by the true cost are kept.
+    space of features and positions together, scaled so that squared distances are close to the metric: ``(1 - alpha)
+    |x - p|^2 / s + alpha |y - z|^2 / (u d)``, which agrees where ``|y - z| = d``, a quarter of the image. Four times as
+    many as needed are looked at, and the cheapest by the true cost are kept.
 
     Args:
         encoded: Encoded patches (n, D).
@@ -51,7 +53,7 @@ def nearest_support(
         (prototypes, patches, math.ceil(k / 2), True),
     ):
         count = min(count, len(known))
-        near = neighbours(queries, known, min(2 * count, len(known)))
+        near = neighbours(queries, known, min(LOOKED_AT * count, len(known)))
         for first in range(0, len(queries), BLOCK):
             block = near[first : first + BLOCK]
             own = torch.arange(first, first + len(block), device=block.device)[:, None].expand_as(block)
@@ -161,5 +163,5 @@ def _joint(encoded: Tensor, positions: Tensor, bank: PrototypeBank, energy_unit:
     weight = (1 - alpha) / energy_unit
     if bank.member.feature_cost == "cosine":
         x, p, weight = unit(x), unit(p), weight / 2  # |x - p|^2 = 2 (1 - cos)
-    scale, reach = math.sqrt(weight), math.sqrt(alpha) / float(bank.position_unit)
+    scale, reach = math.sqrt(weight), math.sqrt(alpha / (float(bank.position_unit) * AGREES_AT))
     return torch.cat((scale * x, reach * positions), 1), torch.cat((scale * p, reach * bank.positions), 1)
