@@ -1,6 +1,7 @@
 """Which pairs of patch and prototype are worth considering: neighbours found by FAISS, position folded in."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -9,7 +10,8 @@ from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
 from anomalib_ot.anomaly.start import import_faiss
 from anomalib_ot.ot import Support, sinkhorn
 
-BLOCK = 4096  # points that are searched for at a time
+BLOCK = 512  # points that are searched for at a time
+PAIRS = 8192  # pairs whose features are compared at a time
 SAMPLE_ROWS = 64
 LOOKED_AT, AGREES_AT = 4, 0.25
 DENSEST = 0.25  # of all pairs: a support with more saves nothing
@@ -47,29 +49,20 @@ def nearest_support(
         msg = f"k={k}: expected at least 1 prototype per patch"
         raise ValueError(msg)
     patches, prototypes = _joint(encoded, positions, bank, energy_unit)
-    rows, columns = [], []
+    rows, columns, costs = [], [], []
     for queries, known, count, swapped in (
         (patches, prototypes, k, False),
         (prototypes, patches, math.ceil(k / 2), True),
     ):
         count = min(count, len(known))
-        near = neighbours(queries, known, min(LOOKED_AT * count, len(known)))
-        for first in range(0, len(queries), BLOCK):
-            block = near[first : first + BLOCK]
-            own = torch.arange(first, first + len(block), device=block.device)[:, None].expand_as(block)
-            cost = pair_cost(encoded, positions, bank, *((block, own) if swapped else (own, block)), energy_unit)
-            kept = cost.topk(count, dim=1, largest=False, sorted=False).indices
-            own, block = own.gather(1, kept).flatten(), block.gather(1, kept).flatten()
-            rows.append(block if swapped else own)
-            columns.append(own if swapped else block)
-    rows, columns = torch.cat(rows), torch.cat(columns)
-    cost = torch.cat(
-        [
-            pair_cost(encoded, positions, bank, row, column, energy_unit)
-            for row, column in zip(rows.split(BLOCK * 16), columns.split(BLOCK * 16), strict=True)
-        ]
-    )
-    return Support.of_pairs(rows, columns, cost, (len(encoded), bank.num_prototypes))
+        for own, near in neighbours(queries, known, min(LOOKED_AT * count, len(known))):
+            pairs = (near, own) if swapped else (own, near)
+            cost = pair_cost(encoded, positions, bank, *pairs, energy_unit)
+            cheapest = cost.topk(count, dim=1, largest=False, sorted=False)
+            for kept, side in zip((rows, columns), pairs, strict=True):
+                kept.append(side.gather(1, cheapest.indices).flatten().int())
+            costs.append(cheapest.values.flatten())
+    return Support.of_pairs(torch.cat(rows), torch.cat(columns), torch.cat(costs), (len(encoded), bank.num_prototypes))
 
 
 def choose_k(
@@ -128,7 +121,7 @@ def pair_cost(
     """Return the cost of transport of single pairs: patches `rows` and prototypes `columns`, of any one shape."""
     alpha, shape = bank.member.alpha, rows.shape
     costs = []
-    for row, column in zip(rows.flatten().split(BLOCK * 16), columns.flatten().split(BLOCK * 16), strict=True):
+    for row, column in zip(rows.flatten().split(PAIRS), columns.flatten().split(PAIRS), strict=True):
         x, p = encoded[row], bank.prototypes[column]
         if bank.member.feature_cost == "cosine":
             energy = (1 - (unit(x) * unit(p)).sum(1)).clamp(min=0.0)
@@ -139,21 +132,23 @@ def pair_cost(
     return torch.cat(costs).view(shape)
 
 
-def neighbours(queries: Tensor, known: Tensor, count: int) -> Tensor:
-    """Return the indices (n, count) of the known points (m, D) nearest to each query (n, D), exactly.
+def neighbours(queries: Tensor, known: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Find the known points (m, D) nearest to each query (n, D), exactly, a block of queries at a time.
 
     On CUDA FAISS searches there, where it has its GPU part; else on the CPU.
+
+    Yields:
+        Indices of queries and of their neighbours, both (block, count).
     """
     faiss = import_faiss()
     index = faiss.IndexFlatL2(known.shape[1])
     if known.is_cuda and hasattr(faiss, "StandardGpuResources"):
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), known.device.index or 0, index)
     index.add(known.detach().cpu().contiguous().numpy())
-    found = [
-        torch.from_numpy(index.search(block.detach().cpu().contiguous().numpy(), count)[1])
-        for block in queries.split(BLOCK)
-    ]
-    return torch.cat(found).to(queries.device)
+    for first in range(0, len(queries), BLOCK):
+        block = queries[first : first + BLOCK].detach().cpu().contiguous().numpy()
+        near = torch.from_numpy(index.search(block, count)[1]).to(queries.device)
+        yield torch.arange(first, first + len(block), device=near.device)[:, None].expand_as(near), near
 
 
 def _joint(encoded: Tensor, positions: Tensor, bank: PrototypeBank, energy_unit: float) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The pairs of a transport problem that may be used, where most are left out."""
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -58,15 +59,16 @@ class Support:
             pair = int((~(cost > -math.inf)).nonzero()[0])
             msg = f"cost[{pair}] is {cost[pair].item()}; expected a number, or inf for a pair to leave out"
             raise ValueError(msg)
-        keys, order = torch.sort(rows.long() * m + columns.long())
+        keys, order = torch.sort(rows.long().mul(m).add_(columns))
         first = torch.ones_like(keys, dtype=torch.bool)
         first[1:] = keys[1:] != keys[:-1]
         first &= cost[order] < math.inf
         keys, cost = keys[first], cost[order[first]]
+        del order, first
         counts = torch.bincount(keys // m, minlength=n)
         starts = torch.zeros(n + 1, dtype=torch.int32, device=cost.device)
         starts[1:] = counts.cumsum(0)
-        return cls(starts, (keys % m).int(), cost, (n, m))
+        return cls(starts, keys.remainder_(m).int(), cost, (n, m))
 
     @property
     def density(self) -> float:
@@ -93,4 +95,6 @@ class Support:
 
     def matrix(self, values: Tensor) -> Tensor:
         """Return values (E,) of the pairs as a sparse CSR matrix (N, M)."""
-        return torch.sparse_csr_tensor(self.starts, self.columns, values, size=self.shape)
+        with warnings.catch_warnings():  # torch calls its CSR tensors a beta, once per process
+            warnings.simplefilter("ignore")
+            return torch.sparse_csr_tensor(self.starts, self.columns, values, size=self.shape, check_invariants=False)
