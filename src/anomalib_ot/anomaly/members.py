@@ -50,7 +50,7 @@ class Member:
             barycentre of all patches.
         passes: Refinement passes over the patches, at most; 0 keeps the start.
         min_improvement: Stop after a pass that lowers the mean transport cost by no more than this part of it; 0
-            stops once it no longer falls, None never.
+            stops once it no longer falls, None never. With relaxed shares the cost need not fall from pass to pass.
         batch_images: Images per assignment problem, at most.
         max_problem_mb: Bound of the cost matrix of one assignment problem, MB, which fewer images keep to; None sets no
             bound. A solver holds a few matrices of that size.
@@ -78,7 +78,7 @@ class Member:
     max_iters: int = 100
     momentum: float | None = None
     passes: int = 3
-    min_improvement: float | None = 1e-3
+    min_improvement: float | None = None
     batch_images: int = 8
     max_problem_mb: float | None = 1000.0
     warm_start: bool = True
@@ -222,7 +222,6 @@ def make_members(
             tolerance=0.0,
             momentum=0.95,
             passes=50,
-            min_improvement=None,
             batch_images=64,
             max_problem_mb=None,
             warm_start=False,

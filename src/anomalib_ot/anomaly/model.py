@@ -136,7 +136,7 @@ class PrototypesModel(nn.Module):
         resume: bool = False,
         report: Callable[[str, int, int], None] | None = None,
     ) -> list[float]:
-        """Fit every member, and the transport score, to normal patches.
+        """Fit every member, and the transport score, to normal patches, on the device of the model's buffers.
 
         Args:
             patches: Normal patches per source.
@@ -155,30 +155,34 @@ class PrototypesModel(nn.Module):
             known = patches[bank.member.layers, bank.member.pooling]
             costs.append(fit_bank(bank, known, seed + number, resume=resume, report=progress))
         if self.transport_score is not None:
-            with full_precision(next(iter(patches.values())).embeddings):
+            with full_precision(self.is_fitted):
                 self._fit_transport(patches, size, seed)
         self.is_fitted = torch.tensor(True, device=self.is_fitted.device)
         return costs
 
     def fitted_state(self) -> dict[str, Tensor]:
-        """Return what the fit has learned: all buffers but the backbone's."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("feature_extractor.")}
+        """Return what the fit has learned, on the CPU: all buffers but the backbone's."""
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith("feature_extractor.")}
+        return {name: value.cpu() for name, value in state.items()}
 
     def load_fitted_state(self, state: dict[str, Tensor]) -> None:
         """Take over what a fit in another process has learned."""
         self.load_state_dict({**state, **self.feature_extractor.state_dict(prefix="feature_extractor.")})
 
     def _fit_transport(self, patches: dict[Source, Patches], size: tuple[int, int], seed: int) -> None:
-        """Learn the masses and the local scores of the training images."""
-        masses: list[list[Tensor]] = [[] for _ in self.banks]
-        local = []
-        num_images = len(next(iter(patches.values())).embeddings)
+        """Learn the masses and the local scores of the training images; of each image only a few numbers are kept."""
+        self.transport_score.group(list(self.banks), seed)
+        shares, local = [], []
+        num_images, device = len(next(iter(patches.values())).embeddings), self.is_fitted.device
         for images in torch.arange(num_images).split(FIT_IMAGES):
-            embedded = {source: (known.embeddings[images], known.grid_size) for source, known in patches.items()}
-            local.append(self._local(embedded, size).pred_score)
-            for bank, collected in zip(self.banks, masses, strict=True):
-                collected.append(bank.masses(*embedded[bank.member.layers, bank.member.pooling]))
-        self.transport_score.fit(list(self.banks), [torch.cat(mass) for mass in masses], torch.cat(local), seed)
+            embedded = {
+                source: (known.embeddings[images].to(device, torch.float32), known.grid_size)
+                for source, known in patches.items()
+            }
+            local.append(self._local(embedded, size).pred_score.cpu())
+            masses = [bank.masses(*embedded[bank.member.layers, bank.member.pooling]) for bank in self.banks]
+            shares.append(self.transport_score.shares(masses).cpu())
+        self.transport_score.learn(torch.cat(shares), torch.cat(local))
 
 
 def _on_grid(scores: PatchScores, grid: tuple[int, int], finest: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ class TransportScore(nn.Module):
         Returns:
             The combined score and the transport score, both (B,), in spreads above the training images' median.
         """
-        transport = (self._distance(self._roots(masses), self.mean, self.precision) - self.centre) / self.spread
+        transport = (self._distance(self.shares(masses), self.mean, self.precision) - self.centre) / self.spread
         local = (local_score - self.local_centre) / self.local_spread
         return torch.maximum(local, transport), transport
 
@@ -87,30 +87,43 @@ class TransportScore(nn.Module):
         Raises:
             ValueError: If there are fewer than two training images.
         """
+        self.group(banks, seed)
+        self.learn(self.shares(masses).cpu(), local_score.cpu())
+
+    def group(self, banks: list[PrototypeBank], seed: int) -> None:
+        """Put the prototypes of each fitted member into groups of similar ones."""
+        groups = []
+        for bank in banks:
+            centres = unit(bank.prototypes) if bank.member.feature_cost == "cosine" else bank.prototypes
+            count = min(self.num_groups, len(centres))
+            groups.append(torch.cdist(centres, k_means(centres, count, seed).to(centres)).argmin(1))
+        self.groups = torch.cat(groups)
+
+    def learn(self, roots: Tensor, local_score: Tensor) -> None:
+        """Learn what `shares` (n, members * groups) and local scores (n,) good images have, both on the CPU.
+
+        Raises:
+            ValueError: If there are fewer than two training images.
+        """
         if len(local_score) < 2:
             msg = (
                 "transport_score compares masses between images and needs at least 2 training images, it has "
                 f"{len(local_score)}; add images or turn transport_score off"
             )
             raise ValueError(msg)
-        groups = []
-        for bank in banks:
-            centres = unit(bank.prototypes) if bank.member.feature_cost == "cosine" else bank.prototypes
-            count = min(self.num_groups, len(centres))
-            groups.append(torch.cdist(centres, k_means(centres, count, seed)).argmin(1))
-        self.groups = torch.cat(groups)
-        roots = self._roots(masses)
-        self.mean, self.precision = self._moments(roots)
+        mean, precision = self._moments(roots)
         fold = torch.arange(len(roots)) % min(FOLDS, len(roots))
         distances = torch.zeros(len(roots))
         for left_out in fold.unique():
             held, kept = fold == left_out, fold != left_out
             distances[held] = self._distance(roots[held], *self._moments(roots[kept]))
-        self.centre, self.spread = robust_centre(distances)
-        self.local_centre, self.local_spread = robust_centre(local_score)
+        measured = (mean, precision, *robust_centre(distances), *robust_centre(local_score))
+        names = ("mean", "precision", "centre", "spread", "local_centre", "local_spread")
+        for name, value in zip(names, measured, strict=True):
+            setattr(self, name, value.to(self.groups.device))
 
-    def _roots(self, masses: list[Tensor]) -> Tensor:
-        """Square roots of the masses per group (B, members * groups)."""
+    def shares(self, masses: list[Tensor]) -> Tensor:
+        """Return the square roots of the masses per group (B, members * groups), of masses (B, K) per member."""
         sizes = [mass.shape[1] for mass in masses]
         numbers = torch.arange(self.num_groups, device=self.groups.device)
         shares = [

@@ -45,6 +45,11 @@ class InputGuard(Callback):
         if hasattr(pl_module, "gradient_anchor"):
             del pl_module.gradient_anchor
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no files behind."""
+        del trainer, exception
+        pl_module.forget_collected()
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to validate what was not trained, unless it is being trained."""
         if trainer.state.fn != TrainerFn.FITTING:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.metrics import Evaluator
@@ -16,18 +15,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
-from anomalib_ot.anomaly.model import Explained, PrototypesModel, Source, portions
-from anomalib_ot.anomaly.training_patches import Patches
+from anomalib_ot.anomaly.model import PrototypesModel, portions
 from anomalib_ot.integration.backbone import fill_weights
+from anomalib_ot.integration.checked_export import CheckedExport
 from anomalib_ot.integration.checkpoints import check_is_prototypes, checked_reading, trained_arguments
 from anomalib_ot.integration.embedding_cache import EmbeddingCache
+from anomalib_ot.integration.embedding_files import images_to_come
 from anomalib_ot.integration.explained_batch import ExplainedBatch
 from anomalib_ot.integration.fit_progress import fit_progress
 from anomalib_ot.integration.input_checks import check_datamodule
 from anomalib_ot.integration.input_error import InputError, install_short_errors
-from anomalib_ot.integration.input_guard import InputGuard, check_fitted
+from anomalib_ot.integration.input_guard import InputGuard
 from anomalib_ot.integration.model_arguments import MODEL_ARGUMENTS, build_model, check_training_arguments
-from anomalib_ot.integration.processors import ExplainedPostProcessor, ExportablePreProcessor, without_causes
+from anomalib_ot.integration.processors import ExplainedPostProcessor, ExportablePreProcessor
 from anomalib_ot.integration.visualizer import ExplanationVisualizer
 from anomalib_ot.vision.backbone import normalisation
 
@@ -35,10 +35,11 @@ logger = logging.getLogger(__name__)
 install_short_errors()
 
 UNLIMITED_EPOCHS = (1000, -1)  # what Lightning puts where the user gave no limit
+WITHOUT_FLOAT64 = ("mps",)  # the fit sums in float64; it runs on the CPU there
 NO_DATA = "no data to {}; name a data set (--data Folder --data.root ..., in Python datamodule=...)"
 
 
-class OTPrototypes(AnomalibModule):
+class OTPrototypes(CheckedExport, AnomalibModule):
     """Transport patches to prototypes of normal parts: what finds none looks wrong, or is in the wrong place.
 
     One pass of a frozen timm backbone over good images, then a fit of seconds: prototypes of patch features with their
@@ -66,7 +67,10 @@ class OTPrototypes(AnomalibModule):
         num_groups: Groups of prototypes that the transport score counts.
         epochs: Passes over the training images where the trainer has no `max_epochs`; more than one is of use only with
             random augmentations.
-        max_cached_gb: Bound of the memory for embeddings of training images, GB; a seeded sample of images beyond it.
+        max_cached_gb: Bound of the memory for embeddings of training images, GB; the fit uses a seeded sample of images
+            beyond it, or all of them with `cache_dir`.
+        cache_dir: Folder for embeddings beyond `max_cached_gb`, on a disk with space for all (0.5 to 2 MB per image);
+            they are removed after the fit. None: no files.
         seed: Makes two trainings on the same data equal.
         export_explanation: Whether exported models have the outputs `feature_map`, `position_map`, `matched_position`
             (and `transport_score`); without them Anomalib's own `OpenVINOInferencer` reads the export.
@@ -102,6 +106,7 @@ class OTPrototypes(AnomalibModule):
         num_groups: int = 8,
         epochs: int = 1,
         max_cached_gb: float = 4.0,
+        cache_dir: str | Path | None = None,
         seed: int = 0,
         export_explanation: bool = True,
         pre_processor: nn.Module | bool = True,
@@ -139,7 +144,7 @@ class OTPrototypes(AnomalibModule):
         self.seed = seed
         self.export_explanation = export_explanation
         self.automatic_optimization = False
-        self._cache = EmbeddingCache(max_cached_gb * 1e9, seed)
+        self._cache = EmbeddingCache(max_cached_gb * 1e9, seed, cache_dir)
         self._costs: list[float] = []
 
     # ---- before anything runs: the data, the weights
@@ -154,6 +159,7 @@ class OTPrototypes(AnomalibModule):
 
     def on_fit_start(self) -> None:
         """Limit the passes; get the backbone's weights, unless the model or the checkpoint to resume from has them."""
+        self._cache.check_folder()
         if self.trainer.max_epochs in UNLIMITED_EPOCHS:
             self.trainer.fit_loop.max_epochs = self.epochs
         if not self.model.is_fitted:
@@ -186,6 +192,7 @@ class OTPrototypes(AnomalibModule):
     def on_train_epoch_start(self) -> None:
         """Begin a pass with nothing collected."""
         self._cache.clear()
+        self._cache.expected_images = images_to_come(self.trainer)
 
     def training_step(self, batch: Batch, *args: object) -> None:
         """Collect the embeddings of a batch of good images."""
@@ -206,7 +213,7 @@ class OTPrototypes(AnomalibModule):
         if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._fit_collected()
         elif not self.model.is_fitted:
-            self._fit(self._cache.patches(keep=True))
+            self._fit(keep=True)
 
     def on_train_epoch_end(self) -> None:
         """Fit at the latest now, and tell the cost of transport."""
@@ -220,25 +227,34 @@ class OTPrototypes(AnomalibModule):
     def _fit_collected(self) -> None:
         """Fit to what a pass has collected, once."""
         if not self._cache.is_idle():
-            self._fit(self._cache.patches())
+            self._fit()
 
-    def _fit(self, patches: dict[Source, Patches]) -> None:
+    def _fit(self, *, keep: bool = False) -> None:
         """Fit in the first process, to what all have collected, and hand the result, or the failure, to the others."""
-        device, failure = self.device, None
-        self.model.to("cpu")
-        if self.trainer.is_global_zero:
-            seed, resume = self.seed + 1000 * self.current_epoch, self.current_epoch > 0
-            try:
-                with fit_progress(self.trainer) as report:
-                    self._costs = self.model.fit(patches, self._network_size, seed, resume=resume, report=report)
-            except ValueError as error:
-                failure = error
-        state = self.model.fitted_state()
-        state, self._costs, failure = self.trainer.strategy.broadcast((state, self._costs, failure))
+        failure, patches, device = None, self._cache.patches(keep=keep), self.device
+        self.model.to("cpu" if device.type in WITHOUT_FLOAT64 else device)
+        try:
+            if self.trainer.is_global_zero:
+                seed, resume = self.seed + 1000 * self.current_epoch, self.current_epoch > 0
+                try:
+                    with fit_progress(self.trainer) as report:
+                        self._costs = self.model.fit(patches, self._network_size, seed, resume=resume, report=report)
+                except ValueError as error:
+                    failure = error
+            state = self.model.fitted_state()
+            state, self._costs, failure = self.trainer.strategy.broadcast((state, self._costs, failure))
+        finally:
+            del patches
+            if not keep:
+                self._cache.clear()
         if failure is not None:
             raise InputError(str(failure)) from failure
         self.model.load_fitted_state(state)
         self.model.to(device)
+
+    def forget_collected(self) -> None:
+        """Forget what a pass has collected, and remove its files."""
+        self._cache.clear()
 
     # ---- validation, test, prediction
 
@@ -278,30 +294,6 @@ class OTPrototypes(AnomalibModule):
         """Load a trained model; see Anomalib's `AnomalibModule.load_from_checkpoint`."""
         with checked_reading(checkpoint_path):
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-
-    # ---- export
-
-    def forward(self, batch: torch.Tensor, *args: object, **kwargs: object) -> Explained | tuple:
-        """Predict raw images (B, 3, H, W) in [0, 1], as the exported model does."""
-        predictions = super().forward(batch, *args, **kwargs)
-        return predictions if self.export_explanation else without_causes(predictions)
-
-    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
-        """Export to PyTorch; see Anomalib's `ExportMixin.to_torch`."""
-        check_fitted(self, "export")
-        return super().to_torch(*args, **kwargs)
-
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
-        """Export to ONNX; see Anomalib's `ExportMixin.to_onnx`."""
-        check_fitted(self, "export")
-        # Anomalib asks for 14, which torch cannot write: it tries, prints a page of traceback, and writes 18.
-        kwargs.setdefault("opset_version", 18)
-        return super().to_onnx(*args, **kwargs)
-
-    def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
-        """Export to OpenVINO; see Anomalib's `ExportMixin.to_openvino`."""
-        check_fitted(self, "export")
-        return super().to_openvino(*args, **kwargs)
 
     # ---- the parts around the model
 
