@@ -83,3 +83,37 @@ def test_no_neighbours_is_refused():
     x, y, p, z = clusters(n=50, m=20)
     with pytest.raises(ValueError, match="k=0: expected at least 1"):
         nearest_support(x, y, bank_of(p, z), 0)
+
+
+@pytest.mark.parametrize("neighbours", [24, "auto"])
+def test_a_fit_on_few_pairs_is_near_the_dense_fit(neighbours):
+    from anomalib_ot.anomaly.fitting import fit_bank
+    from anomalib_ot.anomaly.training_patches import Patches
+
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randn(64, 8, generator=generator)
+    embeddings = kinds.expand(12, 64, 8) + 0.3 * torch.randn(12, 64, 8, generator=generator)
+    settings = {"feature_cost": "euclidean", "num_prototypes": None, "num_global": 2, "passes": 2, "epsilon": 0.01}
+    banks = []
+    for given in (None, neighbours):
+        bank = PrototypeBank(Member(layers=("layer",), neighbours=given, **settings))
+        fit_bank(bank, Patches(embeddings, (8, 8)), 0)
+        banks.append(bank)
+    dense, sparse = banks
+    assert dense.num_prototypes == 128
+    error = (sparse.prototypes - dense.prototypes).norm(dim=1) / dense.prototypes.norm(dim=1)
+    assert error.mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"neighbours": 0}, "neighbours=0: expected a number of at least 1"),
+        ({"neighbours": "many"}, "neighbours='many': expected a whole number of prototypes, 'auto'"),
+        ({"neighbours": 8, "solver": "pot"}, "neighbours=8: expected solver='sinkhorn'"),
+        ({"neighbours": 8, "position_unit": None}, "need all pairs; leave neighbours out"),
+    ],
+)
+def test_neighbours_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Member(layers=("layer",), **settings)

@@ -333,3 +333,15 @@ def test_a_mate_that_absorbs_at_odd_times_moves_nobody(seed):
     assert 0 < batch.num_iters.min() < batch.num_iters.max()
     for item in range(3):
         assert batch.num_iters[item] == sinkhorn(cost[item], **settings).num_iters
+
+
+def test_a_start_far_from_everything_is_left_in_finite_steps():
+    # Relaxed columns pull extreme potentials back by a factor that no floating-point number holds.
+    cost = torch.tensor([[0.0, 1800.0], [0.0, 1800.0], [1700.0, 0.001]])
+    for rho_b in (0.05, math.inf):
+        start = torch.tensor([0.0, 308.0])
+        transport = sinkhorn(cost, epsilon=0.02, rho_b=rho_b, init=start, tolerance=1e-2)
+        assert torch.isfinite(transport.plan).all()
+        assert torch.isfinite(transport.g).all()
+        plain = sinkhorn(cost, epsilon=0.02, rho_b=rho_b, tolerance=1e-2)
+        torch.testing.assert_close(transport.plan, plain.plan, rtol=0, atol=2e-2)

@@ -13,8 +13,8 @@ from torch import Tensor
 from anomalib_ot.anomaly.members import Member
 from anomalib_ot.anomaly.prototypes import TINY, PrototypeBank
 from anomalib_ot.anomaly.scales import energy
-from anomalib_ot.ot import sinkhorn
-from anomalib_ot.ot.transport import Transport
+from anomalib_ot.anomaly.support import nearest_support
+from anomalib_ot.ot import SparseTransport, Transport, sinkhorn, sparse_sinkhorn
 
 POT_PAIRS = 2_000_000
 MEGABYTE = 10**6
@@ -24,18 +24,24 @@ logger = logging.getLogger(__name__)
 class Assignment(NamedTuple):
     """Who goes where: `plan` (n, K), its transport `cost` per unit of mass, whether the solver reached its tolerance.
 
-    `potentials` is what a similar problem may start from: a transport without its plan and costs; None with POT.
+    The plan is sparse (CSR) where only some pairs were considered. `potentials` is what a similar problem may start
+    from: a transport without its plan and costs; None with POT.
     """
 
     plan: Tensor
     cost: float
     reached_tolerance: bool
     num_iters: int
-    potentials: Transport | None
+    potentials: Transport | SparseTransport | None
 
 
 def assign(
-    bank: PrototypeBank, encoded: Tensor, positions: Tensor, energy_unit: float, start: Transport | None = None
+    bank: PrototypeBank,
+    encoded: Tensor,
+    positions: Tensor,
+    energy_unit: float,
+    start: Transport | SparseTransport | None = None,
+    neighbours: int | None = None,
 ) -> Assignment:
     """Assign patches to prototypes by entropic transport from equal masses.
 
@@ -48,11 +54,22 @@ def assign(
         positions: Their positions (n, 2).
         energy_unit: The feature cost that counts as 1.
         start: The potentials of a similar problem.
+        neighbours: Consider only this many prototypes per patch, and half as many patches per prototype; None: all.
 
     Raises:
         ValueError: If POT is to solve a problem of more than two million pairs.
     """
     member = bank.member
+    settings = {
+        "epsilon": member.epsilon,
+        "rho_b": math.inf if member.rho is None else member.rho,
+        "tolerance": member.tolerance,
+        "max_iters": member.max_iters,
+        "init": start,
+    }
+    if neighbours is not None:
+        support = nearest_support(encoded, positions, bank, neighbours, energy_unit=energy_unit)
+        return _found(sparse_sinkhorn(support, **settings))
     if member.prototype_scale:
         feature = energy(bank, bank.feature_distance(encoded)) / energy_unit
     else:
@@ -66,19 +83,22 @@ def assign(
     cost = (1 - member.alpha) * feature + member.alpha * position
     if member.solver == "pot":
         return _solve_with_pot(member, cost)
-    transport = sinkhorn(
-        cost,
-        epsilon=member.epsilon,
-        rho_b=math.inf if member.rho is None else member.rho,
-        tolerance=member.tolerance,
-        max_iters=member.max_iters,
-        init=start,
-        gradient="none",
-    )
-    price, reached = float(transport.value / transport.plan.sum()), bool(transport.reached_tolerance)
-    nothing = cost.new_zeros(0)
-    light = replace(transport, plan=nothing, f=nothing, cost=nothing, a=nothing)
-    return Assignment(transport.plan, price, reached, int(transport.num_iters), light)
+    if member.tolerance == 0:  # the iterations that were asked for, and none that is accelerated
+        settings["num_iters"] = member.max_iters
+    return _found(sinkhorn(cost, gradient="none", **settings))
+
+
+def _found(transport: Transport | SparseTransport) -> Assignment:
+    """Keep of an answer what is needed."""
+    plan = transport.plan
+    mass = transport.values.sum() if isinstance(transport, SparseTransport) else plan.sum()
+    price, reached = float(transport.value / mass), bool(transport.reached_tolerance)
+    nothing = transport.g.new_zeros(0)
+    if isinstance(transport, SparseTransport):
+        light = replace(transport, values=nothing, f=nothing, support=None, a=nothing)
+    else:
+        light = replace(transport, plan=nothing, f=nothing, cost=nothing, a=nothing)
+    return Assignment(plan, price, reached, int(transport.num_iters), light)
 
 
 def images_per_problem(member: Member, patches_per_image: int, num_prototypes: int) -> int:

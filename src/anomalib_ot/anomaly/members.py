@@ -20,8 +20,10 @@ NONE_CHOOSES = (
     "momentum",
     "min_improvement",
     "max_problem_mb",
+    "neighbours",
 )
 PRESETS = ("default", "paper")
+FINE, COARSE = 176, 80  # prototypes per member of the default preset
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class Member:
         batch_images: Images per assignment problem, at most.
         max_problem_mb: Bound of the cost matrix of one assignment problem, MB, which fewer images keep to; None sets no
             bound. A solver holds a few matrices of that size.
+        neighbours: Let transport consider only this many prototypes per patch, and half as many patches per prototype:
+            memory in proportion, for thousands of prototypes and a small epsilon. "auto" takes as many as keep 99.7 %
+            of the mass, or all where that needs many; None takes all.
         warm_start: Start each assignment from the potentials found before, instead of from 0.
         solver: "sinkhorn", or "pot" for reference: POT in float64, for problems of up to two million pairs.
         pooling: Neighbourhood of a patch, in patches.
@@ -75,12 +80,13 @@ class Member:
     epsilon: float = 0.02
     rho: float | None = 0.05
     tolerance: float = 1e-2
-    max_iters: int = 100
+    max_iters: int = 500
     momentum: float | None = None
     passes: int = 3
     min_improvement: float | None = None
     batch_images: int = 8
     max_problem_mb: float | None = 1000.0
+    neighbours: int | str | None = None
     warm_start: bool = True
     solver: str = "sinkhorn"
     pooling: int = 3
@@ -104,6 +110,19 @@ class Member:
             if isinstance(value, bool) or not isinstance(value, (Integral, NoneType)):
                 msg = f"{name}={value!r}: expected a whole number"
                 raise ValueError(msg)
+        if self.neighbours != "auto":
+            if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, (Integral, NoneType)):
+                msg = f"neighbours={self.neighbours!r}: expected a whole number of prototypes, 'auto', or null for all"
+                raise ValueError(msg)
+            self._check_number("neighbours", "of at least 1", lambda value: value >= 1)
+        if self.neighbours is not None and (
+            self.solver == "pot" or not self.prototype_scale or self.position_unit is None
+        ):
+            msg = (
+                f"neighbours={self.neighbours!r}: expected solver='sinkhorn', prototype_scale=true, a position_unit; "
+                "as POT and scales that are maxima of a batch need all pairs; leave neighbours out"
+            )
+            raise ValueError(msg)
         for name in ("alpha", "position_quantile"):
             self._check_number(name, "between 0 and 1", lambda value: 0 <= value <= 1)
         for name in (
@@ -172,7 +191,8 @@ def make_members(
 ) -> list[Member]:
     """Build the members of a model.
 
-    "default": each layer alone with whitened features, and each but the deepest with cosine features as well.
+    "default": each layer alone with whitened features, and each but the deepest with cosine features as well; 176
+    prototypes for each member, 80 for the deepest layer, which has the fewest patches.
     "paper": each layer alone with alpha 0 and 0.3, cosine cost, 16 grids of prototypes started at random, one balanced
     problem per 64 images, momentum 0.95, 50 passes.
 
@@ -220,6 +240,7 @@ def make_members(
             epsilon=0.01,
             rho=None,
             tolerance=0.0,
+            max_iters=100,
             momentum=0.95,
             passes=50,
             batch_images=64,
@@ -231,8 +252,10 @@ def make_members(
         )
         built = [replace(published, layers=(layer,), alpha=alpha) for layer in layers for alpha in (0.0, 0.3)]
     else:
-        built = [Member(layers=(layer,), feature_cost="whitened") for layer in layers]
-        built += [Member(layers=(layer,), feature_cost="cosine") for layer in (layers[:-1] or layers)]
+        fine = layers[:-1] or layers
+        counts = {layer: FINE if layer in fine else COARSE for layer in layers}
+        built = [Member((layer,), feature_cost="whitened", num_prototypes=counts[layer]) for layer in layers]
+        built += [Member((layer,), feature_cost="cosine", num_prototypes=counts[layer]) for layer in fine]
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if "num_prototypes" in overrides:
         overrides.setdefault("num_global", None)

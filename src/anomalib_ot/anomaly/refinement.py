@@ -11,8 +11,9 @@ from torch import Tensor
 from anomalib_ot.anomaly.assignment import Assignment, assign, images_per_problem
 from anomalib_ot.anomaly.prototypes import TINY, PrototypeBank
 from anomalib_ot.anomaly.scales import typical_energy
+from anomalib_ot.anomaly.support import choose_k
 from anomalib_ot.anomaly.training_patches import EncodedPatches
-from anomalib_ot.ot.transport import Transport
+from anomalib_ot.ot import SparseTransport, Transport
 
 Report = Callable[[int, int], None]
 logger = logging.getLogger(__name__)
@@ -52,13 +53,14 @@ def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Repo
     steps = member.passes * math.ceil(encoded.num_images / size)
     copies = int(member.num_global) if member.num_global is not None and member.num_global >= 1 else 1
     energy_unit, solved, last = typical_energy(bank, encoded), Solved(), math.nan
+    neighbours = _neighbours(bank, encoded, energy_unit, size, seed)
     for _ in range(member.passes):
         solved.begin_pass()
         sums = Received.nothing(bank)
         for images in torch.randperm(encoded.num_images, generator=generator).split(size):
             x, y = encoded.images(images).flatten(0, 1), encoded.positions.repeat(len(images), 1)
             start = solved.start(moving=member.momentum is not None) if member.warm_start else None
-            found = assign(bank, x, y, energy_unit, start)
+            found = assign(bank, x, y, energy_unit, start, neighbours)
             solved.add(found)
             sums.add(found.plan, x, y)
             if member.momentum is not None:
@@ -85,6 +87,17 @@ def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Repo
     return solved.mean_cost
 
 
+def _neighbours(bank: PrototypeBank, encoded: EncodedPatches, energy_unit: float, size: int, seed: int) -> int | None:
+    """Return how many prototypes per patch to consider, as the member says, or as the first images ask for."""
+    wanted = bank.member.neighbours
+    if wanted != "auto":
+        return wanted
+    x = encoded.images(slice(0, min(size, encoded.num_images)))
+    k = choose_k(x.flatten(0, 1), encoded.positions.repeat(len(x), 1), bank, energy_unit=energy_unit, seed=seed)
+    logger.info("Transport considers %s prototypes per patch", "all" if k is None else k)
+    return k
+
+
 class Solved:
     """What is known of the assignments solved so far: how many, how well, at which cost, and where to start the next.
 
@@ -94,8 +107,8 @@ class Solved:
 
     def __init__(self) -> None:
         self.problems, self.unfinished, self.num_iters = 0, 0, 0
-        self._latest: Transport | None = None
-        self._mean: Transport | None = None
+        self._latest: Transport | SparseTransport | None = None
+        self._mean: Transport | SparseTransport | None = None
         self._sum: Tensor | None = None
         self._cost, self._in_pass = 0.0, 0
 
@@ -110,7 +123,7 @@ class Solved:
             self._mean = replace(self._latest, g=self._sum / self._in_pass)
         self._cost, self._in_pass, self._sum = 0.0, 0, None
 
-    def start(self, *, moving: bool) -> Transport | None:
+    def start(self, *, moving: bool) -> Transport | SparseTransport | None:
         """Return where the next problem may start, None at first; `moving` prototypes move after each problem."""
         return self._latest if moving else self._mean
 
@@ -143,9 +156,10 @@ class Received:
 
     def add(self, plan: Tensor, encoded: Tensor, positions: Tensor) -> None:
         """Add what the plan (n, K) brings from patches (n, D') at positions (n, 2)."""
-        self.mass += plan.sum(0)
-        self.embeddings += plan.T @ encoded
-        self.positions += plan.T @ positions
+        transposed = plan.T if plan.layout == torch.strided else plan.t().to_sparse_csr()
+        self.mass += transposed @ torch.ones_like(positions[:, 0])
+        self.embeddings += transposed @ encoded
+        self.positions += transposed @ positions
 
     def move(self, bank: PrototypeBank, keep: float, copies: int) -> None:
         """Move to `keep` times the prototypes plus the rest times the barycentres; those without mass stay."""

@@ -124,7 +124,7 @@ def solve(
             stride = longest
         else:
             count, x, stride = 1, scaling.potentials(), min(2 * stride, longest)
-            residual = scaling.plain_step().log_().sub_(x - scaling.g)
+            residual = scaling.plain_residual()
             if any(light):
                 residual = torch.where(_mask(light, g), scaling.log_domain_step() - x, residual)
             if steps < plain_steps:
@@ -169,19 +169,29 @@ class _Scaling:
         self.weights.copy_(self.row_mass)
         self.kernel.sum_columns()
 
-    def plain_step(self, out: Tensor | None = None) -> Tensor:
-        """Return the column scalings (B, M) that Sinkhorn's iteration comes to next."""
+    def plain_residual(self) -> Tensor:
+        """Return how far (B, M) Sinkhorn's iteration moves the potentials next; finite where columns have mass."""
         columns = self.columns if self.problem.full else self.columns.clamp(min=self.least)
-        v = torch.div(self.problem.b, columns, out=out)
+        log_v = self.problem.log_b - columns.log()
+        if not self.problem.hard_b:
+            log_v.mul_(self.problem.exponent_b).sub_(self.problem.release_b * self.g)
+        residual = log_v.sub_(self.v.log())
+        return residual if self.live is None else residual.masked_fill_(~self.live, 0)
+
+    def plain_step(self) -> None:
+        """Set the column scalings to those that Sinkhorn's iteration comes to next: fast, but they may overflow."""
+        columns = self.columns if self.problem.full else self.columns.clamp(min=self.least)
+        torch.div(self.problem.b, columns, out=self.v)
         if self.pull is not None:
-            v.pow_(self.problem.exponent_b).mul_(self.pull)
-        return v if self.live is None else v.masked_fill_(~self.live, 1)
+            self.v.pow_(self.problem.exponent_b).mul_(self.pull)
+        if self.live is not None:
+            self.v.masked_fill_(~self.live, 1)
 
     def advance(self, count: int, running: list[bool]) -> None:
         """Make plain iterations, of the items that run."""
         stopped, frozen = (None, None) if all(running) else (~_mask(running, self.v), self.v.clone())
         for _ in range(count):
-            self.plain_step(out=self.v)
+            self.plain_step()
             if frozen is not None:
                 torch.where(stopped, frozen, self.v, out=self.v)
             self._answer()
