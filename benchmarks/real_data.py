@@ -27,6 +27,8 @@ MODELS = {
     "OTPrototypes": {},
     "OTPrototypes + transport score": {"transport_score": True},
     "OTPrototypes without transport (k-means only)": {"passes": 0},
+    "One grid per layer, means of each position": {"num_global": 1, "passes": 0},
+    "One grid per layer, refined by transport": {"num_global": 1, "passes": 3},
     "OTPrototypes, preset paper (1 grid, 10 passes)": {"preset": "paper", "num_global": 1, "passes": 10},
     "Patchcore": {},
 }

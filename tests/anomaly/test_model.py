@@ -77,6 +77,7 @@ def test_the_parts_add_up(either):
     assert out.feature_map.min() >= 0
     assert out.position_map.min() >= 0
     assert out.position_map.max() > 0
+    assert out.position_map.max() > 0
     assert out.matched_position.shape == (4, 2, 8, 10)
     assert out.matched_position.min() >= 0
     assert out.matched_position.max() <= 1

@@ -23,7 +23,7 @@ NONE_CHOOSES = (
     "neighbours",
 )
 PRESETS = ("default", "paper")
-FINE, COARSE = 176, 80  # prototypes per member of the default preset
+FINE, COARSE = 168, 80  # prototypes per member of the default preset
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def make_members(
 ) -> list[Member]:
     """Build the members of a model.
 
-    "default": each layer alone with whitened features, and each but the deepest with cosine features as well; 176
+    "default": each layer alone with whitened features, and each but the deepest with cosine features as well; 168
     prototypes for each member, 80 for the deepest layer, which has the fewest patches.
     "paper": each layer alone with alpha 0 and 0.3, cosine cost, 16 grids of prototypes started at random, one balanced
     problem per 64 images, momentum 0.95, 50 passes.
