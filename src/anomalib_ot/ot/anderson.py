@@ -18,8 +18,7 @@ class Anderson:
     The next point is the plain step, minus the combination of past differences that best explains the residual:
     ``x + r - (dX + dR) gamma`` with ``gamma = argmin |r - dR gamma|``. When the error of an item grows far beyond its
     best, or stalls, the item goes back to the plain step from its best point, forgets the past, and makes plain steps
-    for a while: 1, 2, 4, ... from failure to failure, so that an iteration that cannot be accelerated is at most a
-    little slower than without.
+    for a while: 1, 2, 4, ... from failure to failure. Where extrapolation never helps, most steps soon are plain ones.
 
     Args:
         x: The start (B, M).

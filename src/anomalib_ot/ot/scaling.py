@@ -162,7 +162,7 @@ class _Scaling:
         self.row_sums = self.kernel.absorb(g)
         self.row_mass = self.problem.a
         if not self.problem.hard_a:
-            self.row_mass = self.problem.a * row_factor(self.problem, self.row_sums).exp()
+            self.row_mass = (self.problem.log_a + row_factor(self.problem, self.row_sums)).exp()
         self.pull = None if self.problem.hard_b else torch.exp(-self.problem.release_b * g)
         self.v.fill_(1)
         self.kv.fill_(1)

@@ -159,7 +159,7 @@ def _fixed(problem: Problem, g: Tensor, num_iters: int) -> tuple[Tensor, Tensor,
     for _ in range(num_iters):
         g = column_step(problem, row_step(problem, g))
     row_sums, shares = row_shares(problem, g)
-    return g, shares * (problem.a * row_factor(problem, row_sums).exp()).unsqueeze(-1), row_sums
+    return g, shares * (problem.log_a + row_factor(problem, row_sums)).exp().unsqueeze(-1), row_sums
 
 
 def _unrolled(
