@@ -79,7 +79,7 @@ def test_members_survive_a_configuration_file():
         ({"structure": "fix"}, "structure='fix'.*did you mean 'fixed'"),
         ({"start": "rand"}, "start='rand'.*'data', 'random'"),
         ({"num_prototypes": None}, "num_prototypes=None and num_global=None: give one"),
-        ({"num_global": 2}, "num_prototypes=128 and num_global=2: give one"),
+        ({"num_global": 2}, "num_prototypes='auto' and num_global=2: give one"),
         ({"num_prototypes": None, "num_global": 1.5}, "num_global=1.5.*whole number, or a fraction"),
         ({"num_prototypes": None, "num_global": math.inf}, "num_global=inf"),
         ({"num_prototypes": None, "num_global": -0.5}, "num_global=-0.5.*above 0"),

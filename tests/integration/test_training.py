@@ -325,7 +325,7 @@ def test_a_pass_that_fails_leaves_no_file(fit, little, tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_to_stops_the_training_at_once(fit, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cache_dir .* cannot be written to"):
+    with pytest.raises(InputError, match=r"cache_dir .* cannot be written to"):
         fit(model(cache_dir=tmp_path / "file"))
 
 

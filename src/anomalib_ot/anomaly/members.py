@@ -23,7 +23,8 @@ NONE_CHOOSES = (
     "neighbours",
 )
 PRESETS = ("default", "paper")
-FINE, COARSE = 168, 80  # prototypes per member of the default preset
+# "auto": as many prototypes as make this many numbers, within bounds. Narrow features need, and afford, more of them.
+PROTOTYPE_NUMBERS, FEWEST, MOST = 19_200, 80, 256
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Member:
         layers: Layers of the backbone whose features are concatenated, finest first.
         alpha: Weight of the position cost, 0 to 1; the feature cost has `1 - alpha`.
         feature_cost: "cosine", "euclidean" or "whitened" (Euclidean after decorrelating the features).
-        num_prototypes: Number of free prototypes, started by k-means: they settle wherever normal patches are.
+        num_prototypes: Number of free prototypes, started by k-means: they settle wherever normal patches are. "auto"
+            takes 256 for narrow features, fewer for wide ones, 80 at least (see `automatic_number`).
         num_global: The published layout instead: this many full grids of local prototypes; below 1 a coarser grid of
             `floor(h * num_global)` x `floor(w * num_global)` cells. Give one of `num_prototypes` and `num_global`.
         structure: "learned" lets positions follow the patches they receive, "fixed" keeps the start positions.
@@ -70,7 +72,7 @@ class Member:
     layers: tuple[str, ...]
     alpha: float = 0.3
     feature_cost: str = "cosine"
-    num_prototypes: int | None = 128
+    num_prototypes: int | str | None = "auto"
     num_global: float | None = None
     structure: str = "learned"
     start: str = "data"
@@ -107,8 +109,10 @@ class Member:
                 raise ValueError(msg)
         for name in ("num_prototypes", "max_iters", "passes", "batch_images", "pooling"):
             value = getattr(self, name)
+            if name == "num_prototypes" and value == "auto":
+                continue
             if isinstance(value, bool) or not isinstance(value, (Integral, NoneType)):
-                msg = f"{name}={value!r}: expected a whole number"
+                msg = f"{name}={value!r}: expected a whole number{' or auto' if name == 'num_prototypes' else ''}"
                 raise ValueError(msg)
         if self.neighbours != "auto":
             if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, (Integral, NoneType)):
@@ -153,7 +157,7 @@ class Member:
     def _check_number(self, name: str, expected: str, is_good: Callable[[float], bool]) -> None:
         """Refuse what is no number (None passes where it is the name of a choice), and numbers out of range."""
         value = getattr(self, name)
-        if value is None and name in NONE_CHOOSES:
+        if (value is None and name in NONE_CHOOSES) or (name == "num_prototypes" and value == "auto"):
             return
         if not isinstance(value, Real) or isinstance(value, bool) or not is_good(value):
             msg = f"{name}={value!r}: expected a number {expected}"
@@ -162,6 +166,15 @@ class Member:
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for checkpoints and configuration files."""
         return asdict(self) | {"layers": list(self.layers)}
+
+
+def automatic_number(width: int, num_patches: int) -> int:
+    """Return how many prototypes "auto" makes of features of this width, at most half as many as there are patches.
+
+    >>> [automatic_number(width, 10_000) for width in (32, 96, 128, 256, 1024)]
+    [256, 200, 150, 80, 80]
+    """
+    return max(min(PROTOTYPE_NUMBERS // width, MOST, num_patches // 2), min(FEWEST, num_patches // 2), 1)
 
 
 def _layers(layers: Sequence[str]) -> tuple[str, ...]:
@@ -191,8 +204,7 @@ def make_members(
 ) -> list[Member]:
     """Build the members of a model.
 
-    "default": each layer alone with whitened features, and each but the deepest with cosine features as well; 168
-    prototypes for each member, 80 for the deepest layer, which has the fewest patches.
+    "default": each layer alone with whitened features, and each but the deepest with cosine features as well.
     "paper": each layer alone with alpha 0 and 0.3, cosine cost, 16 grids of prototypes started at random, one balanced
     problem per 64 images, momentum 0.95, 50 passes.
 
@@ -252,10 +264,8 @@ def make_members(
         )
         built = [replace(published, layers=(layer,), alpha=alpha) for layer in layers for alpha in (0.0, 0.3)]
     else:
-        fine = layers[:-1] or layers
-        counts = {layer: FINE if layer in fine else COARSE for layer in layers}
-        built = [Member((layer,), feature_cost="whitened", num_prototypes=counts[layer]) for layer in layers]
-        built += [Member((layer,), feature_cost="cosine", num_prototypes=counts[layer]) for layer in fine]
+        built = [Member(layers=(layer,), feature_cost="whitened") for layer in layers]
+        built += [Member(layers=(layer,), feature_cost="cosine") for layer in (layers[:-1] or layers)]
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if "num_prototypes" in overrides:
         overrides.setdefault("num_global", None)

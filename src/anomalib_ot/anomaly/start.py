@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anomalib_ot.anomaly.members import automatic_number
 from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
 from anomalib_ot.anomaly.training_patches import EncodedPatches, sample_numbers
 from anomalib_ot.vision.patches import grid_positions
@@ -40,7 +41,9 @@ def start_prototypes(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
         copies = max(int(member.num_global), 1)
         count, named = copies * len(cells), f"num_global={member.num_global}"
     else:
-        count, named = int(member.num_prototypes), f"num_prototypes={member.num_prototypes}"
+        automatic = member.num_prototypes == "auto"
+        count = automatic_number(encoded.width, len(encoded)) if automatic else int(member.num_prototypes)
+        named = f"num_prototypes={member.num_prototypes}"
     if count > len(encoded):
         msg = (
             f"{named} makes {count} prototypes for only {len(encoded)} training patches "
