@@ -277,6 +277,58 @@ def test_the_cache_keeps_to_its_bound_and_is_gone_afterwards(fit, caplog):
     assert written(used).stat().st_size < 64_000
 
 
+@pytest.fixture
+def little():
+    """The memory for two and a half images of `model()`, in GB."""
+    embedded = model().model.embed(torch.zeros(1, 3, *SIZE))
+    return 2.5 * sum(embeddings.nbytes for embeddings, _ in embedded.values()) / 1e9
+
+
+def test_with_a_folder_the_fit_uses_all_images_and_leaves_no_file(fit, reference, little, tmp_path, caplog):
+    trained = model(max_cached_gb=little, cache_dir=tmp_path / "cache")
+    fit(trained)
+    assert_equal(trained, reference)
+    assert "The fit uses" not in caplog.text
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_two_processes_with_a_folder_train_what_one_does(fit, odd, little, tmp_path):
+    alone, together = model(), model(max_cached_gb=little, cache_dir=tmp_path / "cache")
+    fit(alone, odd)
+    fit(together, odd, devices=2, strategy="ddp_fork")
+    assert_equal(alone, together, tolerance=1e-5)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_fit_that_fails_leaves_no_file(fit, little, tmp_path):
+    with pytest.raises(InputError, match="only 1536 training patches"):
+        fit(model(max_cached_gb=little, cache_dir=tmp_path, num_prototypes=9000))
+    assert not list(tmp_path.glob("embeddings_*"))
+
+
+def test_a_pass_that_fails_leaves_no_file(fit, little, tmp_path, monkeypatch):
+    trained = model(max_cached_gb=little, cache_dir=tmp_path / "cache")
+    add, written = trained._cache.add, []
+
+    def fail_late(*args):
+        add(*args)
+        written.extend((tmp_path / "cache").rglob("*.f32"))
+        if written:
+            raise RuntimeError("the light went out")
+
+    monkeypatch.setattr(trained._cache, "add", fail_late)
+    with pytest.raises(RuntimeError, match="light"):
+        fit(trained)
+    assert written
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to_stops_the_training_at_once(fit, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cache_dir .* cannot be written to"):
+        fit(model(cache_dir=tmp_path / "file"))
+
+
 # ---- checkpoints
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anomalib_ot.anomaly.prototypes import TINY, PrototypeBank
-from anomalib_ot.anomaly.training_patches import EncodedPatches, sample_numbers
+from anomalib_ot.anomaly.training_patches import BLOCK_PATCHES, EncodedPatches, sample_numbers
 
 QUANTILE_PATCHES = 2**20
 RESOLUTION = 0.01
@@ -113,7 +113,7 @@ class Nearest:
         cost, where = torch.zeros_like(members), torch.zeros(count, 2, dtype=torch.float64)
         largest, squares, first = 0.0, 0.0, 0
         sampled = sample_numbers(len(encoded), QUANTILE_PATCHES, seed)
-        indices = []
+        sampled_index, done = torch.empty(len(sampled), dtype=torch.int32), 0
         for block in encoded.blocks():
             distance = bank.feature_distance(block)
             largest = max(largest, float(distance.max()))
@@ -123,10 +123,11 @@ class Nearest:
             members += torch.bincount(index, minlength=count)
             cost.index_add_(0, index, nearest.values.flatten().cpu().double())
             where.index_add_(0, index, positions.repeat(len(block), 1))
-            indices.append(index[_within(sampled, first, len(index))])
-            first += len(index)
+            chosen = _within(sampled, first, len(index))
+            sampled_index[done : done + len(chosen)] = index[chosen]
+            done, first = done + len(chosen), first + len(index)
         length = math.sqrt(squares / len(encoded))
-        return cls(members, cost, where, largest, length, sampled, torch.cat(indices))
+        return cls(members, cost, where, largest, length, sampled, sampled_index)
 
 
 def measure_scales(bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> None:
@@ -149,8 +150,11 @@ def measure_scales(bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> N
     if member.num_global is None and member.structure == "learned":
         means = (nearest.positions / nearest.members.clamp(min=1.0)[:, None]).float().to(device)
         bank.positions = torch.where((nearest.members > 0)[:, None].to(device), means, bank.positions)
-    positions = encoded.positions.cpu()[nearest.sampled % encoded.per_image]
-    away = (positions - bank.positions.cpu()[nearest.sampled_index]).norm(dim=1)
+    away = torch.empty(len(nearest.sampled))
+    own, theirs = encoded.positions.cpu(), bank.positions.cpu()
+    for some in torch.arange(len(away)).split(BLOCK_PATCHES):
+        there = own[nearest.sampled[some] % encoded.per_image]
+        away[some] = (there - theirs[nearest.sampled_index[some]]).norm(dim=1)
     tolerances = _group_quantile(away, nearest.sampled_index, count, member.position_quantile)
     bank.position_tolerances = tolerances.to(device)
     farthest = max(float(bank.position_distance(encoded.positions).max()), TINY)
@@ -169,7 +173,7 @@ def measure_calibration(bank: PrototypeBank, encoded: EncodedPatches, seed: int)
     alpha = bank.member.alpha
     away = alpha * bank.position_cost(encoded.positions)
     sampled = sample_numbers(len(encoded), QUANTILE_PATCHES, seed)
-    scores, first = [], 0
+    scores, done, first = torch.empty(len(sampled)), 0, 0
     for block in encoded.blocks():
         chosen = _within(sampled, first, len(block) * encoded.per_image)
         first += len(block) * encoded.per_image
@@ -177,8 +181,9 @@ def measure_calibration(bank: PrototypeBank, encoded: EncodedPatches, seed: int)
             x, there = block.flatten(0, 1)[chosen], away[chosen % encoded.per_image]
         else:
             x, there = block, away
-        scores.append(((1 - alpha) * bank.feature_cost(x) + there).min(-1).values.flatten().cpu())
-    median, high = _quantiles(torch.cat(scores), torch.tensor([0.5, 0.99]))
+        scores[done : done + len(chosen)] = ((1 - alpha) * bank.feature_cost(x) + there).min(-1).values.flatten()
+        done += len(chosen)
+    median, high = _quantiles(scores, torch.tensor([0.5, 0.99]))
     bank.calibration = (high - median).clamp(min=SMALLEST_SPREAD).to(encoded.device)
 
 
@@ -203,8 +208,7 @@ def _group_quantile(values: Tensor, group: Tensor, count: int, level: float) -> 
     """Return the quantile of the values of each group; 0 for level 0 and for empty groups."""
     if level == 0:
         return torch.zeros(count)
-    order = values.argsort(stable=True)
-    order = order[group[order].argsort(stable=True)]
-    sizes = torch.bincount(group, minlength=count)
-    picked = sizes.cumsum(0) - sizes + (level * (sizes - 1).clamp(min=0)).round().long()
-    return torch.where(sizes > 0, values[order][picked.clamp(max=len(values) - 1)], values.new_zeros(()))
+    sizes = torch.bincount(group, minlength=count).tolist()
+    groups = values[group.argsort(stable=True)].split(sizes)
+    quantiles = [_quantiles(own, torch.tensor([level])) if len(own) else own.new_zeros(1) for own in groups]
+    return torch.cat(quantiles)

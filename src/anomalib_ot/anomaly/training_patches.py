@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.vision.patches import grid_positions
 
 BLOCK_PATCHES = 8192
-BLOCK_PAIRS = 2**23  # of patches and prototypes, 32 MB of costs
+BLOCK_PAIRS = 2**21  # of patches and prototypes, 8 MB of costs
 
 
 class ShardedEmbeddings:
@@ -125,12 +124,15 @@ class EncodedPatches:
 
 
 def sample_numbers(total: int, bound: int, seed: int) -> Tensor:
-    """Draw at most `bound` of the numbers below `total`, in ascending order; all of them where they are no more.
+    """Draw `bound` of the numbers below `total`, one of each of as many stretches of equal length; all if no more.
+
+    They are in ascending order, and every number is as likely as any other. Where stretches are shorter than two, a
+    number may come twice.
 
     >>> sample_numbers(4, 9, seed=0).tolist(), len(sample_numbers(10**12, 9, seed=0))
     ([0, 1, 2, 3], 9)
     """
     if total <= bound:
         return torch.arange(total)
-    drawn = np.random.default_rng(seed).choice(total, bound, replace=False, shuffle=False)
-    return torch.from_numpy(np.sort(drawn))
+    drawn = torch.rand(bound, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return ((torch.arange(bound) + drawn) * (total / bound)).long().clamp(max=total - 1)
