@@ -3,17 +3,16 @@
     python benchmarks/fit_scale.py [--images 200] [--scratch FOLDER]
 
 Features are synthetic (a layout, a texture of each image, noise), 28 x 28 patches of 128 channels, written a block at a
-time. Each fit is a process of its own. Memory is the growth during the fit of the resident anonymous memory (RssAnon,
-sampled every few milliseconds), and of the resident memory in all (ru_maxrss), which counts the pages of the file that
-happen to be in memory: the system takes those back when it needs them. Then two processes write half of the images each
-and fit to all of them; the prototypes are compared with those of one process.
+time. Each fit is a process of its own. Memory is the growth during the fit, sampled every few milliseconds: of anonymous
+memory (RssAnon), which is what the fit takes, and of all resident memory (VmRSS, whose peak is ru_maxrss), which counts the
+pages of the file that happen to be in memory: the system takes those back when it needs them. Then two processes write
+half of the images each and fit to all of them; the prototypes are compared with those of one process. Linux only.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -49,12 +48,13 @@ def blocks(images: int) -> Iterator[Tensor]:
 
 
 class PeakMemory:
-    """Samples the resident anonymous memory of this process while it works."""
+    """Samples the resident memory of this process while it works: anonymous memory, and all of it."""
+
+    KINDS = ("RssAnon:", "VmRSS:")
 
     def __enter__(self) -> "PeakMemory":
         self._over = threading.Event()
-        self._start = self._peak = self._anonymous()
-        self._start_all = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self._start = self._peak = self._resident()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -62,17 +62,18 @@ class PeakMemory:
     def __exit__(self, *args: object) -> None:
         self._over.set()
         self._thread.join()
-        self.anonymous_mb = (self._peak - self._start) / 1e3
-        self.resident_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._start_all) / 1e3
+        growth = (peak - start for peak, start in zip(self._peak, self._start, strict=True))
+        self.anonymous_mb, self.resident_mb = (kilobytes * 1.024e-3 for kilobytes in growth)
 
     def _watch(self) -> None:
         while not self._over.wait(0.003):
-            self._peak = max(self._peak, self._anonymous())
+            self._peak = [max(pair) for pair in zip(self._peak, self._resident(), strict=True)]
 
-    @staticmethod
-    def _anonymous() -> int:
+    @classmethod
+    def _resident(cls) -> list[int]:
+        """Return the kinds of memory, in units of 1024 bytes."""
         status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.partition("RssAnon:")[2].split()[0])
+        return [int(status.partition(kind)[2].split()[0]) for kind in cls.KINDS]
 
 
 def fit_once(name: str, images: int, path: Path) -> dict[str, float]:
