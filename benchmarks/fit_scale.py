@@ -3,10 +3,10 @@
     python benchmarks/fit_scale.py [--images 200] [--scratch FOLDER]
 
 Features are synthetic (a layout, a texture of each image, noise), 28 x 28 patches of 128 channels, written a block at a
-time. Each fit is a process of its own. Memory is the growth during the fit, sampled every few milliseconds: of anonymous
-memory (RssAnon), which is what the fit takes, and of all resident memory (VmRSS, whose peak is ru_maxrss), which counts the
-pages of the file that happen to be in memory: the system takes those back when it needs them. Then two processes write
-half of the images each and fit to all of them; the prototypes are compared with those of one process. Linux only.
+time. Each fit is a process of its own. Memory is the growth during the fit, sampled every 3 milliseconds: of anonymous
+memory (RssAnon), which is what the fit takes, and of all resident memory (VmRSS; its peak is ru_maxrss), which counts
+the pages of the file that happen to be in memory: the system takes those back when it needs them. Then two processes
+write half of the images each and fit to all of them; the prototypes are compared with those of one process. Linux only.
 """
 
 import argparse
