@@ -3,10 +3,10 @@
     python benchmarks/fit_scale.py [--images 200] [--scratch FOLDER]
 
 Features are synthetic (a layout, a texture of each image, noise), 28 x 28 patches of 128 channels, written a block at a
-time. Each fit is a process of its own. Memory is the growth during the fit, sampled every few milliseconds: of anonymous
-memory (RssAnon), which is what the fit takes, and of all resident memory (VmRSS, whose peak is ru_maxrss), which counts the
-pages of the file that happen to be in memory: the system takes those back when it needs them. Then two processes write
-half of the images each and fit to all of them; the prototypes are compared with those of one process. Linux only.
+time. Each fit is a process of its own. Memory is the growth during the fit, sampled every 3 milliseconds: of anonymous
+memory (RssAnon), which is what the fit takes, and of all resident memory (VmRSS; its peak is ru_maxrss), which counts
+the pages of the file that happen to be in memory: the system takes those back when it needs them. Then two processes
+write half of the images each and fit to all of them; the prototypes are compared with those of one process. Linux only.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from torch import Tensor
 
 GRID, WIDTH, BLOCK = (28, 28), 128, 50
 MEMBERS = {
-    "whitened, 128 prototypes": {"feature_cost": "whitened"},
-    "cosine, 128 prototypes": {"feature_cost": "cosine"},
+    "whitened, 128 prototypes": {"feature_cost": "whitened", "num_prototypes": 128},
+    "cosine, 128 prototypes": {"feature_cost": "cosine", "num_prototypes": 128},
     "cosine, 1 grid of 784": {"feature_cost": "cosine", "num_global": 1, "num_prototypes": None},
 }
 SOURCE = (("layer",), 3)

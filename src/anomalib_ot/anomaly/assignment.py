@@ -51,7 +51,7 @@ def assign(
     Args:
         bank: The member.
         encoded: Encoded patches (n, D').
-        positions: Their positions (n, 2).
+        positions: Their positions (n, 2); or (N, 2) of the N patches of an image, the same for each of n / N images.
         energy_unit: The feature cost that counts as 1.
         start: The potentials of a similar problem.
         neighbours: Consider only this many prototypes per patch, and half as many patches per prototype; None: all.
@@ -80,7 +80,8 @@ def assign(
     else:
         position = bank.position_distance(positions)
         position = position / position.max().clamp(min=TINY)
-    cost = (1 - member.alpha) * feature + member.alpha * position
+    feature = feature.view(-1, *position.shape)  # images of N patches each, which lie alike in all
+    cost = ((1 - member.alpha) * feature + member.alpha * position).flatten(0, 1)
     if member.solver == "pot":
         return _solve_with_pot(member, cost)
     if member.tolerance == 0:  # the iterations that were asked for, and none that is accelerated
