@@ -68,7 +68,8 @@ def assign(
         "init": start,
     }
     if neighbours is not None:
-        support = nearest_support(encoded, positions, bank, neighbours, energy_unit=energy_unit)
+        everywhere = positions.repeat(len(encoded) // len(positions), 1)
+        support = nearest_support(encoded, everywhere, bank, neighbours, energy_unit=energy_unit)
         return _found(sparse_sinkhorn(support, **settings))
     if member.prototype_scale:
         feature = energy(bank, bank.feature_distance(encoded)) / energy_unit

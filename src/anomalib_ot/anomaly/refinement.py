@@ -60,11 +60,7 @@ def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Repo
         for images in torch.randperm(encoded.num_images, generator=generator).split(size):
             x = encoded.images(images).flatten(0, 1)
             start = solved.start(moving=member.momentum is not None) if member.warm_start else None
-<<<<<<< HEAD
-            found = assign(bank, x, y, energy_unit, start, neighbours)
-=======
-            found = assign(bank, x, encoded.positions, energy_unit, start)
->>>>>>> stream
+            found = assign(bank, x, encoded.positions, energy_unit, start, neighbours)
             solved.add(found)
             sums.add(found.plan, x, encoded.positions)
             if member.momentum is not None:
@@ -159,18 +155,17 @@ class Received:
         return cls(torch.zeros_like(like[:, 0]), torch.zeros_like(like), like.new_zeros(len(like), 2))
 
     def add(self, plan: Tensor, encoded: Tensor, positions: Tensor) -> None:
-<<<<<<< HEAD
-        """Add what the plan (n, K) brings from patches (n, D') at positions (n, 2)."""
-        transposed = plan.T if plan.layout == torch.strided else plan.t().to_sparse_csr()
-        self.mass += transposed @ torch.ones_like(positions[:, 0])
-        self.embeddings += transposed @ encoded
-        self.positions += transposed @ positions
-=======
         """Add what the plan (n, K) brings from patches (n, D') of images whose patches lie at `positions` (N, 2)."""
-        self.mass += plan.sum(0)
-        self.embeddings += plan.T @ encoded
-        self.positions += plan.view(-1, len(positions), plan.shape[1]).sum(0).T @ positions
->>>>>>> stream
+        if plan.layout == torch.strided:
+            self.mass += plan.sum(0)
+            self.embeddings += plan.T @ encoded
+            self.positions += plan.view(-1, len(positions), plan.shape[1]).sum(0).T @ positions
+            return
+        transposed = plan.t().to_sparse_csr()
+        everywhere = positions.repeat(len(encoded) // len(positions), 1)
+        self.mass += transposed @ torch.ones_like(everywhere[:, 0])
+        self.embeddings += transposed @ encoded
+        self.positions += transposed @ everywhere
 
     def move(self, bank: PrototypeBank, keep: float, copies: int) -> None:
         """Move to `keep` times the prototypes plus the rest times the barycentres; those without mass stay."""
