@@ -71,9 +71,10 @@ def sinkhorn(
         rho_b: Relaxation of the targets instead of `rho`; a number, or one per target (M,) or (B, M).
         mask: Which pairs exist, booleans shaped like `cost`; or which sources (B, N) and which targets (B, M) exist.
             What is masked has no influence: the answer is that of the smaller problem.
-        tolerance: Largest `marginal_error` to stop at, at least 0; a part of the source mass.
+        tolerance: Largest `marginal_error` to stop at, at least 0; a part of the source mass. Iterations towards it
+            are accelerated (Anderson).
         max_iters: Stop here, tolerance or not; look at `reached_tolerance`.
-        num_iters: Make exactly this many iterations instead, without any check of values: traceable and exportable.
+        num_iters: Make exactly this many plain iterations instead, without checks of values: traceable, exportable.
         init: Where to start: an earlier answer, of which only `g` is taken, or finite target potentials (M,) or
             (B, M) in units of cost; 0 by default.
         gradient: "implicit" differentiates the solution itself; its error is of the order of the marginal error, so
@@ -82,8 +83,9 @@ def sinkhorn(
             `cost`, `a` and `b`; `rho` and `init` are constants.
 
     Returns:
-        The transport: rows exact, error in the columns. Each item of a batch stops by itself, so that its answer does
-        not depend on its batch mates.
+        The transport: rows exact, error in the columns. Each item of a batch stops by itself. Its answer is the one
+        that it gives alone: up to rounding with `num_iters`, else up to the tolerance, as acceleration amplifies
+        rounding where many iterations are needed.
 
     Raises:
         ValueError: If a shape or a setting does not fit. Without `num_iters` also if a mass is negative or not finite,
