@@ -12,7 +12,7 @@ from anomalib_ot.ot import Support, sinkhorn
 
 BLOCK = 512  # points that are searched for at a time
 PAIRS = 8192  # pairs whose features are compared at a time
-SAMPLE_ROWS = 64
+SAMPLE_ROWS, SAMPLE_PAIRS = 64, 2**23
 LOOKED_AT, AGREES_AT = 4, 0.25
 DENSEST = 0.25  # of all pairs: a support with more saves nothing
 
@@ -40,7 +40,7 @@ def nearest_support(
         energy_unit: The feature cost that counts as 1, as in the fit.
 
     Returns:
-        The pairs with their costs, as `fitting.assign` would give them, without any (n, K) matrix in between.
+        The pairs with their costs, as `assignment.assign` would give them, without any (n, K) matrix in between.
 
     Raises:
         ValueError: If `k` is below 1.
@@ -77,8 +77,9 @@ def choose_k(
     """Choose how many prototypes per patch hold a wanted part of the dense plan's mass; None where dense is better.
 
     A small dense problem between a sample of patches and all prototypes tells how mass spreads; `k` doubles from 8
-    until the cheapest pairs keep enough of it on the mean. Large `epsilon` spreads mass widely: then no
-    support with at most a quarter of all pairs will do.
+    until the cheapest pairs keep enough of it on the mean. A large `epsilon` spreads mass widely: then no support with at
+    most a quarter of all pairs will do. With thousands of prototypes the sample is smaller than they are, which errs on
+    the side of more pairs.
 
     Args:
         encoded: Encoded patches (n, D).
@@ -91,11 +92,12 @@ def choose_k(
     Returns:
         Prototypes per patch, or None.
     """
-    count = bank.num_prototypes
-    sample = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed))[: max(SAMPLE_ROWS, 2 * count)]
-    sample = sample.to(encoded.device)
+    count, member = bank.num_prototypes, bank.member
+    size = max(SAMPLE_ROWS, min(2 * count, SAMPLE_PAIRS // count))
+    sample = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed))[:size].to(encoded.device)
     cost = dense_cost(encoded[sample], positions[sample], bank, energy_unit)
-    plan = sinkhorn(cost, epsilon=bank.member.epsilon, tolerance=1e-2, max_iters=200, gradient="none").plan
+    rho = math.inf if member.rho is None else member.rho
+    plan = sinkhorn(cost, epsilon=member.epsilon, rho_b=rho, tolerance=1e-2, max_iters=200, gradient="none").plan
     shares = plan[:SAMPLE_ROWS] / plan[:SAMPLE_ROWS].sum(1, keepdim=True)
     # The pairs that a support holds are the cheapest ones, which need not be those with the most mass.
     order = cost[:SAMPLE_ROWS].argsort(1)
