@@ -77,9 +77,9 @@ def choose_k(
     """Choose how many prototypes per patch hold a wanted part of the dense plan's mass; None where dense is better.
 
     A small dense problem between a sample of patches and all prototypes tells how mass spreads; `k` doubles from 8
-    until the cheapest pairs keep enough of it on the mean. A large `epsilon` spreads mass widely: then no support with at
-    most a quarter of all pairs will do. With thousands of prototypes the sample is smaller than they are, which errs on
-    the side of more pairs.
+    until the cheapest pairs keep enough of it on the mean. A large `epsilon` spreads mass widely: then no support with
+    at most a quarter of all pairs will do. With thousands of prototypes the sample is smaller than they are, which errs
+    on the side of more pairs.
 
     Args:
         encoded: Encoded patches (n, D).
