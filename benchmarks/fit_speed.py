@@ -15,13 +15,13 @@ import json
 import math
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
 
 import torch
-from real_data import BACKBONES, SETS
+from peak_memory import added_at_peak
+from real_data import BACKBONES, SETS, register_same_padding
 from torch import Tensor
 
 EPOCHS, BATCH, ITERATIONS, SAMPLED = 50, 64, 100, 10
@@ -29,19 +29,13 @@ EPOCHS, BATCH, ITERATIONS, SAMPLED = 50, 64, 100, 10
 
 def features_of(data: Path, weights: Path, name: str, backbone_name: str) -> tuple[dict, int]:
     """Return the training patches of a set per source, and the image size."""
-    import timm
     from anomalib.data.utils.image import read_image
-    from timm.models import register_model
 
     from anomalib_ot import OTPrototypes
     from anomalib_ot.anomaly.fitting import Patches
     from anomalib_ot.integration.backbone import fill_weights
 
-    @register_model
-    def mobilenetv2_100_same(pretrained: bool = False, **options: object) -> torch.nn.Module:
-        """MobileNetV2 with the padding that its local weights were trained with."""
-        return timm.create_model("mobilenetv2_100", pretrained=pretrained, pad_type="same", **options)
-
+    register_same_padding()
     backbone, file, layers = BACKBONES[backbone_name]
     size = SETS[name]
     model = OTPrototypes(
@@ -115,28 +109,6 @@ def coreset(patches: dict, ratio: float) -> None:
     KCenterGreedy(embedding=torch.cat(parts, 1), sampling_ratio=ratio).sample_coreset()
 
 
-def anonymous_memory() -> int:
-    """Return the bytes of memory that this process holds, without mapped files."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return 1024 * int(line.split()[1])
-
-
-def peak_of(run: object) -> float:
-    """Return the MB that a call adds at its peak."""
-    before, peak, done = anonymous_memory(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], anonymous_memory())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    run()
-    done.set()
-    watcher.join()
-    return (peak[0] - before) / 1e6
-
-
 def measure(job: dict) -> float:
     """Do one contender's work in this process and return its seconds or MB."""
     patches, size = features_of(Path(job["data"]), Path(job["weights"]), job["set"], job["backbone"])
@@ -145,7 +117,7 @@ def measure(job: dict) -> float:
         return {"s": seconds(lambda: fit_ours(patches, size)), "MB": 0.0}
     if job["what"] == "ours, memory":
         fit_ours(a_few(patches), size)
-        return {"s": 0.0, "MB": peak_of(lambda: fit_ours(patches, size))}
+        return {"s": 0.0, "MB": added_at_peak(lambda: fit_ours(patches, size)) / 1e6}
     if job["what"] == "published":
         total, images = 0.0, len(next(iter(patches.values())).embeddings)
         for known in patches.values():
@@ -153,7 +125,10 @@ def measure(job: dict) -> float:
             total += 2 * EPOCHS * math.ceil(images / BATCH) * spent * ITERATIONS / SAMPLED
         return {"s": total, "MB": 0.0}
     if job["what"] == "published, memory":
-        return {"s": 0.0, "MB": peak_of(lambda: [published_step(known, 2, job["grids"]) for known in patches.values()])}
+        return {
+            "s": 0.0,
+            "MB": added_at_peak(lambda: [published_step(known, 2, job["grids"]) for known in patches.values()]) / 1e6,
+        }
     return {"s": seconds(lambda: coreset(patches, job["ratio"])), "MB": 0.0}
 
 

@@ -34,25 +34,29 @@ MODELS = {
 }
 
 
+def register_same_padding() -> None:
+    """Make timm know MobileNetV2 with the padding that its local weights were trained with."""
+    import timm
+    from timm.models import register_model
+
+    @register_model
+    def mobilenetv2_100_same(pretrained: bool = False, **options: object) -> "torch.nn.Module":  # noqa: F821
+        return timm.create_model("mobilenetv2_100", pretrained=pretrained, pad_type="same", **options)
+
+
 def run_one(job: dict) -> dict:
     """Train and test one model on one set; the work of a child process."""
     warnings.filterwarnings("ignore")
-    import timm
     import torch
     from anomalib.data import Folder
     from anomalib.engine import Engine
     from anomalib.models import Patchcore
-    from timm.models import register_model
 
     from anomalib_ot import OTPrototypes
     from anomalib_ot.anomaly.members import make_members
     from anomalib_ot.vision.backbone import load_weights
 
-    @register_model
-    def mobilenetv2_100_same(pretrained: bool = False, **options: object) -> torch.nn.Module:
-        """MobileNetV2 with the padding that its local weights were trained with."""
-        return timm.create_model("mobilenetv2_100", pretrained=pretrained, pad_type="same", **options)
-
+    register_same_padding()
     torch.manual_seed(0)
     backbone, file, layers = BACKBONES[job["backbone"]]
     weights = Path(job["weights"]) / file

@@ -16,15 +16,14 @@ import math
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import ot
 import torch
+from peak_memory import added_at_peak
 from torch import Tensor
 
 from anomalib_ot.ot import Transport, sinkhorn
@@ -172,12 +171,6 @@ def child_memory(who: str) -> int:
     return json.loads(answer.splitlines()[-1])
 
 
-def anonymous_memory() -> int:
-    """Return the bytes of memory that this process holds, without mapped files."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return 1024 * int(line.split()[1])
-
-
 def measure_memory(who: str) -> None:
     """Solve once and print how far memory rose above what was there before."""
     cost = ground_cost(*patches_and_prototypes(6272, 3136))
@@ -185,22 +178,12 @@ def measure_memory(who: str) -> None:
     sinkhorn(small, epsilon=0.05)  # whatever is loaded on first use
     ot.bregman.sinkhorn_log([], [], small.numpy(), 0.05, numItermax=2, warn=False)
     cost_np = cost.numpy()
-    before, peak, done = anonymous_memory(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], anonymous_memory())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     if who == "ours":
-        answer = sinkhorn(cost, epsilon=0.01, gradient="none").plan
+        added = added_at_peak(lambda: sinkhorn(cost, epsilon=0.01, gradient="none").plan)
     else:
-        answer = ot.bregman.sinkhorn_log([], [], cost_np, 0.01, numItermax=12, stopThr=0, warn=False)
-    done.set()
-    watcher.join()
-    del answer
-    print(json.dumps(max(peak[0] - before, 0)))
+        options = {"numItermax": 12, "stopThr": 0, "warn": False}
+        added = added_at_peak(lambda: ot.bregman.sinkhorn_log([], [], cost_np, 0.01, **options))
+    print(json.dumps(added))
 
 
 # ---- assignment: objects against the points of a detector

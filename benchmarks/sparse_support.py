@@ -14,17 +14,17 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
 
 import torch
+from peak_memory import added_at_peak
 from torch import Tensor
 
 from anomalib_ot.anomaly.members import Member
 from anomalib_ot.anomaly.prototypes import PrototypeBank
-from anomalib_ot.anomaly.support import nearest_support
+from anomalib_ot.anomaly.support import dense_cost, nearest_support
 from anomalib_ot.ot import sinkhorn, sparse_sinkhorn
 from anomalib_ot.vision.patches import grid_positions
 
@@ -57,11 +57,6 @@ def problem(features: Tensor, num_sources: int, num_targets: int) -> tuple[Proto
     return bank, x, y, float(bank.feature_distance(x).max())
 
 
-def dense_cost(bank: PrototypeBank, x: Tensor, y: Tensor, unit: float) -> Tensor:
-    """Return the cost (n, m)."""
-    return 0.7 / unit * bank.feature_distance(x) + 0.3 * bank.position_cost(y)
-
-
 def seconds(run: object, rounds: int = 3) -> float:
     """Return the median time of a call."""
     times = []
@@ -75,7 +70,7 @@ def seconds(run: object, rounds: int = 3) -> float:
 def compare(features: Tensor, n: int, m: int, epsilons: list[float], sizes: list[int]) -> None:
     """Print one table."""
     bank, x, y, unit = problem(features, n, m)
-    cost = dense_cost(bank, x, y, unit)
+    cost = dense_cost(x, y, bank, unit)
     rows = torch.arange(0, len(x), max(len(x) // 256, 1))
     print(f"\n{len(x)} x {bank.num_prototypes}\n")
     print(
@@ -106,35 +101,22 @@ def compare(features: Tensor, n: int, m: int, epsilons: list[float], sizes: list
             )
 
 
-def anonymous_memory() -> int:
-    """Return the bytes of memory that this process holds, without mapped files."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return 1024 * int(line.split()[1])
-
-
 def measure(features: Tensor, n: int, m: int, which: str) -> None:
     """Solve once, from features to barycentres, and print the memory that this added at its peak."""
     bank, x, y, unit = problem(features, n, m)
     small = bank.prototypes[:50]
     nearest_support(small, y[:50], bank, 4, energy_unit=unit)  # whatever is loaded on first use
     sinkhorn(torch.rand(50, 50), epsilon=0.1)
-    before, peak, done = anonymous_memory(), [0], threading.Event()
 
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], anonymous_memory())
+    def dense() -> Tensor:
+        cost = dense_cost(x, y, bank, unit)
+        return sinkhorn(cost, epsilon=0.01, tolerance=TOLERANCE, gradient="none").barycentres(x)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    if which == "dense":
-        cost = dense_cost(bank, x, y, unit)
-        answer = sinkhorn(cost, epsilon=0.01, tolerance=TOLERANCE, gradient="none").barycentres(x)
-    else:
+    def sparse() -> Tensor:
         support = nearest_support(x, y, bank, 128, energy_unit=unit)
-        answer = sparse_sinkhorn(support, epsilon=0.01, tolerance=TOLERANCE).barycentres(x)
-    done.set()
-    watcher.join()
-    print(json.dumps({"peak": peak[0] - before, "norm": float(answer.norm())}))
+        return sparse_sinkhorn(support, epsilon=0.01, tolerance=TOLERANCE).barycentres(x)
+
+    print(json.dumps(added_at_peak({"dense": dense, "sparse": sparse}[which])))
 
 
 def main() -> None:
@@ -162,7 +144,7 @@ def main() -> None:
         command += ["--sources", *map(str, args.sources)]
         command += ["--features", str(args.features)] if args.features else []
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        peaks[which] = json.loads(output.splitlines()[-1])["peak"] / 1e6
+        peaks[which] = json.loads(output.splitlines()[-1]) / 1e6
     print(
         f"\nMeasured peak from features to barycentres, {max(args.sources)} x {args.targets}, epsilon 0.01: dense "
         f"{peaks['dense']:.0f} MB, k = 128 {peaks['sparse']:.0f} MB, {peaks['sparse'] / peaks['dense']:.3f} of it"

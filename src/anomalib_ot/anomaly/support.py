@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
+from anomalib_ot.anomaly.scales import energy
 from anomalib_ot.anomaly.start import import_faiss
 from anomalib_ot.ot import Support, sinkhorn
 
@@ -112,9 +113,9 @@ def choose_k(
 
 def dense_cost(encoded: Tensor, positions: Tensor, bank: PrototypeBank, energy_unit: float) -> Tensor:
     """Return the cost of transport (n, K) of patches (n, D) at positions (n, 2)."""
-    alpha, distance = bank.member.alpha, bank.feature_distance(encoded)
-    energy = distance if bank.member.feature_cost == "cosine" else distance.square()
-    return (1 - alpha) * energy / energy_unit + alpha * bank.position_cost(positions)
+    alpha = bank.member.alpha
+    feature = energy(bank, bank.feature_distance(encoded)) / energy_unit
+    return (1 - alpha) * feature + alpha * bank.position_cost(positions)
 
 
 def pair_cost(
@@ -126,11 +127,11 @@ def pair_cost(
     for row, column in zip(rows.flatten().split(PAIRS), columns.flatten().split(PAIRS), strict=True):
         x, p = encoded[row], bank.prototypes[column]
         if bank.member.feature_cost == "cosine":
-            energy = (1 - (unit(x) * unit(p)).sum(1)).clamp(min=0.0)
+            feature = (1 - (unit(x) * unit(p)).sum(1)).clamp(min=0.0)
         else:
-            energy = (x - p).square().sum(1)
+            feature = (x - p).square().sum(1)
         away = (positions[row] - bank.positions[column]).square().sum(1).sqrt() - bank.position_tolerances[column]
-        costs.append((1 - alpha) * energy / energy_unit + alpha * away.clamp(min=0.0) / bank.position_unit)
+        costs.append((1 - alpha) * feature / energy_unit + alpha * away.clamp(min=0.0) / bank.position_unit)
     return torch.cat(costs).view(shape)
 
 

@@ -204,7 +204,7 @@ def _checked(
     check_support("a", a.detach(), reachable_a, rho_a)
     check_support("b", b.detach(), reachable_b, rho_b)
     a, b = torch.where(reachable_a, a, 0), torch.where(reachable_b, b, 0)
-    return a, b, _row_shift(cost), bool((a > 0).all() and (b > 0).all())
+    return a, b, shift, bool((a > 0).all() and (b > 0).all())
 
 
 def _looked_at(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor | None, bool]:
