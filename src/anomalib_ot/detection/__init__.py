@@ -1,0 +1,1 @@
+"""Detectors for labelled defects, without any framework: label assignment, heads, losses."""

@@ -1,0 +1,94 @@
+"""Items and batches of images with boxes: what Anomalib's own dataclasses have no fields for."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from anomalib.data import ImageBatch, ImageItem
+from torch import Tensor
+from torch.utils.data import default_collate
+
+RAGGED = ("gt_boxes", "gt_box_labels")
+
+
+@dataclass
+class BoxItem(ImageItem):
+    """One image with its boxes.
+
+    Args:
+        gt_boxes: True boxes xyxy (G, 4), float32. Before prediction in pixels of `image`; a predicted item has them in
+            pixels of the file, as its own boxes.
+        gt_box_labels: Their class indices (G,), int64.
+        original_size: Height and width (2,) of the image's file, pixels, int64.
+        pred_boxes: Predicted boxes xyxy (K, 4), pixels of the file, best first; see `Detections` for empty slots.
+        pred_box_scores: Their scores (K,).
+        pred_box_labels: Their class indices (K,), -1 in empty slots.
+    """
+
+    gt_boxes: Tensor | None = None
+    gt_box_labels: Tensor | None = None
+    original_size: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    pred_box_scores: Tensor | None = None
+    pred_box_labels: Tensor | None = None
+
+
+@dataclass
+class BoxBatch(ImageBatch):
+    """A batch of images with their boxes; true boxes are lists, one tensor per image.
+
+    Args:
+        gt_boxes: For each image boxes xyxy (G, 4), see `BoxItem`.
+        gt_box_labels: For each image class indices (G,).
+        original_size: Height and width (B, 2) of the files.
+        pred_boxes: Predicted boxes xyxy (B, K, 4), pixels of the files.
+        pred_box_scores: Their scores (B, K).
+        pred_box_labels: Their class indices (B, K), -1 in empty slots.
+
+    Raises:
+        ValueError: On `collate` of images of different sizes.
+    """
+
+    item_class: ClassVar[type[BoxItem]] = BoxItem
+
+    gt_boxes: list[Tensor] | None = None
+    gt_box_labels: list[Tensor] | None = None
+    original_size: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    pred_box_scores: Tensor | None = None
+    pred_box_labels: Tensor | None = None
+
+    @classmethod
+    def collate(cls, items: Sequence[BoxItem]) -> "BoxBatch":
+        """Make a batch of items; those without boxes are negatives, and have empty tensors."""
+        sizes = {tuple(item.image.shape[-2:]) for item in items}
+        if len(sizes) > 1:
+            msg = (
+                f"images of one batch have different sizes, {sorted(sizes)}; expected one size: "
+                "let the augmentations end with a crop or a resize to a fixed size"
+            )
+            raise ValueError(msg)
+        columns: dict[str, Any] = {}
+        for field in fields(items[0]):
+            values = [getattr(item, field.name) for item in items]
+            if field.name in RAGGED:
+                columns[field.name] = None if any(value is None for value in values) else values
+            elif all(value is not None for value in values):
+                columns[field.name] = default_collate(values)
+        return cls(**columns)
+
+    @classmethod
+    def of(cls, batch: ImageBatch) -> "BoxBatch":
+        """Return a batch of images as a batch with boxes; `original_size` is the images' present one."""
+        if isinstance(batch, cls):
+            return batch
+        known = {field.name: batch.__dict__.get(field.name) for field in fields(batch)}
+        size = torch.tensor(batch.image.shape[-2:], device=batch.image.device).expand(len(batch.image), 2)
+        return cls(**known, original_size=size)
+
+    @property
+    def items(self) -> list[BoxItem]:
+        """The items, one per image."""
+        columns = {name: value for name, value in asdict(self).items() if value is not None}
+        return [self.item_class(**{k: v[i] for k, v in columns.items()}) for i in range(self.batch_size)]

@@ -1,0 +1,1 @@
+"""What comes after a model: regions of anomaly maps, suppression of duplicates."""

@@ -1,0 +1,64 @@
+"""What detectors return: a fixed number of slots per image, so that batches stack and graphs export."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EMPTY = -1
+
+
+class Detections(NamedTuple):
+    """Boxes of a batch, best first, in a fixed number K of slots per image; empty slots come last.
+
+    Args:
+        boxes: Boxes xyxy (B, K, 4), pixels; 0 in empty slots.
+        scores: Confidence (B, K) in [0, 1], descending; 0 in empty slots.
+        labels: Class index (B, K), int64; -1 in empty slots.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """Which slots (B, K) hold a box, bool."""
+        return self.labels >= 0
+
+    def of_image(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the boxes (N, 4), scores (N,) and labels (N,) of one image, without empty slots."""
+        keep = self.valid[index]
+        return self.boxes[index][keep], self.scores[index][keep], self.labels[index][keep]
+
+    def scaled(self, factors: Tensor) -> "Detections":
+        """Scale the boxes by `factors` (B, 2) or (2,), for x and for y."""
+        return self._replace(boxes=self.boxes * torch.cat([factors, factors], dim=-1).unsqueeze(-2))
+
+
+def stack_detections(images: list[tuple[Tensor, Tensor, Tensor]], num_slots: int) -> Detections:
+    """Put ragged detections of several images into a fixed number of slots.
+
+    Args:
+        images: Boxes (N, 4), scores (N,) and labels (N,) of each image, in any order.
+        num_slots: Slots K per image; the K best are kept.
+
+    Returns:
+        The detections, best first.
+
+    >>> boxes, scores = torch.tensor([[0.0, 0, 2, 2], [1, 1, 3, 3]]), torch.tensor([0.2, 0.9])
+    >>> stack_detections([(boxes, scores, torch.tensor([0, 1]))], num_slots=3).labels
+    tensor([[ 1,  0, -1]])
+    """
+    rows = []
+    for boxes, scores, labels in images:
+        order = scores.argsort(descending=True, stable=True)[:num_slots]
+        missing = num_slots - len(order)
+        rows.append(
+            (
+                torch.cat([boxes[order], boxes.new_zeros(missing, 4)]),
+                torch.cat([scores[order], scores.new_zeros(missing)]),
+                torch.cat([labels[order].long(), labels.new_full((missing,), EMPTY, dtype=torch.long)]),
+            )
+        )
+    return Detections(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
