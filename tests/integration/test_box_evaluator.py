@@ -63,7 +63,7 @@ class Detector(LightningModule):
 
     def validation_step(self, batch: BoxBatch) -> BoxBatch:
         if self.current_epoch == 0:
-            batch.pred_boxes += 500
+            batch.pred_boxes = batch.pred_boxes + 500
         return batch
 
     def test_step(self, batch: BoxBatch) -> BoxBatch:
