@@ -21,6 +21,7 @@ from anomalib_ot.detection.losses import dense_losses
 from anomalib_ot.detection.ota import DenseDetector
 from anomalib_ot.integration.backbone import fill_weights
 from anomalib_ot.integration.box_batch import BoxBatch
+from anomalib_ot.integration.box_evaluator import default_evaluator
 from anomalib_ot.integration.box_guard import BoxGuard
 from anomalib_ot.integration.box_processors import BoxPreProcessor
 from anomalib_ot.integration.checked_export import CheckedExport
@@ -370,4 +371,5 @@ class OTADetector(CheckedExport, AnomalibModule):
     @classmethod
     def configure_visualizer(cls) -> Visualizer:
         """Return the default visualiser."""
+        from anomalib_ot.integration.box_visualizer import BoxVisualizer
         return BoxVisualizer()
