@@ -14,7 +14,7 @@ _PUBLIC = {
     "SyntheticFabric": "anomalib_ot.integration.synthetic_fabric",
 }
 
-__all__ = ["OTADetector", "CocoBoxes", "OTPrototypes", "SyntheticFabric", "__version__"]
+__all__ = ["CocoBoxes", "OTADetector", "OTPrototypes", "SyntheticFabric", "__version__"]
 
 
 def __getattr__(name: str) -> object:

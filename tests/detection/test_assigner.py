@@ -90,7 +90,7 @@ def test_transport_of_the_first_example():
 
 
 def test_labels_of_the_worked_example():
-    _, iou, fg, bg = worked_example()
+    _, _, fg, bg = worked_example()
     assert transport_labels(fg, bg, torch.tensor([1, 1])).tolist() == [0, 2, 1, 2]
 
 
