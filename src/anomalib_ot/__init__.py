@@ -11,9 +11,10 @@ _PUBLIC = {
     "CocoBoxes": "anomalib_ot.integration.coco_boxes",
     "OTPrototypes": "anomalib_ot.integration.ot_prototypes",
     "SyntheticFabric": "anomalib_ot.integration.synthetic_fabric",
+    "TianchiFabric": "anomalib_ot.integration.tianchi_fabric",
 }
 
-__all__ = ["CocoBoxes", "OTPrototypes", "SyntheticFabric", "__version__"]
+__all__ = ["CocoBoxes", "OTPrototypes", "SyntheticFabric", "TianchiFabric", "__version__"]
 
 
 def __getattr__(name: str) -> object:
