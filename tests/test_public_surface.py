@@ -14,7 +14,7 @@ PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="u
 
 
 def test_inventory():
-    assert sorted(anomalib_ot.__all__) == ["CocoBoxes", "OTPrototypes", "SyntheticFabric", "__version__"]
+    assert sorted(anomalib_ot.__all__) == ["CocoBoxes", "OTADetector", "OTPrototypes", "SyntheticFabric", "TianchiFabric", "__version__"]
 
 
 def test_every_public_name_can_be_asked_for():

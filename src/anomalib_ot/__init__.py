@@ -8,13 +8,14 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "OTADetector": "anomalib_ot.integration.ota_detector",
     "CocoBoxes": "anomalib_ot.integration.coco_boxes",
+    "OTADetector": "anomalib_ot.integration.ota_detector",
     "OTPrototypes": "anomalib_ot.integration.ot_prototypes",
     "SyntheticFabric": "anomalib_ot.integration.synthetic_fabric",
+    "TianchiFabric": "anomalib_ot.integration.tianchi_fabric",
 }
 
-__all__ = ["CocoBoxes", "OTADetector", "OTPrototypes", "SyntheticFabric", "__version__"]
+__all__ = ["CocoBoxes", "OTADetector", "OTPrototypes", "SyntheticFabric", "TianchiFabric", "__version__"]
 
 
 def __getattr__(name: str) -> object:
