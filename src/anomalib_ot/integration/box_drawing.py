@@ -26,6 +26,7 @@ DASH, DASH_GAP = 8, 5
 TEXT_SIZE, PAD = 14, 3
 # Shares of the drawing's area: labels keep out of boxes below the first; they may go into boxes above it.
 SOLID = 0.12
+CROWD, REACHES_IN_CROWD = 40, 2  # so many plates may not go far: long ties would cross each other
 REACHES = (14, 30, 50, 75, 105, 140)  # pixels between an outline and its plate, where there is no room at the outline
 DIRECTIONS = 12
 RIM, SPACE = 4, 5  # the widest line with its dark rim; one pixel more
@@ -39,17 +40,21 @@ class Mark(NamedTuple):
         text: On the plate; "" draws none.
         colour: Of the outline and the plate.
         dashed: Whether the outline is dashed; it then runs further out, beside one that is not.
+        inverted: Whether the outline is double and the plate dark with coloured letters: a second row of colours.
+        needed: Whether the plate is drawn even where there is no free place for it.
     """
 
     box: tuple[float, float, float, float]
     text: str
     colour: Colour
     dashed: bool = False
+    inverted: bool = False
+    needed: bool = False
 
 
-def class_colour(label: int) -> Colour:
-    """Return the colour of a class, the same in every picture; every seventh class has the same one."""
-    return CLASS_COLOURS[label % len(CLASS_COLOURS)]
+def class_colour(label: int) -> tuple[Colour, bool]:
+    """Return the colour of a class, and whether it is inverted; the same in every picture, for 14 classes different."""
+    return CLASS_COLOURS[label % len(CLASS_COLOURS)], label // len(CLASS_COLOURS) % 2 == 1
 
 
 def draw_marks(drawn: Image.Image, marks: Sequence[Mark]) -> int:
@@ -70,15 +75,19 @@ def draw_marks(drawn: Image.Image, marks: Sequence[Mark]) -> int:
     outlines = [_outline(mark) for mark in marks]
     taken = np.zeros((drawn.height, drawn.width), dtype=bool)
     for mark, outline in reversed(list(zip(marks, outlines, strict=True))):
-        _draw_outline(draw, mark, outline, _line_width(mark))
+        width = _line_width(mark)
+        _draw_outline(draw, mark, outline, 3 if mark.inverted and width > 1 else width)
         for area in _kept_free(outline, drawn.width * drawn.height):
             _take(taken, area)
-    left_out = 0
-    placed = []
+    num_plates = sum(bool(mark.text) for mark in marks)
+    reaches = REACHES[:REACHES_IN_CROWD] if num_plates > CROWD else REACHES
+    left_out, placed = 0, []
     for mark, outline in zip(marks, outlines, strict=True):
         if not mark.text:
             continue
-        place = _free_place(taken, outline, _plate_size(mark.text))
+        place = _free_place(taken, outline, _plate_size(mark.text), reaches)
+        if place is None and mark.needed:
+            place = _any_place(taken.shape, outline, _plate_size(mark.text))
         if place is None:
             left_out += 1
             continue
@@ -122,23 +131,32 @@ def _draw_outline(draw: ImageDraw.ImageDraw, mark: Mark, outline: Area, width: i
     outer = (x1 - width, y1 - width, x2 + width, y2 + width)
     draw.rectangle(outer, outline=DARK, width=width + 1)
     draw.rectangle((outer[0] + 1, outer[1] + 1, outer[2] - 1, outer[3] - 1), outline=mark.colour, width=width)
+    if mark.inverted and width == 3:
+        draw.rectangle((outer[0] + 2, outer[1] + 2, outer[2] - 2, outer[3] - 2), outline=DARK, width=1)
 
 
 def _plate_size(text: str) -> tuple[int, int]:
     return round(ImageFont.load_default(TEXT_SIZE).getlength(text)) + 2 * PAD + 1, TEXT_SIZE + 2 * PAD
 
 
-def _free_place(taken: np.ndarray, outline: Area, size: tuple[int, int]) -> Area | None:
+def _free_place(taken: np.ndarray, outline: Area, size: tuple[int, int], reaches: Sequence[int]) -> Area | None:
     """The first place for a plate where nothing is yet, xyxy; None if there is none."""
     height, width = taken.shape
-    for x, y in _places(outline, size, width):
+    for x, y in _places(outline, size, width, reaches):
         x1, y1, x2, y2 = x, y, x + size[0], y + size[1]
         if x1 >= 0 and y1 >= 0 and x2 < width and y2 < height and not taken[y1 : y2 + 1, x1 : x2 + 1].any():
             return x1, y1, x2, y2
     return None
 
 
-def _places(outline: Area, size: tuple[int, int], width: int) -> Iterator[tuple[int, int]]:
+def _any_place(shape: tuple[int, int], outline: Area, size: tuple[int, int]) -> Area:
+    """The place above an outline, moved into the picture, whatever is there."""
+    x = min(max(outline[0], 0), max(shape[1] - size[0] - 1, 0))
+    y = min(max(outline[1] - SPACE - size[1], 0), max(shape[0] - size[1] - 1, 0))
+    return x, y, x + size[0], y + size[1]
+
+
+def _places(outline: Area, size: tuple[int, int], width: int, reaches: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Corners (x, y) for a plate: along the outline, within a large box, then further and further away."""
     x1, y1, x2, y2 = outline
     w, h = size
@@ -149,7 +167,7 @@ def _places(outline: Area, size: tuple[int, int], width: int) -> Iterator[tuple[
     yield from ((x, y) for x in (x2 + SPACE, x1 - SPACE - w) for y in (y1, y2 - h, (y1 + y2 - h) // 2))
     yield from ((x, y) for y in (y1 + SPACE, y2 - SPACE - h) for x in (x1 + SPACE, x2 - SPACE - w))
     middle_x, middle_y = (x1 + x2) / 2, (y1 + y2) / 2
-    for reach in REACHES:
+    for reach in reaches:
         for turn in range(DIRECTIONS):
             angle = 2 * np.pi * (turn + 0.5) / DIRECTIONS
             away_x = np.cos(angle) * ((x2 - x1 + w) / 2 + reach)
@@ -170,16 +188,11 @@ def _draw_tie(draw: ImageDraw.ImageDraw, outline: Area, place: Area, colour: Col
 
 
 def _draw_plate(draw: ImageDraw.ImageDraw, place: Area, mark: Mark) -> None:
-    draw.rectangle(place, mark.colour, outline=DARK)
     light = np.dot(mark.colour, (0.299, 0.587, 0.114)) > 115
+    ground, ink = (DARK, mark.colour) if mark.inverted else (mark.colour, DARK if light else WHITE)
+    draw.rectangle(place, ground, outline=mark.colour if mark.inverted else DARK)
     middle = (place[1] + place[3]) / 2
-    draw.text(
-        (place[0] + PAD + 1, middle),
-        mark.text,
-        DARK if light else WHITE,
-        ImageFont.load_default(TEXT_SIZE),
-        anchor="lm",
-    )
+    draw.text((place[0] + PAD + 1, middle), mark.text, ink, ImageFont.load_default(TEXT_SIZE), anchor="lm")
 
 
 def _kept_free(outline: Area, whole: int) -> list[Area]:

@@ -15,7 +15,7 @@ Box = tuple[float, float, float, float]
 INSET, TITLE_HEIGHT = 230, 20  # pixels
 SMALL = 32  # a box whose longer side is drawn with fewer pixels is enlarged
 SURROUNDINGS = 3.4  # side of a cut, in sides of its box: at least twice the size of the view for any small box
-LEAST_SIDE = 28  # pixels of the part: more than eight times enlarged there is nothing more to see
+LEAST_SIDE = 44  # pixels of the part: with less around it one does not see what a box is part of
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -46,8 +46,8 @@ def find_insets(boxes: Sequence[Box], image_size: tuple[int, int], scale: float,
     Returns:
         The cuts; each shows also the later small boxes that lie in it. Small boxes beyond `most` cuts are in none.
 
-    >>> find_insets([(50, 50, 56, 56), (52, 58, 55, 60)], (2446, 1000), scale=0.5, most=3)[0].members
-    [(50, 50, 56, 56), (52, 58, 55, 60)]
+    >>> find_insets([(50, 50, 56, 56), (62, 58, 65, 60)], (2446, 1000), scale=0.5, most=3)[0].members
+    [(50, 50, 56, 56), (62, 58, 65, 60)]
     """
     insets: list[Inset] = []
     for box in boxes:
@@ -67,8 +67,8 @@ def find_insets(boxes: Sequence[Box], image_size: tuple[int, int], scale: float,
 
 
 def inset_strip(
-    image: Image.Image, marks: Sequence[Mark], insets: Sequence[Inset], width: int, margin: int
-) -> Image.Image:
+    image: Image.Image, marks: Sequence[Mark], insets: Sequence[Inset], width: int, margin: int, scale: float
+) -> tuple[Image.Image, int]:
     """Draw the cuts side by side, with all that is marked in them.
 
     Args:
@@ -77,21 +77,23 @@ def inset_strip(
         insets: The cuts.
         width: Of the strip, pixels.
         margin: Free space at its left, pixels.
+        scale: Pixels of the view per pixel of the part; the titles say how much larger than in the view a cut is.
 
     Returns:
-        RGB strip.
+        RGB strip, and how many names found no place in it.
     """
+    left_out = 0
     strip = Image.new("RGB", (width, TITLE_HEIGHT + INSET + GAP), PAPER)
     draw = ImageDraw.Draw(strip)
     for index, inset in enumerate(insets):
         left = margin + index * (INSET + GAP)
         zoom = INSET / (inset.region[2] - inset.region[0])
-        draw.text((left, 0), f"{inset.letter}: {zoom:.2g} times enlarged", INK, ImageFont.load_default(14))
+        draw.text((left, 0), f"{inset.letter}: {zoom / scale:.0f} times as large", INK, ImageFont.load_default(14))
         cut = image.convert("RGB").resize((INSET, INSET), Image.Resampling.BICUBIC, box=inset.region)
-        draw_marks(cut, [_in_cut(mark, inset, zoom) for mark in marks if _meets(mark.box, inset.region)])
+        left_out += draw_marks(cut, [_in_cut(mark, inset, zoom) for mark in marks if _meets(mark.box, inset.region)])
         strip.paste(cut, (left, TITLE_HEIGHT))
         draw.rectangle((left - 1, TITLE_HEIGHT - 1, left + INSET, TITLE_HEIGHT + INSET), outline=INK)
-    return strip
+    return strip, left_out
 
 
 def _in_cut(mark: Mark, inset: Inset, zoom: float) -> Mark:

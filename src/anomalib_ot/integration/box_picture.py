@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from anomalib_ot.integration.box_drawing import MISSED, WHITE, Mark, class_colour, dashed_line, draw_marks
+from anomalib_ot.integration.box_drawing import DARK, MISSED, WHITE, Mark, class_colour, dashed_line, draw_marks
 from anomalib_ot.integration.box_insets import INSET, Inset, find_insets, inset_strip
 from anomalib_ot.integration.header import FAINT, GAP, INK, PAPER, Verdict, header
 from anomalib_ot.vision.average_precision import pair_iou
@@ -17,7 +17,7 @@ __all__ = ["DetectedBoxes", "box_picture", "class_name"]
 HEIGHT_SHARE, LARGEST_SCALE, LEAST_WIDTH = 0.7, 4.0, 640
 MARGIN = 26  # of paper around the part: room for the plates of boxes at its border
 MEETS = 0.3  # intersection over union from which on a box has found a known defect
-LEGEND_LINE, SWATCH = 24, 22
+LEGEND_LINE, SWATCH, CLOTH = 24, 22, (128, 132, 140)
 NAMED_KINDS = 4
 
 
@@ -80,7 +80,7 @@ def box_picture(
         score = float(found.scores[found.labels >= 0].max(initial=0))
         known = None if found.gt_boxes is None else len(found.gt_boxes) > 0
         verdict = Verdict(score=score, truth=known, threshold=score_threshold)
-    shown = _shown(found, score_threshold)
+    shown = _shown(found, score_threshold, image.size)
     scale = min(size / image.width, HEIGHT_SHARE * size / image.height, LARGEST_SCALE)
     view_size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
     width = max(view_size[0], LEAST_WIDTH) + 2 * MARGIN
@@ -91,12 +91,14 @@ def box_picture(
     body = Image.new("RGB", (width, view_size[1] + 2 * MARGIN), PAPER)
     body.paste(image.convert("RGB").resize(view_size, Image.Resampling.LANCZOS), (MARGIN, MARGIN))
     left_out = draw_marks(body, _placed(marks, insets, scale))
-    notes = [note for note in (image_note, f"{left_out} labels left out, no room" if left_out else "") if note]
     head = header(width, verdict, remarks=_remarks(shown, class_names, score_threshold))
     parts = [head, body]
     if insets:
-        parts.append(inset_strip(image, marks, insets, width, MARGIN))
-    return _stack([*parts, _legend(shown, class_names, notes, width)])
+        strip, nameless = inset_strip(image, marks, insets, width, MARGIN, scale)
+        parts.append(strip)
+        left_out += nameless
+    notes = [note for note in (image_note, f"{left_out} names left out for lack of room" if left_out else "") if note]
+    return _stack([*parts, _legend(_samples(shown, class_names, notes), width)])
 
 
 def class_name(label: int, class_names: Sequence[str] | None) -> str:
@@ -133,12 +135,12 @@ class _Shown(NamedTuple):
     missed: np.ndarray
 
 
-def _shown(found: DetectedBoxes, score_threshold: float) -> _Shown:
+def _shown(found: DetectedBoxes, score_threshold: float, image_size: tuple[int, int]) -> _Shown:
     """Choose and order the boxes, and compare them with the known defects."""
     order = np.argsort(-found.scores, kind="stable")
     order = order[(found.labels[order] >= 0) & (found.scores[order] > score_threshold)]
-    boxes = found.boxes[order].astype(float)
-    known = np.zeros((0, 4)) if found.gt_boxes is None else found.gt_boxes.astype(float)
+    boxes = _inside(found.boxes[order], image_size)
+    known = _inside(np.zeros((0, 4)) if found.gt_boxes is None else found.gt_boxes, image_size)
     gt_labels = np.zeros(0, dtype=int) if found.gt_labels is None else found.gt_labels
     pairs = np.indices((len(boxes), len(known))).reshape(2, -1)
     overlap = pair_iou(boxes[pairs[0]], known[pairs[1]]).reshape(len(boxes), len(known))
@@ -149,6 +151,12 @@ def _shown(found: DetectedBoxes, score_threshold: float) -> _Shown:
     return _Shown(boxes, found.scores[order], found.labels[order], known_or_none, gt_labels, truth, missed)
 
 
+def _inside(boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Cut boxes at the image's border; one whose corners are swapped has them put right."""
+    corners = boxes.astype(float).reshape(-1, 2, 2).clip(0, image_size)
+    return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+
+
 def _marks(shown: _Shown, class_names: Sequence[str] | None) -> list[Mark]:
     """Name every box: missed defects first, then boxes by score, then the defects they have found."""
     marks = []
@@ -156,7 +164,8 @@ def _marks(shown: _Shown, class_names: Sequence[str] | None) -> list[Mark]:
         text = f"{class_name(label, class_names)} {score:.2f}"
         if truth >= 0 and shown.gt_labels[truth] != label:
             text += f", known as {class_name(shown.gt_labels[truth], class_names)}"
-        marks.append(Mark(tuple(box), text, class_colour(label)))
+        colour, is_inverted = class_colour(label)
+        marks.append(Mark(tuple(box), text, colour, inverted=is_inverted))
     if shown.gt_boxes is None:
         return marks
     missed, met = [], []
@@ -175,7 +184,7 @@ def _placed(marks: list[Mark], insets: list[Inset], scale: float) -> list[Mark]:
         return tuple(MARGIN + scale * value for value in box)
 
     enlarged = {box for inset in insets for box in inset.members}
-    frames = [Mark(moved(inset.region), inset.letter, WHITE) for inset in insets]
+    frames = [Mark(moved(inset.region), inset.letter, WHITE, needed=True) for inset in insets]
     return frames + [
         mark._replace(box=moved(mark.box), text="" if mark.box in enlarged else mark.text) for mark in marks
     ]
@@ -197,36 +206,53 @@ def _remarks(shown: _Shown, class_names: Sequence[str] | None, score_threshold: 
 def _counted(labels: np.ndarray, class_names: Sequence[str] | None) -> str:
     """Say such as "3 hole, 1 knot", the most frequent first."""
     counts = Counter(class_name(label, class_names) for label in labels.tolist()).most_common()
+    if len(counts) <= NAMED_KINDS + 1:
+        return ", ".join(f"{count} {name}" for name, count in counts)
     words = [f"{count} {name}" for name, count in counts[:NAMED_KINDS]]
-    if len(counts) > NAMED_KINDS:
-        words.append(f"{sum(count for _, count in counts[NAMED_KINDS:])} of other classes")
-    return ", ".join(words)
+    return ", ".join([*words, f"{sum(count for _, count in counts[NAMED_KINDS:])} of other classes"])
 
 
-def _legend(shown: _Shown, class_names: Sequence[str] | None, notes: list[str], width: int) -> Image.Image:
-    """Say what the colours and dashes mean, and the notes, in as many lines as it takes."""
-    entries = [(class_name(label, class_names), class_colour(label), False) for label in np.unique(shown.labels)]
+class _Sample(NamedTuple):
+    """An entry of the legend; one without colour is a mere note."""
+
+    text: str
+    colour: tuple[int, int, int] | None = None
+    inverted: bool = False
+    dashed: bool = False
+
+
+def _samples(shown: _Shown, class_names: Sequence[str] | None, notes: list[str]) -> list[_Sample]:
+    """Collect what the colours and dashes mean, and the notes."""
+    samples = [_Sample(class_name(label, class_names), *class_colour(label)) for label in np.unique(shown.labels)]
     if shown.gt_boxes is not None and not shown.missed.all():
-        entries.append(("known defect", WHITE, True))
+        samples.append(_Sample("known defect", WHITE, dashed=True))
     if shown.missed.any():
-        entries.append(("known defect, missed", MISSED, True))
-    entries += [(note, None, False) for note in notes]
+        samples.append(_Sample("known defect, missed", MISSED, dashed=True))
+    return samples + [_Sample(note) for note in notes]
+
+
+def _legend(samples: list[_Sample], width: int) -> Image.Image:
+    """Draw the samples in as many lines as it takes."""
     font = ImageFont.load_default(13)
-    strip = Image.new("RGB", (width, LEGEND_LINE * (len(entries) + 1)), PAPER)
+    strip = Image.new("RGB", (width, LEGEND_LINE * (len(samples) + 1)), PAPER)
     draw = ImageDraw.Draw(strip)
     x, y = MARGIN, 0
-    for text, colour, is_dashed in entries:
-        needed = SWATCH + 6 + round(font.getlength(text))
+    for text, colour, inverted, dashed in samples:
+        swatch = 0 if colour is None else SWATCH + 6
+        needed = swatch + round(font.getlength(text))
         if x > MARGIN and x + needed > width - MARGIN:
             x, y = MARGIN, y + LEGEND_LINE
         middle = y + LEGEND_LINE // 2
-        if is_dashed:
-            dashed_line(draw, (x, middle), (x + SWATCH, middle), colour)
-        elif colour is not None:
-            draw.rectangle((x, middle - 6, x + SWATCH, middle + 6), colour, outline=INK)
-        draw.text((x + (SWATCH + 6 if colour else 0), middle), text, INK if colour else FAINT, font, anchor="lm")
+        if colour is not None:
+            ground = CLOTH if dashed else DARK if inverted else colour
+            draw.rectangle((x, middle - 6, x + SWATCH, middle + 6), ground, outline=colour if inverted else INK)
+        if inverted:
+            draw.rectangle((x + 5, middle - 2, x + SWATCH - 5, middle + 2), colour)
+        if dashed:
+            dashed_line(draw, (x + 1, middle), (x + SWATCH - 1, middle), colour)
+        draw.text((x + swatch, middle), text, INK if colour else FAINT, font, anchor="lm")
         x += needed + GAP
-    return strip.crop((0, 0, width, y + LEGEND_LINE + GAP // 2 if entries else GAP))
+    return strip.crop((0, 0, width, y + LEGEND_LINE + GAP // 2 if samples else GAP))
 
 
 def _stack(parts: list[Image.Image]) -> Image.Image:

@@ -179,10 +179,11 @@ def badge(defect: bool | None) -> Image.Image:
 
 def _card(caption: str, text: str) -> Image.Image:
     """Draw a small caption over a line of text, with room for a bar below."""
-    font = ImageFont.load_default(17)
-    card = Image.new("RGB", (max(round(font.getlength(text)) + 2, 90), CARD_HEIGHT), PAPER)
+    font, small = ImageFont.load_default(17), ImageFont.load_default(12)
+    width = max(font.getlength(text), small.getlength(caption))
+    card = Image.new("RGB", (max(round(width) + 2, 90), CARD_HEIGHT), PAPER)
     draw = ImageDraw.Draw(card)
-    draw.text((0, 0), caption, FAINT, ImageFont.load_default(12))
+    draw.text((0, 0), caption, FAINT, small)
     draw.text((0, 17), text, INK, font)
     return card
 
