@@ -8,11 +8,12 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CocoBoxes": "anomalib_ot.integration.coco_boxes",
     "OTPrototypes": "anomalib_ot.integration.ot_prototypes",
     "SyntheticFabric": "anomalib_ot.integration.synthetic_fabric",
 }
 
-__all__ = ["OTPrototypes", "SyntheticFabric", "__version__"]
+__all__ = ["CocoBoxes", "OTPrototypes", "SyntheticFabric", "__version__"]
 
 
 def __getattr__(name: str) -> object:
