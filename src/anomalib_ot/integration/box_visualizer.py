@@ -33,7 +33,7 @@ class BoxVisualizer(Visualizer):
 
     Args:
         output_dir: Folder to write to; None: `images` in the trainer's root folder.
-        score_threshold: Only boxes above this score are drawn, in [0, 1]; None: the model's `score_threshold`, or .3
+        score_threshold: Only boxes above this score are drawn, in [0, 1]; None: the model's `image_threshold`, or .3
             if it has none.
         size: Greatest width of the part in pixels, >= 320.
 
@@ -117,7 +117,7 @@ class BoxVisualizer(Visualizer):
         output_dir = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
         root = getattr(getattr(trainer, "datamodule", None), "root", None)
         class_names = getattr(pl_module, "class_names", None)
-        threshold = getattr(pl_module, "score_threshold", None)
+        threshold = getattr(pl_module, "image_threshold", None)
         for item in BoxBatch.of(predicted).items:
             path = self._names.claim(item.image_path, output_dir, root)
             path.parent.mkdir(parents=True, exist_ok=True)
