@@ -9,10 +9,11 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "OTPrototypes": "anomalib_ot.integration.ot_prototypes",
+    "RegionWriter": "anomalib_ot.integration.region_writer",
     "SyntheticFabric": "anomalib_ot.integration.synthetic_fabric",
 }
 
-__all__ = ["OTPrototypes", "SyntheticFabric", "__version__"]
+__all__ = ["OTPrototypes", "RegionWriter", "SyntheticFabric", "__version__"]
 
 
 def __getattr__(name: str) -> object:
