@@ -10,8 +10,10 @@ from anomalib.models import AnomalibModule
 
 from anomalib_ot import OTPrototypes, SyntheticFabric
 from anomalib_ot.integration.cli import register_classes
+from anomalib_ot.vision.augment import DefectAugmentation
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+BOXES = ("coco_boxes",)  # data with boxes, for detectors
 MODELS, DATA, BENCHMARKS = (sorted((CONFIGS / room).glob("*.yaml")) for room in ("model", "data", "benchmark"))
 
 
@@ -37,7 +39,7 @@ def model_of(name: str) -> OTPrototypes:
 def test_there_is_a_file_for_everything_the_readme_names():
     names = {"ot_prototypes", "ot_prototypes_paper", "ot_prototypes_filter_bank", "ot_prototypes_members"}
     assert {path.stem for path in MODELS} == names
-    assert {path.stem for path in DATA} == {"synthetic_fabric", "folder", "mvtec_ad"}
+    assert {path.stem for path in DATA} == {"synthetic_fabric", "folder", "mvtec_ad", *BOXES}
     assert {path.stem for path in BENCHMARKS} == {"ot_prototypes"}
 
 
@@ -73,6 +75,20 @@ def test_data_is_built_with_every_argument_of_its_file(name, kind):
     assert datamodule.val_split_mode == given["val_split_mode"]
     if name != "synthetic_fabric":
         assert Path(datamodule.root) == Path(given["root"])
+
+
+@pytest.mark.parametrize("name", BOXES)
+def test_data_with_boxes_is_built_with_every_argument_of_its_file(name):
+    path = CONFIGS / "data" / f"{name}.yaml"
+    _, datamodule = read("train", model=CONFIGS / "model" / "ot_prototypes_filter_bank.yaml", data=path)
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))["init_args"]
+    for argument in ("train_batch_size", "eval_batch_size", "num_workers", "seed"):
+        assert getattr(datamodule, argument) == given[argument]
+    augmentation = given["train_augmentations"]
+    assert type(datamodule.train_augmentations) is DefectAugmentation
+    for argument, value in augmentation["init_args"].items():
+        if argument != "flip":
+            assert _plain(getattr(datamodule.train_augmentations, argument)) == value
 
 
 @pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)

@@ -15,7 +15,7 @@ CALLBACKS = {"RegionWriter"}  # named by dotted path; Anomalib has no entry poin
 
 
 def test_inventory():
-    assert sorted(anomalib_ot.__all__) == ["OTPrototypes", "RegionWriter", "SyntheticFabric", "__version__"]
+    assert sorted(anomalib_ot.__all__) == ["CocoBoxes", "OTPrototypes", "RegionWriter", "SyntheticFabric", "__version__"]
 
 
 def test_every_public_name_can_be_asked_for():
@@ -37,7 +37,7 @@ def test_version_is_that_of_the_project():
 
 
 def test_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(AttributeError, match=r"no attribute 'OTPrototype'; it has OTPrototypes, .*SyntheticFabric"):
+    with pytest.raises(AttributeError, match=r"no attribute 'OTPrototype'; it has CocoBoxes, .*OTPrototypes"):
         _ = anomalib_ot.OTPrototype
 
 

@@ -8,12 +8,13 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CocoBoxes": "anomalib_ot.integration.coco_boxes",
     "OTPrototypes": "anomalib_ot.integration.ot_prototypes",
     "RegionWriter": "anomalib_ot.integration.region_writer",
     "SyntheticFabric": "anomalib_ot.integration.synthetic_fabric",
 }
 
-__all__ = ["OTPrototypes", "RegionWriter", "SyntheticFabric", "__version__"]
+__all__ = ["CocoBoxes", "OTPrototypes", "RegionWriter", "SyntheticFabric", "__version__"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,99 @@
+"""Drawing a split of images with boxes: whole groups of images, each class in its share of every subset."""
+
+import re
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from anomalib_ot.integration.box_records import BoxRecord
+from anomalib_ot.integration.input_error import InputError
+
+__all__ = ["groups_by_pattern", "split_records"]
+
+
+def split_records(
+    records: Sequence[BoxRecord], ratios: Sequence[float], seed: int, groups: Sequence[Hashable] | None = None
+) -> list[list[BoxRecord]]:
+    """Split images into subsets, stratified by class as far as the groups allow.
+
+    The rarest class is dealt out first, group by group, each to the subset that lacks most images of that class; images
+    without boxes count as a class of their own.
+
+    Args:
+        records: The images.
+        ratios: The share of each subset, summing to 1; positive.
+        seed: The same seed gives the same split of the same images, whatever their order.
+        groups: The group of each image; images of one group stay together. None: each image for itself.
+
+    Returns:
+        The subsets, each sorted by path; one can be empty where there are few groups.
+
+    References:
+        Sechidis, Tsoumakas, Vlahavas, "On the stratification of multi-label data", ECML PKDD 2011, algorithm 1.
+    """
+    order = sorted(range(len(records)), key=lambda index: records[index].image_path)
+    members: dict[Hashable, list[int]] = {}
+    for index in order:
+        members.setdefault(index if groups is None else groups[index], []).append(index)
+    cells = list(members.values())
+    counts = [Counter(label for index in cell for label in _classes(records[index])) for cell in cells]
+
+    rng = np.random.default_rng(seed)
+    queue = [int(cell) for cell in rng.permutation(len(cells))]
+    queue.sort(key=lambda cell: -len(cells[cell]))  # large groups first: small ones even out what they do
+    lacking = [{label: share * count for label, count in sum(counts, Counter()).items()} for share in ratios]
+    missing = [share * len(records) for share in ratios]
+    subsets: list[list[int]] = [[] for _ in ratios]
+    while queue:
+        left = Counter()
+        for cell in queue:
+            left.update(counts[cell])
+        rarest = min(left, key=lambda label: (left[label], label))
+        for cell in [cell for cell in queue if counts[cell][rarest]]:
+            best = max(range(len(ratios)), key=lambda s: (lacking[s][rarest], missing[s]))
+            subsets[best] += cells[cell]
+            missing[best] -= len(cells[cell])
+            for label, count in counts[cell].items():
+                lacking[best][label] -= count
+        queue = [cell for cell in queue if not counts[cell][rarest]]
+    return [sorted((records[index] for index in subset), key=lambda record: record.image_path) for subset in subsets]
+
+
+def _classes(record: BoxRecord) -> list[int]:
+    return sorted({int(label) for label in record.labels}) or [-1]
+
+
+def groups_by_pattern(argument: str, pattern: str | None, names: Sequence[str]) -> list[str] | None:
+    """Read from its name which group an image belongs to, such as the piece that it shows.
+
+    Args:
+        argument: Name of the argument that the pattern comes from, for messages.
+        pattern: Regular expression with one group in parentheses; None: no groups.
+        names: The images' names.
+
+    Returns:
+        What the parentheses catch of each name, anywhere in it; None without a pattern.
+
+    Raises:
+        InputError: If the pattern is no such expression, or does not fit a name.
+
+    >>> groups_by_pattern("group_pattern", r"_num_(\\d+)", ["exp1_num_32.jpg", "exp2_num_32.jpg"])
+    ['32', '32']
+    """
+    if pattern is None:
+        return None
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        msg = f"{argument} is {pattern!r}, which is no regular expression ({error}); correct it"
+        raise InputError(msg) from error
+    if compiled.groups != 1:
+        msg = f"{argument} is {pattern!r}; expected exactly one group in parentheses, such as '^([0-9]+)_'"
+        raise InputError(msg)
+    found = [(name, compiled.search(name)) for name in names]
+    for name, match in found:
+        if match is None or match[1] is None:
+            msg = f"{argument} is {pattern!r}, which does not fit the image {name}; expected one that fits all names"
+            raise InputError(msg)
+    return [match[1] for _, match in found]

@@ -1,0 +1,314 @@
+"""Data in COCO files as Anomalib uses it: subsets, paths, bad input, real exports."""
+
+import json
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from anomalib.cli import AnomalibCLI
+from PIL import Image
+from torchvision.transforms import v2
+
+from anomalib_ot import CocoBoxes
+from anomalib_ot.integration.box_batch import BoxBatch
+from anomalib_ot.integration.cli import register_classes
+from anomalib_ot.integration.coco_json import write_coco
+from anomalib_ot.vision.augment import DefectAugmentation
+
+DATA = Path(os.environ.get("ANOMALIB_OT_DATA", Path(__file__).parents[3] / "shared" / "data"))
+NAMES = ["hole", "tear"]
+
+
+def write(root, json_name, numbers, folder="images", negatives=(), size=(40, 30)):
+    """Images of a white rectangle each, of class number % 2, and their COCO file."""
+    images, boxes, labels = [], [], []
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        box = [number % 20, 4, number % 20 + 12, 16]
+        pixels = np.zeros((size[1], size[0]), np.uint8)
+        if number not in negatives:
+            pixels[4:16, box[0] : box[2]] = 255
+        Image.fromarray(pixels).save(root / folder / f"{number:03}.png")
+        images.append((f"{number:03}.png", *size))
+        boxes.append([] if number in negatives else [box])
+        labels.append([] if number in negatives else [number % 2])
+    write_coco(root / json_name, images, boxes, labels, None, NAMES)
+    return root
+
+
+def change(root, json_name, edit):
+    content = json.loads((root / json_name).read_text())
+    edit(content)
+    (root / json_name).write_text(json.dumps(content))
+
+
+@pytest.fixture
+def root(tmp_path):
+    write(tmp_path / "boards", "train.json", range(20), negatives=(3, 6, 9, 12))
+    return write(tmp_path / "boards", "val.json", range(20, 26), negatives=(21,))
+
+
+def boards(root, **arguments):
+    return CocoBoxes(root, **{"train_json": "train.json", "image_dir": "images", "num_workers": 0, **arguments})
+
+
+def names(dataset):
+    return [Path(path).stem for path in dataset.samples.image_path]
+
+
+def test_subsets_of_two_files(root):
+    datamodule = boards(root, val_json="val.json", train_batch_size=5, eval_batch_size=4)
+    assert datamodule.class_names == NAMES
+    datamodule.prepare_data()
+    datamodule.setup()
+    assert datamodule.name == "boards"
+    assert names(datamodule.train_data) == [f"{number:03}" for number in range(20)]
+    assert names(datamodule.val_data) == names(datamodule.test_data) == [f"{number:03}" for number in range(20, 26)]
+    batches = list(datamodule.train_dataloader())
+    assert {type(batch) for batch in batches} == {BoxBatch}
+    assert {batch.image.shape for batch in batches} == {(5, 3, 30, 40)}
+    seen = [(batch, index) for batch in datamodule.val_dataloader() for index in range(len(batch.image))]
+    for batch, index in seen:
+        number = int(Path(batch.image_path[index]).stem)
+        expected = [] if number == 21 else [[number % 20, 4, number % 20 + 12, 16]]
+        assert batch.gt_boxes[index].tolist() == expected
+        assert batch.gt_box_labels[index].tolist() == ([] if number == 21 else [number % 2])
+        assert bool(batch.gt_label[index]) == (number != 21)
+    assert len(seen) == 6
+
+
+def test_training_images_are_resized_first_and_augmented_then(root):
+    class Note(v2.Transform):
+        def transform(self, inpt, params):
+            sizes.append(tuple(v2.functional.get_size(inpt)))
+            return inpt
+
+    sizes = []
+    datamodule = boards(root, train_augmentations=Note(), val_augmentations=Note())
+    transform = v2.Compose([v2.Resize((60, 80), antialias=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
+    datamodule.trainer = SimpleNamespace(model=SimpleNamespace(pre_processor=SimpleNamespace(transform=transform)))
+    datamodule.setup()
+    item = datamodule.train_data[0]
+    assert item.image.shape == (3, 60, 80)
+    assert set(sizes) == {(60, 80)}
+    assert item.gt_boxes.tolist() == [[2.0 * value for value in datamodule.content.train[0].boxes[0]]]
+    sizes.clear()
+    assert datamodule.val_data[0].image.shape == (3, 60, 80)
+    assert set(sizes) == {(30, 40)}
+    assert datamodule.test_data[0].image.shape == (3, 60, 80)
+
+
+def test_training_is_augmented_unless_it_is_told_not_to_be(root):
+    datamodule = boards(root)
+    assert type(datamodule.train_augmentations) is DefectAugmentation
+    assert datamodule.val_augmentations is None
+    general = v2.RandomHorizontalFlip()
+    assert boards(root, augmentations=general).train_augmentations is general
+    plain = boards(root, train_augmentations=v2.Identity())
+    plain.setup()
+    for index, record in enumerate(plain.content.train):
+        assert plain.train_data[index].gt_boxes.tolist() == record.boxes.tolist()
+
+
+def test_the_split_is_seeded_stratified_and_without_overlap(root):
+    def split(**arguments):
+        datamodule = boards(root, val_split_ratio=0.25, **arguments)
+        datamodule.setup()
+        assert names(datamodule.val_data) == names(datamodule.test_data)
+        return names(datamodule.train_data), datamodule
+
+    train, datamodule = split()
+    val = names(datamodule.val_data)
+    assert sorted(train + val) == [f"{number:03}" for number in range(20)]
+    assert len(val) == 5
+    assert Counter(len(record.boxes) for record in datamodule.content.val) == {1: 4, 0: 1}
+    assert Counter(int(record.labels[0]) for record in datamodule.content.val if len(record.labels)) == {0: 2, 1: 2}
+    assert split()[0] == train
+    assert split(seed=1)[0] != train
+
+
+def test_a_pattern_keeps_images_together(root):
+    datamodule = boards(root, val_split_ratio=0.4, group_pattern=r"^[0-9]{2}([0-9])")
+    datamodule.setup()
+    ends = [{name[-1] for name in names(subset)} for subset in (datamodule.train_data, datamodule.val_data)]
+    assert all(ends)
+    assert not ends[0] & ends[1]
+
+
+def test_a_test_file_of_its_own_and_folders_of_their_own(root):
+    write(root, "test.json", (30, 31), folder="held_out")
+    datamodule = boards(root, val_json="val.json", test_json="test.json", test_image_dir="held_out")
+    datamodule.setup()
+    assert names(datamodule.test_data) == ["030", "031"]
+    assert len(datamodule.val_data) == 6
+
+
+def test_classes_of_the_other_file_are_matched_by_name(root):
+    def swap(content):
+        content["categories"] = [{"id": 1, "name": "tear"}, {"id": 2, "name": "hole"}, {"id": 9, "name": "unused"}]
+        for entry in content["annotations"]:
+            entry["category_id"] = 3 - entry["category_id"]
+
+    change(root, "val.json", swap)
+    datamodule = boards(root, val_json="val.json")
+    assert datamodule.class_names == NAMES
+    for record in datamodule.content.val:
+        assert record.labels.tolist() == ([] if "021" in record.image_path else [int(Path(record.image_path).stem) % 2])
+
+    def rename(content):
+        content["categories"][0]["name"] = "crack"
+
+    change(root, "val.json", rename)
+    with pytest.raises(ValueError, match=r"boxes of the category 'crack', which is not among .*\(hole, tear\)"):
+        boards(root, val_json="val.json").prepare_data()
+
+
+def test_annotation_tools_list_files_with_folders_and_big_ids(root):
+    def relabel(content):
+        for entry in content["categories"]:
+            entry["id"] *= 1000
+        for entry in content["annotations"]:
+            entry["category_id"] *= 1000
+            del entry["iscrowd"], entry["area"]
+        for entry in content["images"]:
+            entry["file_name"] = "images\\" + entry["file_name"]
+
+    change(root, "train.json", relabel)
+    datamodule = boards(root, image_dir=None)
+    datamodule.setup()
+    assert len(datamodule.train_data) + len(datamodule.val_data) == 20
+    assert datamodule.class_names == NAMES
+
+
+def test_predicted_boxes_are_read_like_annotated_ones(root):
+    images = [(f"{number:03}.png", 40, 30) for number in range(20)]
+    boxes = [torch.tensor([[2.0, 3, 12, 13], [0, 0, 0, 0]])] * 20
+    write_coco(root / "found.json", images, boxes, [[1, -1]] * 20, [[0.9, 0.0]] * 20, NAMES)
+    datamodule = boards(root, train_json="found.json")
+    assert {tuple(record.boxes[0]) for record in datamodule.content.train} == {(2, 3, 12, 13)}
+
+
+def test_what_was_put_right_is_told_once(root, caplog):
+    def spoil(content):
+        for index in range(3):
+            content["annotations"][index]["bbox"][2] = 0
+
+    change(root, "train.json", spoil)
+    with caplog.at_level(logging.WARNING):
+        datamodule = boards(root, val_json="val.json")
+        datamodule.prepare_data()
+        datamodule.setup()
+        assert datamodule.class_names == NAMES
+    assert caplog.messages == [
+        "data boards: 3 boxes of zero area dropped, first: image 000.png, annotation 1",
+        "data boards: 3 images left out, since all their boxes were dropped, first: 000.png",
+    ]
+
+
+def test_one_file_for_training_and_validation_is_told(root, caplog):
+    boards(root, val_json="train.json").prepare_data()
+    assert "20 validation images also used for training, so that figures flatter" in caplog.text
+    assert "20 test images also used" in caplog.text
+
+
+def test_classes_without_training_boxes_are_told(root, caplog):
+    def rename(content):
+        content["categories"].append({"id": 7, "name": "knot"})
+
+    change(root, "train.json", rename)
+    boards(root).prepare_data()
+    assert "1 class without any training box ('knot')" in caplog.text
+
+
+def drop_boxes(content):
+    content["annotations"] = []
+
+
+def grow(content):
+    content["images"][0]["width"] = 400
+
+
+def rename_file(content):
+    content["images"][0]["file_name"] = "elsewhere/a.png"
+
+
+def rename_folder(content):
+    content["images"][0]["file_name"] = "old/000.png"
+
+
+@pytest.mark.parametrize(
+    ("edit", "arguments", "message"),
+    [
+        (drop_boxes, {}, r"none of the 16 training images has a box \(the first is .*\.png\)"),
+        (grow, {}, r"000\.png is 40 x 30 pixels, its annotations say 400 x 30"),
+        (
+            rename_file,
+            {},
+            r"elsewhere/a\.png does not exist, but .*train\.json lists it as 'elsewhere/a\.png'; restore",
+        ),
+        (rename_folder, {}, r"does not exist.*there is .*images/000\.png: correct the file_name, or --data\.image_dir"),
+        (None, {"image_dir": None}, r"it is in .*images: set --data\.image_dir to images"),
+        (None, {"val_json": "val.json", "val_image_dir": "."}, r"set --data\.val_image_dir to images"),
+        (None, {"train_json": "no.json"}, r"no\.json do not exist, where there is train\.json, val\.json"),
+        (None, {"val_split_ratio": 0.01}, "there is no validation image"),
+        (None, {"group_pattern": "(x)"}, r"group_pattern is '\(x\)', which does not fit the image 000\.png"),
+    ],
+)
+def test_bad_data_is_refused(root, edit, arguments, message):
+    if edit is not None:
+        change(root, "train.json", edit)
+    with pytest.raises(ValueError, match=message) as caught:
+        boards(root, **arguments).prepare_data()
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_arguments_are_refused(tmp_path):
+    for arguments, message in (
+        ({"val_split_ratio": 1.0}, r"val_split_ratio is 1\.0"),
+        ({"train_batch_size": 0}, "train_batch_size is 0; expected at least 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"num_workers": -1}, "num_workers is -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            boards(tmp_path, **arguments)
+    with pytest.raises(ValueError, match="which is no folder; expected the data set's folder"):
+        boards(tmp_path / "gone").prepare_data()
+
+
+def test_the_command_line_knows_the_short_name(root):
+    register_classes()
+    words = ["train", "--model", "OTPrototypes", "--model.backbone", "filter_bank", "--model.layers", "[scale1]"]
+    words += ["--data", "CocoBoxes", "--data.root", str(root), "--data.train_json", "train.json"]
+    words += ["--data.train_augmentations", "anomalib_ot.vision.augment.DefectAugmentation"]
+    words += ["--data.train_augmentations.crop_size", "[320,300]", "--data.image_dir", "images"]
+    cli = AnomalibCLI(args=words, run=False)
+    cli.instantiate_classes()
+    assert cli.datamodule.train_augmentations.crop_size == (320, 300)
+    cli.datamodule.setup()
+    assert cli.datamodule.train_data[0].image.shape == (3, 320, 300)
+
+
+@pytest.mark.parametrize(("name", "counts"), [("deeppcb", (120, 812, 40, 271)), ("neu_det", (180, 379, 60, 136))])
+def test_real_data(name, counts):
+    if not (DATA / name).is_dir():
+        pytest.skip(f"the {name} images are not here; see ANOMALIB_OT_DATA")
+    datamodule = CocoBoxes(
+        DATA / name,
+        train_json="annotations/instances_train.json",
+        val_json="annotations/instances_val.json",
+        image_dir="images",
+        num_workers=0,
+    )
+    datamodule.setup()
+    content = datamodule.content
+    found = [len(content.train), sum(len(r.boxes) for r in content.train)]
+    found += [len(content.val), sum(len(r.boxes) for r in content.val)]
+    assert tuple(found) == counts
+    assert len(datamodule.class_names) == 6
+    batch = next(iter(datamodule.train_dataloader()))
+    assert len(batch.image) == 8
