@@ -15,7 +15,15 @@ CALLBACKS = {"RegionWriter"}  # named by dotted path; Anomalib has no entry poin
 
 
 def test_inventory():
-    assert sorted(anomalib_ot.__all__) == ["CocoBoxes", "OTADetector", "OTPrototypes", "RegionWriter", "SyntheticFabric", "TianchiFabric", "__version__"]
+    assert sorted(anomalib_ot.__all__) == [
+        "CocoBoxes",
+        "OTADetector",
+        "OTPrototypes",
+        "RegionWriter",
+        "SyntheticFabric",
+        "TianchiFabric",
+        "__version__",
+    ]
 
 
 def test_every_public_name_can_be_asked_for():

@@ -16,7 +16,15 @@ _PUBLIC = {
     "TianchiFabric": "anomalib_ot.integration.tianchi_fabric",
 }
 
-__all__ = ["CocoBoxes", "OTADetector", "OTPrototypes", "RegionWriter", "SyntheticFabric", "TianchiFabric", "__version__"]
+__all__ = [
+    "CocoBoxes",
+    "OTADetector",
+    "OTPrototypes",
+    "RegionWriter",
+    "SyntheticFabric",
+    "TianchiFabric",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> object:

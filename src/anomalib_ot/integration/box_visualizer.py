@@ -118,7 +118,7 @@ class BoxVisualizer(Visualizer):
         root = getattr(getattr(trainer, "datamodule", None), "root", None)
         class_names = getattr(pl_module, "class_names", None)
         threshold = getattr(pl_module, "image_threshold", None)
-        for item in BoxBatch.of(predicted).items:
+        for item in BoxBatch.adopt(predicted).items:
             path = self._names.claim(item.image_path, output_dir, root)
             path.parent.mkdir(parents=True, exist_ok=True)
             name = path.relative_to(output_dir).as_posix() if item.image_path is None else None
