@@ -109,6 +109,16 @@ class TestDefaultEvaluator:
         with pytest.raises(InputError, match="score_threshold"):
             default_evaluator(3)
 
+    @pytest.mark.parametrize(("own", "model", "expected"), [(None, 0.6, 0.0), (0.2, 0.6, 0.5), (None, 0.05, 1.0)])
+    def test_without_one_of_its_own_it_is_the_models(self, tmp_path, capsys, own, model, expected):
+        detector = Detector(default_evaluator(own, tianchi=True))
+        detector.image_threshold = model
+        (logged,) = trainer(tmp_path).test(detector, loader(TESTED), verbose=False)
+        assert logged["false_positives_per_good_image"] == expected
+        right = {0.0: 4, 0.5: 3, 1.0: 2}[expected] / 4  # images rightly called good or defective
+        assert logged["tianchi_score"] == pytest.approx(0.2 * right + 0.8 * 0.5)
+        assert f"score above {own or model:g}" in " ".join(capsys.readouterr().out.split())
+
     def test_without_good_images_the_rest_is_logged(self, tmp_path, caplog):
         with caplog.at_level(logging.WARNING, logger="anomalib_ot"):
             (logged,) = trainer(tmp_path).test(Detector(default_evaluator()), loader(DEFECTIVE), verbose=False)
