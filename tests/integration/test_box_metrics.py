@@ -170,6 +170,12 @@ class TestCocoPrecision:
         assert len(caplog.records) == 1
         assert not recwarn
 
+    def test_the_evaluator_below_says_nothing(self, batches, caplog, capsys):
+        with caplog.at_level(logging.INFO):
+            values([CocoPrecision("map")], batches)
+        assert caplog.records == []
+        assert capsys.readouterr() == ("", "")
+
     def test_half_precision_boxes(self, batches):
         half = copy.deepcopy(batches[0])
         half.pred_box_scores = half.pred_box_scores.bfloat16()

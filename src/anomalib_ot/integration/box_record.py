@@ -1,6 +1,8 @@
 """The boxes of a whole evaluation, gathered once for all metrics that look at them."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -118,8 +120,21 @@ def coco_summary(boxes: EvaluatedBoxes) -> dict[str, float]:
     )
     truths = _per_image(boxes.num_images, boxes.gt_images, boxes=boxes.gt_boxes, labels=boxes.gt_labels)
     metric.update(predictions, truths)
-    summary = metric.compute()
+    with _quiet("faster_coco_eval.core.cocoeval"):  # it logs a table of its own each time
+        summary = metric.compute()
     return {name: float(summary[name]) for name in names}
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Let a logger pass nothing but warnings for a while."""
+    noisy = logging.getLogger(name)
+    level = noisy.level
+    noisy.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        noisy.setLevel(level)
 
 
 def _flat_numbers(boxes: Tensor, scores: Tensor, labels: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> Tensor:
