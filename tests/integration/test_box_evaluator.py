@@ -12,7 +12,7 @@ from rich.console import Console
 
 from anomalib_ot.integration.box_batch import BoxBatch
 from anomalib_ot.integration.box_evaluator import BoxEvaluator, class_table, default_evaluator
-from anomalib_ot.integration.box_metrics import CocoPrecision, ImageAUROC
+from anomalib_ot.integration.box_metrics import BoxMetric, CocoPrecision, ImageAUROC
 from anomalib_ot.integration.box_record import BoxRecord
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.vision.detection_scores import ClassResult
@@ -137,8 +137,13 @@ class TestDefaultEvaluator:
 
     def test_two_evaluators_share_nothing(self):
         one, two = default_evaluator(), default_evaluator()
-        records = [metric.record for e in (one, two) for metric in (e.val_metrics[0], e.test_metrics[0])]
-        assert len(set(map(id, records))) == 4
+        records = [
+            {id(metric.record) for metric in metrics if isinstance(metric, BoxMetric)}
+            for evaluator in (one, two)
+            for metrics in (evaluator.val_metrics, evaluator.test_metrics)
+        ]
+        assert [len(shared) for shared in records] == [1] * 4
+        assert len(set.union(*records)) == 4
 
 
 class TestClassTable:

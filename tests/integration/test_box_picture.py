@@ -172,6 +172,8 @@ class TestExtremes:
             box_picture(PART, found(), size=100)
         with pytest.raises(ValueError, match=r"the boxes have shapes .*expected \(N, 4\)"):
             box_picture(PART, DetectedBoxes(np.zeros((2, 4)), np.zeros(1), np.zeros(2, int)))
+        with pytest.raises(ValueError, match="boxes hold NaN"):
+            box_picture(PART, found((0, 0.9, 1, 2, 3, float("nan"))))
         with pytest.raises(ValueError, match="or both None"):
             box_picture(PART, found()._replace(gt_boxes=np.zeros((0, 4))))
 

@@ -1,7 +1,7 @@
 """The evaluator of detectors: their metrics by default, and a table of classes after a test."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from anomalib.metrics import AnomalibMetric, Evaluator
@@ -31,7 +31,8 @@ __all__ = ["BoxEvaluator", "class_table", "default_evaluator"]
 class BoxEvaluator(Evaluator):
     """Anomalib's evaluator, which also prints how well each class was found in a test.
 
-    The table comes from the record of the first box metric among the test metrics; without one there is none.
+    The box metrics of validation share one record, and so do those of test, whose record also gives the table; without
+    a box metric there is none.
 
     Args:
         val_metrics: Metrics of validation.
@@ -55,6 +56,11 @@ class BoxEvaluator(Evaluator):
         if score_threshold is not None:
             check_fraction("score_threshold", score_threshold)
         super().__init__(val_metrics, test_metrics, compute_on_cpu)
+        for metrics in (self.val_metrics, self.test_metrics):
+            record = _record(metrics)
+            for metric in metrics:
+                if isinstance(metric, BoxMetric):
+                    metric.record = record
         self.score_threshold = score_threshold
         self.class_results: list[ClassResult] = []
 
@@ -68,7 +74,7 @@ class BoxEvaluator(Evaluator):
     def on_test_epoch_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
         """Log the metrics, and count by class while the boxes are there."""
         super().on_test_epoch_end(trainer, pl_module)
-        record = next((metric.record for metric in self.test_metrics if isinstance(metric, BoxMetric)), None)
+        record = _record(self.test_metrics)
         self.class_results = [] if record is None else class_results(record.compute(), self._threshold(pl_module))
 
     def on_test_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
@@ -104,17 +110,21 @@ def default_evaluator(score_threshold: float | None = None, *, tianchi: bool = F
     >>> [metric.name for metric in default_evaluator().val_metrics]
     ['map', 'map_50']
     """
-    val_record, record = BoxRecord(), BoxRecord()
     test_metrics = [
-        *(CocoPrecision(key, record=record) for key in ("map", "map_50", "map_75")),
+        *(CocoPrecision(key) for key in ("map", "map_50", "map_75")),
         ImageAUROC(),
         ImageF1Score(),
-        FalsePositivesPerGoodImage(score_threshold, record),
+        FalsePositivesPerGoodImage(score_threshold),
     ]
     if tianchi:
-        test_metrics.append(TianchiScore(score_threshold, record))
-    val_metrics = [CocoPrecision(key, record=val_record) for key in ("map", "map_50")]
+        test_metrics.append(TianchiScore(score_threshold))
+    val_metrics = [CocoPrecision(key) for key in ("map", "map_50")]
     return BoxEvaluator(val_metrics, test_metrics, score_threshold)
+
+
+def _record(metrics: Iterable[AnomalibMetric]) -> BoxRecord | None:
+    """The record of the first box metric."""
+    return next((metric.record for metric in metrics if isinstance(metric, BoxMetric)), None)
 
 
 def class_table(results: Sequence[ClassResult], score_threshold: float, names: Sequence[str] | None = None) -> Table:

@@ -56,7 +56,7 @@ class BoxRecord(Metric):
         """Add the images of a batch.
 
         Raises:
-            ValueError: If the batch has no predicted or no true boxes.
+            ValueError: If the batch has no predicted or no true boxes, or if some hold NaN or infinite values.
         """
         absent = [name for name in FIELDS if getattr(batch, name, None) is None]
         if absent:
@@ -65,8 +65,14 @@ class BoxRecord(Metric):
                 "with predicted and true boxes: evaluate a detector on data with boxes"
             )
             raise ValueError(msg)
-        for image in zip(*(getattr(batch, name) for name in FIELDS), strict=True):
-            self.numbers.append(_flat_numbers(*image))
+        added = [_flat_numbers(*image) for image in zip(*(getattr(batch, name) for name in FIELDS), strict=True)]
+        if not all(bool(numbers.isfinite().all()) for numbers in added):
+            msg = (
+                "boxes or scores of the batch hold NaN or infinite values, which no metric can rank; if they are "
+                "predicted, the training has diverged: lower its learning rate"
+            )
+            raise ValueError(msg)
+        self.numbers.extend(added)
 
     def compute(self) -> EvaluatedBoxes:
         """Return the boxes of all images; the order of images is that of the updates, process by process."""
