@@ -16,8 +16,10 @@ PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="u
 def test_inventory():
     assert sorted(anomalib_ot.__all__) == [
         "CocoBoxes",
+        "MaskBoxes",
         "OTPrototypes",
         "SyntheticFabric",
+        "SyntheticFabricBoxes",
         "TianchiFabric",
         "__version__",
     ]

@@ -9,12 +9,22 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CocoBoxes": "anomalib_ot.integration.coco_boxes",
+    "MaskBoxes": "anomalib_ot.integration.mask_boxes",
     "OTPrototypes": "anomalib_ot.integration.ot_prototypes",
     "SyntheticFabric": "anomalib_ot.integration.synthetic_fabric",
+    "SyntheticFabricBoxes": "anomalib_ot.integration.synthetic_fabric_boxes",
     "TianchiFabric": "anomalib_ot.integration.tianchi_fabric",
 }
 
-__all__ = ["CocoBoxes", "OTPrototypes", "SyntheticFabric", "TianchiFabric", "__version__"]
+__all__ = [
+    "CocoBoxes",
+    "MaskBoxes",
+    "OTPrototypes",
+    "SyntheticFabric",
+    "SyntheticFabricBoxes",
+    "TianchiFabric",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> object:
