@@ -1,5 +1,5 @@
 """Everything that knows Anomalib, Lightning and OpenVINO: the only floor with framework names."""
 
-# First of all, whatever module of this room is asked for: Anomalib's import makes the start-up hook load this package's
-# datamodules, which cannot succeed while a module that they share is half imported.
+# First of all, whichever module of this room is imported first: the import of anomalib.data loads our data modules, and
+# they import modules of this room, which must not be half imported then.
 import anomalib.data  # noqa: F401

@@ -24,12 +24,15 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 PATIENCE = 5.0  # seconds for an answer of the hub
 
 
-def build_extractor(backbone: str, layers: Sequence[str]) -> TimmFeatureExtractor | FilterBank:
-    """Build the feature extractor of a backbone, frozen and still without weights of worth.
+def build_extractor(
+    backbone: str, layers: Sequence[str], *, trainable: bool = False
+) -> TimmFeatureExtractor | FilterBank:
+    """Build the feature extractor of a backbone, still without weights of worth.
 
     Args:
         backbone: Name of a timm model, convolutional or transformer, or "filter_bank".
         layers: Names of its layers, in any order.
+        trainable: Whether its weights are to be trained; else they are frozen.
 
     Raises:
         InputError: If timm has no such model, or the model no such layer; the known ones are in the message.
@@ -49,7 +52,8 @@ def build_extractor(backbone: str, layers: Sequence[str]) -> TimmFeatureExtracto
 
     # timm returns maps in the order of the network, and Anomalib names them in the order asked for.
     ordered = [layer for layer in known if layer in layers]
-    return TimmFeatureExtractor(backbone=backbone, layers=ordered, pre_trained=False).requires_grad_(False)
+    extractor = TimmFeatureExtractor(backbone=backbone, layers=ordered, pre_trained=False, requires_grad=trainable)
+    return extractor.requires_grad_(trainable)
 
 
 def fill_weights(extractor: TimmFeatureExtractor | FilterBank, weights: str | Path | None, seed: int) -> None:

@@ -79,13 +79,22 @@ class BoxBatch(ImageBatch):
         return cls(**columns)
 
     @classmethod
-    def of(cls, batch: ImageBatch) -> "BoxBatch":
-        """Return a batch of images as a batch with boxes; `original_size` is the images' present one."""
-        if isinstance(batch, cls):
-            return batch
-        known = {field.name: batch.__dict__.get(field.name) for field in fields(batch)}
-        size = torch.tensor(batch.image.shape[-2:], device=batch.image.device).expand(len(batch.image), 2)
-        return cls(**known, original_size=size)
+    def adopt(cls, batch: ImageBatch) -> "BoxBatch":
+        """Make a batch of images one with boxes, in place; `original_size` is the images' present one."""
+        if not isinstance(batch, cls):
+            size = torch.tensor(batch.image.shape[-2:], device=batch.image.device).expand(len(batch.image), 2)
+            batch.__class__ = cls
+            for field in fields(cls):
+                batch.__dict__.setdefault(field.name, None)
+            batch.original_size = size
+        return batch
+
+    def boxes_to_file(self) -> None:
+        """Scale the true boxes from pixels of the present images to pixels of the files."""
+        if self.gt_boxes is not None:
+            factors = self.original_size / torch.tensor(self.image.shape[-2:], device=self.image.device)
+            factors = factors.flip(-1).repeat(1, 2).float()  # for x, y, x, y
+            self.gt_boxes = [boxes * factor for boxes, factor in zip(self.gt_boxes, factors, strict=True)]
 
     @property
     def items(self) -> list[BoxItem]:

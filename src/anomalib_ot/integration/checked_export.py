@@ -11,17 +11,10 @@ from anomalib_ot.integration.processors import without_causes
 
 
 class CheckedExport:
-    """Exports of an `AnomalibModule`, before which it stands among the bases of a model.
+    """Exports of an `AnomalibModule` that say in one line that there is nothing to export.
 
-    The model says by `export_explanation` whether outputs have the two causes.
+    It stands before `AnomalibModule` among the bases of a model, which says by `is_fitted` whether it was trained.
     """
-
-    export_explanation: bool
-
-    def forward(self, batch: torch.Tensor, *args: object, **kwargs: object) -> Explained | tuple:
-        """Predict raw images (B, 3, H, W) in [0, 1], as the exported model does."""
-        predictions = super().forward(batch, *args, **kwargs)
-        return predictions if self.export_explanation else without_causes(predictions)
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
         """Export to PyTorch; see Anomalib's `ExportMixin.to_torch`."""
@@ -39,3 +32,14 @@ class CheckedExport:
         """Export to OpenVINO; see Anomalib's `ExportMixin.to_openvino`."""
         check_fitted(self, "export")
         return super().to_openvino(*args, **kwargs)
+
+
+class ExplainedExport(CheckedExport):
+    """Exports with or without the two causes of the anomaly map, as the model's `export_explanation` says."""
+
+    export_explanation: bool
+
+    def forward(self, batch: torch.Tensor, *args: object, **kwargs: object) -> Explained | tuple:
+        """Predict raw images (B, 3, H, W) in [0, 1], as the exported model does."""
+        predictions = super().forward(batch, *args, **kwargs)
+        return predictions if self.export_explanation else without_causes(predictions)

@@ -2,7 +2,7 @@
 
 import logging
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,14 +11,12 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from anomalib_ot.integration.input_error import InputError
-from anomalib_ot.integration.model_arguments import MODEL_ARGUMENTS
 
-__all__ = ["check_is_prototypes", "checked_reading", "install_checkpoint_check", "trained_arguments"]
+__all__ = ["check_own_checkpoint", "checked_reading", "install_checkpoint_check", "trained_arguments"]
 
 logger = logging.getLogger(__name__)
 
-USUAL_PLACE = "results/OTPrototypes/<data>/latest/weights/lightning/model.ckpt"
-OWN_ENTRY = "model.is_fitted"
+USUAL_PLACE = "results/<model>/<data>/latest/weights/lightning/model.ckpt"
 
 
 @contextmanager
@@ -62,31 +60,41 @@ def install_checkpoint_check(trainer: Trainer) -> None:
         trainer.strategy.checkpoint_io = CheckedCheckpointIO(plugin.extra_safe_globals)
 
 
-def check_is_prototypes(checkpoint: Mapping[str, Any]) -> None:
-    """Check that a loaded checkpoint is one of OTPrototypes."""
-    if OWN_ENTRY not in checkpoint.get("state_dict", {}):
+def check_own_checkpoint(checkpoint: Mapping[str, Any], entry: str, model: str) -> None:
+    """Check that a loaded checkpoint is one of a model.
+
+    Args:
+        checkpoint: As Lightning loads it.
+        entry: A weight that only checkpoints of this model have.
+        model: The model's name.
+
+    Raises:
+        InputError: If the checkpoint has no such weight.
+    """
+    if entry not in checkpoint.get("state_dict", {}):
         keys = ", ".join(list(checkpoint.get("state_dict", {}))[:3])
         msg = (
-            f"the checkpoint is of another model, not of OTPrototypes (its weights begin with {keys or 'nothing'}); "
+            f"the checkpoint is of another model, not of {model} (its weights begin with {keys or 'nothing'}); "
             "name the model that it was trained with, or another checkpoint"
         )
         raise InputError(msg)
 
 
-def trained_arguments(checkpoint: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
-    """Find the arguments of a checkpoint that differ from a model's, among those that its prototypes depend on.
+def trained_arguments(
+    checkpoint: Mapping[str, Any], present: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """Find the arguments of a checkpoint that differ from a model's, among those that its weights depend on.
 
     Args:
         checkpoint: As Lightning loads it.
         present: The arguments of the model that loads it.
+        names: Names of the arguments that count.
 
     Returns:
         The checkpoint's values of the arguments that differ; they are told in a warning.
     """
     saved = checkpoint.get("hyper_parameters", {})
-    differing = {
-        name: saved[name] for name in MODEL_ARGUMENTS if name in saved and _plain(saved[name]) != _plain(present[name])
-    }
+    differing = {name: saved[name] for name in names if name in saved and _plain(saved[name]) != _plain(present[name])}
     if differing:
         told = ", ".join(
             f"{name}={_plain(value)!r} (not {_plain(present[name])!r})" for name, value in differing.items()

@@ -86,15 +86,16 @@ def check_fitted(pl_module: LightningModule, doing: str) -> None:
     """Check that a model was trained.
 
     Args:
-        pl_module: The model.
+        pl_module: The model, which says by `is_fitted` whether it was trained.
         doing: What it is needed for, a verb.
 
     Raises:
         InputError: If it was not.
     """
-    if not pl_module.model.is_fitted:
+    if not pl_module.is_fitted:
+        name = type(pl_module).__name__
         msg = (
-            f"this OTPrototypes model is not trained, there is nothing to {doing}; train it first, "
-            "or name its checkpoint (--ckpt_path PATH, in Python OTPrototypes.load_from_checkpoint(PATH))"
+            f"this {name} model is not trained, there is nothing to {doing}; train it first, "
+            f"or name its checkpoint (--ckpt_path PATH, in Python {name}.load_from_checkpoint(PATH))"
         )
         raise InputError(msg)

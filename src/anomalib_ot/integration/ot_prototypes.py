@@ -17,8 +17,8 @@ from torch import nn
 
 from anomalib_ot.anomaly.model import PrototypesModel, portions
 from anomalib_ot.integration.backbone import fill_weights
-from anomalib_ot.integration.checked_export import CheckedExport
-from anomalib_ot.integration.checkpoints import check_is_prototypes, checked_reading, trained_arguments
+from anomalib_ot.integration.checked_export import ExplainedExport
+from anomalib_ot.integration.checkpoints import check_own_checkpoint, checked_reading, trained_arguments
 from anomalib_ot.integration.embedding_cache import EmbeddingCache
 from anomalib_ot.integration.embedding_files import images_to_come
 from anomalib_ot.integration.explained_batch import ExplainedBatch
@@ -39,7 +39,7 @@ WITHOUT_FLOAT64 = ("mps",)  # the fit sums in float64; it runs on the CPU there
 NO_DATA = "no data to {}; name a data set (--data Folder --data.root ..., in Python datamodule=...)"
 
 
-class OTPrototypes(CheckedExport, AnomalibModule):
+class OTPrototypes(ExplainedExport, AnomalibModule):
     """Transport patches to prototypes of normal parts: what finds none looks wrong, or is in the wrong place.
 
     One pass of a frozen timm backbone over good images, then a fit of seconds: prototypes of patch features with their
@@ -146,6 +146,11 @@ class OTPrototypes(CheckedExport, AnomalibModule):
         self.automatic_optimization = False
         self._cache = EmbeddingCache(max_cached_gb * 1e9, seed, cache_dir)
         self._costs: list[float] = []
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there are prototypes."""
+        return self.model.is_fitted
 
     # ---- before anything runs: the data, the weights
 
@@ -280,8 +285,8 @@ class OTPrototypes(CheckedExport, AnomalibModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that was trained, whatever the arguments: its prototypes belong to no other."""
-        check_is_prototypes(checkpoint)
-        trained = trained_arguments(checkpoint, self.hparams)
+        check_own_checkpoint(checkpoint, "model.is_fitted", "OTPrototypes")
+        trained = trained_arguments(checkpoint, self.hparams, MODEL_ARGUMENTS)
         if trained:
             self.hparams.update(trained)
             self.model = build_model(**{name: self.hparams[name] for name in MODEL_ARGUMENTS})

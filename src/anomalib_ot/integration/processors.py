@@ -50,7 +50,7 @@ class ExportablePreProcessor(PreProcessor):
 
     def _restore(self, batch: Batch) -> None:
         if self.deep_paths:
-            resize = next((module for module in _flat(self.transform) if isinstance(module, Resize)), None)
+            resize = next((module for module in flat_transforms(self.transform) if isinstance(module, Resize)), None)
             batch.image = restore_deep_images(batch.image, batch.image_path, self.deep_paths, resize)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
@@ -80,10 +80,10 @@ class ExportablePreProcessor(PreProcessor):
         super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
 
-def _flat(transform: nn.Module | None) -> list[nn.Module]:
+def flat_transforms(transform: nn.Module | None) -> list[nn.Module]:
     """List the transforms of nested compositions in order."""
     if isinstance(transform, Compose):
-        return [inner for part in transform.transforms for inner in _flat(part)]
+        return [inner for part in transform.transforms for inner in flat_transforms(part)]
     return [] if transform is None else [transform]
 
 
@@ -91,7 +91,7 @@ def _exportable(transform: Transform | None) -> nn.Module | None:
     """Replace each resize that `AntialiasResize` equals by it; what else there is stays Anomalib's business."""
     parts = [
         AntialiasResize(part.size) if _is_antialiased_resize(part) else get_exportable_transform(part)
-        for part in _flat(transform)
+        for part in flat_transforms(transform)
     ]
     return nn.Sequential(*parts) if parts else None
 

@@ -1,0 +1,280 @@
+"""Label assignment: which point of the feature grid answers for which object, and which for background.
+
+Three rules on one interface: by optimal transport (OTA), by its short cut without transport (SimOTA), and by scale and
+centre alone (FCOS). Each looks at one image, in float32, without gradients.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from anomalib_ot.detection.pair_cost import candidate_points, dynamic_counts, pair_cost
+from anomalib_ot.ot.sinkhorn import sinkhorn
+from anomalib_ot.vision.boxes import encode_ltrb, inside_boxes, near_centres, pairwise_iou
+
+BACKGROUND = -1
+
+
+class Assignment(NamedTuple):
+    """What each of P points of an image answers for.
+
+    Args:
+        objects: Index (P,) of the point's object, -1 for background, int64.
+        iou: Overlap (P,) of the box that the point predicts with its object; 0 for background.
+    """
+
+    objects: Tensor
+    iou: Tensor
+
+
+class Assigner(Protocol):
+    """Assigns the points of one image to its objects."""
+
+    def __call__(
+        self, logits: Tensor, predicted: Tensor, points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor
+    ) -> Assignment:
+        """Assign.
+
+        Args:
+            logits: Class logits (P, C).
+            predicted: Predicted boxes (P, 4), pixels.
+            points: Points (P, 2), pixels.
+            strides: Stride (P,) of each point.
+            boxes: Objects (G, 4), pixels.
+            labels: Their class indices (G,).
+        """
+
+
+def _nothing(predicted: Tensor) -> Assignment:
+    """Leave all points to the background."""
+    objects = torch.full(predicted.shape[:1], BACKGROUND, device=predicted.device)
+    return Assignment(objects, torch.zeros_like(objects, dtype=torch.float32))
+
+
+def transport_labels(
+    cost: Tensor,
+    background: Tensor,
+    supplies: Tensor,
+    *,
+    num_others: int = 0,
+    epsilon: float = 0.1,
+    num_iters: int = 50,
+    rescale: bool = True,
+) -> Tensor:
+    """Transport objects and background to points, and read off what each point receives most of.
+
+    The objects supply `supplies`, the background the rest, and each point demands 1. The iterations are the published
+    ones: potentials 0, columns first, `num_iters` times both, so that rows are exact and columns nearly.
+
+    Points that are no candidate of any object have nothing to choose: `num_others` of them act as one column with
+    their mass, and all iterations stay what they are with every point in the matrix.
+
+    Args:
+        cost: Cost (G, Q) of objects and points, `inf` for pairs that are not allowed; each object has an allowed one.
+        background: Cost (Q,) of background.
+        supplies: Points that each object supplies (G,), in all below Q + `num_others`.
+        num_others: Further points, which only the background can reach.
+        epsilon: Entropic strength, in units of cost.
+        num_iters: Iterations.
+        rescale: Whether each row of the plan is divided by its largest value first, as the authors' code does; without
+            it an object with a diffuse row can lose every point.
+
+    Returns:
+        The row (Q,) of each point: an object's index, or G for background; the lower one of equals.
+
+    References:
+        Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021, algorithm 1.
+    """
+    count, width = cost.shape
+    rows = torch.cat([cost, background[None]])
+    b = rows.new_ones(width)
+    if num_others:
+        others = torch.full((count + 1, 1), torch.inf, device=cost.device)
+        others[-1] = 0
+        rows, b = torch.cat([rows, others], dim=1), torch.cat([b, b.new_tensor([float(num_others)])])
+    a = supplies.to(rows)
+    a = torch.cat([a, (b.sum() - a.sum())[None]])
+    first_columns = -epsilon * torch.logsumexp(-rows / epsilon, 0)
+    plan = (
+        sinkhorn(rows, a, b, epsilon=epsilon, num_iters=num_iters - 1, init=first_columns, gradient="none").plan / b
+    )  # per point
+    received = plan / plan.amax(1, keepdim=True) if rescale else plan
+    received = received[:, :width]
+    row = torch.arange(count + 1, device=cost.device)[:, None].expand_as(received)
+    return row.masked_fill(received < received.amax(0), count + 1).amin(0)
+
+
+@dataclass(frozen=True)
+class OTAssigner:
+    """Assign by optimal transport (OTA).
+
+    Args:
+        radius: Centre prior: half side of the square round an object's centre, in strides.
+        top: Largest overlaps that make up an object's number of points.
+        epsilon: Entropic strength, in units of cost.
+        num_iters: Sinkhorn iterations.
+        iou_weight: Weight of the overlap in the cost.
+        nearest: Whether an object without a candidate gets its nearest point; else it takes no part.
+        only_candidates: Whether the transport is solved on candidates alone. The labels are the same, see
+            `transport_labels`; False exists to show that.
+
+    References:
+        Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021.
+    """
+
+    radius: float = 2.5
+    top: int = 20
+    epsilon: float = 0.1
+    num_iters: int = 50
+    iou_weight: float = 1.5
+    nearest: bool = True
+    only_candidates: bool = True
+
+    @torch.no_grad()
+    def __call__(
+        self, logits: Tensor, predicted: Tensor, points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor
+    ) -> Assignment:
+        """Assign; see `Assigner`. Where objects want more points than there are, all get proportionally fewer."""
+        assignment = _nothing(predicted)
+        if not len(boxes):
+            return assignment
+        allowed = candidate_points(points, strides, boxes, radius=self.radius, nearest=self.nearest)
+        reachable = allowed.any(1).nonzero().squeeze(1)
+        if not len(reachable):
+            return assignment
+        allowed = allowed[reachable]
+        columns = allowed.any(0) if self.only_candidates else torch.ones_like(allowed[0])
+        columns = columns.nonzero().squeeze(1)
+        cost, background, iou = pair_cost(
+            logits[columns],
+            predicted[columns],
+            boxes[reachable],
+            labels[reachable],
+            allowed[:, columns],
+            iou_weight=self.iou_weight,
+        )
+        supplies, most = dynamic_counts(iou, self.top).float(), len(points) - 1
+        rows = transport_labels(
+            cost,
+            background,
+            supplies * (most / supplies.sum()).clamp(max=1),
+            num_others=len(points) - len(columns),
+            epsilon=self.epsilon,
+            num_iters=self.num_iters,
+        )
+        positive = (rows < len(reachable)).nonzero().squeeze(1)
+        assignment.objects[columns[positive]] = reachable[rows[positive]]
+        assignment.iou[columns[positive]] = iou[rows[positive], positive]
+        return assignment
+
+
+def cheapest_labels(cost: Tensor, counts: Tensor) -> Tensor:
+    """Let each object take its cheapest points; a point that several take goes to the object to which it is cheapest.
+
+    Args:
+        cost: Cost (G, Q), `inf` for pairs that are not allowed; those are never taken.
+        counts: Points that each object takes (G,).
+
+    Returns:
+        The object (Q,) of each point, -1 for none. An object whose only points are cheaper to others ends up with none.
+
+    References:
+        Z. Ge et al., "YOLOX: exceeding YOLO series in 2021", arXiv 2107.08430, section 2.1 (SimOTA).
+
+    >>> cheapest_labels(torch.tensor([[1.0, 1.2, 5.0], [0.5, 3.0, 5.0]]), torch.tensor([1, 1]))
+    tensor([ 1, -1, -1])
+    """
+    rank = cost.argsort(dim=1, stable=True).argsort(dim=1)
+    taken = (rank < counts[:, None]) & cost.isfinite()
+    cheapest = cost.argmin(0)
+    return torch.where(taken.any(0), torch.where(taken.sum(0) > 1, cheapest, taken.int().argmax(0)), BACKGROUND)
+
+
+@dataclass(frozen=True)
+class SimOTAssigner:
+    """Assign the cheapest points to each object, without transport and without a background to compete with (SimOTA).
+
+    Args:
+        radius: Half side of the square round an object's centre, in strides.
+        inside: Whether candidates lie inside the object's box; YOLOX since 2023: False, with a radius of 1.5.
+        top: Largest overlaps that make up an object's number of points.
+        iou_weight: Weight of the overlap in the cost.
+        nearest: Whether an object without a candidate gets its nearest point.
+
+    References:
+        Z. Ge et al., "YOLOX: exceeding YOLO series in 2021", arXiv 2107.08430, section 2.1; with OTA's cost.
+    """
+
+    radius: float = 2.5
+    inside: bool = True
+    top: int = 10
+    iou_weight: float = 1.5
+    nearest: bool = True
+
+    @torch.no_grad()
+    def __call__(
+        self, logits: Tensor, predicted: Tensor, points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor
+    ) -> Assignment:
+        """Assign; see `Assigner`."""
+        assignment = _nothing(predicted)
+        if not len(boxes):
+            return assignment
+        allowed = candidate_points(points, strides, boxes, radius=self.radius, inside=self.inside, nearest=self.nearest)
+        columns = allowed.any(0).nonzero().squeeze(1)
+        if not len(columns):
+            return assignment
+        cost, _, iou = pair_cost(
+            logits[columns], predicted[columns], boxes, labels, allowed[:, columns], iou_weight=self.iou_weight
+        )
+        found = cheapest_labels(cost, dynamic_counts(iou, self.top))
+        assignment.objects[columns] = found
+        assignment.iou[columns] = iou.gather(0, found.clamp(min=0)[None])[0] * (found >= 0)
+        return assignment
+
+
+@dataclass(frozen=True)
+class FCOSAssigner:
+    """Assign by geometry alone: points near an object's centre, on the level of its size; the smaller object wins.
+
+    A level of stride s takes objects whose farthest side is 4 s to 8 s away; the finest takes all smaller, the coarsest
+    all larger ones.
+
+    Args:
+        radius: Half side of the square round an object's centre, in strides.
+
+    References:
+        Z. Tian et al., "FCOS: fully convolutional one-stage object detection", ICCV 2019, with centre sampling.
+    """
+
+    radius: float = 1.5
+
+    @torch.no_grad()
+    def __call__(
+        self, logits: Tensor, predicted: Tensor, points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor
+    ) -> Assignment:
+        """Assign; see `Assigner`. Class logits and labels play no part."""
+        del logits, labels
+        assignment = _nothing(predicted)
+        if not len(boxes):
+            return assignment
+        farthest = encode_ltrb(points, boxes[:, None]).amax(-1)
+        least = torch.where(strides > strides.min(), 4 * strides, 0)
+        most = torch.where(strides < strides.max(), 8 * strides, torch.inf)
+        allowed = inside_boxes(points, boxes) & near_centres(points, strides, boxes, self.radius, clipped=True)
+        allowed &= (farthest > least) & (farthest <= most)
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None].expand_as(allowed)
+        smallest = area.masked_fill(~allowed, torch.inf).argmin(0)
+        positive = allowed.any(0)
+        assignment.objects[positive] = smallest[positive]
+        iou = pairwise_iou(boxes.float(), predicted.float())
+        assignment.iou[positive] = iou[smallest, torch.arange(len(points), device=points.device)][positive]
+        return assignment
+
+
+ASSIGNERS: dict[str, type[OTAssigner] | type[SimOTAssigner] | type[FCOSAssigner]] = {
+    "ota": OTAssigner,
+    "simota": SimOTAssigner,
+    "fcos": FCOSAssigner,
+}

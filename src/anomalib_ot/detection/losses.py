@@ -1,0 +1,102 @@
+"""What a dense detector is trained with: focal loss at every point, overlap and its estimate at the positive ones."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from anomalib_ot.detection.assigner import Assignment
+from anomalib_ot.detection.pair_cost import FOCAL_ALPHA, FOCAL_GAMMA
+from anomalib_ot.ot.precision import full_precision
+
+
+class Dense(NamedTuple):
+    """What a dense head says at P points of B images.
+
+    Args:
+        logits: Class logits (B, P, C).
+        boxes: Predicted boxes (B, P, 4), pixels of the network's input.
+        iou_logits: Logit (B, P) of the overlap that the box is expected to have with its object.
+        points: Points (P, 2), pixels.
+        strides: Stride (P,) of each point.
+        level_sizes: Number of points of each level.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    iou_logits: Tensor
+    points: Tensor
+    strides: Tensor
+    level_sizes: tuple[int, ...]
+
+
+class DenseLosses(NamedTuple):
+    """The three terms, already weighted, and how many points were positive.
+
+    Args:
+        class_loss: Focal loss of all points.
+        box_loss: Generalised IoU loss of the positive points.
+        iou_loss: Cross-entropy of the overlap's estimate at the positive points.
+        num_positives: Positive points of the batch, on this device.
+    """
+
+    class_loss: Tensor
+    box_loss: Tensor
+    iou_loss: Tensor
+    num_positives: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the three terms."""
+        return self.class_loss + self.box_loss + self.iou_loss
+
+
+def dense_losses(
+    dense: Dense,
+    assignments: Sequence[Assignment],
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    *,
+    box_weight: float = 2.0,
+    iou_weight: float = 0.5,
+    over_devices: Callable[[Tensor], Tensor] = torch.Tensor.clone,
+) -> DenseLosses:
+    """Compute the losses of a batch; all are sums, divided by the number of positive points of the whole batch.
+
+    Args:
+        dense: The head's outputs.
+        assignments: What each point answers for, per image.
+        boxes: Objects (G, 4) per image, pixels of the network's input; G may be 0.
+        labels: Their class indices (G,) per image.
+        box_weight: Weight of the box loss.
+        iou_weight: Weight of the overlap's loss.
+        over_devices: Averages the number of positives over devices, where there are several.
+
+    References:
+        Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021; weights as in their code.
+    """
+    with full_precision(dense.logits):
+        logits, predicted = dense.logits.float(), dense.boxes.float()
+        targets = torch.zeros_like(logits)
+        at, true, overlap = [], [], []
+        for image, assignment in enumerate(assignments):
+            positive = (assignment.objects >= 0).nonzero().squeeze(1)
+            objects = assignment.objects[positive]
+            targets[image, positive, labels[image][objects]] = 1
+            at.append(positive + image * logits.shape[1])
+            true.append(boxes[image].float()[objects])
+            overlap.append(assignment.iou[positive])
+        at, true, overlap = torch.cat(at), torch.cat(true), torch.cat(overlap)
+        count = logits.new_tensor(float(len(at)))
+        divisor = over_devices(count).clamp(min=1)
+        class_loss = sigmoid_focal_loss(logits, targets, FOCAL_ALPHA, FOCAL_GAMMA, reduction="sum")
+        # Without positives the sums over empty selections are 0, with gradients of 0: every device has its graph.
+        box_loss = generalized_box_iou_loss(predicted.flatten(0, 1)[at], true, reduction="sum")
+        iou_logits = dense.iou_logits.float().flatten()[at]
+        iou_loss = F.binary_cross_entropy_with_logits(iou_logits, overlap, reduction="sum")
+        return DenseLosses(
+            class_loss / divisor, box_weight * box_loss / divisor, iou_weight * iou_loss / divisor, count
+        )

@@ -1,0 +1,127 @@
+"""The evaluator of detectors: their metrics by default, and a table of classes after a test."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from anomalib.metrics import AnomalibMetric, Evaluator
+from rich.console import Console
+from rich.table import Table
+
+from anomalib_ot.integration.box_metrics import (
+    BoxMetric,
+    CocoPrecision,
+    FalsePositivesPerGoodImage,
+    ImageAUROC,
+    ImageF1Score,
+    TianchiScore,
+)
+from anomalib_ot.integration.box_record import BoxRecord
+from anomalib_ot.integration.input_checks import check_fraction
+from anomalib_ot.vision.detection_scores import ClassResult, class_results
+
+if TYPE_CHECKING:
+    from anomalib.models import AnomalibModule
+    from lightning.pytorch import Trainer
+
+__all__ = ["BoxEvaluator", "class_table", "default_evaluator"]
+
+
+class BoxEvaluator(Evaluator):
+    """Anomalib's evaluator, which also prints how well each class was found in a test.
+
+    The table comes from the record of the first box metric among the test metrics; without one there is none.
+
+    Args:
+        val_metrics: Metrics of validation.
+        test_metrics: Metrics of test.
+        score_threshold: Score above which a box counts as found or false in the table, in [0, 1].
+        compute_on_cpu: Whether states are kept on the CPU, on a single device.
+
+    Raises:
+        InputError: If `score_threshold` is not in [0, 1].
+    """
+
+    def __init__(
+        self,
+        val_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
+        test_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
+        score_threshold: float = 0.3,
+        compute_on_cpu: bool = True,
+    ) -> None:
+        """Keep the metrics; see the class."""
+        check_fraction("score_threshold", score_threshold)
+        super().__init__(val_metrics, test_metrics, compute_on_cpu)
+        self.score_threshold = score_threshold
+        self.class_results: list[ClassResult] = []
+
+    def on_test_epoch_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
+        """Log the metrics, and count by class while the boxes are there."""
+        super().on_test_epoch_end(trainer, pl_module)
+        record = next((metric.record for metric in self.test_metrics if isinstance(metric, BoxMetric)), None)
+        self.class_results = [] if record is None else class_results(record.compute(), self.score_threshold)
+
+    def on_test_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
+        """Print the table of classes."""
+        if trainer.is_global_zero and self.class_results:
+            names = getattr(pl_module, "class_names", None)
+            Console().print(class_table(self.class_results, self.score_threshold, names))
+
+
+def default_evaluator(score_threshold: float = 0.3, *, tianchi: bool = False) -> BoxEvaluator:
+    """Make the evaluator of a detector.
+
+    In validation it logs `map` and `map_50`; in test also `map_75`, `image_AUROC`, `image_F1Score` and
+    `false_positives_per_good_image`. Metrics that mean nothing on the images at hand, such as the AUROC without good
+    images, are left out with a warning; `map` and its kin are then -1.
+
+    Args:
+        score_threshold: Score above which a box counts as a false positive on a good image and, for the contest,
+            makes its image defective, in [0, 1].
+        tianchi: Whether the test also logs `tianchi_score`.
+
+    Returns:
+        The evaluator, with metrics of its own.
+
+    Raises:
+        InputError: If `score_threshold` is not in [0, 1].
+
+    >>> [metric.name for metric in default_evaluator().val_metrics]
+    ['map', 'map_50']
+    """
+    val_record, record = BoxRecord(), BoxRecord()
+    test_metrics = [
+        *(CocoPrecision(key, record=record) for key in ("map", "map_50", "map_75")),
+        ImageAUROC(),
+        ImageF1Score(),
+        FalsePositivesPerGoodImage(score_threshold, record),
+    ]
+    if tianchi:
+        test_metrics.append(TianchiScore(score_threshold, record))
+    val_metrics = [CocoPrecision(key, record=val_record) for key in ("map", "map_50")]
+    return BoxEvaluator(val_metrics, test_metrics, score_threshold)
+
+
+def class_table(results: Sequence[ClassResult], score_threshold: float, names: Sequence[str] | None = None) -> Table:
+    """Lay out how well each class was found, the worst first, so that the eye meets what needs work.
+
+    Args:
+        results: One per class.
+        score_threshold: Score above which boxes count as found or false, for the headings.
+        names: Of the classes, by index; a class without a name is called by its index.
+
+    Returns:
+        The table.
+    """
+    table = Table(title=f"Classes, at IoU .5; found and false: boxes with a score above {score_threshold:g}")
+    table.add_column("class")
+    for heading in ("AP50", "recall", "truths", "found", "false"):
+        table.add_column(heading, justify="right")
+    for result in sorted(results, key=lambda r: (math.isnan(r.average_precision), r.average_precision)):
+        named = names is not None and result.label < len(names)
+        numbers = [result.num_truths, result.num_found, result.num_false]
+        shares = ["-", "-"]
+        if result.num_truths:
+            shares = [f"{result.average_precision:.3f}", f"{result.num_found / result.num_truths:.3f}"]
+        table.add_row(str(names[result.label] if named else result.label), *shares, *map(str, numbers))
+    return table

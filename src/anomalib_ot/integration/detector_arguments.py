@@ -1,0 +1,226 @@
+"""From the arguments of OTADetector to its network, its assigner and its recipe, each checked where it enters."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from anomalib_ot.detection.assigner import ASSIGNERS, Assigner
+from anomalib_ot.detection.decoding import Decoding
+from anomalib_ot.detection.ota import DenseDetector, freeze_stages
+from anomalib_ot.integration.backbone import FILTER_BANK, build_extractor
+from anomalib_ot.integration.input_checks import check_fraction, check_known
+from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.vision.backbone import known_layers
+from anomalib_ot.vision.suppression import keep_all, suppress_duplicates
+from anomalib_ot.vision.tiling import Tiling
+
+MIN_SIDE = 64
+SUPPRESSIONS = ("hard", "none")
+
+# What a checkpoint decides about: its weights and its numbers belong to these values and to no others.
+DETECTOR_ARGUMENTS = (
+    "backbone",
+    "layers",
+    "preset",
+    "assigner",
+    "image_size",
+    "channels",
+    "num_convs",
+    "num_extra",
+    "class_names",
+)
+
+
+@dataclass(frozen=True)
+class DetectorPreset:
+    """What arguments are where their user leaves them out.
+
+    Args:
+        channels: Channels of pyramid and head.
+        num_convs: Convolutions per tower of the head.
+        num_extra: Levels of the pyramid beyond the backbone's coarsest map.
+        frozen_stages: Stages of the backbone that are not trained.
+        offset: Place of a point within its cell.
+        distance: How outputs become distances.
+        nearest: Whether an object without a candidate gets its nearest point.
+        max_candidates: Detections per image that are compared for duplicates.
+        optimiser: "adamw" with one cycle, or "sgd" with warm-up and two steps.
+        lr: Learning rate, of a batch of 16 for "sgd".
+        backbone_lr: The backbone's part of it.
+        weight_decay: Weight decay; none on norms and biases.
+        clip: Largest norm of the gradient where the trainer has no limit; 0: none.
+        frozen_norm: Whether scales and shifts of the backbone's batch norm are frozen.
+    """
+
+    channels: int
+    num_convs: int
+    num_extra: int
+    frozen_stages: int
+    offset: float
+    distance: str
+    nearest: bool
+    max_candidates: int
+    optimiser: str
+    lr: float
+    backbone_lr: float
+    weight_decay: float
+    clip: float
+    frozen_norm: bool
+
+
+PRESETS = {
+    "default": DetectorPreset(128, 2, 2, 1, 0.5, "softplus", True, 512, "adamw", 1e-3, 0.3, 0.02, 10.0, False),
+    "paper": DetectorPreset(256, 4, 2, 2, 0.0, "relu", False, 5000, "sgd", 0.01, 1.0, 1e-4, 0.0, True),
+}
+
+
+def detector_preset(preset: str, **overrides: float | None) -> DetectorPreset:
+    """Return a preset with what the user said instead.
+
+    Args:
+        preset: Its name.
+        overrides: Fields of `DetectorPreset`; None leaves the preset's.
+
+    Raises:
+        InputError: If there is no such preset, or a value is out of range.
+    """
+    check_known("preset", preset, PRESETS)
+    chosen = replace(PRESETS[preset], **{name: value for name, value in overrides.items() if value is not None})
+    for name, least in (("channels", 8), ("num_convs", 1), ("num_extra", 0), ("frozen_stages", 0)):
+        if getattr(chosen, name) < least:
+            msg = f"{name} is {getattr(chosen, name)}; expected at least {least}"
+            raise InputError(msg)
+    if chosen.channels % min(32, chosen.channels):
+        msg = (
+            f"channels is {chosen.channels}; expected a multiple of 32, or a number below it (group norm has 32 groups)"
+        )
+        raise InputError(msg)
+    for name in ("lr", "weight_decay"):
+        if not 0 <= getattr(chosen, name) < 1 or (name == "lr" and chosen.lr == 0):
+            usual = getattr(PRESETS[preset], name)
+            msg = f"{name} is {getattr(chosen, name)}; expected a number above 0 and below 1, such as {usual}"
+            raise InputError(msg)
+    return chosen
+
+
+def build_assigner(assigner: str, preset: DetectorPreset, arguments: Mapping[str, Any] | None) -> Assigner:
+    """Build the rule that assigns points to objects.
+
+    Args:
+        assigner: "ota", "simota" or "fcos".
+        preset: Gives `nearest` where the rule has it and `arguments` do not.
+        arguments: Further arguments of the rule, by name.
+
+    Raises:
+        InputError: If the rule or an argument is not known.
+    """
+    check_known("assigner", assigner, ASSIGNERS)
+    kind = ASSIGNERS[assigner]
+    known = [field.name for field in fields(kind)]
+    given = dict(arguments or {})
+    for name in given:
+        check_known("assigner_args", name, known)
+    if "nearest" in known:
+        given.setdefault("nearest", preset.nearest)
+    return kind(**given)
+
+
+def build_detector(
+    preset: DetectorPreset,
+    *,
+    backbone: str,
+    layers: Sequence[str],
+    image_size: Sequence[int],
+    num_classes: int,
+    nms: str,
+    nms_threshold: float,
+    score_threshold: float,
+    max_detections: int,
+    tile_size: Sequence[int] | None,
+    tile_overlap: float,
+) -> DenseDetector:
+    """Build an untrained detector; the backbone's weights are still without worth.
+
+    Args:
+        preset: Sizes and choices.
+        backbone: See `OTADetector`, as for all others.
+        layers: Layers of the backbone.
+        image_size: Height and width of the network's input.
+        num_classes: Classes.
+        nms: "hard" or "none".
+        nms_threshold: Largest overlap of two detections of one class.
+        score_threshold: Least score of a detection.
+        max_detections: Most detections per image.
+        tile_size: Height and width of tiles; None: images are not cut.
+        tile_overlap: Part of a tile that it shares with its neighbour.
+
+    Raises:
+        InputError: If an argument is out of range or not known; the message names the known ones.
+    """
+    check_known("nms", nms, SUPPRESSIONS)
+    for name, value in (("nms_threshold", nms_threshold), ("score_threshold", score_threshold)):
+        check_fraction(name, value)
+    if not 0 <= tile_overlap <= 0.9:
+        msg = f"tile_overlap is {tile_overlap}; expected a part of the tile from 0 to 0.9"
+        raise InputError(msg)
+    for name, size in (("image_size", image_size), ("tile_size", tile_size)):
+        if size is not None and (len(size) != 2 or min(size) < MIN_SIDE):
+            msg = f"{name} is {list(size)}; expected height and width of at least {MIN_SIDE} pixels each"
+            raise InputError(msg)
+    if max_detections < 1:
+        msg = f"max_detections is {max_detections}; expected at least 1"
+        raise InputError(msg)
+    if len(set(layers)) < len(layers) or not layers:
+        msg = f"layers is {list(layers)}; expected one or more layers, each once"
+        raise InputError(msg)
+    extractor, channels, reductions = _extractor(backbone, layers, preset)
+    suppress = partial(suppress_duplicates, threshold=nms_threshold) if nms == "hard" else keep_all
+    return DenseDetector(
+        extractor,
+        channels,
+        reductions,
+        num_classes,
+        channels=preset.channels,
+        num_convs=preset.num_convs,
+        num_extra=preset.num_extra,
+        offset=preset.offset,
+        distance=preset.distance,
+        decoding=Decoding(
+            suppress,
+            score_threshold=score_threshold,
+            max_candidates=max(preset.max_candidates, max_detections),
+            max_detections=max_detections,
+        ),
+        tiling=None if tile_size is None else Tiling(tuple(tile_size), tile_overlap, max_detections=max_detections),
+    )
+
+
+def _extractor(backbone: str, layers: Sequence[str], preset: DetectorPreset) -> tuple[Any, list[int], list[int]]:
+    """Build a trainable feature extractor; return the channels and strides of its maps, too."""
+    if backbone == FILTER_BANK:
+        msg = "backbone is 'filter_bank', which does not learn; a detector needs a timm model, such as 'resnet18'"
+        raise InputError(msg)
+    extractor = build_extractor(backbone, layers, trainable=True)
+    if not hasattr(extractor, "reductions"):
+        msg = (
+            f"backbone is {backbone!r}, a transformer of one scale; a detector needs several: take a convolutional one"
+        )
+        raise InputError(msg)
+    known = known_layers(backbone)
+    if preset.frozen_stages > len(known):
+        msg = f"frozen_stages is {preset.frozen_stages}; backbone {backbone!r} has {len(known)}: {', '.join(known)}"
+        raise InputError(msg)
+    freeze_stages(extractor.feature_extractor, known, preset.frozen_stages)
+    if preset.frozen_norm:
+        for module in extractor.modules():
+            if isinstance(module, _BatchNorm):
+                module.requires_grad_(False)
+    reductions = list(extractor.reductions)
+    if any(coarse != 2 * fine for fine, coarse in pairwise(reductions)):
+        msg = f"layers is {list(layers)} with strides {reductions}; expected layers whose strides double, none left out"
+        raise InputError(msg)
+    return extractor, list(extractor.out_dims), reductions

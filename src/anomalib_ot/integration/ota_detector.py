@@ -1,0 +1,210 @@
+"""OTADetector: labelled defects found by a dense detector with labels assigned by transport, in Anomalib."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.visualization import Visualizer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from anomalib_ot.detection.losses import dense_losses
+from anomalib_ot.detection.ota import DenseDetector
+from anomalib_ot.integration.backbone import fill_weights
+from anomalib_ot.integration.box_model import BoxModel
+from anomalib_ot.integration.box_processors import BoxPreProcessor
+from anomalib_ot.integration.detector_arguments import (
+    DETECTOR_ARGUMENTS,
+    build_assigner,
+    build_detector,
+    detector_preset,
+)
+from anomalib_ot.integration.input_checks import check_fraction
+from anomalib_ot.integration.input_error import InputError, install_short_errors
+from anomalib_ot.integration.recipe import optimiser_and_schedule
+from anomalib_ot.ot.precision import full_precision
+from anomalib_ot.vision.backbone import normalisation
+
+install_short_errors()
+
+
+class OTADetector(BoxModel, AnomalibModule):
+    """Find labelled defects: boxes with classes, by an FCOS-style detector whose labels are assigned by transport.
+
+    During training each object supplies points to the feature grid as far as its predictions are good, and background
+    supplies the rest; the cheapest transport of these supplies says what every point has to learn.
+
+    Args:
+        backbone: Name of a convolutional timm model.
+        layers: Its layers to take features from, finest first; their strides double from one to the next.
+        backbone_weights: Path of a local checkpoint (.safetensors or .pth); None fetches timm's pretrained weights
+            from the Hugging Face hub; "random" uses none.
+        preset: "default", or "paper" for the published network, points and recipe.
+        assigner: "ota" (optimal transport), "simota" (its short cut) or "fcos" (geometry alone).
+        assigner_args: Further arguments of the assigner by name; see `anomalib_ot.detection.assigner`.
+        image_size: Height and width that images are resized to, pixels.
+        tile_size: Height and width of tiles that resized images are cut into to be predicted, pixels; None: they are
+            not cut. Train on crops of that size then (`--data.train_augmentations`).
+        tile_overlap: Part of a tile that it shares with its neighbour, 0 to 0.9.
+        channels: Channels of pyramid and head; None leaves the preset's, as for the following ones.
+        num_convs: Convolutions per tower of the head.
+        num_extra: Levels of the pyramid beyond the backbone's coarsest map.
+        frozen_stages: Stages of the backbone that are not trained.
+        nms: What removes duplicates: "hard" or "none".
+        nms_threshold: Largest overlap (IoU) of two detections of one class.
+        score_threshold: Least score of a detection.
+        image_threshold: Score of a box that makes the image a defective one.
+        max_detections: Most detections per image.
+        lr: Learning rate; None leaves the preset's.
+        weight_decay: Weight decay; None leaves the preset's.
+        epochs: Passes over the training images where the trainer has no `max_epochs`; None: as many as make 1,500
+            steps, 12 at least and 100 at most.
+        class_names: Names of the classes; None takes them from the data.
+        seed: Makes the start of two trainings equal.
+        pre_processor: Anomalib pre-processor, or whether to use the default.
+        post_processor: Not used by detectors; a module of your own, called on `BoxPredictions` in exports.
+        evaluator: Anomalib evaluator, or whether to use the default.
+        visualizer: Anomalib visualiser, or whether to use the default.
+
+    Raises:
+        InputError: If an argument is out of range or not known; the message names the known ones.
+
+    References:
+        Z. Ge, S. Liu, Z. Li, O. Yoshie, J. Sun, "OTA: Optimal transport assignment for object detection", CVPR 2021.
+    """
+
+    own_entry = "model.head.level_scales"
+    trained_by = DETECTOR_ARGUMENTS
+    model: DenseDetector | None
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        layers: Sequence[str] = ("layer2", "layer3"),
+        backbone_weights: str | Path | None = None,
+        preset: str = "default",
+        assigner: str = "ota",
+        assigner_args: dict[str, Any] | None = None,
+        image_size: Sequence[int] = (512, 512),
+        tile_size: Sequence[int] | None = None,
+        tile_overlap: float = 0.2,
+        channels: int | None = None,
+        num_convs: int | None = None,
+        num_extra: int | None = None,
+        frozen_stages: int | None = None,
+        nms: str = "hard",
+        nms_threshold: float = 0.6,
+        score_threshold: float = 0.05,
+        image_threshold: float = 0.3,
+        max_detections: int = 100,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        epochs: int | None = None,
+        class_names: Sequence[str] | None = None,
+        seed: int = 0,
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        install_short_errors()
+        check_fraction("image_threshold", image_threshold)
+        if epochs is not None and epochs < 1:
+            msg = f"epochs is {epochs}; expected at least 1"
+            raise InputError(msg)
+        if pre_processor is True:
+            pre_processor = BoxPreProcessor.of(image_size, *normalisation(backbone))
+        super().__init__(
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.backbone_weights = backbone_weights
+        self.image_threshold = image_threshold
+        self.epochs = epochs
+        self.seed = seed
+        self.class_names: list[str] | None = None
+        self.register_buffer("trained", torch.tensor(False))
+        self.model = None
+        if class_names is not None:
+            self.build(class_names)
+        else:
+            self.new_network(1)  # refuses wrong arguments now, not when the data are there
+
+    def _configure(self) -> None:
+        """Read the preset and the assigner from the arguments."""
+        names = ("channels", "num_convs", "num_extra", "frozen_stages", "lr", "weight_decay")
+        self.preset = detector_preset(self.hparams["preset"], **{name: self.hparams[name] for name in names})
+        self.assigner = build_assigner(self.hparams["assigner"], self.preset, self.hparams["assigner_args"])
+
+    def new_network(self, num_classes: int) -> DenseDetector:
+        """Build an untrained network; the arguments may have come from a checkpoint."""
+        self._configure()
+        names = ("backbone", "layers", "image_size", "nms", "nms_threshold", "score_threshold", "max_detections")
+        names += ("tile_size", "tile_overlap")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return build_detector(self.preset, num_classes=num_classes, **{name: self.hparams[name] for name in names})
+
+    # ---- before anything runs: the data, the classes, the weights
+
+    def configure_model(self) -> None:
+        """Build the network for the classes of the data, with the backbone's weights where a training begins."""
+        names = getattr(self.trainer.datamodule, "class_names", None)
+        if self.model is None and names is not None:
+            self.build(names)
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trained and self.trainer.ckpt_path is None:
+            fill_weights(self.model.feature_extractor, self.backbone_weights, self.seed)
+
+    # ---- training
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the preset's optimiser and its schedule over all steps of the training."""
+        num_steps = self.limit_epochs(self.epochs)
+        batch_size = getattr(self.trainer.datamodule, "train_batch_size", 16) * self.trainer.world_size
+        return optimiser_and_schedule(self.model, self.preset, num_steps, batch_size)
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
+    ) -> None:
+        """Clip as the trainer says; where it says nothing, as the preset does."""
+        value = gradient_clip_val if gradient_clip_val is not None else (self.preset.clip or None)
+        self.clip_gradients(optimizer, value, gradient_clip_algorithm)
+
+    def training_step(self, batch: Batch, *args: object) -> Tensor:
+        """Assign, and return the loss."""
+        del args
+        dense = self.model.dense(batch.image)
+        with full_precision(dense.logits):
+            assignments = [
+                self.assigner(
+                    dense.logits[image].detach().float(),
+                    dense.boxes[image].detach(),
+                    dense.points,
+                    dense.strides,
+                    batch.gt_boxes[image],
+                    batch.gt_box_labels[image],
+                )
+                for image in range(len(batch.image))
+            ]
+        losses = dense_losses(
+            dense, assignments, batch.gt_boxes, batch.gt_box_labels, over_devices=self.mean_over_devices
+        )
+        if not torch.isfinite(losses.total):
+            paths = ", ".join(batch.image_path or ["(no path)"])
+            msg = (
+                f"the training loss is {float(losses.total)} at step {self.global_step}; lower --model.lr "
+                f"(now {self.preset.lr}), or look at the images of this batch: {paths}"
+            )
+            raise InputError(msg)
+        objects = sum(len(boxes) for boxes in batch.gt_boxes)
+        named = {"loss": losses.total, "class_loss": losses.class_loss, "box_loss": losses.box_loss}
+        named |= {"iou_loss": losses.iou_loss, "positives_per_object": losses.num_positives / max(objects, 1)}
+        self.log_dict({f"train_{name}": value.detach() for name, value in named.items()}, batch_size=len(batch.image))
+        return losses.total

@@ -1,0 +1,98 @@
+"""Boxes and the points of feature grids that predict them; boxes are xyxy in pixels throughout."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_area
+
+
+def grid_points(
+    shapes: Sequence[tuple[int, int]], strides: Sequence[int], offset: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Place one point per cell of each level's grid, at `(column + offset, row + offset) * stride`.
+
+    Args:
+        shapes: Height and width of each level's feature map.
+        strides: Pixels per cell of each level.
+        offset: Place of the point within its cell, 0 (its corner) to 1; 0.5 is its middle.
+
+    Returns:
+        Points (P, 2) as (x, y) in pixels, level by level and row by row, and the stride (P,) of each.
+
+    >>> grid_points([(1, 2)], [8])[0]
+    tensor([[ 4.,  4.],
+            [12.,  4.]])
+    """
+    points, point_strides = [], []
+    for (height, width), stride in zip(shapes, strides, strict=True):
+        rows = (torch.arange(height, dtype=torch.float32) + offset) * stride
+        columns = (torch.arange(width, dtype=torch.float32) + offset) * stride
+        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], dim=-1)
+        points.append(grid.reshape(-1, 2))
+        point_strides.append(torch.full((height * width,), float(stride)))
+    return torch.cat(points), torch.cat(point_strides)
+
+
+def encode_ltrb(points: Tensor, boxes: Tensor) -> Tensor:
+    """Return the distances (..., 4) from points (..., 2) to the left, top, right and bottom of boxes (..., 4), pixels.
+
+    Both may have leading dimensions that broadcast: `encode_ltrb(points, boxes[:, None])` is (G, P, 4).
+    """
+    return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
+
+
+def decode_ltrb(points: Tensor, distances: Tensor) -> Tensor:
+    """Return the boxes (..., 4) at these distances (left, top, right, bottom) from points (..., 2), pixels.
+
+    >>> decode_ltrb(torch.tensor([10.0, 10.0]), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    tensor([ 9.,  8., 13., 14.])
+    """
+    return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
+
+
+def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Return the intersection over union (N, M) of boxes (N, 4) with others (M, 4).
+
+    Two boxes without any area have 0, where torchvision's `box_iou` has NaN.
+
+    >>> pairwise_iou(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 2], [5, 5, 5, 5]]))
+    tensor([[0.3333, 0.0000]])
+    """
+    corner = torch.maximum(boxes[:, None, :2], others[:, :2])
+    far_corner = torch.minimum(boxes[:, None, 2:], others[:, 2:])
+    overlap = (far_corner - corner).clamp(min=0).prod(-1)
+    union = box_area(boxes)[:, None] + box_area(others) - overlap
+    return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def inside_boxes(points: Tensor, boxes: Tensor, margin: float = 0.01) -> Tensor:
+    """Say which points (P, 2) lie in which boxes (G, 4), farther than `margin` pixels from their sides: bool (G, P)."""
+    return encode_ltrb(points, boxes[:, None]).amin(-1) > margin
+
+
+def near_centres(points: Tensor, strides: Tensor, boxes: Tensor, radius: float, *, clipped: bool) -> Tensor:
+    """Say which points lie near the centre of which box: strictly within `radius` strides of it in x and in y.
+
+    Args:
+        points: Points (P, 2), pixels.
+        strides: Stride (P,) of each point's level.
+        boxes: Boxes (G, 4).
+        radius: Half side of the square, in strides of the point's own level.
+        clipped: Whether the square is cut to its box.
+
+    Returns:
+        Bool (G, P).
+    """
+    centres = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
+    reach = radius * strides[:, None]
+    low, high = centres - reach, centres + reach
+    if clipped:
+        low, high = torch.maximum(low, boxes[:, None, :2]), torch.minimum(high, boxes[:, None, 2:])
+    return torch.minimum(points - low, high - points).amin(-1) > 0
+
+
+def clip_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Cut boxes (..., 4) to an image of this size, pixels."""
+    limits = boxes.new_ones(4) * boxes.new_tensor([width, height, width, height])
+    return torch.minimum(boxes.clamp(min=0), limits)

@@ -1,0 +1,73 @@
+"""Hard non-maximum suppression in fixed slots: torchvision's, and the same as tensor algebra for exported graphs."""
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from anomalib_ot.vision.detections import EMPTY, Detections
+
+TRACED_ROUNDS = 20
+
+
+def suppress_duplicates(found: Detections, threshold: float = 0.6) -> Tensor:
+    """Say which detections overlap no better one of their class by more than `threshold` (greedy, class by class).
+
+    In eager mode this is torchvision's `batched_nms`. In a traced graph rounds of matrix algebra find the same: round
+    by round, a box is kept if no better box kept so far overlaps it. A chain of more than 20 boxes, each suppressing
+    the next, would end early.
+
+    Args:
+        found: Detections, best first.
+        threshold: Largest overlap (IoU) that two detections of one class may have.
+
+    Returns:
+        Bool (B, K); empty slots are not kept.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _by_rounds(found, threshold)
+    keep = torch.zeros_like(found.valid)
+    for image, valid in enumerate(found.valid):
+        slots = valid.nonzero().squeeze(1)
+        kept = batched_nms(found.boxes[image, slots], found.scores[image, slots], found.labels[image, slots], threshold)
+        keep[image, slots[kept]] = True
+    return keep
+
+
+def keep_all(found: Detections) -> Tensor:
+    """Keep every detection that there is: bool (B, K)."""
+    return found.valid
+
+
+def _by_rounds(found: Detections, threshold: float) -> Tensor:
+    """Suppress by a fixed number of rounds."""
+    corner = torch.maximum(found.boxes[:, :, None, :2], found.boxes[:, None, :, :2])
+    far_corner = torch.minimum(found.boxes[:, :, None, 2:], found.boxes[:, None, :, 2:])
+    overlap = (far_corner - corner).clamp(min=0).prod(-1)
+    area = (found.boxes[..., 2:] - found.boxes[..., :2]).clamp(min=0).prod(-1)
+    union = area[:, :, None] + area[:, None, :] - overlap
+    same = found.labels[:, :, None] == found.labels[:, None, :]
+    # (B, later, earlier): a box comes after those that suppress it.
+    suppresses = ((overlap > threshold * union) & same & found.valid[:, None, :]).tril(-1)
+    keep = found.valid
+    for _ in range(TRACED_ROUNDS):
+        keep = found.valid & ~(suppresses & keep[:, None, :]).any(-1)
+    return keep
+
+
+def top_detections(found: Detections, keep: Tensor, max_detections: int) -> Detections:
+    """Move the kept detections (B, K) to the front, in order of their scores, and empty all other slots.
+
+    Args:
+        found: Detections, in any order.
+        keep: Which of them stay, bool (B, K).
+        max_detections: Slots of the result; fewer where there are fewer detections.
+    """
+    scores = torch.where(keep, found.scores, -1.0)
+    best = scores.topk(min(max_detections, scores.shape[1]), dim=1)
+    filled = best.values >= 0
+    boxes = found.boxes.gather(1, best.indices.unsqueeze(-1).expand(-1, -1, 4))
+    return Detections(
+        torch.where(filled.unsqueeze(-1), boxes, 0.0),
+        torch.where(filled, best.values, 0.0),
+        torch.where(filled, found.labels.gather(1, best.indices), EMPTY),
+    )

@@ -1,0 +1,142 @@
+"""Large images in tiles: cut them, and put the detections of the tiles together again."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anomalib_ot.vision.detections import Detections
+from anomalib_ot.vision.resize import AntialiasResize
+from anomalib_ot.vision.suppression import top_detections
+
+AGREEMENT = 0.5  # overlap at which two views of one place show the same object
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles that cover an image, neighbours overlapping; as a last one the whole image, shrunk to a tile.
+
+    What is larger than the overlap is cut in every tile. Its parts are put together: two detections of one class in
+    different tiles are the same object if they agree (IoU at least 0.5) on the area that both tiles show.
+
+    Args:
+        size: Height and width of a tile, pixels; an image smaller than that is one tile, padded with 0.
+        overlap: Least part of a tile's side that it shares with its neighbour, 0 to below 1.
+        whole_image: Whether the whole image is looked at too, for objects larger than a tile.
+        max_detections: Slots per image of the merged result.
+    """
+
+    size: tuple[int, int]
+    overlap: float = 0.2
+    whole_image: bool = True
+    max_detections: int = 100
+
+    def corners(self, height: int, width: int) -> list[tuple[int, int]]:
+        """List the upper left corners (top, left) of the tiles of an image, evenly spaced.
+
+        >>> Tiling((500, 700), overlap=0.2).corners(1000, 1300)
+        [(0, 0), (0, 600), (250, 0), (250, 600), (500, 0), (500, 600)]
+        """
+        rows, columns = (self._starts(length, tile) for length, tile in zip((height, width), self.size, strict=True))
+        return [(row, column) for row in rows for column in columns]
+
+    def _starts(self, length: int, tile: int) -> list[int]:
+        room = max(length - tile, 0)
+        count = math.ceil(room / max(tile * (1 - self.overlap), 1)) + 1
+        return [round(room * number / max(count - 1, 1)) for number in range(count)]
+
+    def cut(self, images: Tensor) -> Tensor:
+        """Cut images (B, C, H, W) into tiles (B * T, C, h, w), image by image."""
+        height, width = self.size
+        tiles = []
+        for top, left in self.corners(*images.shape[-2:]):
+            tile = images[..., top : top + height, left : left + width]
+            tiles.append(F.pad(tile, (0, width - tile.shape[-1], 0, height - tile.shape[-2])))
+        if self._looks_at_whole(*images.shape[-2:]):
+            tiles.append(AntialiasResize(self.size)(images))
+        return torch.stack(tiles, dim=1).flatten(0, 1)
+
+    def _looks_at_whole(self, height: int, width: int) -> bool:
+        return self.whole_image and len(self.corners(height, width)) > 1
+
+    def _windows(self, height: int, width: int) -> Tensor:
+        """Return the area (T, 4) of the image that each tile shows, pixels."""
+        tile_height, tile_width = self.size
+        windows = [
+            (left, top, min(left + tile_width, width), min(top + tile_height, height))
+            for top, left in self.corners(height, width)
+        ]
+        if self._looks_at_whole(height, width):
+            windows.append((0, 0, width, height))
+        return torch.tensor(windows, dtype=torch.float32)
+
+    def merge(
+        self, found: Detections, image_size: tuple[int, int], suppress: Callable[[Detections], Tensor]
+    ) -> Detections:
+        """Merge the detections of tiles into those of their images.
+
+        Args:
+            found: Detections (B * T, K) in pixels of the tiles.
+            image_size: Height and width of the images, pixels.
+            suppress: Says which detections, sorted by score, are no duplicates.
+
+        Returns:
+            Detections in pixels of the images; parts of an object as their common box, with the best of their scores.
+        """
+        windows = self._windows(*image_size).to(found.boxes)
+        count, slots = len(windows), found.scores.shape[1]
+        scale, shift = windows.new_ones(count, 4), windows[:, [0, 1, 0, 1]]
+        if self._looks_at_whole(*image_size):
+            factors = [image_size[1] / self.size[1], image_size[0] / self.size[0]]
+            scale = torch.cat([scale[:-1], scale.new_tensor([factors * 2])])
+        boxes = found.boxes.unflatten(0, (-1, count)) * scale[:, None] + shift[:, None]
+        boxes = torch.maximum(boxes, windows[:, None, [0, 1, 0, 1]])
+        boxes = torch.minimum(boxes, windows[:, None, [2, 3, 2, 3]]).flatten(1, 2)
+        scores, labels = (part.unflatten(0, (-1, count)).flatten(1, 2) for part in found[1:])
+        order = scores.topk(scores.shape[1], dim=1).indices
+        tile = torch.arange(count, device=order.device).repeat_interleave(slots)[order]
+        everything = Detections(
+            boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4)), scores.gather(1, order), labels.gather(1, order)
+        )
+        merged, best = _join(everything, windows[tile], tile, rounds=count)
+        merged = merged._replace(labels=torch.where(best, merged.labels, -1))
+        return top_detections(merged, suppress(merged) & best, self.max_detections)
+
+
+def _join(found: Detections, windows: Tensor, tile: Tensor, rounds: int) -> tuple[Detections, Tensor]:
+    """Join the parts of each object into their common box.
+
+    Args:
+        found: Detections (B, N) in pixels of the image, best first.
+        windows: What the tile of each detection shows (B, N, 4).
+        tile: Its number (B, N).
+        rounds: Most steps from one part of an object to another.
+
+    Returns:
+        The detections with common boxes, and which of them (B, N) is the first, and so the best, of its object.
+    """
+    low = torch.maximum(windows[:, :, None, :2], windows[:, None, :, :2])
+    high = torch.minimum(windows[:, :, None, 2:], windows[:, None, :, 2:])
+    boxes = found.boxes
+    # Each detection as the other's tile shows it: (B, i, j) is detection i within both windows.
+    corner = torch.maximum(boxes[:, :, None, :2], low)
+    far_corner = torch.minimum(boxes[:, :, None, 2:], high)
+    sides = (far_corner - corner).clamp(min=0)
+    area = sides.prod(-1)
+    overlap = torch.minimum(far_corner, far_corner.transpose(1, 2)) - torch.maximum(corner, corner.transpose(1, 2))
+    overlap = overlap.clamp(min=0).prod(-1)
+    union = area + area.transpose(1, 2) - overlap
+    same = (found.labels[:, :, None] == found.labels[:, None, :]) & (tile[:, :, None] != tile[:, None, :])
+    same &= found.valid[:, :, None] & found.valid[:, None, :] & (overlap > 0) & (overlap >= AGREEMENT * union)
+    number = torch.arange(boxes.shape[1], device=boxes.device)
+    same |= number[:, None] == number
+    first = number.expand(same.shape[:2])
+    for _ in range(rounds):
+        first = torch.where(same, first[:, None, :], boxes.shape[1]).amin(-1)
+    together = (first[:, :, None] == first[:, None, :]).unsqueeze(-1)
+    low = torch.where(together, boxes[:, None, :, :2], math.inf).amin(2)
+    high = torch.where(together, boxes[:, None, :, 2:], -math.inf).amax(2)
+    return found._replace(boxes=torch.cat([low, high], dim=-1)), (first == number) & found.valid
