@@ -7,16 +7,16 @@ from pathlib import Path
 from torchvision.transforms.v2 import Transform
 
 from anomalib_ot.integration.box_datamodule import BoxContent, BoxDataModule, check_ratio
-from anomalib_ot.integration.box_records import BoxRecord, Findings
 from anomalib_ot.integration.box_splits import (
     check_distance,
     groups_by_pattern,
     groups_by_sight,
     joined_groups,
-    split_records,
+    split_images,
 )
 from anomalib_ot.integration.coco_json import CocoFile, read_coco
 from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.labelled_images import Findings, LabelledImage
 
 __all__ = ["CocoBoxes"]
 
@@ -122,7 +122,7 @@ class CocoBoxes(BoxDataModule):
                 groups_by_sight(self.duplicate_distance, [record.image_path for record in train], findings),
             )
             ratios = (1 - self.val_split_ratio, self.val_split_ratio)
-            train, val = split_records(train, ratios, self.seed, groups)
+            train, val = split_images(train, ratios, self.seed, groups)
         test = val if self.json_paths["test"] is None else self._read_subset("test", class_names, findings)[1]
         return BoxContent(class_names, train, val, test)
 
@@ -131,7 +131,7 @@ class CocoBoxes(BoxDataModule):
 
     def _read_subset(
         self, subset: str, class_names: Sequence[str] | None, findings: Findings
-    ) -> tuple[list[str], list[BoxRecord]]:
+    ) -> tuple[list[str], list[LabelledImage]]:
         """Read one COCO file; `class_names` are those of the training file."""
         json_path = self.root / Path(self.json_paths[subset]).expanduser()
         coco = read_coco(json_path, findings)
@@ -146,7 +146,7 @@ class CocoBoxes(BoxDataModule):
                 said = f"image {path} does not exist, but {json_path} lists it as {image.file_name!r}"
                 raise InputError(f"{said}; {self._cure_of_missing(folder, image.file_name, argument)}")
             labels = [label_of[label] for label in image.labels]
-            records.append(BoxRecord.of(str(path), (image.width, image.height), image.boxes, labels))
+            records.append(LabelledImage.of(str(path), (image.width, image.height), image.boxes, labels))
         return names, records
 
     def _cure_of_missing(self, folder: Path, file_name: str, argument: str) -> str:

@@ -5,9 +5,9 @@ from pathlib import Path
 from torchvision.transforms.v2 import Transform
 
 from anomalib_ot.integration.box_datamodule import BoxContent, BoxDataModule, check_ratio
-from anomalib_ot.integration.box_records import BoxRecord, Findings, image_sizes
-from anomalib_ot.integration.box_splits import check_distance, groups_by_sight, split_records
+from anomalib_ot.integration.box_splits import check_distance, groups_by_sight, split_images
 from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.labelled_images import Findings, LabelledImage, image_sizes
 from anomalib_ot.integration.mask_regions import mask_boxes, read_mask
 
 __all__ = ["MaskBoxes"]
@@ -117,8 +117,8 @@ class MaskBoxes(BoxDataModule):
         return self.root.name
 
     def _read(self, findings: Findings) -> BoxContent:
-        normal = [BoxRecord.of(path, size, [], []) for path, size in self._normal_images("normal_dir")]
-        divided = [BoxRecord.of(path, size, [], []) for path, size in self._normal_images("normal_test_dir")]
+        normal = [LabelledImage.of(path, size, [], []) for path, size in self._normal_images("normal_dir")]
+        divided = [LabelledImage.of(path, size, [], []) for path, size in self._normal_images("normal_test_dir")]
         folders = self._defect_folders()
         class_names = [SINGLE] if self.single_class else [folder.name for folder in folders]
         for index, folder in enumerate(folders):
@@ -132,7 +132,7 @@ class MaskBoxes(BoxDataModule):
             divided = [record for record, group in zip(divided, rest, strict=True) if group not in taken]
             groups = [group for group in rest if group not in taken]
         ratios = (1 - self.val_split_ratio - self.test_split_ratio, self.val_split_ratio, self.test_split_ratio)
-        train, val, test = split_records(divided, ratios, self.seed, groups)
+        train, val, test = split_images(divided, ratios, self.seed, groups)
         return BoxContent(class_names, normal + train, val, test)
 
     def _folder(self, argument: str) -> Path:
@@ -166,7 +166,7 @@ class MaskBoxes(BoxDataModule):
             raise InputError(msg)
         return folders
 
-    def _defective_images(self, folder: Path, label: int, findings: Findings) -> list[BoxRecord]:
+    def _defective_images(self, folder: Path, label: int, findings: Findings) -> list[LabelledImage]:
         """Read the masks of one kind of defect."""
         mask_dir = self._folder("mask_dir")
         if folder != self._folder("defect_dir"):
@@ -196,7 +196,7 @@ class MaskBoxes(BoxDataModule):
                 raise InputError(msg)
             boxes = mask_boxes(mask, self.min_area, self.gap)
             if boxes:
-                records.append(BoxRecord.of(str(path), size, boxes, [label] * len(boxes)))
+                records.append(LabelledImage.of(str(path), size, boxes, [label] * len(boxes)))
             else:
                 what = f"with no object of at least {self.min_area} pixels left out"
                 findings.add("mask", what, str(found[0]))

@@ -7,10 +7,10 @@ from platformdirs import user_cache_path
 from torchvision.transforms.v2 import Transform
 
 from anomalib_ot.integration.box_datamodule import BoxContent, BoxDataModule
-from anomalib_ot.integration.box_records import BoxRecord, Findings
 from anomalib_ot.integration.coco_json import CocoImage, read_coco
 from anomalib_ot.integration.fabric_folder import ANNOTATIONS, FabricFolder
 from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.labelled_images import Findings, LabelledImage
 from anomalib_ot.vision.fabric import DEFECTS
 
 __all__ = ["SyntheticFabricBoxes"]
@@ -117,12 +117,14 @@ class SyntheticFabricBoxes(BoxDataModule):
 
     def _read(self, findings: Findings) -> BoxContent:
         self._folder.ensure(self.root)
-        subsets: dict[str, list[BoxRecord]] = {"train": [], "val": [], "test": []}
+        subsets: dict[str, list[LabelledImage]] = {"train": [], "val": [], "test": []}
         coco = read_coco(self.root / ANNOTATIONS, findings)
         for image in coco.images:
             labels = [self.class_names.index(coco.class_names[label]) for label in image.labels]
             path = str(self.root / image.file_name)
-            subsets[self._subset(image)].append(BoxRecord.of(path, (image.width, image.height), image.boxes, labels))
+            subsets[self._subset(image)].append(
+                LabelledImage.of(path, (image.width, image.height), image.boxes, labels)
+            )
         return BoxContent(self.class_names, **subsets)
 
     def _subset(self, image: CocoImage) -> str:
