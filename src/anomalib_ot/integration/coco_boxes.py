@@ -37,7 +37,8 @@ class CocoBoxes(BoxDataModule):
         group_pattern: Regular expression with one group in parentheses, which catches from a file name what images
             must have in common to stay together in that split, such as the board in ``^([0-9]{5})``.
         duplicate_distance: Images whose perceptual hashes of 256 bits differ in at most so many stay together too, such
-            as two pictures of one piece. None: no search for near duplicates.
+            as two pictures of one piece; between files that are split already they are counted. None: no search for
+            near duplicates.
         train_batch_size: Images per training batch.
         eval_batch_size: Images per validation or test batch.
         num_workers: Processes that read images; 0 reads in the main process.
@@ -124,7 +125,22 @@ class CocoBoxes(BoxDataModule):
             ratios = (1 - self.val_split_ratio, self.val_split_ratio)
             train, val = split_images(train, ratios, self.seed, groups)
         test = val if self.json_paths["test"] is None else self._read_subset("test", class_names, findings)[1]
+        self._count_likenesses(train, val if test is val else [*val, *test], findings)
         return BoxContent(class_names, train, val, test)
+
+    def _count_likenesses(
+        self, train: Sequence[LabelledImage], held_out: Sequence[LabelledImage], findings: Findings
+    ) -> None:
+        """Count held-out images that resemble a training image; those that are one are counted elsewhere."""
+        known = {record.image_path for record in train}
+        others = [record.image_path for record in held_out if record.image_path not in known]
+        groups = groups_by_sight(self.duplicate_distance, [*known, *others], Findings())
+        if groups is None:
+            return
+        trained = set(groups[: len(known)])
+        for path, group in zip(others, groups[len(known) :], strict=True):
+            if group in trained:
+                findings.add("held-out image", "nearly the same as a training image, so that figures flatter", path)
 
     def _image_dir(self, subset: str) -> Path:
         return self.root if self.image_dirs[subset] is None else self.root / Path(self.image_dirs[subset]).expanduser()
