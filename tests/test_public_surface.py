@@ -17,10 +17,12 @@ CALLBACKS = {"RegionWriter"}  # named by dotted path; Anomalib has no entry poin
 def test_inventory():
     assert sorted(anomalib_ot.__all__) == [
         "CocoBoxes",
+        "MaskBoxes",
         "OTADetector",
         "OTPrototypes",
         "RegionWriter",
         "SyntheticFabric",
+        "SyntheticFabricBoxes",
         "TianchiFabric",
         "__version__",
     ]

@@ -9,19 +9,23 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CocoBoxes": "anomalib_ot.integration.coco_boxes",
+    "MaskBoxes": "anomalib_ot.integration.mask_boxes",
     "OTADetector": "anomalib_ot.integration.ota_detector",
     "OTPrototypes": "anomalib_ot.integration.ot_prototypes",
     "RegionWriter": "anomalib_ot.integration.region_writer",
     "SyntheticFabric": "anomalib_ot.integration.synthetic_fabric",
+    "SyntheticFabricBoxes": "anomalib_ot.integration.synthetic_fabric_boxes",
     "TianchiFabric": "anomalib_ot.integration.tianchi_fabric",
 }
 
 __all__ = [
     "CocoBoxes",
+    "MaskBoxes",
     "OTADetector",
     "OTPrototypes",
     "RegionWriter",
     "SyntheticFabric",
+    "SyntheticFabricBoxes",
     "TianchiFabric",
     "__version__",
 ]

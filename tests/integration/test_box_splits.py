@@ -6,19 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from anomalib_ot.integration.box_records import BoxRecord, Findings
 from anomalib_ot.integration.box_splits import (
     check_distance,
     groups_by_pattern,
     groups_by_sight,
     joined_groups,
-    split_records,
+    split_images,
 )
+from anomalib_ot.integration.labelled_images import Findings, LabelledImage
 
 
 def records(labels):
     return [
-        BoxRecord.of(f"{number:04}.png", (9, 9), [(0, 0, 1, 1)] * len(classes), classes)
+        LabelledImage.of(f"{number:04}.png", (9, 9), [(0, 0, 1, 1)] * len(classes), classes)
         for number, classes in enumerate(labels)
     ]
 
@@ -36,7 +36,7 @@ def paths(subset):
 def test_splits_are_partitions_that_respect_groups(labels, num_groups, seed):
     images = records(labels)
     groups = [number % num_groups for number in range(len(images))]
-    subsets = split_records(images, (0.6, 0.2, 0.2), seed, groups)
+    subsets = split_images(images, (0.6, 0.2, 0.2), seed, groups)
     assert sorted(path for subset in subsets for path in paths(subset)) == paths(images)
     homes = [{groups[int(path[:4])] for path in paths(subset)} for subset in subsets]
     assert not homes[0] & homes[1]
@@ -48,7 +48,7 @@ def test_every_class_gets_its_share():
     rng = np.random.default_rng(0)
     # Class 4 is rare; a fifth of the images are negatives.
     labels = [[] if rng.random() < 0.2 else [int(rng.choice(5, p=[0.4, 0.3, 0.2, 0.07, 0.03]))] for _ in range(400)]
-    train, val = split_records(records(labels), (0.75, 0.25), seed=0)
+    train, val = split_images(records(labels), (0.75, 0.25), seed=0)
     for label in (*range(5), None):
         counts = [sum(label in r.labels if label is not None else not len(r.labels) for r in s) for s in (train, val)]
         assert abs(counts[1] - 0.25 * sum(counts)) <= 1
@@ -56,13 +56,13 @@ def test_every_class_gets_its_share():
 
 def test_the_seed_decides_and_the_order_does_not():
     images = records([[number % 3] for number in range(60)])
-    first = [paths(subset) for subset in split_records(images, (0.5, 0.5), seed=1)]
-    assert first == [paths(subset) for subset in split_records(images[::-1], (0.5, 0.5), seed=1)]
-    assert first != [paths(subset) for subset in split_records(images, (0.5, 0.5), seed=2)]
+    first = [paths(subset) for subset in split_images(images, (0.5, 0.5), seed=1)]
+    assert first == [paths(subset) for subset in split_images(images[::-1], (0.5, 0.5), seed=1)]
+    assert first != [paths(subset) for subset in split_images(images, (0.5, 0.5), seed=2)]
 
 
 def test_one_image_of_a_class_is_for_training():
-    train, val = split_records(records([[0]] * 9 + [[1]]), (0.8, 0.2), seed=0)
+    train, val = split_images(records([[0]] * 9 + [[1]]), (0.8, 0.2), seed=0)
     assert "0009.png" in paths(train)
     assert len(val) == 2
 

@@ -5,20 +5,17 @@ import logging
 import os
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from anomalib.cli import AnomalibCLI
 from PIL import Image
-from torchvision.transforms import v2
 
 from anomalib_ot import CocoBoxes
 from anomalib_ot.integration.box_batch import BoxBatch
 from anomalib_ot.integration.cli import register_classes
 from anomalib_ot.integration.coco_json import write_coco
-from anomalib_ot.vision.augment import DefectAugmentation
 
 DATA = Path(os.environ.get("ANOMALIB_OT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 NAMES = ["hole", "tear"]
@@ -88,39 +85,6 @@ def test_subsets_of_two_files(root):
     assert len(seen) == 6
 
 
-def test_training_images_are_resized_first_and_augmented_then(root):
-    class Note(v2.Transform):
-        def transform(self, inpt, params):
-            sizes.append(tuple(v2.functional.get_size(inpt)))
-            return inpt
-
-    sizes = []
-    datamodule = boards(root, train_augmentations=Note(), val_augmentations=Note())
-    transform = v2.Compose([v2.Resize((60, 80), antialias=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
-    datamodule.trainer = SimpleNamespace(model=SimpleNamespace(pre_processor=SimpleNamespace(transform=transform)))
-    datamodule.setup()
-    item = datamodule.train_data[0]
-    assert item.image.shape == (3, 60, 80)
-    assert set(sizes) == {(60, 80)}
-    assert item.gt_boxes.tolist() == [[2.0 * value for value in datamodule.content.train[0].boxes[0]]]
-    sizes.clear()
-    assert datamodule.val_data[0].image.shape == (3, 60, 80)
-    assert set(sizes) == {(30, 40)}
-    assert datamodule.test_data[0].image.shape == (3, 60, 80)
-
-
-def test_training_is_augmented_unless_it_is_told_not_to_be(root):
-    datamodule = boards(root)
-    assert type(datamodule.train_augmentations) is DefectAugmentation
-    assert datamodule.val_augmentations is None
-    general = v2.RandomHorizontalFlip()
-    assert boards(root, augmentations=general).train_augmentations is general
-    plain = boards(root, train_augmentations=v2.Identity())
-    plain.setup()
-    for index, record in enumerate(plain.content.train):
-        assert plain.train_data[index].gt_boxes.tolist() == record.boxes.tolist()
-
-
 def test_the_split_is_seeded_stratified_and_without_overlap(root):
     def split(**arguments):
         datamodule = boards(root, val_split_ratio=0.25, **arguments)
@@ -154,6 +118,12 @@ def test_near_duplicates_stay_together(root):
         for subset in (datamodule.train_data, datamodule.val_data)
     ]
     assert sorted(map(len, black)) == [0, 4]
+
+
+def test_near_duplicates_in_the_other_file_are_told(root, caplog):
+    boards(root, val_json="val.json", duplicate_distance=0).prepare_data()
+    # 20 to 25 show what 0 to 5 show, 21 nothing, as 3 does.
+    assert "5 held-out images nearly the same as a training image" in caplog.text
 
 
 def test_a_test_file_of_its_own_and_folders_of_their_own(root):

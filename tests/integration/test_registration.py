@@ -17,7 +17,13 @@ ROOT = Path(__file__).parents[2]
 STARTUP_FILES = {"anomalib_ot.pth", "anomalib_ot.start", "_anomalib_ot_startup.py"}
 OUR_ENTRY_POINTS = {
     "anomalib.models": {"OTPrototypes": "anomalib_ot.integration.ot_prototypes:OTPrototypes"},
-    "anomalib.data": {"SyntheticFabric": "anomalib_ot.integration.synthetic_fabric:SyntheticFabric"},
+    "anomalib.data": {
+        "CocoBoxes": "anomalib_ot.integration.coco_boxes:CocoBoxes",
+        "MaskBoxes": "anomalib_ot.integration.mask_boxes:MaskBoxes",
+        "SyntheticFabric": "anomalib_ot.integration.synthetic_fabric:SyntheticFabric",
+        "SyntheticFabricBoxes": "anomalib_ot.integration.synthetic_fabric_boxes:SyntheticFabricBoxes",
+        "TianchiFabric": "anomalib_ot.integration.tianchi_fabric:TianchiFabric",
+    },
     "console_scripts": {"anomalib-ot": "anomalib_ot.__main__:main"},
 }
 ENV = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONWARNINGS"}}
@@ -176,7 +182,8 @@ from anomalib.models import AnomalibModule, list_models
 def descendants(cls):
     return [name for child in cls.__subclasses__() for name in (child.__name__, *descendants(child))]
 
-assert descendants(anomalib.data.AnomalibDataModule).count("SyntheticFabric") == 1
+for name in ("CocoBoxes", "MaskBoxes", "SyntheticFabric", "SyntheticFabricBoxes", "TianchiFabric"):
+    assert descendants(anomalib.data.AnomalibDataModule).count(name) == 1, name
 assert [cls.__name__ for cls in AnomalibModule.__subclasses__()].count("OTPrototypes") == 1
 assert {"OTPrototypes", "Padim", "Patchcore"} <= list_models("pascal")
 assert "o_t_prototypes" in list_models()

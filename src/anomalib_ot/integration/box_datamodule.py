@@ -13,8 +13,8 @@ from anomalib.utils.attrs import get_nested_attr
 from torchvision.transforms.v2 import Compose, Resize, Transform
 
 from anomalib_ot.integration.box_dataset import BoxDataset
-from anomalib_ot.integration.box_records import BoxRecord, Findings, check_image_files
 from anomalib_ot.integration.input_error import InputError, install_short_errors
+from anomalib_ot.integration.labelled_images import Findings, LabelledImage, check_image_files
 from anomalib_ot.vision.augment import DefectAugmentation
 
 __all__ = ["BoxContent", "BoxDataModule", "check_ratio"]
@@ -34,9 +34,9 @@ class BoxContent:
     """
 
     class_names: list[str]
-    train: list[BoxRecord]
-    val: list[BoxRecord]
-    test: list[BoxRecord]
+    train: list[LabelledImage]
+    val: list[LabelledImage]
+    test: list[LabelledImage]
 
 
 class BoxDataModule(AnomalibDataModule):
@@ -170,7 +170,7 @@ class BoxDataModule(AnomalibDataModule):
                 findings.add("class", "without any training box", repr(name))
 
 
-def _count_overlap(subsets: Mapping[str, Sequence[BoxRecord]], findings: Findings) -> None:
+def _count_overlap(subsets: Mapping[str, Sequence[LabelledImage]], findings: Findings) -> None:
     trained = {record.image_path for record in subsets["training"]}
     for name in ("validation", "test"):
         for record in subsets[name]:

@@ -6,18 +6,18 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from anomalib_ot.integration.box_records import BoxRecord, Findings
 from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.labelled_images import Findings, LabelledImage
 from anomalib_ot.integration.near_duplicates import HASH_BITS, image_hashes, near_duplicate_groups
 
-__all__ = ["check_distance", "groups_by_pattern", "groups_by_sight", "joined_groups", "split_records"]
+__all__ = ["check_distance", "groups_by_pattern", "groups_by_sight", "joined_groups", "split_images"]
 
 LARGE_GROUP = 0.3  # of all images; a split can hardly keep its ratios then
 
 
-def split_records(
-    records: Sequence[BoxRecord], ratios: Sequence[float], seed: int, groups: Sequence[Hashable] | None = None
-) -> list[list[BoxRecord]]:
+def split_images(
+    records: Sequence[LabelledImage], ratios: Sequence[float], seed: int, groups: Sequence[Hashable] | None = None
+) -> list[list[LabelledImage]]:
     """Split images into subsets, stratified by class as far as the groups allow.
 
     The rarest class is dealt out first, group by group, each to the subset that lacks most images of that class; images
@@ -63,7 +63,7 @@ def split_records(
     return [sorted((records[index] for index in subset), key=lambda record: record.image_path) for subset in subsets]
 
 
-def _classes(record: BoxRecord) -> list[int]:
+def _classes(record: LabelledImage) -> list[int]:
     return sorted({int(label) for label in record.labels}) or [-1]
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 from torchvision.transforms.v2 import Transform
 
 from anomalib_ot.integration.box_datamodule import BoxContent, BoxDataModule, check_ratio
-from anomalib_ot.integration.box_records import BoxRecord, Findings
 from anomalib_ot.integration.box_splits import (
     check_distance,
     groups_by_pattern,
     groups_by_sight,
     joined_groups,
-    split_records,
+    split_images,
 )
 from anomalib_ot.integration.coco_json import CocoFile, read_coco
 from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.labelled_images import Findings, LabelledImage
 
 __all__ = ["CocoBoxes"]
 
@@ -37,7 +37,8 @@ class CocoBoxes(BoxDataModule):
         group_pattern: Regular expression with one group in parentheses, which catches from a file name what images
             must have in common to stay together in that split, such as the board in ``^([0-9]{5})``.
         duplicate_distance: Images whose perceptual hashes of 256 bits differ in at most so many stay together too, such
-            as two pictures of one piece. None: no search for near duplicates.
+            as two pictures of one piece; between files that are split already they are counted. None: no search for
+            near duplicates.
         train_batch_size: Images per training batch.
         eval_batch_size: Images per validation or test batch.
         num_workers: Processes that read images; 0 reads in the main process.
@@ -122,16 +123,31 @@ class CocoBoxes(BoxDataModule):
                 groups_by_sight(self.duplicate_distance, [record.image_path for record in train], findings),
             )
             ratios = (1 - self.val_split_ratio, self.val_split_ratio)
-            train, val = split_records(train, ratios, self.seed, groups)
+            train, val = split_images(train, ratios, self.seed, groups)
         test = val if self.json_paths["test"] is None else self._read_subset("test", class_names, findings)[1]
+        self._count_likenesses(train, val if test is val else [*val, *test], findings)
         return BoxContent(class_names, train, val, test)
+
+    def _count_likenesses(
+        self, train: Sequence[LabelledImage], held_out: Sequence[LabelledImage], findings: Findings
+    ) -> None:
+        """Count held-out images that resemble a training image; those that are one are counted elsewhere."""
+        known = {record.image_path for record in train}
+        others = [record.image_path for record in held_out if record.image_path not in known]
+        groups = groups_by_sight(self.duplicate_distance, [*known, *others], Findings())
+        if groups is None:
+            return
+        trained = set(groups[: len(known)])
+        for path, group in zip(others, groups[len(known) :], strict=True):
+            if group in trained:
+                findings.add("held-out image", "nearly the same as a training image, so that figures flatter", path)
 
     def _image_dir(self, subset: str) -> Path:
         return self.root if self.image_dirs[subset] is None else self.root / Path(self.image_dirs[subset]).expanduser()
 
     def _read_subset(
         self, subset: str, class_names: Sequence[str] | None, findings: Findings
-    ) -> tuple[list[str], list[BoxRecord]]:
+    ) -> tuple[list[str], list[LabelledImage]]:
         """Read one COCO file; `class_names` are those of the training file."""
         json_path = self.root / Path(self.json_paths[subset]).expanduser()
         coco = read_coco(json_path, findings)
@@ -146,7 +162,7 @@ class CocoBoxes(BoxDataModule):
                 said = f"image {path} does not exist, but {json_path} lists it as {image.file_name!r}"
                 raise InputError(f"{said}; {self._cure_of_missing(folder, image.file_name, argument)}")
             labels = [label_of[label] for label in image.labels]
-            records.append(BoxRecord.of(str(path), (image.width, image.height), image.boxes, labels))
+            records.append(LabelledImage.of(str(path), (image.width, image.height), image.boxes, labels))
         return names, records
 
     def _cure_of_missing(self, folder: Path, file_name: str, argument: str) -> str:

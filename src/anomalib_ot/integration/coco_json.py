@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from anomalib_ot.integration.box_records import Findings, clean_box
 from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.labelled_images import Findings, clean_box
 
 __all__ = ["CocoFile", "CocoImage", "read_coco", "write_coco"]
 

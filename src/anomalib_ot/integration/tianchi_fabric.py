@@ -6,9 +6,9 @@ from pathlib import Path
 from torchvision.transforms.v2 import Transform
 
 from anomalib_ot.integration.box_datamodule import BoxContent, BoxDataModule, check_ratio
-from anomalib_ot.integration.box_records import BoxRecord, Findings, clean_box, image_sizes
-from anomalib_ot.integration.box_splits import check_distance, groups_by_sight, joined_groups, split_records
+from anomalib_ot.integration.box_splits import check_distance, groups_by_sight, joined_groups, split_images
 from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.labelled_images import Findings, LabelledImage, clean_box, image_sizes
 from anomalib_ot.integration.tianchi_classes import class_table
 from anomalib_ot.integration.tianchi_folders import FabricImage, read_tianchi
 
@@ -123,10 +123,10 @@ class TianchiFabric(BoxDataModule):
         pairs = [(image, record) for image, record in pairs if record is not None]
         groups = self._groups([image for image, _ in pairs], findings)
         ratios = (1 - self.val_split_ratio - self.test_split_ratio, self.val_split_ratio, self.test_split_ratio)
-        train, val, test = split_records([record for _, record in pairs], ratios, self.seed, groups)
+        train, val, test = split_images([record for _, record in pairs], ratios, self.seed, groups)
         return BoxContent(self.class_names, train, val, test)
 
-    def _record(self, image: FabricImage, size: tuple[int, int], findings: Findings) -> BoxRecord | None:
+    def _record(self, image: FabricImage, size: tuple[int, int], findings: Findings) -> LabelledImage | None:
         where = f"image {image.path}"
         boxes, labels = [], []
         for entry in image.entries:
@@ -140,7 +140,7 @@ class TianchiFabric(BoxDataModule):
         if len(boxes) > self.max_boxes:
             findings.add("image", f"with more than {self.max_boxes} boxes left out", str(image.path))
             return None
-        return BoxRecord.of(str(image.path), size, boxes, labels)
+        return LabelledImage.of(str(image.path), size, boxes, labels)
 
     def _groups(self, images: Sequence[FabricImage], findings: Findings) -> list[int] | None:
         """Group by template where there is one: its look, and its name unless that is the image's own."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from anomalib_ot.integration.box_records import Findings
 from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.labelled_images import Findings
 from anomalib_ot.integration.tianchi_classes import NO_DEFECT, class_of_name
 
 __all__ = ["FabricImage", "read_tianchi"]

@@ -14,7 +14,7 @@ from PIL import Image
 from anomalib_ot.integration.images import DECODE_ERRORS
 from anomalib_ot.integration.input_error import InputError
 
-__all__ = ["BoxRecord", "Findings", "check_image_files", "clean_box", "image_sizes"]
+__all__ = ["Findings", "LabelledImage", "check_image_files", "clean_box", "image_sizes"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ PLURAL = {"box": "boxes", "class": "classes"}
 
 
 @dataclass(frozen=True, eq=False)
-class BoxRecord:
+class LabelledImage:
     """One image and its boxes.
 
     Args:
@@ -43,7 +43,7 @@ class BoxRecord:
     labels: np.ndarray
 
     @classmethod
-    def of(cls, image_path: str, size: tuple[int, int], boxes: Sequence, labels: Sequence[int]) -> "BoxRecord":
+    def of(cls, image_path: str, size: tuple[int, int], boxes: Sequence, labels: Sequence[int]) -> "LabelledImage":
         """Build a record from the image's (width, height) and plain lists."""
         rows = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
         return cls(str(image_path), int(size[0]), int(size[1]), rows, np.asarray(labels, dtype=np.int64).reshape(-1))
@@ -140,7 +140,7 @@ def clean_box(
     return left, top, right, bottom
 
 
-def check_image_files(records: Iterable[BoxRecord], findings: Findings) -> None:
+def check_image_files(records: Iterable[LabelledImage], findings: Findings) -> None:
     """Check that every image is there and has the size that its boxes were drawn on; only headers are read.
 
     Args:
