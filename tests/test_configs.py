@@ -13,7 +13,7 @@ from anomalib_ot.integration.cli import register_classes
 from anomalib_ot.vision.augment import DefectAugmentation
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-BOXES = ("coco_boxes",)  # data with boxes, for detectors
+BOXES = ("coco_boxes", "tianchi_fabric")  # data with boxes, for detectors
 MODELS, DATA, BENCHMARKS = (sorted((CONFIGS / room).glob("*.yaml")) for room in ("model", "data", "benchmark"))
 
 

@@ -17,9 +17,11 @@ CALLBACKS = {"RegionWriter"}  # named by dotted path; Anomalib has no entry poin
 def test_inventory():
     assert sorted(anomalib_ot.__all__) == [
         "CocoBoxes",
+        "OTADetector",
         "OTPrototypes",
         "RegionWriter",
         "SyntheticFabric",
+        "TianchiFabric",
         "__version__",
     ]
 

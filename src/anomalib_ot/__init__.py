@@ -9,12 +9,22 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CocoBoxes": "anomalib_ot.integration.coco_boxes",
+    "OTADetector": "anomalib_ot.integration.ota_detector",
     "OTPrototypes": "anomalib_ot.integration.ot_prototypes",
     "RegionWriter": "anomalib_ot.integration.region_writer",
     "SyntheticFabric": "anomalib_ot.integration.synthetic_fabric",
+    "TianchiFabric": "anomalib_ot.integration.tianchi_fabric",
 }
 
-__all__ = ["CocoBoxes", "OTPrototypes", "RegionWriter", "SyntheticFabric", "__version__"]
+__all__ = [
+    "CocoBoxes",
+    "OTADetector",
+    "OTPrototypes",
+    "RegionWriter",
+    "SyntheticFabric",
+    "TianchiFabric",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from anomalib_ot.integration.box_records import BoxRecord
-from anomalib_ot.integration.box_splits import groups_by_pattern, split_records
+from anomalib_ot.integration.box_records import BoxRecord, Findings
+from anomalib_ot.integration.box_splits import (
+    check_distance,
+    groups_by_pattern,
+    groups_by_sight,
+    joined_groups,
+    split_records,
+)
 
 
 def records(labels):
@@ -78,3 +85,33 @@ def test_groups_come_from_names():
 def test_bad_patterns_are_refused(pattern, message):
     with pytest.raises(ValueError, match=f"group_pattern is .*{message}"):
         groups_by_pattern("group_pattern", pattern, ["ab.png"])
+
+
+def test_joined_groups_are_the_finest_grouping_above_all():
+    assert joined_groups(None, None) is None
+    assert joined_groups([5, 5, 6]) == [0, 0, 2]
+    assert joined_groups(["a", "b", "a", "c", "d"], [1, 2, 3, 3, 4]) == [0, 1, 0, 0, 4]
+    assert joined_groups([0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 3]) == [0] * 6
+
+
+def test_near_duplicates_are_grouped_and_too_many_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("anomalib_ot.integration.near_duplicates.user_cache_path", lambda *_, **__: tmp_path / "cache")
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 8, 8), np.uint8)
+    paths = []
+    for number, which in enumerate((0, 1, 0, 2, 3, 0)):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(pixels[which]).resize((64, 64)).save(paths[-1])
+    findings = Findings()
+    groups = groups_by_sight(20, paths, findings)
+    assert groups[0] == groups[2] == groups[5]
+    assert len(set(groups)) == 4
+    assert findings.warnings[0].startswith("1 group of 3 near duplicates among 6 images")
+    assert groups_by_sight(None, paths, findings) is None
+    assert (tmp_path / "cache" / "image_hashes.json").is_file()
+
+
+@pytest.mark.parametrize("value", [-1, 128])
+def test_distances_out_of_range_are_refused(value):
+    check_distance("duplicate_distance", None)
+    with pytest.raises(ValueError, match=f"duplicate_distance is {value}; expected 0"):
+        check_distance("duplicate_distance", value)

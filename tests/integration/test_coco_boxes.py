@@ -22,6 +22,7 @@ from anomalib_ot.vision.augment import DefectAugmentation
 
 DATA = Path(os.environ.get("ANOMALIB_OT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 NAMES = ["hole", "tear"]
+PLAIN = {"num_workers": 0, "duplicate_distance": None}
 
 
 def write(root, json_name, numbers, folder="images", negatives=(), size=(40, 30)):
@@ -47,6 +48,11 @@ def change(root, json_name, edit):
     (root / json_name).write_text(json.dumps(content))
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("anomalib_ot.integration.near_duplicates.user_cache_path", lambda *_, **__: tmp_path / "cache")
+
+
 @pytest.fixture
 def root(tmp_path):
     write(tmp_path / "boards", "train.json", range(20), negatives=(3, 6, 9, 12))
@@ -54,7 +60,7 @@ def root(tmp_path):
 
 
 def boards(root, **arguments):
-    return CocoBoxes(root, **{"train_json": "train.json", "image_dir": "images", "num_workers": 0, **arguments})
+    return CocoBoxes(root, **{"train_json": "train.json", "image_dir": "images", **PLAIN, **arguments})
 
 
 def names(dataset):
@@ -138,6 +144,16 @@ def test_a_pattern_keeps_images_together(root):
     ends = [{name[-1] for name in names(subset)} for subset in (datamodule.train_data, datamodule.val_data)]
     assert all(ends)
     assert not ends[0] & ends[1]
+
+
+def test_near_duplicates_stay_together(root):
+    datamodule = boards(root, val_split_ratio=0.4, duplicate_distance=0)
+    datamodule.setup()
+    black = [
+        {number for number in names(subset) if int(number) in (3, 6, 9, 12)}
+        for subset in (datamodule.train_data, datamodule.val_data)
+    ]
+    assert sorted(map(len, black)) == [0, 4]
 
 
 def test_a_test_file_of_its_own_and_folders_of_their_own(root):
@@ -272,6 +288,7 @@ def test_bad_arguments_are_refused(tmp_path):
         ({"val_split_ratio": 1.0}, r"val_split_ratio is 1\.0"),
         ({"train_batch_size": 0}, "train_batch_size is 0; expected at least 1"),
         ({"seed": -1}, "seed is -1"),
+        ({"duplicate_distance": 128}, r"duplicate_distance is 128; expected 0 .* to 127 bits"),
         ({"num_workers": -1}, "num_workers is -1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -186,7 +186,7 @@ def cheapest_labels(cost: Tensor, counts: Tensor) -> Tensor:
     >>> cheapest_labels(torch.tensor([[1.0, 1.2, 5.0], [0.5, 3.0, 5.0]]), torch.tensor([1, 1]))
     tensor([ 1, -1, -1])
     """
-    rank = cost.argsort(1, stable=True).argsort(1)
+    rank = cost.argsort(dim=1, stable=True).argsort(dim=1)
     taken = (rank < counts[:, None]) & cost.isfinite()
     cheapest = cost.argmin(0)
     return torch.where(taken.any(0), torch.where(taken.sum(0) > 1, cheapest, taken.int().argmax(0)), BACKGROUND)

@@ -14,7 +14,7 @@ from PIL import Image
 from anomalib_ot.integration.images import DECODE_ERRORS
 from anomalib_ot.integration.input_error import InputError
 
-__all__ = ["BoxRecord", "Findings", "check_image_files", "clean_box"]
+__all__ = ["BoxRecord", "Findings", "check_image_files", "clean_box", "image_sizes"]
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,22 @@ def check_image_files(records: Iterable[BoxRecord], findings: Findings) -> None:
                 findings.add("image", what, path)
             if is_huge:
                 findings.add("image", f"over {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels, slow to read", path)
+
+
+def image_sizes(paths: Sequence[str]) -> list[tuple[int, int]]:
+    """Read the width and height of images from their headers.
+
+    Args:
+        paths: The files.
+
+    Returns:
+        Width and height of each, pixels, as stored.
+
+    Raises:
+        InputError: If a file is missing, is no image, or is larger than Pillow opens.
+    """
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return [size for size, _, _ in pool.map(_header, paths)]
 
 
 def _header(path: str) -> tuple[tuple[int, int], int, bool]:

@@ -6,10 +6,13 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from anomalib_ot.integration.box_records import BoxRecord
+from anomalib_ot.integration.box_records import BoxRecord, Findings
 from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.near_duplicates import HASH_BITS, image_hashes, near_duplicate_groups
 
-__all__ = ["groups_by_pattern", "split_records"]
+__all__ = ["check_distance", "groups_by_pattern", "groups_by_sight", "joined_groups", "split_records"]
+
+LARGE_GROUP = 0.3  # of all images; a split can hardly keep its ratios then
 
 
 def split_records(
@@ -97,3 +100,74 @@ def groups_by_pattern(argument: str, pattern: str | None, names: Sequence[str]) 
             msg = f"{argument} is {pattern!r}, which does not fit the image {name}; expected one that fits all names"
             raise InputError(msg)
     return [match[1] for _, match in found]
+
+
+def check_distance(name: str, value: int | None) -> None:
+    """Check a distance between near duplicates.
+
+    Args:
+        name: Name of the argument.
+        value: What came; None turns the search off.
+
+    Raises:
+        InputError: If it is out of range.
+
+    >>> check_distance("duplicate_distance", 40)
+    """
+    if value is not None and not 0 <= value < HASH_BITS // 2:
+        msg = f"{name} is {value}; expected 0 (equal hashes) to {HASH_BITS // 2 - 1} bits, or null to search for none"
+        raise InputError(msg)
+
+
+def groups_by_sight(distance: int | None, paths: Sequence[str], findings: Findings) -> list[int] | None:
+    """Group near duplicates, so that a split cannot put one of them on each side.
+
+    Args:
+        distance: In how many bits the hashes of near duplicates differ at most; None: no groups.
+        paths: The image files.
+        findings: Counts groups so large that no fair split is left.
+
+    Returns:
+        The group of each image; None without a distance.
+
+    Raises:
+        InputError: If an image cannot be read.
+    """
+    if distance is None or not paths:
+        return None
+    groups = near_duplicate_groups(image_hashes(paths), distance).tolist()
+    (largest, count), *_ = Counter(groups).most_common(1)
+    if count > 2 and count > LARGE_GROUP * len(paths):
+        what = f"of {count} near duplicates among {len(paths)} images: lower duplicate_distance if they are none"
+        findings.add("group", what, paths[groups.index(largest)])
+    return groups
+
+
+def joined_groups(*groupings: Sequence[Hashable] | None) -> list[int] | None:
+    """Join groupings of the same images: whoever shares a group in any of them shares one here.
+
+    Args:
+        groupings: For each image its group; None says nothing.
+
+    Returns:
+        The group of each image; None if there is no grouping at all.
+
+    >>> joined_groups(["a", "a", "b", "c"], None, [1, 2, 2, 3])
+    [0, 0, 0, 3]
+    """
+    given = [grouping for grouping in groupings if grouping is not None]
+    if not given:
+        return None
+    parent = list(range(len(given[0])))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            index = parent[index] = parent[parent[index]]
+        return index
+
+    for grouping in given:
+        first: dict[Hashable, int] = {}
+        for index, group in enumerate(grouping):
+            one, other = sorted((root(index), root(first.setdefault(group, index))))
+            parent[other] = one
+    return [root(index) for index in range(len(parent))]

@@ -8,7 +8,13 @@ from torchvision.transforms.v2 import Transform
 
 from anomalib_ot.integration.box_datamodule import BoxContent, BoxDataModule, check_ratio
 from anomalib_ot.integration.box_records import BoxRecord, Findings
-from anomalib_ot.integration.box_splits import groups_by_pattern, split_records
+from anomalib_ot.integration.box_splits import (
+    check_distance,
+    groups_by_pattern,
+    groups_by_sight,
+    joined_groups,
+    split_records,
+)
 from anomalib_ot.integration.coco_json import CocoFile, read_coco
 from anomalib_ot.integration.input_error import InputError
 
@@ -29,8 +35,9 @@ class CocoBoxes(BoxDataModule):
         val_split_ratio: Which part of the training images is split off where there is no ``val_json``, within (0, 1);
             stratified by class.
         group_pattern: Regular expression with one group in parentheses, which catches from a file name what images
-            must have in common to stay together in that split, such as the board in ``^([0-9]{5})``. None: each image
-            for itself.
+            must have in common to stay together in that split, such as the board in ``^([0-9]{5})``.
+        duplicate_distance: Images whose perceptual hashes of 256 bits differ in at most so many stay together too, such
+            as two pictures of one piece. None: no search for near duplicates.
         train_batch_size: Images per training batch.
         eval_batch_size: Images per validation or test batch.
         num_workers: Processes that read images; 0 reads in the main process.
@@ -61,6 +68,7 @@ class CocoBoxes(BoxDataModule):
         test_image_dir: str | Path | None = None,
         val_split_ratio: float = 0.2,
         group_pattern: str | None = None,
+        duplicate_distance: int | None = 40,
         train_batch_size: int = 8,
         eval_batch_size: int = 8,
         num_workers: int = 4,
@@ -83,6 +91,8 @@ class CocoBoxes(BoxDataModule):
             seed=seed,
         )
         check_ratio("val_split_ratio", val_split_ratio)
+        check_distance("duplicate_distance", duplicate_distance)
+        self.duplicate_distance = duplicate_distance
         self.val_split_ratio = val_split_ratio
         self.group_pattern = group_pattern
         self.json_paths = {"train": train_json, "val": val_json, "test": test_json}
@@ -107,7 +117,10 @@ class CocoBoxes(BoxDataModule):
         else:
             folder = self._image_dir("train")
             names = [Path(os.path.relpath(record.image_path, folder)).as_posix() for record in train]
-            groups = groups_by_pattern("group_pattern", self.group_pattern, names)
+            groups = joined_groups(
+                groups_by_pattern("group_pattern", self.group_pattern, names),
+                groups_by_sight(self.duplicate_distance, [record.image_path for record in train], findings),
+            )
             ratios = (1 - self.val_split_ratio, self.val_split_ratio)
             train, val = split_records(train, ratios, self.seed, groups)
         test = val if self.json_paths["test"] is None else self._read_subset("test", class_names, findings)[1]

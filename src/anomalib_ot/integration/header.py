@@ -1,5 +1,6 @@
 """The strip above the panels: is the part bad, by how much, and what is the cause."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
@@ -77,6 +78,7 @@ def header(
     *,
     inside: bool | None = None,
     normalised: bool = True,
+    remarks: Sequence[tuple[str, str]] = (),
 ) -> Image.Image:
     """Draw what is known about the part as a whole, the most important first.
 
@@ -87,6 +89,7 @@ def header(
         inside: Whether any pixel is predicted defective, and the shares were counted there; if not, in the top 1 % of
             the pixels. None: not known.
         normalised: Whether the maps stay within [0, 1]; if not, the header says so.
+        remarks: More to say, each a small caption and a line of text.
 
     Returns:
         RGB strip.
@@ -105,6 +108,7 @@ def header(
     if verdict.transport_score is not None:
         limit = "" if verdict.transport_threshold is None else f"   threshold {verdict.transport_threshold:.1f}"
         cards.append(_card("Transport score", f"{round(verdict.transport_score, 1) + 0.0:.1f}{limit}"))
+    cards += [_card(caption, text) for caption, text in remarks]
     if verdict.truth is not None:
         note = verdict.outcome()
         cards.append(_card("Known to be", ("DEFECT" if verdict.truth else "GOOD") + (f", {note}" if note else "")))
@@ -175,10 +179,11 @@ def badge(defect: bool | None) -> Image.Image:
 
 def _card(caption: str, text: str) -> Image.Image:
     """Draw a small caption over a line of text, with room for a bar below."""
-    font = ImageFont.load_default(17)
-    card = Image.new("RGB", (max(round(font.getlength(text)) + 2, 90), CARD_HEIGHT), PAPER)
+    font, small = ImageFont.load_default(17), ImageFont.load_default(12)
+    width = max(font.getlength(text), small.getlength(caption))
+    card = Image.new("RGB", (max(round(width) + 2, 90), CARD_HEIGHT), PAPER)
     draw = ImageDraw.Draw(card)
-    draw.text((0, 0), caption, FAINT, ImageFont.load_default(12))
+    draw.text((0, 0), caption, FAINT, small)
     draw.text((0, 17), text, INK, font)
     return card
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["EvaluatedBoxes", "average_precision", "box_hits", "class_average_precisions"]
+__all__ = ["EvaluatedBoxes", "average_precision", "box_hits", "class_average_precisions", "pair_iou"]
 
 
 class EvaluatedBoxes(NamedTuple):
@@ -143,7 +143,7 @@ def _best_overlaps(data: EvaluatedBoxes) -> tuple[np.ndarray, np.ndarray]:
     box = np.repeat(np.arange(len(group)), count)
     within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     truth = by_group[np.repeat(start, count) + within]
-    overlaps = _pair_iou(data.boxes[box], data.gt_boxes[truth])
+    overlaps = pair_iou(data.boxes[box], data.gt_boxes[truth])
     order = np.lexsort((within, -overlaps, box))
     box_of_best, first = np.unique(box[order], return_index=True)
     overlap, index = np.full(len(group), -1.0), np.full(len(group), -1)
@@ -151,7 +151,7 @@ def _best_overlaps(data: EvaluatedBoxes) -> tuple[np.ndarray, np.ndarray]:
     return overlap, index
 
 
-def _pair_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+def pair_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Intersection over union of each box with the one at the same place, (P,); 0 where both are empty."""
     boxes, others = boxes.astype(float), others.astype(float)
     sides = (np.minimum(boxes[:, 2:], others[:, 2:]) - np.maximum(boxes[:, :2], others[:, :2])).clip(0)

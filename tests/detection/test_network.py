@@ -1,0 +1,174 @@
+"""The network and its decoding: shapes, published start, scores, levels, batches, exported graph."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import batched_nms
+
+from anomalib_ot.detection.decoding import Decoding
+from anomalib_ot.detection.heads import DenseHead
+from anomalib_ot.detection.losses import Dense
+from anomalib_ot.detection.ota import DenseDetector, freeze_stages
+from anomalib_ot.vision.suppression import keep_all
+from anomalib_ot.vision.tiling import Tiling
+
+
+class TwoScales(nn.Module):
+    """A backbone of two maps, of strides 4 and 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.stage = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU())
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        stem = self.stem(images)
+        return {"stem": stem, "stage": self.stage(stem)}
+
+
+def detector(seed: int = 0, **arguments: object) -> DenseDetector:
+    torch.manual_seed(seed)
+    settings = {"channels": 16, "num_convs": 1, "num_extra": 1} | arguments
+    model = DenseDetector(TwoScales(), [8, 16], [4, 8], 3, **settings).eval()
+    with torch.no_grad():  # livelier than a fresh one, so that there is something to detect
+        model.head.class_logits.weight.normal_(std=0.5)
+        model.head.class_logits.bias.fill_(-1)
+    return model
+
+
+def test_shapes_and_points():
+    dense = detector().dense(torch.rand(2, 3, 64, 48))
+    assert dense.level_sizes == (16 * 12, 8 * 6, 4 * 3)
+    count = sum(dense.level_sizes)
+    assert dense.logits.shape == (2, count, 3)
+    assert dense.boxes.shape == (2, count, 4)
+    assert dense.iou_logits.shape == (2, count)
+    assert dense.points[0].tolist() == [2.0, 2.0]
+    assert dense.points[16 * 12].tolist() == [4.0, 4.0]
+    assert dense.strides.unique_consecutive().tolist() == [4, 8, 16]
+    inside = (dense.boxes[..., :2] <= dense.points) & (dense.boxes[..., 2:] >= dense.points)
+    assert inside.all()
+
+
+def test_published_start():
+    head = DenseHead(5, [8, 16], channels=64, num_convs=4, distance="relu")
+    assert float(head.class_logits.bias[0]) == pytest.approx(-4.59512, abs=1e-5)
+    convolutions = [module for module in head.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) == 11
+    assert all(float(module.weight.std()) == pytest.approx(0.01, rel=0.2) for module in convolutions)
+    assert all(module.bias is not None for module in convolutions)
+    assert head.level_scales.tolist() == [1.0, 1.0]
+    norms = [module for module in head.modules() if isinstance(module, nn.GroupNorm)]
+    assert {module.num_groups for module in norms} == {32}
+
+
+def test_overlap_branch_stands_on_the_box_tower():
+    head = DenseHead(2, [8], channels=32, num_convs=1)
+    _, _, iou_logits = head([torch.rand(1, 32, 4, 4)])
+    iou_logits.sum().backward()
+    assert head.box_tower[0].weight.grad is not None
+    assert head.class_tower[0].weight.grad is None
+
+
+@pytest.mark.parametrize(("distance", "expected"), [("relu", 0.0), ("softplus", math.log(1 + math.exp(-1)) * 8)])
+def test_distances_in_pixels(distance, expected):
+    head = DenseHead(1, [8], channels=8, num_convs=1, distance=distance)
+    nn.init.zeros_(head.distances.weight)
+    nn.init.constant_(head.distances.bias, -1)
+    distances = head([torch.rand(1, 8, 2, 2)])[1]
+    torch.testing.assert_close(distances, torch.full_like(distances, expected))
+
+
+def test_backbone_norm_keeps_its_statistics():
+    model = detector().train()
+    before = model.feature_extractor.stem[1].running_mean.clone()
+    model.dense(torch.rand(2, 3, 32, 32))
+    assert torch.equal(model.feature_extractor.stem[1].running_mean, before)
+    assert model.head.training
+
+
+def test_frozen_stages():
+    network = TwoScales()
+    freeze_stages(network, ["stem", "stage"], 0)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    freeze_stages(network, ["stem", "stage"], 1)
+    assert not any(parameter.requires_grad for parameter in network.stem.parameters())
+    assert all(parameter.requires_grad for parameter in network.stage.parameters())
+    freeze_stages(network, ["stem", "stage"], 2)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+# ---- decoding
+
+
+def one_point(p_class: float, p_iou: float) -> Dense:
+    logits, iou_logits = torch.logit(torch.tensor([[[p_class]]])), torch.logit(torch.tensor([[p_iou]]))
+    return Dense(logits, torch.tensor([[[1.0, 1, 5, 5]]]), iou_logits, torch.zeros(1, 2), torch.ones(1), (1,))
+
+
+def test_score_is_the_geometric_mean():
+    found = Decoding()(one_point(0.64, 0.81), (10, 10))
+    assert float(found.scores) == pytest.approx(0.72)
+    assert found.boxes[0, 0].tolist() == [1, 1, 5, 5]
+
+
+def test_threshold_clip_and_slots():
+    assert not Decoding(score_threshold=0.8)(one_point(0.64, 0.81), (10, 10)).valid.any()
+    assert Decoding()(one_point(0.64, 0.81), (4, 3)).boxes[0, 0].tolist() == [1, 1, 3, 4]
+
+
+def test_decoding_equals_plain_loops():
+    model = detector()
+    dense = model.dense(torch.rand(2, 3, 64, 64))
+    settings = Decoding(level_top=40, max_candidates=10_000, max_detections=30)
+    found = settings(dense, (64, 64))
+    scores = (dense.logits.sigmoid() * dense.iou_logits.sigmoid()[..., None]).sqrt()
+    for image in range(2):
+        boxes, values, labels, start = [], [], [], 0
+        for size in dense.level_sizes:
+            level = scores[image, start : start + size].flatten()
+            best = level.topk(min(40, len(level)))
+            boxes.append(dense.boxes[image, start + best.indices // 3].clamp(0, 64))
+            values.append(best.values)
+            labels.append(best.indices % 3)
+            start += size
+        boxes, values, labels = torch.cat(boxes), torch.cat(values), torch.cat(labels)
+        over = values > 0.05
+        boxes, values, labels = boxes[over], values[over], labels[over]
+        kept = batched_nms(boxes, values, labels, 0.6)[:30]
+        own = found.of_image(image)
+        torch.testing.assert_close(own[1], values[kept])
+        torch.testing.assert_close(own[0], boxes[kept])
+        assert torch.equal(own[2], labels[kept])
+
+
+@pytest.mark.parametrize("tiling", [None, Tiling((32, 48), max_detections=20)])
+def test_an_image_alone_and_in_a_batch(tiling):
+    model = detector(tiling=tiling, decoding=Decoding(max_detections=20))
+    images = torch.rand(3, 3, 64, 80, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        together, alone = model(images), [model(image[None]) for image in images]
+    assert together.valid.any()
+    for number, single in enumerate(alone):
+        for ours, theirs in zip(together, single, strict=True):
+            torch.testing.assert_close(ours[number], theirs[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("suppress", [None, keep_all])
+@pytest.mark.parametrize("tiling", [None, Tiling((32, 48), max_detections=20)])
+def test_exported_graph_equals_eager(tiling, suppress):
+    decoding = Decoding(max_detections=20, max_candidates=64)
+    if suppress is not None:
+        decoding = Decoding(suppress, max_detections=20, max_candidates=64)
+    model = detector(tiling=tiling, decoding=decoding)
+    example = torch.rand(2, 3, 64, 80)
+    dynamic = ({0: torch.export.Dim("batch", min=1, max=8)},)
+    graph = torch.export.export(model, (example,), dynamic_shapes=dynamic).module()
+    images = torch.rand(3, 3, 64, 80, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        eager, exported = model(images), graph(images)
+    assert eager.valid.any()
+    for ours, theirs in zip(eager, exported, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
