@@ -14,12 +14,14 @@ from anomalib.engine import Engine
 from anomalib.models import Padim
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
+from faster_coco_eval import COCO
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Pad, Resize
 
 from anomalib_ot import OTPrototypes, RegionWriter, SyntheticFabric
 from anomalib_ot.integration.candidate_file import Candidates, write_candidates
+from anomalib_ot.integration.coco_json import read_coco
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.region_writer import SeenPart, seen_part
 
@@ -180,6 +182,21 @@ def test_boxes_scale_to_the_file_and_images_without_boxes_are_listed(tmp_path):
     (entry,) = content["annotations"]
     expected = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 16, 8, 32], "area": 256, "iscrowd": 0}
     assert entry == expected | {"score": pytest.approx(0.9)}
+
+
+def test_readers_of_coco_read_it(tmp_path):
+    batch = batch_of(tmp_path, (4, 8, 20, 24), None, file_size=(32, 128))
+    content = stage(RegionWriter(tmp_path / "a.json", threshold=0.5), batch)
+    ours = read_coco(tmp_path / "a.json")
+    assert (ours.class_names, ours.warnings) == (["defect"], [])
+    assert [(image.file_name, image.width, image.height) for image in ours.images] == [
+        ("0.png", 32, 128),
+        ("1.png", 32, 128),
+    ]
+    assert [image.boxes for image in ours.images] == [[(2, 16, 10, 48)], []]
+    theirs = COCO(str(tmp_path / "a.json"))
+    assert theirs.loadAnns(theirs.getAnnIds()) == content["annotations"]
+    assert theirs.getImgIds() == [1, 2]
 
 
 def test_images_come_in_the_order_of_their_names_whatever_came_first(tmp_path):

@@ -53,22 +53,22 @@ def test_a_long_faint_scratch_stays_whole():
     ridge = torch.zeros(64, 160)
     ridge[28:36, 20:140] = torch.linspace(0.95, 0.55, 120)
     anomaly_map = torch.from_numpy(gaussian_filter(ridge.numpy(), 3))[None, None]
-    (box,) = boxes_of(anomaly_map)
+    (box,) = boxes_of(anomaly_map, edge=0.75)
     assert 20 <= box[0] <= 24
     assert 136 <= box[2] <= 140
     assert (box[1], box[3]) == (29, 35)
-    (far,) = boxes_of(anomaly_map, reach=160)
+    (far,) = boxes_of(anomaly_map, edge=0.75, reach=160)
     assert far[2] < 100
 
 
 def test_two_touching_peaks_are_one_region_or_two_as_extent_says():
     two = torch.maximum(bump((30, 30), 6, 0.9), bump((54, 30), 6, 0.8))[None, None]  # meet at .12
     apart = [[26, 26, 35, 35], [50, 26, 59, 35]]
-    assert boxes_of(two) == apart
-    assert boxes_of(two, extent=0.1) == [[26, 26, 59, 35]]
-    assert boxes_of(two, gap=14) == apart
-    assert boxes_of(two, gap=15) == [[26, 26, 59, 35]]
-    assert boxes_of(two, gap=math.inf) == [[26, 26, 59, 35]]
+    assert boxes_of(two, edge=0.75, reach=20) == apart
+    assert boxes_of(two, edge=0.75, reach=20, extent=0.1) == [[26, 26, 59, 35]]
+    assert boxes_of(two, edge=0.75, reach=20, gap=14) == apart
+    assert boxes_of(two, edge=0.75, reach=20, gap=15) == [[26, 26, 59, 35]]
+    assert boxes_of(two, edge=0.75, reach=20, gap=math.inf) == [[26, 26, 59, 35]]
 
 
 def test_a_shoulder_of_a_higher_peak_has_no_box_of_its_own():

@@ -46,8 +46,8 @@ class RegionSettings:
 
     threshold: float = 0.5
     extent: float = 0.35
-    edge: float = 0.75
-    reach: int = 20
+    edge: float = 0.7
+    reach: int = 28
     min_area: int = 16
     gap: float = 0
     max_boxes: int = 20
