@@ -27,9 +27,7 @@ def test_equals_torchvision(form, threshold):
     assert not keep[1].any()
     for image in (0, 2):
         valid = found.valid[image]
-        kept = batched_nms(
-            found.boxes[image, valid], found.scores[image, valid], found.labels[image, valid], threshold
-        )
+        kept = batched_nms(found.boxes[image, valid], found.scores[image, valid], found.labels[image, valid], threshold)
         assert sorted(kept.tolist()) == keep[image].nonzero().squeeze(1).tolist()
         assert 5 < len(kept) < 110
 
