@@ -12,7 +12,7 @@ from rich.console import Console
 
 from anomalib_ot.integration.box_batch import BoxBatch
 from anomalib_ot.integration.box_evaluator import BoxEvaluator, class_table, default_evaluator
-from anomalib_ot.integration.box_metrics import CocoPrecision, ImageAUROC
+from anomalib_ot.integration.box_metrics import BoxMetric, CocoPrecision, ImageAUROC
 from anomalib_ot.integration.box_record import BoxRecord
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.vision.detection_scores import ClassResult
@@ -109,6 +109,16 @@ class TestDefaultEvaluator:
         with pytest.raises(InputError, match="score_threshold"):
             default_evaluator(3)
 
+    @pytest.mark.parametrize(("own", "model", "expected"), [(None, 0.6, 0.0), (0.2, 0.6, 0.5), (None, 0.05, 1.0)])
+    def test_without_one_of_its_own_it_is_the_models(self, tmp_path, capsys, own, model, expected):
+        detector = Detector(default_evaluator(own, tianchi=True))
+        detector.image_threshold = model
+        (logged,) = trainer(tmp_path).test(detector, loader(TESTED), verbose=False)
+        assert logged["false_positives_per_good_image"] == expected
+        right = {0.0: 4, 0.5: 3, 1.0: 2}[expected] / 4  # images rightly called good or defective
+        assert logged["tianchi_score"] == pytest.approx(0.2 * right + 0.8 * 0.5)
+        assert f"score above {own or model:g}" in " ".join(capsys.readouterr().out.split())
+
     def test_without_good_images_the_rest_is_logged(self, tmp_path, caplog):
         with caplog.at_level(logging.WARNING, logger="anomalib_ot"):
             (logged,) = trainer(tmp_path).test(Detector(default_evaluator()), loader(DEFECTIVE), verbose=False)
@@ -127,8 +137,13 @@ class TestDefaultEvaluator:
 
     def test_two_evaluators_share_nothing(self):
         one, two = default_evaluator(), default_evaluator()
-        records = [metric.record for e in (one, two) for metric in (e.val_metrics[0], e.test_metrics[0])]
-        assert len(set(map(id, records))) == 4
+        records = [
+            {id(metric.record) for metric in metrics if isinstance(metric, BoxMetric)}
+            for evaluator in (one, two)
+            for metrics in (evaluator.val_metrics, evaluator.test_metrics)
+        ]
+        assert [len(shared) for shared in records] == [1] * 4
+        assert len(set.union(*records)) == 4
 
 
 class TestClassTable:

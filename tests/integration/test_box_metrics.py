@@ -170,6 +170,12 @@ class TestCocoPrecision:
         assert len(caplog.records) == 1
         assert not recwarn
 
+    def test_the_evaluator_below_says_nothing(self, batches, caplog, capsys):
+        with caplog.at_level(logging.INFO):
+            values([CocoPrecision("map")], batches)
+        assert caplog.records == []
+        assert capsys.readouterr() == ("", "")
+
     def test_half_precision_boxes(self, batches):
         half = copy.deepcopy(batches[0])
         half.pred_box_scores = half.pred_box_scores.bfloat16()
@@ -235,6 +241,19 @@ class TestSharing:
     def test_a_batch_without_boxes(self):
         with pytest.raises(ValueError, match=r"type ImageBatch has no pred_boxes.*expect a BoxBatch"):
             CocoPrecision().update(ImageBatch(image=torch.zeros(1, 3, 8, 8)))
+
+    @pytest.mark.parametrize("field", ["pred_boxes", "pred_box_scores"])
+    def test_a_diverged_model(self, batches, field):
+        batch = copy.deepcopy(batches[0])
+        getattr(batch, field)[1, 0] = float("nan")
+        with pytest.raises(ValueError, match="hold NaN or infinite values"):
+            CocoPrecision().update(batch)
+
+    def test_nan_in_an_empty_slot_does_not_matter(self, batches):
+        batch = copy.deepcopy(batches[0])
+        assert batch.pred_box_labels[0, -1] == -1
+        batch.pred_boxes[0, -1] = float("nan")
+        assert values([CocoPrecision()], [batch]) == values([CocoPrecision()], [batches[0]])
 
     def test_evaluator_sees_metrics(self):
         assert Evaluator.validate_metrics(CocoPrecision()) != []

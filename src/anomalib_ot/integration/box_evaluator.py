@@ -1,7 +1,7 @@
 """The evaluator of detectors: their metrics by default, and a table of classes after a test."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from anomalib.metrics import AnomalibMetric, Evaluator
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anomalib_ot.integration.box_metrics import (
+    MODEL_THRESHOLD,
     BoxMetric,
     CocoPrecision,
     FalsePositivesPerGoodImage,
@@ -30,12 +31,14 @@ __all__ = ["BoxEvaluator", "class_table", "default_evaluator"]
 class BoxEvaluator(Evaluator):
     """Anomalib's evaluator, which also prints how well each class was found in a test.
 
-    The table comes from the record of the first box metric among the test metrics; without one there is none.
+    The box metrics of validation share one record, and so do those of test, whose record also gives the table; without
+    a box metric there is none.
 
     Args:
         val_metrics: Metrics of validation.
         test_metrics: Metrics of test.
-        score_threshold: Score above which a box counts as found or false in the table, in [0, 1].
+        score_threshold: Score above which a box counts as found or false in the table, in [0, 1]; None: the model's
+            `image_threshold`, or .3 if it has none, which also the metrics use that have no threshold of their own.
         compute_on_cpu: Whether states are kept on the CPU, on a single device.
 
     Raises:
@@ -46,29 +49,47 @@ class BoxEvaluator(Evaluator):
         self,
         val_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
         test_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
-        score_threshold: float = 0.3,
+        score_threshold: float | None = None,
         compute_on_cpu: bool = True,
     ) -> None:
         """Keep the metrics; see the class."""
-        check_fraction("score_threshold", score_threshold)
+        if score_threshold is not None:
+            check_fraction("score_threshold", score_threshold)
         super().__init__(val_metrics, test_metrics, compute_on_cpu)
+        for metrics in (self.val_metrics, self.test_metrics):
+            record = _record(metrics)
+            for metric in metrics:
+                if isinstance(metric, BoxMetric):
+                    metric.record = record
         self.score_threshold = score_threshold
         self.class_results: list[ClassResult] = []
+
+    def setup(self, trainer: "Trainer", pl_module: "AnomalibModule", stage: str) -> None:
+        """Tell the metrics the model's threshold."""
+        super().setup(trainer, pl_module, stage)
+        for metric in (*self.val_metrics, *self.test_metrics):
+            if isinstance(metric, BoxMetric):
+                metric.model_threshold = self._threshold(pl_module)
 
     def on_test_epoch_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
         """Log the metrics, and count by class while the boxes are there."""
         super().on_test_epoch_end(trainer, pl_module)
-        record = next((metric.record for metric in self.test_metrics if isinstance(metric, BoxMetric)), None)
-        self.class_results = [] if record is None else class_results(record.compute(), self.score_threshold)
+        record = _record(self.test_metrics)
+        self.class_results = [] if record is None else class_results(record.compute(), self._threshold(pl_module))
 
     def on_test_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
         """Print the table of classes."""
         if trainer.is_global_zero and self.class_results:
             names = getattr(pl_module, "class_names", None)
-            Console().print(class_table(self.class_results, self.score_threshold, names))
+            Console().print(class_table(self.class_results, self._threshold(pl_module), names))
+
+    def _threshold(self, pl_module: "AnomalibModule") -> float:
+        if self.score_threshold is not None:
+            return self.score_threshold
+        return float(getattr(pl_module, "image_threshold", MODEL_THRESHOLD))
 
 
-def default_evaluator(score_threshold: float = 0.3, *, tianchi: bool = False) -> BoxEvaluator:
+def default_evaluator(score_threshold: float | None = None, *, tianchi: bool = False) -> BoxEvaluator:
     """Make the evaluator of a detector.
 
     In validation it logs `map` and `map_50`; in test also `map_75`, `image_AUROC`, `image_F1Score` and
@@ -77,7 +98,7 @@ def default_evaluator(score_threshold: float = 0.3, *, tianchi: bool = False) ->
 
     Args:
         score_threshold: Score above which a box counts as a false positive on a good image and, for the contest,
-            makes its image defective, in [0, 1].
+            makes its image defective, in [0, 1]; None: the model's `image_threshold`, or .3 if it has none.
         tianchi: Whether the test also logs `tianchi_score`.
 
     Returns:
@@ -89,17 +110,21 @@ def default_evaluator(score_threshold: float = 0.3, *, tianchi: bool = False) ->
     >>> [metric.name for metric in default_evaluator().val_metrics]
     ['map', 'map_50']
     """
-    val_record, record = BoxRecord(), BoxRecord()
     test_metrics = [
-        *(CocoPrecision(key, record=record) for key in ("map", "map_50", "map_75")),
+        *(CocoPrecision(key) for key in ("map", "map_50", "map_75")),
         ImageAUROC(),
         ImageF1Score(),
-        FalsePositivesPerGoodImage(score_threshold, record),
+        FalsePositivesPerGoodImage(score_threshold),
     ]
     if tianchi:
-        test_metrics.append(TianchiScore(score_threshold, record))
-    val_metrics = [CocoPrecision(key, record=val_record) for key in ("map", "map_50")]
+        test_metrics.append(TianchiScore(score_threshold))
+    val_metrics = [CocoPrecision(key) for key in ("map", "map_50")]
     return BoxEvaluator(val_metrics, test_metrics, score_threshold)
+
+
+def _record(metrics: Iterable[AnomalibMetric]) -> BoxRecord | None:
+    """The record of the first box metric."""
+    return next((metric.record for metric in metrics if isinstance(metric, BoxMetric)), None)
 
 
 def class_table(results: Sequence[ClassResult], score_threshold: float, names: Sequence[str] | None = None) -> Table:

@@ -14,7 +14,8 @@ __all__ = ["INSET", "Inset", "find_insets", "inset_strip"]
 Box = tuple[float, float, float, float]
 INSET, TITLE_HEIGHT = 230, 20  # pixels
 SMALL = 32  # a box whose longer side is drawn with fewer pixels is enlarged
-SURROUNDINGS = 3.4  # side of a cut, in sides of its box: at least twice the size of the view for any small box
+SURROUNDINGS = 3.4  # side of a cut, in sides of its box
+LEAST_ZOOM = 2  # a cut is at least so much larger than the view; as INSET / (SMALL * SURROUNDINGS) is too
 LEAST_SIDE = 44  # pixels of the part: with less around it one does not see what a box is part of
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -58,7 +59,8 @@ def find_insets(boxes: Sequence[Box], image_size: tuple[int, int], scale: float,
         if holder is None:
             if len(insets) >= min(most, len(LETTERS)):
                 continue
-            side = min(max(SURROUNDINGS * longest, LEAST_SIDE), *image_size)
+            least = min(LEAST_SIDE, INSET / (LEAST_ZOOM * scale))
+            side = min(max(SURROUNDINGS * longest, least), *image_size)
             corner = [min(max((box[axis] + box[axis + 2] - side) / 2, 0), image_size[axis] - side) for axis in range(2)]
             holder = Inset(LETTERS[len(insets)], (*corner, corner[0] + side, corner[1] + side))
             insets.append(holder)

@@ -20,6 +20,7 @@ from anomalib_ot.vision.detection_scores import (
 )
 
 __all__ = [
+    "MODEL_THRESHOLD",
     "BoxMetric",
     "CocoPrecision",
     "FalsePositivesPerGoodImage",
@@ -31,6 +32,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+MODEL_THRESHOLD = 0.3
 COCO_KEYS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 
 
@@ -43,6 +45,10 @@ class BoxMetric(AnomalibMetric, Metric):
     Args:
         name: Under which the number is logged.
         record: The boxes, shared with other metrics; None: a record of its own.
+
+    Attributes:
+        model_threshold: Score above which a box makes its image defective for the model, which `BoxEvaluator` tells
+            its metrics; they use it where they have no threshold of their own.
     """
 
     full_state_update = False
@@ -53,6 +59,7 @@ class BoxMetric(AnomalibMetric, Metric):
         super().__init__(fields=FIELDS)
         self.name = name
         self.record = BoxRecord() if record is None else record
+        self.model_threshold = MODEL_THRESHOLD
         self._has_warned = False
 
     @abstractmethod
@@ -135,29 +142,31 @@ class TianchiScore(BoxMetric):
     """Score of the Tianchi fabric contest, see `tianchi_score`; not reported without true boxes.
 
     Args:
-        image_threshold: Score above which a box makes its image defective, in [0, 1].
+        image_threshold: Score above which a box makes its image defective, in [0, 1]; None: the model's.
         record: The boxes, shared with other metrics; None: a record of its own.
 
     Raises:
         InputError: If `image_threshold` is not in [0, 1].
     """
 
-    def __init__(self, image_threshold: float = 0.3, record: BoxRecord | None = None) -> None:
+    def __init__(self, image_threshold: float | None = None, record: BoxRecord | None = None) -> None:
         """Keep the threshold; see the class."""
-        check_fraction("image_threshold", image_threshold)
+        if image_threshold is not None:
+            check_fraction("image_threshold", image_threshold)
         super().__init__("tianchi_score", record)
         self.image_threshold = image_threshold
 
     def measure(self, record: BoxRecord) -> float | None:
         """Return the score."""
-        return tianchi_score(record.compute(), self.image_threshold)
+        threshold = self.model_threshold if self.image_threshold is None else self.image_threshold
+        return tianchi_score(record.compute(), threshold)
 
 
 class FalsePositivesPerGoodImage(BoxMetric):
     """Boxes above a score on images without true boxes, per such image; not reported without such images.
 
     Args:
-        score_threshold: Only boxes above this score count, in [0, 1].
+        score_threshold: Only boxes above this score count, in [0, 1]; None: the model's.
         record: The boxes, shared with other metrics; None: a record of its own.
 
     Raises:
@@ -166,15 +175,17 @@ class FalsePositivesPerGoodImage(BoxMetric):
 
     needs = "no image is free of true boxes"
 
-    def __init__(self, score_threshold: float = 0.3, record: BoxRecord | None = None) -> None:
+    def __init__(self, score_threshold: float | None = None, record: BoxRecord | None = None) -> None:
         """Keep the threshold; see the class."""
-        check_fraction("score_threshold", score_threshold)
+        if score_threshold is not None:
+            check_fraction("score_threshold", score_threshold)
         super().__init__("false_positives_per_good_image", record)
         self.score_threshold = score_threshold
 
     def measure(self, record: BoxRecord) -> float | None:
         """Return the mean number of boxes."""
-        return false_positives_per_good_image(record.compute(), self.score_threshold)
+        threshold = self.model_threshold if self.score_threshold is None else self.score_threshold
+        return false_positives_per_good_image(record.compute(), threshold)
 
 
 class RecallAtFalsePositives(BoxMetric):

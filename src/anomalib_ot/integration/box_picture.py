@@ -68,7 +68,7 @@ def box_picture(
         RGB picture.
 
     Raises:
-        ValueError: If `size` is too small or the boxes do not fit together.
+        ValueError: If `size` is too small, or the boxes do not fit together or hold NaN.
 
     Example:
         >>> found = DetectedBoxes(np.array([[8.0, 8, 30, 20]]), np.array([0.9]), np.array([0]))
@@ -120,6 +120,10 @@ def _check(found: DetectedBoxes, size: int) -> None:
         expected += [(len(found.gt_labels), 4), (len(found.gt_labels),)]
     if shapes != expected:
         msg = f"the boxes have shapes {shapes}; expected (N, 4), (N,), (N,), and (G, 4), (G,) or both None."
+        raise ValueError(msg)
+    used = found.boxes[found.labels >= 0]
+    if not np.isfinite(used).all():
+        msg = f"boxes hold NaN or infinite values, such as {used[~np.isfinite(used).all(axis=1)][0]}; expected pixels."
         raise ValueError(msg)
 
 

@@ -1,6 +1,8 @@
 """The boxes of a whole evaluation, gathered once for all metrics that look at them."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -54,7 +56,7 @@ class BoxRecord(Metric):
         """Add the images of a batch.
 
         Raises:
-            ValueError: If the batch has no predicted or no true boxes.
+            ValueError: If the batch has no predicted or no true boxes, or if some hold NaN or infinite values.
         """
         absent = [name for name in FIELDS if getattr(batch, name, None) is None]
         if absent:
@@ -63,8 +65,14 @@ class BoxRecord(Metric):
                 "with predicted and true boxes: evaluate a detector on data with boxes"
             )
             raise ValueError(msg)
-        for image in zip(*(getattr(batch, name) for name in FIELDS), strict=True):
-            self.numbers.append(_flat_numbers(*image))
+        added = [_flat_numbers(*image) for image in zip(*(getattr(batch, name) for name in FIELDS), strict=True)]
+        if not all(bool(numbers.isfinite().all()) for numbers in added):
+            msg = (
+                "boxes or scores of the batch hold NaN or infinite values, which no metric can rank; if they are "
+                "predicted, the training has diverged: lower its learning rate"
+            )
+            raise ValueError(msg)
+        self.numbers.extend(added)
 
     def compute(self) -> EvaluatedBoxes:
         """Return the boxes of all images; the order of images is that of the updates, process by process."""
@@ -118,8 +126,21 @@ def coco_summary(boxes: EvaluatedBoxes) -> dict[str, float]:
     )
     truths = _per_image(boxes.num_images, boxes.gt_images, boxes=boxes.gt_boxes, labels=boxes.gt_labels)
     metric.update(predictions, truths)
-    summary = metric.compute()
+    with _quiet("faster_coco_eval.core.cocoeval"):  # it logs a table of its own each time
+        summary = metric.compute()
     return {name: float(summary[name]) for name in names}
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Let a logger pass nothing but warnings for a while."""
+    noisy = logging.getLogger(name)
+    level = noisy.level
+    noisy.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        noisy.setLevel(level)
 
 
 def _flat_numbers(boxes: Tensor, scores: Tensor, labels: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from anomalib.data import ImageBatch
 from anomalib.visualization import Visualizer
 from PIL import Image
 
-from anomalib_ot.integration.box_batch import BoxBatch, BoxItem
+from anomalib_ot.integration.box_batch import BoxItem
 from anomalib_ot.integration.box_picture import DetectedBoxes, box_picture
 from anomalib_ot.integration.header import Verdict
 from anomalib_ot.integration.input_checks import check_fraction
@@ -80,7 +80,7 @@ class BoxVisualizer(Visualizer):
         Raises:
             ValueError: If the item has no predicted boxes.
         """
-        if item.pred_boxes is None or item.pred_box_scores is None or item.pred_box_labels is None:
+        if any(getattr(item, name, None) is None for name in ("pred_boxes", "pred_box_scores", "pred_box_labels")):
             msg = (
                 f"the item of {item.image_path or 'an image without path'} has no pred_boxes, pred_box_scores or "
                 "pred_box_labels; expected what a detector has found: draw its output, not its input"
@@ -118,7 +118,7 @@ class BoxVisualizer(Visualizer):
         root = getattr(getattr(trainer, "datamodule", None), "root", None)
         class_names = getattr(pl_module, "class_names", None)
         threshold = getattr(pl_module, "image_threshold", None)
-        for item in BoxBatch.of(predicted).items:
+        for item in predicted.items:
             path = self._names.claim(item.image_path, output_dir, root)
             path.parent.mkdir(parents=True, exist_ok=True)
             name = path.relative_to(output_dir).as_posix() if item.image_path is None else None

@@ -156,6 +156,8 @@ class OTADetector(BoxModel, AnomalibModule):
 
     def configure_model(self) -> None:
         """Build the network for the classes of the data, with the backbone's weights where a training begins."""
+        if self._trainer is None:  # a checkpoint is being loaded, and brings all
+            return
         names = getattr(self.trainer.datamodule, "class_names", None)
         if self.model is None and names is not None:
             self.build(names)

@@ -1,0 +1,291 @@
+"""OTADetector beside torchvision's FCOS, and its three assigners on one head, on real defects.
+
+    python benchmarks/detectors.py --data ../shared/data --weights ../shared/weights
+
+All runs share the backbone with its ImageNet weights, the pyramid, image size, augmentation, batches, steps, optimiser
+and schedule; they differ in head, assigner, losses and decoding. Every run is a process of its own. Results go to
+OUT/runs.jsonl as they come; runs that are there already are not repeated. At the end: a table of all runs, also in
+OUT/table.md, and the learning curves in OUT/curves.png.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+WEIGHTS = "resnet18_imagenet_layer123.safetensors"
+MODELS = {
+    "OTADetector": {"assigner": "ota"},
+    "OTADetector, assigner simota": {"assigner": "simota"},
+    "OTADetector, assigner fcos": {"assigner": "fcos"},
+    "torchvision FCOS": None,
+}
+DEFAULT_RUNS = [
+    ("deeppcb", "OTADetector"),
+    ("deeppcb", "torchvision FCOS"),
+    ("deeppcb", "OTADetector, assigner simota"),
+    ("deeppcb", "OTADetector, assigner fcos"),
+    ("neu_det", "OTADetector"),
+    ("neu_det", "torchvision FCOS"),
+    ("magnetic_tile", "OTADetector"),
+    ("magnetic_tile", "torchvision FCOS"),
+]
+
+
+def data_of(name: str, data: Path, batch_size: int, crop_size: tuple[int, int] | None) -> "BoxDataModule":  # noqa: F821
+    """Make the datamodule of a set."""
+    from anomalib_ot import CocoBoxes, MaskBoxes
+    from anomalib_ot.vision.augment import DefectAugmentation
+
+    batches = {"train_batch_size": batch_size, "eval_batch_size": 4, "num_workers": 0}
+    batches["train_augmentations"] = DefectAugmentation(crop_size=crop_size)
+    if name == "magnetic_tile":
+        return MaskBoxes(root=data / name, **batches)
+    return CocoBoxes(
+        root=data / name,
+        train_json="annotations/instances_train.json",
+        val_json="annotations/instances_val.json",
+        image_dir="images",
+        **batches,
+    )
+
+
+def torchvision_model() -> type:
+    """Make the Anomalib module that trains torchvision's FCOS with everything else as OTADetector has it."""
+    import torch
+    from torch import nn
+    from torchvision.models.detection import FCOS
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.fcos import FCOSHead
+
+    from anomalib_ot import OTADetector
+    from anomalib_ot.vision.detections import Detections, stack_detections
+
+    class Backbone(nn.Module):
+        def __init__(self, detector: nn.Module, channels: int) -> None:
+            super().__init__()
+            self.detector, self.out_channels = detector, channels
+
+        def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            images = images.contiguous(memory_format=torch.channels_last)
+            features = list(self.detector.feature_extractor(images).values())
+            return {str(level): maps for level, maps in enumerate(self.detector.pyramid(features))}
+
+    class Peer(nn.Module):
+        def __init__(self, detector: nn.Module, num_classes: int, image_size: tuple[int, int]) -> None:
+            super().__init__()
+            strides, channels = detector.head.strides, detector.head.class_logits.in_channels
+            num_convs = len(detector.head.class_tower) // 3
+            detector.head = nn.Identity()
+            anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))
+            self.fcos = FCOS(
+                Backbone(detector, channels),
+                num_classes,
+                anchor_generator=anchors,
+                head=FCOSHead(channels, 1, num_classes, num_convs),
+                image_mean=[0.0] * 3,
+                image_std=[1.0] * 3,
+                score_thresh=0.05,
+            )
+            self.fcos.transform.resize = lambda image, target: (image, target)  # resized already
+
+        @property
+        def feature_extractor(self) -> nn.Module:
+            return self.fcos.backbone.detector.feature_extractor
+
+        def forward(self, images: torch.Tensor) -> Detections:
+            found = self.fcos(list(images))
+            return stack_detections([(item["boxes"], item["scores"], item["labels"]) for item in found], 100)
+
+    class TorchvisionFCOS(OTADetector):
+        own_entry = "model.fcos.head.classification_head.cls_logits.weight"
+
+        def new_network(self, num_classes: int) -> nn.Module:
+            return Peer(super().new_network(num_classes), num_classes, self.hparams["image_size"])
+
+        def training_step(self, batch: object, *args: object) -> torch.Tensor:
+            targets = [
+                {"boxes": boxes, "labels": labels}
+                for boxes, labels in zip(batch.gt_boxes, batch.gt_box_labels, strict=True)
+            ]
+            losses = self.model.fcos(list(batch.image), targets)
+            return sum(losses.values())
+
+    return TorchvisionFCOS
+
+
+def run_one(job: dict) -> dict:
+    """Train and test one model on one set; the work of a child process."""
+    warnings.filterwarnings("ignore")
+    import torch
+    from anomalib.engine import Engine
+    from lightning.pytorch import Callback, seed_everything
+
+    from anomalib_ot import OTADetector
+
+    seed_everything(job["seed"])
+    torch.set_num_threads(job["threads"])
+    crop = None if job["crop"] is None else (job["crop"], job["crop"])
+    datamodule = data_of(job["set"], Path(job["data"]), job["batch"], crop)
+    arguments = MODELS[job["model"]]
+    kind = torchvision_model() if arguments is None else OTADetector
+    model = kind(
+        **(arguments or {}),
+        backbone_weights=str(Path(job["weights"]) / WEIGHTS),
+        image_size=(job["size"], job["size"]),
+        seed=job["seed"],
+        visualizer=False,
+    )
+
+    class Curve(Callback):
+        """Times training alone, and keeps the validation's figures."""
+
+        def __init__(self) -> None:
+            self.cpu = self.wall = 0.0
+            self.points: list[tuple[int, float, float]] = []
+            self.positives: list[float] = []
+
+        def on_train_batch_start(self, *args: object) -> None:
+            self.begin = time.process_time(), time.perf_counter()
+
+        def on_train_batch_end(self, trainer: object, *args: object) -> None:
+            self.cpu += time.process_time() - self.begin[0]
+            self.wall += time.perf_counter() - self.begin[1]
+            if "train_positives_per_object" in trainer.callback_metrics:
+                self.positives.append(float(trainer.callback_metrics["train_positives_per_object"]))
+
+        def on_validation_end(self, trainer: object, *args: object) -> None:
+            figure = float(trainer.callback_metrics["map_50"])
+            self.points.append((trainer.global_step, self.cpu, figure))
+            print(f"  step {trainer.global_step}: {self.cpu:.0f} s of CPU, mAP50 {figure:.3f}", flush=True)
+
+    curve = Curve()
+    datamodule.setup()
+    per_epoch = -(-len(datamodule.train_data) // job["batch"])
+    epochs = -(-job["steps"] // per_epoch)
+    engine = Engine(
+        max_epochs=epochs,
+        check_val_every_n_epoch=max(epochs // 6, 1),
+        callbacks=[curve],
+        accelerator="cpu",
+        precision=job["precision"],
+        default_root_dir=job["work"],
+        enable_progress_bar=False,
+        logger=False,
+    )
+    total = time.process_time()
+    engine.fit(model, datamodule=datamodule)
+    total = time.process_time() - total
+    figures = engine.test(model, datamodule=datamodule)[0]
+    steps = curve.points[-1][0]
+    tail = curve.positives[-max(steps // 10, 1) :]
+    return {
+        "set": job["set"],
+        "model": job["model"],
+        "steps": steps,
+        "batch": job["batch"],
+        "size": job["size"],
+        "crop": job["crop"],
+        "precision": job["precision"],
+        "seed": job["seed"],
+        "figures": {name: round(value, 4) for name, value in figures.items()},
+        "cpu_minutes": round(curve.cpu / 60, 2),
+        "fit_cpu_minutes": round(total / 60, 2),
+        "ms_per_step": round(1e3 * curve.wall / steps),
+        "cpu_ms_per_step": round(1e3 * curve.cpu / steps),
+        "positives_per_object": round(sum(tail) / len(tail), 1) if tail else None,
+        "curve": [(step, round(cpu, 1), round(value, 4)) for step, cpu, value in curve.points],
+    }
+
+
+def table(runs: list[dict]) -> str:
+    """Lay the runs out as a Markdown table."""
+    names = ("map", "map_50", "map_75", "image_AUROC", "false_positives_per_good_image")
+    head = ["set", "model", *names, "CPU minutes", "CPU ms per step", "positives per object"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for run in runs:
+        figures = [f"{run['figures'][name]:.3f}" if name in run["figures"] else "" for name in names]
+        cells = [run["set"], run["model"], *figures, f"{run['cpu_minutes']:.1f}", f"{run['cpu_ms_per_step']}"]
+        lines.append("| " + " | ".join([*cells, f"{run['positives_per_object'] or ''}"]) + " |")
+    return "\n".join(lines)
+
+
+def draw(runs: list[dict], path: Path) -> None:
+    """Draw mAP50 over training's CPU minutes, one panel per set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sets = list(dict.fromkeys(run["set"] for run in runs))
+    figure, panels = plt.subplots(1, len(sets), figsize=(5 * len(sets), 4), squeeze=False)
+    for panel, name in zip(panels[0], sets, strict=True):
+        for run in (run for run in runs if run["set"] == name):
+            _, cpu, values = zip(*run["curve"], strict=True)
+            panel.plot([seconds / 60 for seconds in cpu], values, marker="o", markersize=3, label=run["model"])
+        panel.set(title=name, xlabel="CPU minutes of training", ylabel="mAP50 (validation)", ylim=(0, 1))
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with deeppcb, neu_det and magnetic_tile")
+    parser.add_argument("--weights", type=Path, required=True, help=f"folder with {WEIGHTS}")
+    parser.add_argument("--out", type=Path, default=Path("results/detectors"))
+    parser.add_argument("--only", help="run only sets or models whose name contains this")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=512, help="side that images are resized to, pixels")
+    parser.add_argument("--crop", type=int, default=None, help="side of the crops that are trained on; default: none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.job:
+        print("RESULT " + json.dumps(run_one(json.loads(arguments.job))), flush=True)
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    record = arguments.out / "runs.jsonl"
+    done = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    settings = {name: getattr(arguments, name) for name in ("batch", "size", "crop", "precision", "seed")}
+    for name, model in DEFAULT_RUNS:
+        job = {"set": name, "model": model, **settings}
+        if any(all(run[key] == value for key, value in job.items()) for run in done):
+            continue
+        if arguments.only and arguments.only not in f"{name} {model}":
+            continue
+        print(f"{name}: {model}", flush=True)
+        job |= {"data": str(arguments.data), "weights": str(arguments.weights), "steps": arguments.steps}
+        job |= {"threads": arguments.threads, "work": str(arguments.out / "work")}
+        command = [sys.executable, __file__, "--data", ".", "--weights", ".", "--job", json.dumps(job)]
+        with (arguments.out / "errors.log").open("w") as errors:
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        result = None
+        for line in child.stdout:
+            if line.startswith("RESULT "):
+                result = json.loads(line.removeprefix("RESULT "))
+            elif line.startswith("  step"):
+                print(line.rstrip(), flush=True)
+        child.wait()
+        if result is None:
+            raise SystemExit(f"{name}, {model} failed:\n{(arguments.out / 'errors.log').read_text()[-3000:]}")
+        done.append(result)
+        with record.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        print("  " + ", ".join(f"{key} {value}" for key, value in result["figures"].items()), flush=True)
+    text = table(done)
+    (arguments.out / "table.md").write_text(text + "\n")
+    print(text)
+    draw(done, arguments.out / "curves.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Suppression of duplicates: both forms equal torchvision's, image by image, and slots stay in order."""
+
+import pytest
+import torch
+from torchvision.ops import batched_nms
+
+from anomalib_ot.vision.detections import Detections, stack_detections
+from anomalib_ot.vision.suppression import _by_rounds, keep_all, suppress_duplicates, top_detections
+
+
+def crowded(images: int = 3, slots: int = 120, seed: int = 0) -> Detections:
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(images, slots, 2, generator=generator) * 60
+    boxes = torch.cat([corner, corner + 10 + torch.rand(images, slots, 2, generator=generator) * 30], dim=-1)
+    scores = torch.rand(images, slots, generator=generator).sort(dim=1, descending=True).values
+    labels = torch.randint(3, (images, slots), generator=generator)
+    labels[:, slots - 10 :] = -1
+    labels[1] = -1
+    return Detections(boxes, scores, labels)
+
+
+@pytest.mark.parametrize("form", [suppress_duplicates, _by_rounds])
+@pytest.mark.parametrize("threshold", [0.1, 0.4, 0.7])
+def test_equals_torchvision(form, threshold):
+    found = crowded()
+    keep = form(found, threshold)
+    assert not keep[1].any()
+    for image in (0, 2):
+        valid = found.valid[image]
+        kept = batched_nms(
+            found.boxes[image, valid], found.scores[image, valid], found.labels[image, valid], threshold
+        )
+        assert sorted(kept.tolist()) == keep[image].nonzero().squeeze(1).tolist()
+        assert 5 < len(kept) < 110
+
+
+def test_no_slots_and_no_suppression():
+    empty = Detections(torch.zeros(2, 0, 4), torch.zeros(2, 0), torch.zeros(2, 0).long())
+    assert suppress_duplicates(empty).shape == (2, 0)
+    found = crowded()
+    assert torch.equal(keep_all(found), found.valid)
+
+
+def test_top_detections_are_in_order_and_empty_slots_last():
+    found = crowded()
+    best = top_detections(found, suppress_duplicates(found, 0.3), 40)
+    assert best.scores.shape == (3, 40)
+    assert (best.scores.diff(dim=1) <= 0).all()
+    assert (best.scores[~best.valid] == 0).all()
+    assert (best.boxes[~best.valid] == 0).all()
+    assert (best.valid.int().diff(dim=1) <= 0).all()
+
+
+def test_ragged_detections_are_stacked():
+    boxes = torch.arange(12.0).reshape(3, 4)
+    stacked = stack_detections(
+        [
+            (boxes, torch.tensor([0.1, 0.9, 0.5]), torch.tensor([0, 1, 2])),
+            (boxes[:0], torch.zeros(0), torch.zeros(0).long()),
+        ],
+        num_slots=2,
+    )
+    assert stacked.labels.tolist() == [[1, 2], [-1, -1]]
+    assert stacked.boxes[0, 0].tolist() == boxes[1].tolist()
+    assert stacked.of_image(1)[0].shape == (0, 4)
+    assert stacked.scaled(torch.tensor([2.0, 3.0])).boxes[0, 0].tolist() == [8.0, 15.0, 12.0, 21.0]
