@@ -120,7 +120,7 @@ def test_training_is_augmented_unless_it_is_told_not_to_be(tmp_path):
 def test_what_is_odd_is_told(tmp_path, caplog):
     Given(tmp_path, test=(0, 0)).prepare_data()
     assert caplog.messages == [
-        "data Given: 1 subset has no box at all, so that its mAP means nothing (the test images)",
+        "data Given: 1 subset without any box, so that mAP means nothing there (the test images)",
         "data Given: 1 class without any training box ('tear')",
     ]
 

@@ -192,7 +192,7 @@ def test_what_was_put_right_is_told_once(root, caplog):
         assert datamodule.class_names == NAMES
     assert caplog.messages == [
         "data boards: 3 boxes of zero area dropped, first: image 000.png, annotation 1",
-        "data boards: 3 images left out, since all their boxes were dropped, first: 000.png",
+        "data boards: 3 images left out for lack of a usable box, first: 000.png",
     ]
 
 

@@ -55,13 +55,13 @@ def test_boxes_become_corners_and_categories_indices(read):
 FAULTS = {
     "zero": ((10, 10, 0, 5), "of zero area dropped"),
     "negative": ((10, 10, -4, 5), "of negative width or height dropped"),
-    "outside": ((100, 10, 5, 5), "outside its image dropped"),
-    "far outside": ((-50, -50, 5, 5), "outside its image dropped"),
-    "short": ((10, 10, 5), "that is not four finite numbers dropped"),
-    "empty": ((), "that is not four finite numbers dropped"),
-    "words": (("a", 1, 2, 3), "that is not four finite numbers dropped"),
-    "nan": ((float("nan"), 1, 2, 3), "that is not four finite numbers dropped"),
-    "infinite": ((1, 1, float("inf"), 3), "that is not four finite numbers dropped"),
+    "outside": ((100, 10, 5, 5), "outside the image dropped"),
+    "far outside": ((-50, -50, 5, 5), "outside the image dropped"),
+    "short": ((10, 10, 5), "without four finite numbers dropped"),
+    "empty": ((), "without four finite numbers dropped"),
+    "words": (("a", 1, 2, 3), "without four finite numbers dropped"),
+    "nan": ((float("nan"), 1, 2, 3), "without four finite numbers dropped"),
+    "infinite": ((1, 1, float("inf"), 3), "without four finite numbers dropped"),
 }
 
 
@@ -75,7 +75,7 @@ def test_faulty_boxes_are_dropped_and_counted(read, bbox, what):
 def test_boxes_are_clipped(read):
     file = read(coco([annotation(3, (-5, 70, 20, 30)), annotation(4, (90, 10, 10.6, 8))]))
     assert file.images[0].boxes == [(0, 70, 15, 80), (90, 10, 100, 18)]
-    assert file.warnings == ["1 box reaching over the border of its image clipped (image a.png, annotation 3)"]
+    assert file.warnings == ["1 box reaching over the border of the image clipped (image a.png, annotation 3)"]
 
 
 def test_crowds_are_dropped_and_other_fields_are_not_needed(read):
@@ -87,7 +87,7 @@ def test_crowds_are_dropped_and_other_fields_are_not_needed(read):
 def test_an_image_that_lost_all_its_boxes_is_no_negative(read):
     file = read(coco([annotation(1, (10, 10, 0, 0))], [image(), image(2, "b.png")]))
     assert [entry.file_name for entry in file.images] == ["b.png"]
-    assert file.warnings[1] == "1 image left out, since all their boxes were dropped (a.png)"
+    assert file.warnings[1] == "1 image left out for lack of a usable box (a.png)"
 
 
 def test_doubles_are_merged_and_counted(read):

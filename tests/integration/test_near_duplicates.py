@@ -37,7 +37,7 @@ def test_groups_are_those_of_a_plain_loop():
     hashes = centres[rng.integers(0, 40, 1200)]
     hashes[:, 2] ^= np.uint64(1) << rng.integers(0, 63, 1200).astype(np.uint64)
     groups = near_duplicate_groups(hashes, 2)
-    apart = np.bitwise_count(hashes[:, None] ^ hashes[None]).sum(-1)
+    apart = np.unpackbits((hashes[:, None] ^ hashes[None]).view(np.uint8), axis=-1).sum(-1)
     joined = apart <= 2
     for _ in range(6):
         joined = (joined.astype(np.float32) @ joined.astype(np.float32)) > 0

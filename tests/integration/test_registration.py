@@ -16,7 +16,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STARTUP_FILES = {"anomalib_ot.pth", "anomalib_ot.start", "_anomalib_ot_startup.py"}
 OUR_ENTRY_POINTS = {
-    "anomalib.models": {"OTPrototypes": "anomalib_ot.integration.ot_prototypes:OTPrototypes"},
+    "anomalib.models": {
+        "OTADetector": "anomalib_ot.integration.ota_detector:OTADetector",
+        "OTPrototypes": "anomalib_ot.integration.ot_prototypes:OTPrototypes",
+    },
     "anomalib.data": {
         "CocoBoxes": "anomalib_ot.integration.coco_boxes:CocoBoxes",
         "MaskBoxes": "anomalib_ot.integration.mask_boxes:MaskBoxes",

@@ -203,11 +203,11 @@ def test_the_early_release_and_other_pitfalls(tmp_path, caplog):
     assert found["n"] == [(6, 10.5, 5, 30, 20)]
     assert set(found) == {"d0", "d2", "n", *(f"d{number}" for number in range(4, 9))}
     for line in (
-        "1 box reaching over the border of its image clipped",
-        "1 box outside its image dropped",
+        "1 box reaching over the border of the image clipped",
+        "1 box outside the image dropped",
         "1 box of zero area dropped",
         f"1 annotation named {NO_DEFECT} (no defect) passed over (image d2.jpg)",
-        "1 image left out, since all their boxes were dropped",
+        "1 image left out for lack of a usable box",
         "1 image with more than 5 boxes left out",
         "1 image in neither a folder defect* nor normal* passed over",
         "1 annotated image among the normal ones counted as defective",

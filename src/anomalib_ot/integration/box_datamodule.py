@@ -10,6 +10,7 @@ from anomalib.data.datamodules.base.image import AnomalibDataModule
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.data.utils import Split, TestSplitMode, ValSplitMode
 from anomalib.utils.attrs import get_nested_attr
+from lightning.pytorch.utilities import rank_zero_only
 from torchvision.transforms.v2 import Compose, Resize, Transform
 
 from anomalib_ot.integration.box_dataset import BoxDataset
@@ -107,7 +108,7 @@ class BoxDataModule(AnomalibDataModule):
             findings = Findings()
             content = self._read(findings)
             self._check(content, findings)
-            findings.log(f"data {self.name}")
+            rank_zero_only(findings.log)(f"data {self.name}")
             self._content = content
         return self._content
 
@@ -161,7 +162,7 @@ class BoxDataModule(AnomalibDataModule):
             raise InputError(msg)
         for name in ("validation", "test"):
             if not any(len(record.boxes) for record in subsets[name]):
-                findings.add("subset", "has no box at all, so that its mAP means nothing", f"the {name} images")
+                findings.add("subset", "without any box, so that mAP means nothing there", f"the {name} images")
         check_image_files([record for records in subsets.values() for record in records], findings)
         _count_overlap(subsets, findings)
         trained = {int(label) for record in content.train for label in record.labels}

@@ -84,7 +84,7 @@ def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
     images = {id(image): image for image in image_of.values()}.values()
     for image in images:
         if image.dropped and not image.boxes:
-            findings.add("image", "left out, since all their boxes were dropped", image.file_name)
+            findings.add("image", "left out for lack of a usable box", image.file_name)
     kept = [image for image in images if image.boxes or not image.dropped]
     return CocoFile(kept, names, findings.warnings)
 

@@ -119,7 +119,7 @@ def clean_box(
     """
     width, height = size
     if len(corners) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in corners):
-        findings.add("box", "that is not four finite numbers dropped", where)
+        findings.add("box", "without four finite numbers dropped", where)
         return None
     x1, y1, x2, y2 = (float(value) for value in corners)
     if x2 < x1 or y2 < y1:
@@ -130,10 +130,10 @@ def clean_box(
         return None
     left, top, right, bottom = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
     if right <= left or bottom <= top:
-        findings.add("box", "outside its image dropped", where)
+        findings.add("box", "outside the image dropped", where)
         return None
     if max(left - x1, top - y1, x2 - right, y2 - bottom) > BORDER:
-        findings.add("box", "reaching over the border of its image clipped", where)
+        findings.add("box", "reaching over the border of the image clipped", where)
     if (right - left) * (bottom - top) < min_area:
         findings.add("box", f"of less than {min_area:g} square pixels dropped", where)
         return None
@@ -156,7 +156,7 @@ def check_image_files(records: Iterable[LabelledImage], findings: Findings) -> N
             if found != sizes[path]:
                 raise InputError(_wrong_size(path, sizes[path], found, orientation))
             if orientation > 1:
-                what = f"turned by EXIF orientation {orientation} read as stored, unturned: check that its boxes fit"
+                what = f"turned by EXIF orientation {orientation} read as stored, unturned: check that the boxes fit"
                 findings.add("image", what, path)
             if is_huge:
                 findings.add("image", f"over {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels, slow to read", path)

@@ -74,13 +74,12 @@ def near_duplicate_groups(hashes: np.ndarray, distance: int) -> np.ndarray:
 
     if not len(hashes):
         return np.zeros(0, dtype=np.int64)
-    unique, place = np.unique(hashes, axis=0, return_inverse=True)
+    unique, place = np.unique(np.ascontiguousarray(hashes), axis=0, return_inverse=True)
+    # Signs instead of bits: their inner product is the number of equal bits less that of different ones.
+    signs = 2 * np.unpackbits(unique.view(np.uint8), axis=1).astype(np.float32) - 1
     near = []
     for start in range(0, len(unique), _BLOCK):
-        block = unique[start : start + _BLOCK]
-        apart = np.zeros((len(block), len(unique)), dtype=np.uint16)
-        for word in range(unique.shape[1]):
-            apart += np.bitwise_count(block[:, word, None] ^ unique[:, word])
+        apart = (HASH_BITS - signs[start : start + _BLOCK] @ signs.T) / 2
         near.append(np.argwhere(apart <= distance) + np.array([start, 0]))
     pairs = np.concatenate(near)
     graph = coo_array((np.ones(len(pairs), dtype=bool), tuple(pairs.T)), shape=(len(unique),) * 2)

@@ -135,7 +135,7 @@ class TianchiFabric(BoxDataModule):
                 boxes.append(box)
                 labels.append(entry.label)
         if image.entries and not boxes:
-            findings.add("image", "left out, since all their boxes were dropped", str(image.path))
+            findings.add("image", "left out for lack of a usable box", str(image.path))
             return None
         if len(boxes) > self.max_boxes:
             findings.add("image", f"with more than {self.max_boxes} boxes left out", str(image.path))
