@@ -1,5 +1,6 @@
 """What all detectors have in common as Anomalib models: classes, steps, exports, checkpoints."""
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -177,6 +178,21 @@ class BoxModel(CheckedExport):
         """Predict a batch."""
         del batch_idx, dataloader_idx
         return self._predict(batch)
+
+    # ---- exports
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
+        """Export to ONNX, with `class_names.json` beside the model; see Anomalib's `ExportMixin.to_onnx`."""
+        return self._with_class_names(super().to_onnx(*args, **kwargs))
+
+    def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
+        """Export to OpenVINO, with `class_names.json` beside the model; see Anomalib's `ExportMixin.to_openvino`."""
+        return self._with_class_names(super().to_openvino(*args, **kwargs))
+
+    def _with_class_names(self, path: Path) -> Path:
+        names = json.dumps(self.class_names, ensure_ascii=False)
+        (Path(path).parent / "class_names.json").write_text(names, encoding="utf-8")
+        return path
 
     # ---- checkpoints
 
