@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from anomalib_ot.detection.pair_cost import candidate_points, dynamic_counts, pair_cost
+from anomalib_ot.detection.pair_cost import candidate_points, dynamic_counts, pair_cost, spatial_cost
 from anomalib_ot.ot.sinkhorn import sinkhorn
 from anomalib_ot.vision.boxes import encode_ltrb, inside_boxes, near_centres, pairwise_iou
 
@@ -116,6 +116,7 @@ class OTAssigner:
         epsilon: Entropic strength, in units of cost.
         num_iters: Sinkhorn iterations.
         iou_weight: Weight of the overlap in the cost.
+        spatial_weight: Weight of where a point lies, see `spatial_cost`; 0 as published.
         nearest: Whether an object without a candidate gets its nearest point; else it takes no part.
         only_candidates: Whether the transport is solved on candidates alone. The labels are the same, see
             `transport_labels`; False exists to show that.
@@ -129,6 +130,7 @@ class OTAssigner:
     epsilon: float = 0.1
     num_iters: int = 50
     iou_weight: float = 1.5
+    spatial_weight: float = 0.0
     nearest: bool = True
     only_candidates: bool = True
 
@@ -155,6 +157,9 @@ class OTAssigner:
             allowed[:, columns],
             iou_weight=self.iou_weight,
         )
+        if self.spatial_weight:
+            spatial = spatial_cost(points[columns], strides[columns], boxes[reachable], *strides.aminmax())
+            cost = cost + self.spatial_weight * spatial
         supplies, most = dynamic_counts(iou, self.top).float(), len(points) - 1
         rows = transport_labels(
             cost,

@@ -60,6 +60,35 @@ def candidate_points(
     return allowed
 
 
+def spatial_cost(points: Tensor, strides: Tensor, boxes: Tensor, finest: Tensor, coarsest: Tensor) -> Tensor:
+    """Return how far a point lies from where and on which level an object would be expected: FCOS's rule made soft.
+
+    `|p - c|^2 / (half a side)^2 + max(0, |log2(r / s) - 2.5| - 0.5)^2`: the squared distance from the object's centre,
+    1 at its sides, and by how many octaves the distance `r` to its farthest side misses the 4 to 8 strides `s` that a
+    level is meant for; the finest level is meant for all below, the coarsest for all above.
+
+    Args:
+        points: Points (Q, 2), pixels.
+        strides: Stride (Q,) of each point.
+        boxes: Objects (G, 4).
+        finest: Stride of the finest level of all, a scalar.
+        coarsest: Stride of the coarsest.
+
+    Returns:
+        Cost (G, Q), at least 0; without unit.
+
+    References:
+        Ours; the rule of levels is from Z. Tian et al., "FCOS", ICCV 2019.
+    """
+    centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+    away = ((points - centres[:, None]) / halves.clamp(min=1e-6)[:, None]).square().amax(-1)
+    farthest = (points - centres[:, None]).abs().add(halves[:, None]).amax(-1)
+    octaves = (farthest / strides).log2() - 2.5
+    too_fine = (octaves - 0.5).clamp(min=0) * (strides < coarsest)
+    too_coarse = (-0.5 - octaves).clamp(min=0) * (strides > finest)
+    return away + (too_fine + too_coarse).square()
+
+
 def focal_terms(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sigmoid focal loss of every logit, should its target be 1 and should it be 0.
 

@@ -30,7 +30,7 @@ from anomalib_ot.vision.detections import Detections
 logger = logging.getLogger(__name__)
 
 UNLIMITED_EPOCHS = (1000, -1)  # what Lightning puts where the user gave no limit
-USUAL_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 1500, 12, 100
+USUAL_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 1000, 12, 100
 NO_DATA = "no data to {}; name a data set with boxes (--data CocoBoxes --data.root ..., in Python datamodule=...)"
 
 
@@ -114,7 +114,7 @@ class BoxModel(CheckedExport):
         """Limit a training whose trainer has no limit, and count its steps.
 
         Args:
-            epochs: Passes over the training images; None: as many as make 1,500 steps, 12 at least and 100 at most.
+            epochs: Passes over the training images; None: as many as make 1,000 steps, 12 at least and 100 at most.
 
         Returns:
             Optimiser steps of the whole training.

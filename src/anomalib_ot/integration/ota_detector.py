@@ -62,7 +62,7 @@ class OTADetector(BoxModel, AnomalibModule):
         max_detections: Most detections per image.
         lr: Learning rate; None leaves the preset's.
         weight_decay: Weight decay; None leaves the preset's.
-        epochs: Passes over the training images where the trainer has no `max_epochs`; None: as many as make 1,500
+        epochs: Passes over the training images where the trainer has no `max_epochs`; None: as many as make 1,000
             steps, 12 at least and 100 at most.
         class_names: Names of the classes; None takes them from the data.
         seed: Makes the start of two trainings equal.
