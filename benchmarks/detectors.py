@@ -20,6 +20,7 @@ from pathlib import Path
 WEIGHTS = "resnet18_imagenet_layer123.safetensors"
 MODELS = {
     "OTADetector": {"assigner": "ota"},
+    "OTADetector, cost as published": {"assigner": "ota", "assigner_args": {"spatial_weight": 0.0}},
     "OTADetector, assigner simota": {"assigner": "simota"},
     "OTADetector, assigner fcos": {"assigner": "fcos"},
     "torchvision FCOS": None,
@@ -29,10 +30,9 @@ DEFAULT_RUNS = [
     ("deeppcb", "torchvision FCOS"),
     ("deeppcb", "OTADetector, assigner simota"),
     ("deeppcb", "OTADetector, assigner fcos"),
+    ("deeppcb", "OTADetector, cost as published"),
     ("neu_det", "OTADetector"),
-    ("neu_det", "torchvision FCOS"),
     ("magnetic_tile", "OTADetector"),
-    ("magnetic_tile", "torchvision FCOS"),
 ]
 
 

@@ -210,6 +210,7 @@ def test_the_paper_preset_is_the_published_one():
     assert model.model.head.class_logits.in_channels == 256
     assert (model.assigner.radius, model.assigner.top, model.assigner.epsilon) == (2.5, 20, 0.1)
     assert (model.assigner.num_iters, model.assigner.iou_weight, model.assigner.nearest) == (50, 1.5, False)
+    assert model.assigner.spatial_weight == 0
     backbone = model.model.feature_extractor.feature_extractor
     trained = {name.split(".")[0] for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     assert trained == {"layer2", "layer3", "layer4"}

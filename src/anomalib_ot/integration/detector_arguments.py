@@ -47,6 +47,7 @@ class DetectorPreset:
         offset: Place of a point within its cell.
         distance: How outputs become distances.
         nearest: Whether an object without a candidate gets its nearest point.
+        spatial_weight: Weight of where a point lies in the cost of OTA.
         max_candidates: Detections per image that are compared for duplicates.
         optimiser: "adamw" with one cycle, or "sgd" with warm-up and two steps.
         lr: Learning rate, of a batch of 16 for "sgd".
@@ -63,6 +64,7 @@ class DetectorPreset:
     offset: float
     distance: str
     nearest: bool
+    spatial_weight: float
     max_candidates: int
     optimiser: str
     lr: float
@@ -73,8 +75,8 @@ class DetectorPreset:
 
 
 PRESETS = {
-    "default": DetectorPreset(128, 2, 2, 1, 0.5, "softplus", True, 512, "adamw", 1e-3, 0.3, 0.02, 10.0, False),
-    "paper": DetectorPreset(256, 4, 2, 2, 0.0, "relu", False, 5000, "sgd", 0.01, 1.0, 1e-4, 0.0, True),
+    "default": DetectorPreset(128, 2, 2, 1, 0.5, "softplus", True, 1.0, 512, "adamw", 1e-3, 0.3, 0.02, 10.0, False),
+    "paper": DetectorPreset(256, 4, 2, 2, 0.0, "relu", False, 0.0, 5000, "sgd", 0.01, 1.0, 1e-4, 0.0, True),
 }
 
 
@@ -112,7 +114,7 @@ def build_assigner(assigner: str, preset: DetectorPreset, arguments: Mapping[str
 
     Args:
         assigner: "ota", "simota" or "fcos".
-        preset: Gives `nearest` where the rule has it and `arguments` do not.
+        preset: Gives `nearest` and `spatial_weight` where the rule has them and `arguments` do not.
         arguments: Further arguments of the rule, by name.
 
     Raises:
@@ -124,8 +126,9 @@ def build_assigner(assigner: str, preset: DetectorPreset, arguments: Mapping[str
     given = dict(arguments or {})
     for name in given:
         check_known("assigner_args", name, known)
-    if "nearest" in known:
-        given.setdefault("nearest", preset.nearest)
+    for name in ("nearest", "spatial_weight"):
+        if name in known:
+            given.setdefault(name, getattr(preset, name))
     return kind(**given)
 
 
