@@ -20,7 +20,7 @@ from pathlib import Path
 WEIGHTS = "resnet18_imagenet_layer123.safetensors"
 MODELS = {
     "OTADetector": {"assigner": "ota"},
-    "OTADetector, cost as published": {"assigner": "ota", "assigner_args": {"spatial_weight": 0.0}},
+    "OTADetector, cost as published": {"assigner": "ota", "assigner_args": {"spatial_weight": 0.0, "top": 20}},
     "OTADetector, assigner simota": {"assigner": "simota"},
     "OTADetector, assigner fcos": {"assigner": "fcos"},
     "torchvision FCOS": None,

@@ -143,10 +143,23 @@ def test_labels_equal_the_dense_form(seed):
     assert (found.objects >= 0).sum() > 30
 
 
-def test_candidate_columns_change_no_label():
+@pytest.mark.parametrize("spatial_weight", [0.0, 1.0])
+def test_candidate_columns_change_no_label(spatial_weight):
     for seed in range(6):
         image = scene(objects=8, seed=seed)
-        assert torch.equal(OTAssigner()(**image).objects, OTAssigner(only_candidates=False)(**image).objects)
+        few, all_points = (OTAssigner(spatial_weight=spatial_weight, only_candidates=only) for only in (True, False))
+        assert torch.equal(few(**image).objects, all_points(**image).objects)
+
+
+def test_spatial_cost_draws_positives_to_the_centre():
+    image = scene(objects=10, seed=1)
+    away = []
+    for weight in (0.0, 3.0):
+        found = OTAssigner(spatial_weight=weight)(**image).objects
+        box = image["boxes"][found[found >= 0]]
+        centre, half = (box[:, :2] + box[:, 2:]) / 2, (box[:, 2:] - box[:, :2]) / 2
+        away.append(float(((image["points"][found >= 0] - centre).abs() / half).amax(1).mean()))
+    assert away[1] < away[0]
 
 
 @pytest.mark.parametrize("rule", ASSIGNERS)

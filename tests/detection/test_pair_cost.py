@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from anomalib_ot.detection.pair_cost import candidate_points, dynamic_counts, focal_terms, pair_cost
+from anomalib_ot.detection.pair_cost import candidate_points, dynamic_counts, focal_terms, pair_cost, spatial_cost
 from anomalib_ot.vision.boxes import grid_points, pairwise_iou
 
 
@@ -124,3 +124,23 @@ def test_nearest_point_is_of_the_finest_level():
     allowed = candidate_points(points, strides, torch.tensor([[15.0, 15, 15.5, 15.5]]), nearest=True)
     assert strides[allowed[0]].tolist() == [8.0]
     assert math.isclose(float((points[allowed[0]] - 15.25).norm()), 3.25 * math.sqrt(2), rel_tol=1e-5)
+
+
+def test_spatial_cost_of_hand_worked_places():
+    points = torch.tensor([[50.0, 50], [90, 50], [50, 10], [50, 50], [50, 50]])
+    strides = torch.tensor([8.0, 8, 8, 32, 16])
+    box = torch.tensor([[10.0, 10, 90, 90]])  # half a side is 40: a level of stride 8 is meant for 32 to 64
+    cost = spatial_cost(points, strides, box, torch.tensor(8.0), torch.tensor(64.0))[0]
+    octave = math.log2(80 / 64)  # what the point on the side exceeds its level by
+    expected = [0.0, 1 + octave**2, 1 + octave**2, math.log2(128 / 40) ** 2, math.log2(64 / 40) ** 2]
+    torch.testing.assert_close(cost, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_spatial_cost_forgives_the_outermost_levels():
+    points, strides = torch.tensor([[5.0, 5], [500.0, 500]]), torch.tensor([8.0, 64.0])
+    boxes = torch.tensor([[4.0, 4, 6, 6], [0, 0, 1000, 1000]])
+    cost = spatial_cost(points, strides, boxes, torch.tensor(8.0), torch.tensor(64.0))
+    assert cost.diagonal().tolist() == [0.0, 0.0]
+    assert spatial_cost(points, strides, boxes, torch.tensor(4.0), torch.tensor(128.0)).diagonal().min() > 0
+    flat = torch.tensor([[5.0, 5, 5, 5]])
+    assert spatial_cost(points[:1], strides[:1], flat, torch.tensor(8.0), torch.tensor(64.0)).isfinite().all()

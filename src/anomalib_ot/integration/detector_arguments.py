@@ -20,6 +20,7 @@ from anomalib_ot.vision.tiling import Tiling
 
 MIN_SIDE = 64
 SUPPRESSIONS = ("hard", "none")
+PRESET_ARGUMENTS = {"ota": ("nearest", "spatial_weight", "top"), "simota": ("nearest",), "fcos": ()}
 
 # What a checkpoint decides about: its weights and its numbers belong to these values and to no others.
 DETECTOR_ARGUMENTS = (
@@ -48,6 +49,7 @@ class DetectorPreset:
         distance: How outputs become distances.
         nearest: Whether an object without a candidate gets its nearest point.
         spatial_weight: Weight of where a point lies in the cost of OTA.
+        top: Largest overlaps that make up an object's number of points in OTA.
         max_candidates: Detections per image that are compared for duplicates.
         optimiser: "adamw" with one cycle, or "sgd" with warm-up and two steps.
         lr: Learning rate, of a batch of 16 for "sgd".
@@ -65,6 +67,7 @@ class DetectorPreset:
     distance: str
     nearest: bool
     spatial_weight: float
+    top: int
     max_candidates: int
     optimiser: str
     lr: float
@@ -75,8 +78,8 @@ class DetectorPreset:
 
 
 PRESETS = {
-    "default": DetectorPreset(128, 2, 2, 1, 0.5, "softplus", True, 1.0, 512, "adamw", 1e-3, 0.3, 0.02, 10.0, False),
-    "paper": DetectorPreset(256, 4, 2, 2, 0.0, "relu", False, 0.0, 5000, "sgd", 0.01, 1.0, 1e-4, 0.0, True),
+    "default": DetectorPreset(128, 2, 2, 1, 0.5, "softplus", True, 3.0, 10, 512, "adamw", 1e-3, 0.3, 0.02, 10.0, False),
+    "paper": DetectorPreset(256, 4, 2, 2, 0.0, "relu", False, 0.0, 20, 5000, "sgd", 0.01, 1.0, 1e-4, 0.0, True),
 }
 
 
@@ -114,7 +117,7 @@ def build_assigner(assigner: str, preset: DetectorPreset, arguments: Mapping[str
 
     Args:
         assigner: "ota", "simota" or "fcos".
-        preset: Gives `nearest` and `spatial_weight` where the rule has them and `arguments` do not.
+        preset: Gives the arguments of the rule that it has and `arguments` have not.
         arguments: Further arguments of the rule, by name.
 
     Raises:
@@ -126,9 +129,8 @@ def build_assigner(assigner: str, preset: DetectorPreset, arguments: Mapping[str
     given = dict(arguments or {})
     for name in given:
         check_known("assigner_args", name, known)
-    for name in ("nearest", "spatial_weight"):
-        if name in known:
-            given.setdefault(name, getattr(preset, name))
+    for name in PRESET_ARGUMENTS[assigner]:
+        given.setdefault(name, getattr(preset, name))
     return kind(**given)
 
 
