@@ -11,6 +11,7 @@ generously: an overlap of .5 says less there than .1. Boxes have one class.
 
 import argparse
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -53,6 +54,7 @@ class Task:
     learn: list[Sample]
     report: list[Sample]
     threshold: float
+    args: argparse.Namespace
 
 
 Found = list[tuple[Tensor, Tensor]]  # boxes (K, 4), pixels of the file, and scores (K,), of each image
@@ -70,10 +72,67 @@ def parts_above(samples: list[Sample], threshold: float) -> Found:
     return [part_boxes(sample, threshold) for sample in samples]
 
 
-# A way to find boxes in the images of `task.report`. A detector has its line here: trained on the images of
-# `task.learn`, with their true boxes or with `candidate_boxes(task.learn, task.threshold)`.
+def detector_boxes(task: Task, taught: list[Tensor], name: str) -> Found:
+    """Train OTADetector on the images of `task.learn` with these boxes, and let it find boxes in `task.report`."""
+    from anomalib.engine import Engine
+    from lightning.pytorch import seed_everything
+
+    from anomalib_ot import CocoBoxes, OTADetector
+    from anomalib_ot.integration.coco_json import write_coco
+
+    seed_everything(0)
+    root = Path(os.path.commonpath([sample.path for sample in task.learn + task.report])).resolve()
+    files = {"learn": (task.learn, taught), "report": (task.report, [sample.boxes for sample in task.report])}
+    for subset, (samples, boxes) in files.items():
+        images = [(str(sample.path.resolve().relative_to(root)), *sample.size) for sample in samples]
+        labels = [torch.zeros(len(found), dtype=torch.long) for found in boxes]
+        write_coco(task.args.out / name / f"{subset}.json", images, boxes, labels, None, ["defect"])
+    datamodule = CocoBoxes(
+        root=root,
+        train_json=(task.args.out / name / "learn.json").resolve(),
+        val_json=(task.args.out / name / "report.json").resolve(),
+        train_batch_size=8,
+        eval_batch_size=8,
+        num_workers=0,
+    )
+    model = OTADetector(
+        backbone_weights=str(task.args.weights / "resnet18_imagenet_layer123.safetensors"),
+        image_size=(task.args.image_size, task.args.image_size),
+        evaluator=False,
+        visualizer=False,
+    )
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0, "logger": False}
+    engine = Engine(
+        default_root_dir=task.args.out / "scratch",
+        accelerator="cpu",
+        precision="bf16-mixed",
+        max_steps=task.args.steps,
+        **options,
+    )
+    engine.fit(model, datamodule=datamodule)
+    found = {}
+    for batch in engine.predict(model, datamodule=datamodule):
+        for index, path in enumerate(batch.image_path):
+            kept = batch.pred_box_labels[index] >= 0
+            found[Path(path).resolve()] = (batch.pred_boxes[index][kept], batch.pred_box_scores[index][kept])
+    return [found[sample.path.resolve()] for sample in task.report]
+
+
+def candidates_of_defective(task: Task) -> list[Tensor]:
+    """Find the candidate boxes of `task.learn`; good images are known to be good, and have none."""
+    found = candidate_boxes(task.learn, task.threshold)
+    return [boxes if sample.kind != "good" else boxes[:0] for sample, (boxes, _) in zip(task.learn, found, strict=True)]
+
+
+# A way to find boxes in the images of `task.report`. The detectors learn from the images of `task.learn` alone.
 WAYS: dict[str, Callable[[Task], Found]] = {
     "candidate boxes": lambda task: candidate_boxes(task.report, task.threshold),
+    "detector, trained on candidate boxes": lambda task: detector_boxes(
+        task, candidates_of_defective(task), "candidate"
+    ),
+    "detector, trained on true boxes": lambda task: detector_boxes(
+        task, [sample.boxes for sample in task.learn], "true"
+    ),
     "parts above the threshold": lambda task: parts_above(task.report, task.threshold),
 }
 
@@ -144,7 +203,7 @@ def make_task(root: Path, kinds: tuple[str, ...], args: argparse.Namespace) -> T
         for path, anomaly_map in zip(paths, maps, strict=True)
     ]
     halves = in_halves(samples, kinds)
-    return Task(*halves, threshold=float(np.quantile(good.numpy(), THRESHOLD_QUANTILE)))
+    return Task(*halves, threshold=float(np.quantile(good.numpy(), THRESHOLD_QUANTILE)), args=args)
 
 
 def in_halves(samples: list[Sample], kinds: tuple[str, ...]) -> tuple[list[Sample], list[Sample]]:
@@ -223,6 +282,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     parser.add_argument("--backbone", default="resnet18", choices=list(BACKBONES))
     parser.add_argument("--image_size", type=int, default=256, help="side that the images are resized to, pixels")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each detector's training")
     parser.add_argument("--out", type=Path, default=Path("results/pseudo_boxes"))
     args = parser.parse_args()
     for path in (args.data, args.weights):
