@@ -10,6 +10,7 @@ import torch
 from anomalib.engine import Engine
 from lightning.pytorch import Callback, seed_everything
 from PIL import Image
+from torchvision.transforms.v2 import Identity
 
 from anomalib_ot import CocoBoxes, OTADetector
 from anomalib_ot.integration.coco_json import write_coco
@@ -238,6 +239,18 @@ def test_images_without_any_box_train(tmp_path):
     assert model.is_fitted
 
 
+def test_two_processes_train_what_one_does(tmp_path):
+    root, models = draw(tmp_path / "set", count=4), []
+    for devices, batch_size in ((1, 4), (2, 2)):
+        seed_everything(0)
+        models.append(OTADetector(**SMALL))
+        several = {"devices": 2, "strategy": "ddp_fork"} if devices == 2 else {}
+        datamodule = data(root, train_batch_size=batch_size, train_augmentations=Identity())
+        engine(tmp_path / str(devices), max_epochs=3, **several).fit(models[-1], datamodule=datamodule)
+    for ours, theirs in zip(*(model.state_dict().values() for model in models), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-2)
+
+
 # ---- exports
 
 
@@ -351,3 +364,11 @@ def test_a_checkpoint_of_another_model(trained, tmp_path):
     torch.save(state, tmp_path / "other.ckpt")
     with pytest.raises(InputError, match="of another model, not of OTADetector"):
         OTADetector.load_from_checkpoint(tmp_path / "other.ckpt")
+
+
+def test_more_objects_than_slots(shapes, tmp_path, caplog):
+    model = OTADetector(**SMALL | {"max_detections": 1})
+    engine(tmp_path, max_epochs=1).fit(model, datamodule=data(shapes))
+    (line,) = [record.getMessage() for record in caplog.records if "more boxes than" in record.getMessage()]
+    assert "6 image(s) have more boxes than the detector returns (1)" in line
+    assert "01.png with 2; raise --model.max_detections" in line

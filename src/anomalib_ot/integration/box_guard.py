@@ -1,14 +1,19 @@
 """Checks what a detector is given, before a stage of the trainer starts."""
 
+import logging
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from anomalib_ot.integration.box_datamodule import BoxDataModule
 from anomalib_ot.integration.checkpoints import install_checkpoint_check
 from anomalib_ot.integration.images import check_images
 from anomalib_ot.integration.input_checks import dataset_image_paths
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.input_guard import check_fitted
 from anomalib_ot.integration.model_arguments import check_precision
+
+logger = logging.getLogger(__name__)
 
 SUBSETS = {TrainerFn.VALIDATING: ("val",), TrainerFn.TESTING: ("test",), TrainerFn.PREDICTING: ("test",)}
 
@@ -36,6 +41,8 @@ class BoxGuard(Callback):
         subsets = SUBSETS.get(stage, ("train", "val", "test"))
         found = [dataset_image_paths(getattr(datamodule, f"{subset}_data", None)) for subset in subsets]
         check_images(dict.fromkeys(path for paths in found for path in paths), f"data {name}")
+        if isinstance(datamodule, BoxDataModule):
+            warn_of_crowds(datamodule, pl_module.hparams["max_detections"])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to validate what was not trained, unless it is being trained."""
@@ -53,3 +60,24 @@ class BoxGuard(Callback):
         loaders = trainer.predict_dataloaders
         for loader in loaders if isinstance(loaders, list) else [loaders]:
             check_images(dataset_image_paths(getattr(loader, "dataset", None)), "images to predict")
+
+
+def warn_of_crowds(datamodule: BoxDataModule, max_detections: int) -> None:
+    """Warn once, with a count, of images that hold more objects than a detector returns.
+
+    Args:
+        datamodule: The data.
+        max_detections: Most detections per image.
+    """
+    content = datamodule.content
+    crowded = [image for image in (*content.train, *content.val, *content.test) if len(image.boxes) > max_detections]
+    if crowded:
+        logger.warning(
+            "data %s: %d image(s) have more boxes than the detector returns (%d), the first is %s with %d; "
+            "raise --model.max_detections",
+            datamodule.name,
+            len(dict.fromkeys(image.image_path for image in crowded)),
+            max_detections,
+            crowded[0].image_path,
+            len(crowded[0].boxes),
+        )
