@@ -78,7 +78,7 @@ class DetectorPreset:
 
 
 PRESETS = {
-    "default": DetectorPreset(128, 2, 2, 1, 0.5, "softplus", True, 3.0, 10, 512, "adamw", 1e-3, 0.3, 0.02, 10.0, False),
+    "default": DetectorPreset(128, 2, 2, 1, 0.5, "softplus", True, 3.0, 10, 512, "adamw", 1e-3, 1.0, 0.02, 10.0, False),
     "paper": DetectorPreset(256, 4, 2, 2, 0.0, "relu", False, 0.0, 20, 5000, "sgd", 0.01, 1.0, 1e-4, 0.0, True),
 }
 

@@ -56,7 +56,7 @@ def _groups(model: nn.Module, preset: DetectorPreset) -> list[dict[str, Any]]:
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = name.startswith("feature_extractor."), parameter.ndim > 1
+            key = "feature_extractor." in name, parameter.ndim > 1
             groups.setdefault(key, []).append(parameter)
     return [
         {
