@@ -138,7 +138,7 @@ def test_spatial_cost_of_hand_worked_places():
 
 def test_spatial_cost_forgives_the_outermost_levels():
     points, strides = torch.tensor([[5.0, 5], [500.0, 500]]), torch.tensor([8.0, 64.0])
-    boxes = torch.tensor([[4.0, 4, 6, 6], [0, 0, 1000, 1000]])
+    boxes = torch.tensor([[4.0, 4, 6, 6], [-500, -500, 1500, 1500]])
     cost = spatial_cost(points, strides, boxes, torch.tensor(8.0), torch.tensor(64.0))
     assert cost.diagonal().tolist() == [0.0, 0.0]
     assert spatial_cost(points, strides, boxes, torch.tensor(4.0), torch.tensor(128.0)).diagonal().min() > 0

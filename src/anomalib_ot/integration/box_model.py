@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import AnomalibDataModule, Batch
 from anomalib.metrics import Evaluator
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
@@ -213,6 +213,8 @@ class BoxModel(CheckedExport):
             self.hparams.update(trained)
             self.build(names)
         super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and isinstance(self._trainer.datamodule, AnomalibDataModule):
+            self._trainer.datamodule.setup(self._trainer.state.fn)  # its data sets take over the restored resize
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "BoxModel":

@@ -9,7 +9,6 @@ from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -155,13 +154,16 @@ class OTADetector(BoxModel, AnomalibModule):
     # ---- before anything runs: the data, the classes, the weights
 
     def configure_model(self) -> None:
-        """Build the network for the classes of the data, with the backbone's weights where a training begins."""
+        """Build the network for the classes of the data."""
         if self._trainer is None:  # a checkpoint is being loaded, and brings all
             return
         names = getattr(self.trainer.datamodule, "class_names", None)
         if self.model is None and names is not None:
             self.build(names)
-        if self.trainer.state.fn == TrainerFn.FITTING and not self.trained and self.trainer.ckpt_path is None:
+
+    def on_fit_start(self) -> None:
+        """Get the backbone's weights, unless the model or the checkpoint to resume from has them."""
+        if not self.trained:
             fill_weights(self.model.feature_extractor, self.backbone_weights, self.seed)
 
     # ---- training

@@ -1,5 +1,6 @@
 """Optimisers and schedules of the detectors."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from anomalib_ot.integration.detector_arguments import DetectorPreset
 
 WARM_UP = 0.1  # part of one cycle
+CYCLE_START, CYCLE_END = 1 / 25, 1 / 2500  # factors of the first and the last step
 PAPER_WARM_UP, PAPER_START = 1000, 1e-3  # steps; factor of the first
 PAPER_STEPS = (2 / 3, 8 / 9)  # parts of the training after which the rate falls to a tenth
 PAPER_BATCH = 16
@@ -33,10 +35,13 @@ def optimiser_and_schedule(model: nn.Module, preset: DetectorPreset, num_steps: 
     groups = _groups(model, preset)
     if preset.optimiser == "adamw":
         optimiser: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=preset.lr)
-        peaks = [group["lr"] for group in groups]
-        schedule: Any = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, peaks, total_steps=max(num_steps, 2), pct_start=WARM_UP, final_div_factor=100
-        )
+        warm_up = max(round(WARM_UP * num_steps), 1)
+
+        def factor(step: int) -> float:
+            rising = min(1.0, CYCLE_START + (1 - CYCLE_START) * step / warm_up)
+            down = min(max((step - warm_up) / max(num_steps - warm_up, 1), 0.0), 1.0)
+            return rising * (CYCLE_END + (1 - CYCLE_END) * (1 + math.cos(math.pi * down)) / 2)
+
     else:
         for group in groups:
             group["lr"] *= batch_size / PAPER_BATCH
@@ -47,7 +52,8 @@ def optimiser_and_schedule(model: nn.Module, preset: DetectorPreset, num_steps: 
             rising = min(1.0, PAPER_START + (1 - PAPER_START) * step / warm_up)
             return rising * 0.1 ** sum(step >= part * num_steps for part in PAPER_STEPS)
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    # A function of the step alone: a training that is resumed for longer goes on along the longer schedule.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
