@@ -8,7 +8,7 @@ from anomalib.cli import AnomalibCLI
 from anomalib.data import AnomalibDataModule, Folder, MVTecAD
 from anomalib.models import AnomalibModule
 
-from anomalib_ot import OTPrototypes, SyntheticFabric
+from anomalib_ot import OTADetector, OTPrototypes, SyntheticFabric
 from anomalib_ot.integration.cli import register_classes
 from anomalib_ot.vision.augment import DefectAugmentation
 
@@ -31,7 +31,7 @@ def read(command: str, **parts: Path) -> tuple[AnomalibModule, AnomalibDataModul
     return cli.model, getattr(cli, "datamodule", None)
 
 
-def model_of(name: str) -> OTPrototypes:
+def model_of(name: str) -> OTPrototypes | OTADetector:
     model, _ = read("train", model=CONFIGS / "model" / f"{name}.yaml", data=CONFIGS / "data" / "synthetic_fabric.yaml")
     return model
 
@@ -51,9 +51,9 @@ def test_a_file_holds_a_class_and_its_arguments_and_nothing_else(path):
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_a_model_is_built_with_every_argument_of_its_file(path):
-    model = model_of(path.stem)
-    assert isinstance(model, OTPrototypes)
-    for name, value in yaml.safe_load(path.read_text(encoding="utf-8"))["init_args"].items():
+    model, described = model_of(path.stem), yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert type(model).__name__ == described["class_path"].rsplit(".", 1)[-1]
+    for name, value in described["init_args"].items():
         assert name in model.hparams
         if name != "members":
             assert _plain(model.hparams[name]) == value

@@ -249,7 +249,7 @@ def test_two_processes_train_what_one_does(tmp_path):
         engine(tmp_path / str(devices), max_epochs=3, **several).fit(models[-1], datamodule=datamodule)
     alone, together = (model.state_dict() for model in models)
     for name, value in alone.items():
-        torch.testing.assert_close(together[name], value, atol=2e-3, rtol=1e-2, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(together[name], value, atol=5e-3, rtol=1e-2, msg=lambda text, name=name: name + text)
 
 
 # ---- exports
