@@ -63,6 +63,7 @@ class DenseDetector(nn.Module):
         self.offset = offset
         self.decoding = decoding or Decoding()
         self.tiling = tiling
+        self.train()  # a trainer takes the modes as they are
 
     def train(self, mode: bool = True) -> "DenseDetector":
         """Set the mode of all modules but the backbone's batch norm, which stays as in evaluation."""
