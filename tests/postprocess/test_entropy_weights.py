@@ -119,7 +119,7 @@ def test_gradient_against_finite_differences_and_against_a_fixed_temperature():
     assert (gradient - differences).abs().max() < 1e-7
     # Neither scale nor offset of the qualities matters, and the gradient knows it.
     assert float(gradient.sum()) == pytest.approx(0, abs=1e-10)
-    assert float(gradient @ quality) == pytest.approx(0, abs=1e-7)
+    assert float(gradient @ quality.detach()) == pytest.approx(0, abs=1e-7)
     temperature = (quality[0] - quality[1]) / (p[0] / p[1]).log()
     fixed = p * (value - (p * value).sum()) / temperature
     assert (fixed - gradient).abs().max() > 0.1

@@ -142,9 +142,12 @@ def _edges(boxes: Tensor, frame: Tensor, mask_size: int, softness: float) -> tup
 
 def _crops(maps: Tensor, boxes: Tensor, map_scale: float, mask_size: int) -> Tensor:
     """Return the means of the map (B, K, h, w) in the cells of the boxes' grids; boxes get no gradient from them."""
-    rois = list(boxes.detach().to(maps.dtype))
-    crops = roi_align(maps, rois, mask_size, spatial_scale=map_scale, aligned=True)
-    return crops.reshape(*boxes.shape[:2], mask_size, mask_size)
+    batch, count = boxes.shape[:2]
+    image = torch.arange(batch, device=maps.device).to(maps.dtype)[:, None, None].expand(-1, count, 1)
+    rois = torch.cat([image, boxes.detach().to(maps.dtype)], dim=-1).flatten(0, 1)
+    # The ratio 0 has as many samples per cell as the cell has pixels; -1 says the same, but OpenVINO reads it as none.
+    crops = roi_align(maps, rois, mask_size, spatial_scale=map_scale, sampling_ratio=0, aligned=True)
+    return crops.reshape(batch, count, mask_size, mask_size)
 
 
 def _interpolation(start: Tensor, stop: Tensor, cells: int, pixels: int) -> Tensor:

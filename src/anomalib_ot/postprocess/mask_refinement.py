@@ -32,6 +32,8 @@ class RefinedRegions(NamedTuple):
     def in_image(self, image_size: tuple[int, int], threshold: float = 0.5) -> Tensor:
         """Return which pixels of the image belong to each region, bool (B, K, H, W): mask > threshold within its box.
 
+        That is K whole images: where most slots are empty, select the regions before.
+
         Args:
             image_size: Height and width of the image, pixels.
             threshold: Values above it belong to the region, within [0, 1).
@@ -77,7 +79,7 @@ def refine_regions(
         regions of an image (`weigh_regions`); to weigh the members of a region is ours, and so are both masks.
     """
     expected = (*boxes.shape[:2], merged.shape[1] + 1)
-    if tuple(plan.shape) != expected:
+    if not torch.jit.is_tracing() and tuple(plan.shape) != expected:
         msg = (
             f"plan has the shape {tuple(plan.shape)}; expected {expected} for {boxes.shape[1]} proposals and "
             f"{merged.shape[1]} regions: its last column is for what belongs to no region"
