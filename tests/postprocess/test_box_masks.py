@@ -55,7 +55,7 @@ def test_sum_of_boxes_against_member_by_member():
 
 
 def test_sum_of_maps_against_member_by_member():
-    # A slope in x and y: the map is known between its pixels, and a crop's extremes are at its corners.
+    # A slope in x and y: linear interpolation knows it between the pixels.
     rows, columns = torch.meshgrid(torch.arange(96.0) + 0.5, torch.arange(96.0) + 0.5, indexing="ij")
     maps = 500 + (2 * columns + 3 * rows).expand(2, 1, 96, 96)
     boxes, frame, weights = some_boxes(2, 4), some_boxes(2, 2, seed=1), some_weights(2, 4, 2)
@@ -68,14 +68,33 @@ def test_sum_of_maps_against_member_by_member():
             expected = torch.zeros(10, 10)
             for member in range(4):
                 left, top, right, bottom = boxes[image, member].tolist()
-                low, high = (
-                    (1 - c) * torch.tensor([2 * left, 3 * top]) + c * torch.tensor([2 * right, 3 * bottom])
-                    for c in (cells[0], cells[-1])
+                own_y, own_x = torch.meshgrid(
+                    top + cells * (bottom - top), left + cells * (right - left), indexing="ij"
                 )
-                scaled = (2 * x + 3 * y - low.sum()) / (high.sum() - low.sum())
+                low, tenth = (2 * own_x + 3 * own_y).flatten().sort().values[[0, -10]].tolist()
+                scaled = (2 * x + 3 * y - low) / (tenth - low)
                 within = (x > left) & (x < right) & (y > top) & (y < bottom)
                 expected += float(weights[image, member, region]) * scaled * within
             torch.testing.assert_close(found[image, region], expected.clamp(0, 1), atol=2e-3, rtol=0)
+
+
+def test_a_few_high_pixels_do_not_shrink_the_mask():
+    blob = torch.zeros(1, 1, 56, 56)
+    blob[..., 10:40, 20:50] = 1
+    spotted = blob.clone()
+    spotted[..., 20:22, 30:33] = 5
+    box = torch.tensor([[[0.0, 0, 56, 56]]])
+    for maps in (blob, spotted):
+        assert torch.equal(
+            paste_masks(aggregate_map_masks(torch.ones(1, 1, 1), box, box, maps), box, (56, 56)) > 0.5, blob > 0.5
+        )
+
+
+def test_a_line_across_the_box_is_as_thin_as_a_cell():
+    line = torch.eye(56)[None, None]
+    box = torch.tensor([[[0.0, 0, 56, 56]]])
+    found = aggregate_map_masks(torch.ones(1, 1, 1), box, box, line)[0, 0] > 0.5
+    assert torch.equal(found, torch.eye(28) > 0)
 
 
 def test_scale_and_offset_of_a_map_change_nothing_and_its_pixels_may_be_larger():

@@ -68,9 +68,10 @@ def aggregate_map_masks(
 ) -> Tensor:
     """Sum up what a map shows within the boxes of N members, weighted, in the grid of each of K boxes.
 
-    A member's mask is the map within its soft box, scaled from the lowest to the highest value there to [0, 1]:
-    `M_i = box_i (map - low_i) / (high_i - low_i)`. So it needs no threshold of the map, and it finds something in every
-    box: at least the highest point.
+    A member's mask is the map within its soft box, on a scale of its own: `M_i = box_i (map - low_i) / (high_i -
+    low_i)`, from the lowest value to one that as many cells reach as the grid has rows, which are the cells of a line
+    across the box. The highest value of all would make the mask small wherever a few pixels stand out. So no threshold
+    of the map is needed, and there is something to find in every box.
 
     Args:
         weights: Weights (B, N, K) of the members.
@@ -82,12 +83,13 @@ def aggregate_map_masks(
         softness: How wide the edges of members are, as a fraction of their sides, > 0.
 
     Returns:
-        Masks (B, K, mask_size, mask_size) in [0, 1]. Where the map is constant within a box, the member's mask is 0.
+        Masks (B, K, mask_size, mask_size), the sums cut to [0, 1]. Where the map is constant within a box, or in all
+        but fewer cells than a line has, the member's mask is 0.
     """
     maps = widen(maps)
     maps = maps - maps.mean((2, 3), keepdim=True)  # differences of large values are inexact
     seen = _crops(maps, boxes, map_scale, mask_size).flatten(2)  # (B, N, mask_size^2)
-    low, high = seen.amin(-1), seen.amax(-1)
+    low, high = seen.amin(-1), seen.topk(mask_size).values[..., -1]
     inverse = torch.where(high - low > LEAST_RANGE, 1 / (high - low).clamp(min=LEAST_RANGE), 0.0)
     slope, offset = _sums(weights, boxes, frame, mask_size, softness, (inverse, low * inverse))
     here = _crops(maps, frame, map_scale, mask_size)
