@@ -97,6 +97,15 @@ def test_a_line_across_the_box_is_as_thin_as_a_cell():
     assert torch.equal(found, torch.eye(28) > 0)
 
 
+def test_thin_lines_in_large_boxes_are_seen():
+    line = torch.zeros(1, 1, 280, 280)
+    line[..., 100, :] = 1
+    box = torch.tensor([[[0.0, 0, 280, 280]]])
+    found = aggregate_map_masks(torch.ones(1, 1, 1), box, box, line)[0, 0] > 0.5
+    assert found[10].all()
+    assert int(found.sum()) == 28
+
+
 def test_scale_and_offset_of_a_map_change_nothing_and_its_pixels_may_be_larger():
     maps = torch.rand(2, 1, 80, 80, generator=torch.Generator().manual_seed(0))
     boxes, frame, weights = some_boxes(2, 4), some_boxes(2, 3, seed=1), some_weights(2, 4, 3)

@@ -201,6 +201,17 @@ def test_no_detections(with_objects):
     assert (scores.grad == 0).all()
 
 
+def test_empty_slots_do_not_count_whatever_they_hold():
+    boxes, scores, objects, labels = scene(1)
+    valid = torch.arange(10)[None] < 8
+    found = suppressed(boxes, scores, torch.zeros(1, 10).long(), valid, 10)
+    empty = ~valid.gather(1, found.seeds)
+    assert int(empty.sum()) == 2
+    noise = {name: torch.where(empty, 0.9, getattr(found, name)) for name in ("region_scores", "region_gates")}
+    expected = duplicate_losses(*found, objects, labels, IMAGE_SIZE)
+    torch.testing.assert_close(duplicate_losses(*found._replace(**noise), objects, labels, IMAGE_SIZE), expected)
+
+
 def test_more_objects_than_regions():
     boxes, scores, objects, labels = scene(1)
     losses = duplicate_losses(*found_in(boxes, scores, regions=1), objects, labels, IMAGE_SIZE)
