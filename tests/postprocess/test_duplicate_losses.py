@@ -180,7 +180,7 @@ def test_images_without_objects_teach_background_alone():
     losses = duplicate_losses(*found, *NO_OBJECTS, IMAGE_SIZE)
     assert [losses[name].item() for name in TERMS[1:]] == [0, 0, 0]
     expected = sum(s**2 * -soft_log(1 - s) for s in found.region_scores[0].tolist())
-    assert float(losses["region_score"]) == pytest.approx(expected, rel=1e-5)
+    assert losses["region_score"].item() == pytest.approx(expected, rel=1e-5)
     sum(losses.values()).backward()
     assert boxes.grad.isfinite().all()
     assert scores.grad.isfinite().all()
@@ -210,6 +210,25 @@ def test_empty_slots_do_not_count_whatever_they_hold():
     noise = {name: torch.where(empty, 0.9, getattr(found, name)) for name in ("region_scores", "region_gates")}
     expected = duplicate_losses(*found, objects, labels, IMAGE_SIZE)
     torch.testing.assert_close(duplicate_losses(*found._replace(**noise), objects, labels, IMAGE_SIZE), expected)
+    # Slots beyond the number of proposals name one of them again.
+    more = {
+        "seeds": torch.cat([found.seeds, found.seeds[:, :2]], 1),
+        "plan": torch.cat([found.plan, found.plan[..., -1:], found.plan[..., -1:]], -1),
+        "merged": torch.cat([found.merged, torch.zeros(1, 2, 4)], 1),
+        "region_scores": torch.cat([found.region_scores, torch.ones(1, 2)], 1),
+        "region_gates": torch.cat([found.region_gates, torch.ones(1, 2)], 1),
+    }
+    torch.testing.assert_close(duplicate_losses(*found._replace(**more), objects, labels, IMAGE_SIZE), expected)
+
+
+def test_a_region_without_mass_is_its_seed_while_warming_up():
+    boxes, scores, objects, labels = scene(1)
+    found = found_in(boxes, scores)
+    nothing = torch.cat([torch.zeros_like(found.plan[..., :-1]), torch.ones_like(found.plan[..., -1:])], -1)
+    seeds = boxes.gather(1, found.seeds[..., None].expand(-1, -1, 4))
+    expected = duplicate_losses(*found._replace(merged=seeds), objects, labels, IMAGE_SIZE)
+    warm = duplicate_losses(*found._replace(plan=nothing), objects, labels, IMAGE_SIZE, warm_up=True)
+    torch.testing.assert_close(warm, expected)
 
 
 def test_more_objects_than_regions():
@@ -286,7 +305,7 @@ def test_training_leaves_one_output_per_object(warm_steps):
         losses = duplicate_losses(*found, objects, labels, IMAGE_SIZE, warm_up=step < warm_steps)
         outputs.append(int(((found.gate > 0.1) & (found.scores > 0.25)).sum()))
         loss = sum(losses.values())
-        history.append(float(loss))
+        history.append(loss.item())
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([logits, boxes], 1.0)

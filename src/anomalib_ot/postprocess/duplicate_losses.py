@@ -14,7 +14,7 @@ __all__ = ["duplicate_losses"]
 
 L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0
 SOFTENING = 1e-4  # bounds the slope of logarithms
-LEAST_MASS = 1e-6
+OWN_SHARE = 1e-6  # of a seed in its region: a region without mass is its seed
 
 
 def duplicate_losses(
@@ -49,7 +49,8 @@ def duplicate_losses(
     Args:
         plan: How much of each proposal belongs to each region, (B, N, K + 1); the last column belongs to none.
         gate: How far each proposal is kept as no duplicate, (B, N) in [0, 1].
-        seeds: Index (B, K) of the proposal that each region started from.
+        seeds: Index (B, K) of the proposal that each region started from. Regions whose seed is no valid proposal, or
+            that of an earlier region, do not count: they fill up the slots.
         boxes: Proposals (B, N, 4), pixels.
         scores: Their confidence (B, N) in [0, 1].
         labels: Their class indices (B, N); all 0 if classes do not matter, as `gt_labels` then.
@@ -79,9 +80,10 @@ def duplicate_losses(
     with full_precision(boxes):
         boxes, gate, scores = boxes.float(), gate.float(), scores.float()
         region_scores, region_gates = region_scores.float(), region_gates.float()
-        merged = _merged(plan.detach().float(), boxes) if warm_up else merged.float()
+        merged = _merged(plan.detach().float(), seeds, boxes) if warm_up else merged.float()
         scale = boxes.new_tensor([image_size[1], image_size[0]] * 2)
-        filled = valid.gather(1, seeds)
+        repeated = (seeds.unsqueeze(2) == seeds.unsqueeze(1)).tril(-1).any(2)
+        filled = valid.gather(1, seeds) & ~repeated
         region_labels = labels.gather(1, seeds)
         overlap = torch.zeros_like(region_scores)
         found, true, gates, targets = [], [], [], []
@@ -117,10 +119,11 @@ def duplicate_losses(
         }
 
 
-def _merged(plan: Tensor, boxes: Tensor) -> Tensor:
+def _merged(plan: Tensor, seeds: Tensor, boxes: Tensor) -> Tensor:
     """Average the proposals' boxes over the regions (B, K, 4)."""
-    shares = plan[..., :-1].transpose(1, 2)
-    return shares @ boxes / (shares.sum(-1, keepdim=True) + LEAST_MASS)
+    own = torch.arange(boxes.shape[1], device=boxes.device) == seeds.unsqueeze(2)
+    shares = plan[..., :-1].transpose(1, 2) + OWN_SHARE * own
+    return shares @ boxes / shares.sum(-1, keepdim=True)
 
 
 def _quality_focal(scores: Tensor, quality: Tensor) -> Tensor:
