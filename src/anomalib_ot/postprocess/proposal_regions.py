@@ -50,7 +50,7 @@ class Regions(NamedTuple):
 
     def aggregate(self, values: Tensor) -> Tensor:
         """Return each region's mean (B, K, ...) of what its proposals have (B, N, ...): features, masks."""
-        return (self.weights.mT @ values.flatten(2)).unflatten(2, values.shape[2:])
+        return (self.weights.transpose(-2, -1) @ values.flatten(2)).unflatten(2, values.shape[2:])
 
 
 def member_weights(plan: Tensor, seeds: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def published_regions(
         there = there & found.valid.gather(1, seeds)
 
         # Regions are the rows here, so that the iterations end with them; all start with the other side's answer to 0.
-        cost = _cost(found.boxes, found.scores, found.features, found.valid, seeds, there, settings).mT
+        cost = _cost(found.boxes, found.scores, found.features, found.valid, seeds, there, settings).transpose(-2, -1)
         a, b = there.to(cost), found.valid.to(cost)
         cost, a = append_slack(cost, a, side="source", slack_cost=settings.slack_cost, slack_mass=1.0)
         forbidden = torch.where(a > 0, 0.0, -torch.inf).unsqueeze(-1)
@@ -118,10 +118,10 @@ def published_regions(
             init=first,
             gradient="unrolled",
         )
-        plan, slack = transport.plan[:, :-1].mT, transport.plan[:, -1]
+        plan, slack = transport.plan[:, :-1].transpose(-2, -1), transport.plan[:, -1]
         region_scores = (plan * found.scores.unsqueeze(-1)).sum(1)
         return Regions(
-            plan.mT @ found.boxes,
+            plan.transpose(-2, -1) @ found.boxes,
             region_scores,
             found.labels.gather(1, seeds),
             there & (region_scores > settings.score_threshold),

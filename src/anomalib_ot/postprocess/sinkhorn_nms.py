@@ -1,6 +1,7 @@
 """Sinkhorn-NMS: proposals are transported to regions, of which there is one per object."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +11,12 @@ from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.ot.sinkhorn import sinkhorn
 from anomalib_ot.postprocess.nms_settings import SinkhornNMSSettings
 from anomalib_ot.postprocess.proposal_regions import Regions, heaviest_labels, member_weights
-from anomalib_ot.postprocess.proposals import check_proposals
+from anomalib_ot.postprocess.proposals import Proposals, check_proposals
 from anomalib_ot.postprocess.published_nms import PublishedNMSSettings, published_regions
 from anomalib_ot.postprocess.region_cost import region_cost, take
 from anomalib_ot.postprocess.seed_gate import outranking, seed_gate
 from anomalib_ot.vision.detections import Detections
+from anomalib_ot.vision.suppression import top_detections
 
 OPEN = 0.5  # a gate from here on makes a detection
 PRESETS = ("sinkhorn", "paper")
@@ -33,7 +35,8 @@ def sinkhorn_nms(
     """Make detections of proposals, one per object: choose among duplicates, or merge them.
 
     Works in float32, or in float64 where the boxes are, whatever autocast says. Boxes may have any unit. No output
-    depends on the other images of the batch. Traceable; exported graphs must run in float32, too.
+    depends on the other images of the batch. Traceable; exported graphs must run in float32, too. With the defaults,
+    "select" and the scores of seeds, only the gate is computed: no transport, and features play no part.
 
     Args:
         boxes: Proposals' boxes xyxy (B, N, 4).
@@ -64,12 +67,17 @@ def sinkhorn_nms(
             [70., 10., 90., 30.],
             [ 0.,  0.,  0.,  0.]])
     """
-    if preset == "sinkhorn":
-        return sinkhorn_regions(boxes, scores, labels, features, valid, SinkhornNMSSettings(**settings)).detections
     if preset == "paper":
         return published_regions(boxes, scores, labels, features, valid, PublishedNMSSettings(**settings)).detections
-    msg = f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}"
-    raise ValueError(msg)
+    if preset != "sinkhorn":
+        msg = f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}"
+        raise ValueError(msg)
+    chosen = SinkhornNMSSettings(**settings)
+    if chosen.decode == "select" and chosen.score == "seed":  # what the seeds are decides alone
+        found = check_proposals(boxes, scores, labels, features, valid).padded(chosen.max_regions)
+        with full_precision(found.boxes):
+            return _grow(found, chosen).detections
+    return sinkhorn_regions(boxes, scores, labels, features, valid, chosen).detections
 
 
 def sinkhorn_regions(
@@ -109,48 +117,83 @@ def sinkhorn_regions(
     count = found.boxes.shape[1]
     found = found.padded(settings.max_regions)
     with full_precision(found.boxes):
-        outranks = outranking(found.boxes, found.scores, found.labels, found.valid, settings)
-        gate = seed_gate(outranks, found.valid, settings.rounds, average=settings.average)
-        seeds = (gate * found.scores).topk(settings.max_regions, dim=1).indices
-        openness = gate.gather(1, seeds)
-
-        cost = region_cost(found.boxes, found.scores, found.labels, found.features, seeds, settings)
-        b = _capacities(openness, outranks.sum(-1).gather(1, seeds), settings)
-        cost, b = append_slack(cost, b, side="target", slack_cost=settings.slack_cost, slack_mass=1.0)
-        rho = torch.tensor([settings.rho] * settings.max_regions + [0.0], dtype=cost.dtype, device=cost.device)
-        transport = sinkhorn(
-            cost,
-            found.valid.to(cost),
-            b,
-            epsilon=settings.epsilon,
-            rho_b=rho,
-            num_iters=settings.num_iters,
-            gradient="unrolled",
-        )
-        plan, slack = transport.plan[..., :-1], transport.plan[..., -1]
-
-        weights = member_weights(plan, seeds)
-        seed_scores = found.scores.gather(1, seeds)
-        means = (weights * found.scores.unsqueeze(-1)).sum(1)
-        region_scores = openness * (means if settings.score == "mean" else seed_scores)
-        region_labels = found.labels.gather(1, seeds)
-        region_boxes = take(found.boxes, seeds)
+        seeds = _grow(found, settings)
+        plan, slack = _transport(found, seeds, settings)
+        weights = member_weights(plan, seeds.index)
+        region_boxes, region_scores, region_labels = seeds.boxes, seeds.scores, seeds.labels
         if settings.decode == "merge":
-            region_boxes = weights.mT @ found.boxes
+            region_boxes = weights.transpose(-2, -1) @ found.boxes
             if not settings.class_aware:
                 region_labels = heaviest_labels(weights, found.scores, found.labels)
-        keep = (openness >= OPEN) & (region_scores >= settings.score_threshold)
-    return Regions(
-        region_boxes,
-        region_scores,
-        region_labels,
-        keep,
-        seeds,
-        gate[:, :count],
-        plan[:, :count],
-        slack[:, :count],
-        weights[:, :count],
-    )
+        if settings.score == "mean":
+            region_scores = seeds.openness * (weights * found.scores.unsqueeze(-1)).sum(1)
+        keep = _kept(seeds.openness, region_scores, settings)
+    parts = (seeds.gate, plan, slack, weights)
+    return Regions(region_boxes, region_scores, region_labels, keep, seeds.index, *(part[:, :count] for part in parts))
+
+
+class _Seeds(NamedTuple):
+    """The proposals that regions grow from, best first.
+
+    Args:
+        index: Which proposals they are (B, K).
+        boxes: Their boxes (B, K, 4).
+        scores: Their scores times their gates (B, K).
+        labels: Their classes (B, K).
+        keep: Whether they make detections (B, K), bool.
+        openness: Their gates (B, K).
+        outranked: How many proposals each one outranks (B, K).
+        gate: The gates of all proposals (B, N).
+    """
+
+    index: Tensor
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    keep: Tensor
+    openness: Tensor
+    outranked: Tensor
+    gate: Tensor
+
+    @property
+    def detections(self) -> Detections:
+        """The seeds that are kept."""
+        return top_detections(Detections(self.boxes, self.scores, self.labels), self.keep, self.scores.shape[1])
+
+
+def _grow(found: Proposals, settings: SinkhornNMSSettings) -> _Seeds:
+    """Take the best seeds."""
+    outranks = outranking(found.boxes, found.scores, found.labels, found.valid, settings)
+    gate = seed_gate(outranks, found.valid, settings.rounds, average=settings.average)
+    index = (gate * found.scores).topk(settings.max_regions, dim=1).indices
+    openness, labels = gate.gather(1, index), found.labels.gather(1, index)
+    scores = openness * found.scores.gather(1, index)
+    keep = _kept(openness, scores, settings)
+    outranked = outranks.sum(-1).gather(1, index)
+    return _Seeds(index, take(found.boxes, index), scores, labels, keep, openness, outranked, gate)
+
+
+def _kept(openness: Tensor, scores: Tensor, settings: SinkhornNMSSettings) -> Tensor:
+    """Say which regions are detections: the gate is rather open than closed, and the score is high enough."""
+    return (openness >= OPEN) & (scores >= settings.score_threshold)
+
+
+def _transport(found: Proposals, seeds: _Seeds, settings: SinkhornNMSSettings) -> tuple[Tensor, Tensor]:
+    """Transport proposals to regions (B, N, K), and what no region is worth to the slack (B, N)."""
+    cost = region_cost(found.boxes, found.scores, found.labels, found.features, seeds.index, settings)
+    b = _capacities(seeds.openness, seeds.outranked, settings)
+    cost, b = append_slack(cost, b, side="target", slack_cost=settings.slack_cost, slack_mass=1.0)
+    rho = torch.tensor([settings.rho] * settings.max_regions + [0.0], dtype=cost.dtype, device=cost.device)
+    plan = sinkhorn(
+        cost,
+        found.valid.to(cost),
+        b,
+        epsilon=settings.epsilon,
+        rho_b=rho,
+        num_iters=settings.num_iters,
+        gradient="unrolled",
+    ).plan
+    return plan[..., :-1], plan[..., -1]
 
 
 def _capacities(openness: Tensor, outranked: Tensor, settings: SinkhornNMSSettings) -> Tensor:
