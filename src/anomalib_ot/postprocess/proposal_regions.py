@@ -14,6 +14,8 @@ OWN_SHARE = 1e-6  # what a seed belongs to its region at least; a region without
 class Regions(NamedTuple):
     """K regions per image out of N proposals, differentiable in boxes, scores and features.
 
+    Where N is smaller than K, the regions beyond it are not kept and name the last proposal as their seed.
+
     Args:
         boxes: The box of each region (B, K, 4), xyxy, in the proposals' unit.
         scores: Its score (B, K) in [0, 1].

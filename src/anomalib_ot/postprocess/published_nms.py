@@ -125,7 +125,7 @@ def published_regions(
             region_scores,
             found.labels.gather(1, seeds),
             there & (region_scores > settings.score_threshold),
-            seeds,
+            seeds.clamp(max=max(count - 1, 0)),
             b[:, :count],
             plan[:, :count],
             slack[:, :count],

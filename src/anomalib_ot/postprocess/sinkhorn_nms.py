@@ -115,21 +115,23 @@ def sinkhorn_regions(
     settings = settings or SinkhornNMSSettings()
     found = check_proposals(boxes, scores, labels, features, valid)
     count = found.boxes.shape[1]
-    found = found.padded(settings.max_regions)
+    padded = found.padded(settings.max_regions)
     with full_precision(found.boxes):
-        seeds = _grow(found, settings)
-        plan, slack = _transport(found, seeds, settings)
-        weights = member_weights(plan, seeds.index)
+        seeds = _grow(padded, settings)
+        plan, slack = (part[:, :count] for part in _transport(padded, seeds, settings))
+        index = seeds.index.clamp(max=max(count - 1, 0))  # what was added is nobody's seed
+        weights = member_weights(plan, index)
         region_boxes, region_scores, region_labels = seeds.boxes, seeds.scores, seeds.labels
         if settings.decode == "merge":
             region_boxes = weights.transpose(-2, -1) @ found.boxes
-            if not settings.class_aware:
+            if not settings.class_aware and count:
                 region_labels = heaviest_labels(weights, found.scores, found.labels)
         if settings.score == "mean":
             region_scores = seeds.openness * (weights * found.scores.unsqueeze(-1)).sum(1)
         keep = _kept(seeds.openness, region_scores, settings)
-    parts = (seeds.gate, plan, slack, weights)
-    return Regions(region_boxes, region_scores, region_labels, keep, seeds.index, *(part[:, :count] for part in parts))
+    return Regions(
+        region_boxes, region_scores, region_labels, keep, index, seeds.gate[:, :count], plan, slack, weights
+    )
 
 
 class _Seeds(NamedTuple):
