@@ -105,8 +105,11 @@ def published_regions(
         cost = _cost(found.boxes, found.scores, found.features, found.valid, seeds, there, settings).transpose(-2, -1)
         a, b = there.to(cost), found.valid.to(cost)
         cost, a = append_slack(cost, a, side="source", slack_cost=settings.slack_cost, slack_mass=1.0)
-        forbidden = torch.where(a > 0, 0.0, -torch.inf).unsqueeze(-1)
-        first = -settings.epsilon * torch.logsumexp(forbidden - cost / settings.epsilon, dim=1)
+        logits = -cost / settings.epsilon
+        top = logits.amax(1, keepdim=True)  # not logsumexp: not every runtime has it
+        first = -settings.epsilon * (top + ((logits - top).exp() * a.unsqueeze(-1)).sum(1, keepdim=True).log()).squeeze(
+            1
+        )
         rho = torch.tensor([torch.inf] * settings.max_regions + [0.0], dtype=cost.dtype, device=cost.device)
         transport = sinkhorn(
             cost,

@@ -129,9 +129,7 @@ def sinkhorn_regions(
         if settings.score == "mean":
             region_scores = seeds.openness * (weights * found.scores.unsqueeze(-1)).sum(1)
         keep = _kept(seeds.openness, region_scores, settings)
-    return Regions(
-        region_boxes, region_scores, region_labels, keep, index, seeds.gate[:, :count], plan, slack, weights
-    )
+    return Regions(region_boxes, region_scores, region_labels, keep, index, seeds.gate[:, :count], plan, slack, weights)
 
 
 class _Seeds(NamedTuple):
