@@ -40,9 +40,9 @@ def overlap(boxes: Tensor, others: Tensor, *, inner_weight: float = 0.0) -> Tens
     tensor([[[0.9000]]])
     """
     one, other = pair_up(boxes, others)
-    width = torch.minimum(one.right, other.right) - torch.maximum(one.left, other.left)
-    height = torch.minimum(one.bottom, other.bottom) - torch.maximum(one.top, other.top)
-    intersection = width.clamp(min=0) * height.clamp(min=0)
+    width = torch.minimum(one.right, other.right).sub_(torch.maximum(one.left, other.left)).clamp_(min=0)
+    height = torch.minimum(one.bottom, other.bottom).sub_(torch.maximum(one.top, other.top)).clamp_(min=0)
+    intersection = width.mul_(height)
     ratio = intersection / _nonzero(one.area + other.area - intersection)
     if inner_weight == 0:
         return ratio
@@ -64,13 +64,13 @@ def centre_distance(boxes: Tensor, others: Tensor) -> Tensor:
     tensor([[[0.2000]]])
     """
     one, other = pair_up(boxes, others)
-    across = (one.left + one.right - other.left - other.right) / 2
-    down = (one.top + one.bottom - other.top - other.bottom) / 2
-    width = torch.maximum(one.right, other.right) - torch.minimum(one.left, other.left)
-    height = torch.maximum(one.bottom, other.bottom) - torch.minimum(one.top, other.top)
-    return (across * across + down * down) / _nonzero(width * width + height * height)
+    across = (one.left + one.right) / 2 - (other.left + other.right) / 2
+    down = (one.top + one.bottom) / 2 - (other.top + other.bottom) / 2
+    width = torch.maximum(one.right, other.right).sub_(torch.minimum(one.left, other.left))
+    height = torch.maximum(one.bottom, other.bottom).sub_(torch.minimum(one.top, other.top))
+    return (across.square() + down.square()) / _nonzero(width.square() + height.square())
 
 
 def _nonzero(size: Tensor) -> Tensor:
-    """Return sizes, 1 instead of 0: what is divided by them is 0 there, and its gradient stays finite."""
-    return torch.where(size > 0, size, torch.ones_like(size))
+    """Make sizes 1 where they are 0: what is divided by them is 0 there, and its gradient stays finite."""
+    return size.add_(size <= 0)

@@ -6,7 +6,6 @@ from torch import Tensor
 from anomalib_ot.postprocess.nms_settings import SinkhornNMSSettings
 from anomalib_ot.postprocess.pair_geometry import overlap
 
-SAME_SCORE = 1e-9
 TIE_LOGIT = 10.0  # far enough from 0 for a sigmoid to decide
 LEAST_OPEN = 1e-6  # what one proposal leaves of another's gate at least
 LEAST_LOG_GATE = -20.0  # a gate of 2e-9 is closed; further down numbers only become slow
@@ -32,13 +31,14 @@ def outranking(boxes: Tensor, scores: Tensor, labels: Tensor, valid: Tensor, set
     """
     inner = overlap(boxes, boxes, inner_weight=settings.inner_weight)
     index = torch.arange(boxes.shape[1], device=boxes.device)
-    difference = scores.unsqueeze(-1) - scores.unsqueeze(-2)
+    better, worse = scores.unsqueeze(-1), scores.unsqueeze(-2)
     tie_logit = torch.where(index.unsqueeze(-1) < index, TIE_LOGIT, -TIE_LOGIT).to(scores)
-    order = difference / settings.order_softness + tie_logit * (difference.abs() < SAME_SCORE)
+    order = (better - worse).div_(settings.order_softness).add_(tie_logit * (better == worse))
     meets = valid.unsqueeze(-1) & valid.unsqueeze(-2) & (index.unsqueeze(-1) != index)
     if settings.class_aware:
         meets = meets & (labels.unsqueeze(-1) == labels.unsqueeze(-2))
-    return ((inner - settings.threshold) / settings.overlap_softness).sigmoid() * order.sigmoid() * meets
+    excess = inner.sub_(settings.threshold).div_(settings.overlap_softness)
+    return excess.sigmoid_() * order.sigmoid_() * meets
 
 
 def seed_gate(outranks: Tensor, valid: Tensor, rounds: int = 8, *, average: bool = False) -> Tensor:
@@ -83,7 +83,7 @@ def seed_gate(outranks: Tensor, valid: Tensor, rounds: int = 8, *, average: bool
 def _round(outranks: Tensor, gate: Tensor, scratch: Tensor | None) -> Tensor:
     """Return what all gates together leave of each one (B, N)."""
     if scratch is None:
-        logs = (1 - outranks * gate.unsqueeze(-1)).clamp(min=LEAST_OPEN).log()
+        logs = (outranks * -gate.unsqueeze(-1)).clamp(min=LEAST_OPEN - 1).log1p()
     else:
-        logs = torch.mul(outranks, gate.unsqueeze(-1), out=scratch).neg_().add_(1).clamp_(min=LEAST_OPEN).log_()
+        logs = torch.mul(outranks, -gate.unsqueeze(-1), out=scratch).clamp_(min=LEAST_OPEN - 1).log1p_()
     return logs.sum(-2).clamp(min=LEAST_LOG_GATE).exp()
