@@ -251,7 +251,9 @@ def test_two_processes_train_what_one_does(tmp_path):
     for name, value in alone.items():
         # The group norm after it makes a tower's first bias next to irrelevant: AdamW lets it drift at random.
         if not name.endswith("_tower.0.bias"):
-            torch.testing.assert_close(together[name], value, atol=2e-4, rtol=1e-2, msg=lambda text, name=name: name + text)
+            torch.testing.assert_close(
+                together[name], value, atol=2e-4, rtol=1e-2, msg=lambda text, name=name: name + text
+            )
 
 
 def test_training_leaves_the_statistics_of_the_backbone_alone(trained):

@@ -24,6 +24,7 @@ from anomalib_ot.integration.box_visualizer import BoxVisualizer
 from anomalib_ot.integration.checked_export import CheckedExport
 from anomalib_ot.integration.checkpoints import check_own_checkpoint, checked_reading, trained_arguments
 from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.sinkhorn_nms import CHECKPOINT_KEY, SinkhornNMS
 from anomalib_ot.vision.backbone import normalisation
 from anomalib_ot.vision.detections import Detections
 
@@ -53,7 +54,8 @@ class BoxModel(CheckedExport):
     """The part of a detector that does not depend on how it detects; before `AnomalibModule` among its bases.
 
     A detector builds its network in `new_network`, names it `model`, and has the buffer `trained`. `own_entry` is a
-    weight that only its checkpoints have, `trained_by` are the arguments that these decide about.
+    weight that only its checkpoints have, `trained_by` are the arguments that these decide about. With
+    `takes_post_processor` it becomes, where none was given, what the checkpoint was trained with.
     """
 
     own_entry: ClassVar[str]
@@ -61,6 +63,7 @@ class BoxModel(CheckedExport):
     model: nn.Module | None
     class_names: list[str] | None
     image_threshold: float
+    takes_post_processor: bool
 
     def new_network(self, num_classes: int) -> nn.Module:
         """Build an untrained network, from `hparams`."""
@@ -83,6 +86,21 @@ class BoxModel(CheckedExport):
     def is_fitted(self) -> bool:
         """Whether the network was trained at all."""
         return self.model is not None and bool(self.trained)
+
+    # ---- duplicates
+
+    def suppression(self) -> dict[str, Any]:
+        """Say which `nms` the network has and how many detections it returns: raw ones for a `SinkhornNMS`."""
+        nms, most = self.hparams["nms"], self.hparams["max_detections"]
+        if not isinstance(self.post_processor, SinkhornNMS):
+            return {"nms": "hard" if nms is None else nms, "max_detections": most}
+        most = max(self.post_processor.max_candidates, most)
+        return {"nms": "none" if nms is None else nms, "max_detections": most}
+
+    def detect(self, images: Tensor) -> Detections:
+        """Detect in normalised images (B, 3, H, W), without duplicates; boxes in their pixels."""
+        found = self.model(images)
+        return self.post_processor(found) if isinstance(self.post_processor, SinkhornNMS) else found
 
     # ---- before anything runs
 
@@ -142,7 +160,7 @@ class BoxModel(CheckedExport):
     def _predict(self, batch: Batch) -> BoxBatch:
         batch = BoxBatch.adopt(batch)
         factors = batch.original_size.flip(-1) / torch.tensor(batch.image.shape[:-3:-1], device=batch.image.device)
-        predictions = self._predictions(self.model(batch.image), factors)
+        predictions = self._predictions(self.detect(batch.image), factors)
         return batch.update(**predictions._asdict())
 
     def _predictions(self, found: Detections, factors: Tensor) -> BoxPredictions:
@@ -161,8 +179,9 @@ class BoxModel(CheckedExport):
                 batch.new_ones(()) * batch.shape[-2] / images.shape[-2],
             ]
         )
-        predictions = self._predictions(self.model(images), factors)
-        return self.post_processor(predictions) if self.post_processor else predictions
+        predictions = self._predictions(self.detect(images), factors)
+        own = self.post_processor is None or isinstance(self.post_processor, SinkhornNMS)
+        return predictions if own else self.post_processor(predictions)
 
     def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Predict a batch."""
@@ -208,11 +227,17 @@ class BoxModel(CheckedExport):
             raise InputError(msg)
         if self.class_names is None:
             self.hparams["class_names"] = list(names)
+        kept = checkpoint.get("anomalib_post_processor_config") or {}
+        if self.post_processor is None and self.takes_post_processor and CHECKPOINT_KEY in kept:
+            self.post_processor = SinkhornNMS(**kept[CHECKPOINT_KEY])
+            self.model = None
+        chosen = self.post_processor
         trained = trained_arguments(checkpoint, self.hparams, self.trained_by)
         if trained or self.model is None:
             self.hparams.update(trained)
             self.build(names)
         super().on_load_checkpoint(checkpoint)
+        self.post_processor = chosen  # the host drops it if the checkpoint had none
         if self._trainer is not None and isinstance(self._trainer.datamodule, AnomalibDataModule):
             self._trainer.datamodule.setup(self._trainer.state.fn)  # its data sets take over the restored resize
 

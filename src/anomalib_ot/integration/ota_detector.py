@@ -12,7 +12,7 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from anomalib_ot.detection.losses import dense_losses
+from anomalib_ot.detection.losses import Dense, dense_losses
 from anomalib_ot.detection.ota import DenseDetector
 from anomalib_ot.integration.backbone import fill_weights
 from anomalib_ot.integration.box_model import BoxModel
@@ -26,6 +26,7 @@ from anomalib_ot.integration.detector_arguments import (
 from anomalib_ot.integration.input_checks import check_fraction
 from anomalib_ot.integration.input_error import InputError, install_short_errors
 from anomalib_ot.integration.recipe import optimiser_and_schedule
+from anomalib_ot.integration.sinkhorn_nms import SinkhornNMS
 from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.vision.backbone import normalisation
 
@@ -54,7 +55,7 @@ class OTADetector(BoxModel, AnomalibModule):
         num_convs: Convolutions per tower of the head.
         num_extra: Levels of the pyramid beyond the backbone's coarsest map.
         frozen_stages: Stages of the backbone that are not trained.
-        nms: What removes duplicates: "hard" or "none".
+        nms: What removes duplicates in the network: "hard" or "none"; None: "hard", unless the post-processor does it.
         nms_threshold: Largest overlap (IoU) of two detections of one class.
         score_threshold: Least score of a detection.
         image_threshold: Score of a box that makes the image a defective one.
@@ -66,7 +67,8 @@ class OTADetector(BoxModel, AnomalibModule):
         class_names: Names of the classes; None takes them from the data.
         seed: Makes the start of two trainings equal.
         pre_processor: Anomalib pre-processor, or whether to use the default.
-        post_processor: Not used by detectors; a module of your own, called on `BoxPredictions` in exports.
+        post_processor: A `SinkhornNMS` takes the place of `nms`; another module is called on `BoxPredictions`, in
+            exports alone. True leaves what the checkpoint has, which otherwise is none.
         evaluator: Anomalib evaluator, or whether to use the default.
         visualizer: Anomalib visualiser, or whether to use the default.
 
@@ -96,7 +98,7 @@ class OTADetector(BoxModel, AnomalibModule):
         num_convs: int | None = None,
         num_extra: int | None = None,
         frozen_stages: int | None = None,
-        nms: str = "hard",
+        nms: str | None = None,
         nms_threshold: float = 0.6,
         score_threshold: float = 0.05,
         image_threshold: float = 0.3,
@@ -125,6 +127,7 @@ class OTADetector(BoxModel, AnomalibModule):
             visualizer=visualizer,
         )
         self.backbone_weights = backbone_weights
+        self.takes_post_processor = post_processor is True
         self.image_threshold = image_threshold
         self.epochs = epochs
         self.seed = seed
@@ -145,11 +148,11 @@ class OTADetector(BoxModel, AnomalibModule):
     def new_network(self, num_classes: int) -> DenseDetector:
         """Build an untrained network; the arguments may have come from a checkpoint."""
         self._configure()
-        names = ("backbone", "layers", "image_size", "nms", "nms_threshold", "score_threshold", "max_detections")
-        names += ("tile_size", "tile_overlap")
+        names = ("backbone", "layers", "image_size", "nms_threshold", "score_threshold", "tile_size", "tile_overlap")
+        arguments = {name: self.hparams[name] for name in names} | self.suppression()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return build_detector(self.preset, num_classes=num_classes, **{name: self.hparams[name] for name in names})
+            return build_detector(self.preset, num_classes=num_classes, **arguments)
 
     # ---- before anything runs: the data, the classes, the weights
 
@@ -200,15 +203,33 @@ class OTADetector(BoxModel, AnomalibModule):
         losses = dense_losses(
             dense, assignments, batch.gt_boxes, batch.gt_box_labels, over_devices=self.mean_over_devices
         )
-        if not torch.isfinite(losses.total):
+        total, against = losses.total, self.duplicate_losses(dense, batch)
+        if against:
+            total = total + torch.stack(list(against.values())).sum()
+        if not torch.isfinite(total):
             paths = ", ".join(batch.image_path or ["(no path)"])
             msg = (
-                f"the training loss is {float(losses.total)} at step {self.global_step}; lower --model.lr "
+                f"the training loss is {float(total.detach())} at step {self.global_step}; lower --model.lr "
                 f"(now {self.preset.lr}), or look at the images of this batch: {paths}"
             )
             raise InputError(msg)
         objects = sum(len(boxes) for boxes in batch.gt_boxes)
-        named = {"loss": losses.total, "class_loss": losses.class_loss, "box_loss": losses.box_loss}
+        named = against | {"loss": total, "class_loss": losses.class_loss, "box_loss": losses.box_loss}
         named |= {"iou_loss": losses.iou_loss, "positives_per_object": losses.num_positives / max(objects, 1)}
         self.log_dict({f"train_{name}": value.detach() for name, value in named.items()}, batch_size=len(batch.image))
-        return losses.total
+        return total
+
+    def duplicate_losses(self, dense: Dense, batch: Batch) -> dict[str, Tensor]:
+        """Return the losses that the post-processor adds, by name; none without a `SinkhornNMS` that trains."""
+        if not isinstance(self.post_processor, SinkhornNMS) or not self.post_processor.train_weight:
+            return {}
+        image_size = batch.image.shape[-2:]
+        with full_precision(dense.logits):
+            return self.post_processor.losses(
+                self.model.decoding.candidates(dense, image_size),
+                batch.gt_boxes,
+                batch.gt_box_labels,
+                image_size,
+                self.global_step / max(int(self.trainer.estimated_stepping_batches), 1),
+                self.mean_over_devices,
+            )
