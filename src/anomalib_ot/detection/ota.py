@@ -1,6 +1,6 @@
 """The network of the dense detector: backbone, pyramid, head; large images tile by tile."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -84,12 +84,19 @@ class DenseDetector(nn.Module):
         boxes = decode_ltrb(points, distances.float())
         return Dense(logits, boxes, iou_logits, points, strides, tuple(h * w for h, w in shapes))
 
-    def forward(self, images: Tensor) -> Detections:
-        """Detect in normalised images (B, 3, H, W); boxes in their pixels."""
+    def forward(self, images: Tensor, group: Callable[[Detections], Detections] | None = None) -> Detections:
+        """Detect in normalised images (B, 3, H, W); boxes in their pixels.
+
+        Args:
+            images: The images.
+            group: Makes one detection per object of raw ones. Tiles need it twice: duplicates that one tile has of an
+                object must not be taken for its parts.
+        """
+        group = group or (lambda found: found)
         if self.tiling is None:
-            return self._detect(images)
-        tiles = self.tiling.cut(images)
-        return self.tiling.merge(self._detect(tiles), images.shape[-2:], self.decoding.suppress)
+            return group(self._detect(images))
+        found = group(self._detect(self.tiling.cut(images)))
+        return group(self.tiling.merge(found, images.shape[-2:], self.decoding.suppress))
 
     def _detect(self, images: Tensor) -> Detections:
         """Detect in images or tiles, on a CPU a few at a time: memory is then bounded whatever the batch."""

@@ -12,6 +12,7 @@ from anomalib_ot.integration.input_checks import dataset_image_paths
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.input_guard import check_fitted
 from anomalib_ot.integration.model_arguments import check_precision
+from anomalib_ot.integration.sinkhorn_nms import SinkhornNMS
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,11 @@ class BoxGuard(Callback):
         found = [dataset_image_paths(getattr(datamodule, f"{subset}_data", None)) for subset in subsets]
         check_images(dict.fromkeys(path for paths in found for path in paths), f"data {name}")
         if isinstance(datamodule, BoxDataModule):
-            warn_of_crowds(datamodule, pl_module.hparams["max_detections"])
+            own = pl_module.post_processor
+            if isinstance(own, SinkhornNMS):
+                warn_of_crowds(datamodule, own.max_detections, "--model.post_processor.max_detections")
+            else:
+                warn_of_crowds(datamodule, pl_module.hparams["max_detections"])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to validate what was not trained, unless it is being trained."""
@@ -62,22 +67,23 @@ class BoxGuard(Callback):
             check_images(dataset_image_paths(getattr(loader, "dataset", None)), "images to predict")
 
 
-def warn_of_crowds(datamodule: BoxDataModule, max_detections: int) -> None:
+def warn_of_crowds(datamodule: BoxDataModule, max_detections: int, argument: str = "--model.max_detections") -> None:
     """Warn once, with a count, of images that hold more objects than a detector returns.
 
     Args:
         datamodule: The data.
         max_detections: Most detections per image.
+        argument: What sets that.
     """
     content = datamodule.content
     crowded = [image for image in (*content.train, *content.val, *content.test) if len(image.boxes) > max_detections]
     if crowded:
         logger.warning(
-            "data %s: %d image(s) have more boxes than the detector returns (%d), the first is %s with %d; "
-            "raise --model.max_detections",
+            "data %s: %d image(s) have more boxes than the detector returns (%d), the first is %s with %d; raise %s",
             datamodule.name,
             len(dict.fromkeys(image.image_path for image in crowded)),
             max_detections,
             crowded[0].image_path,
             len(crowded[0].boxes),
+            argument,
         )

@@ -99,8 +99,7 @@ class BoxModel(CheckedExport):
 
     def detect(self, images: Tensor) -> Detections:
         """Detect in normalised images (B, 3, H, W), without duplicates; boxes in their pixels."""
-        found = self.model(images)
-        return self.post_processor(found) if isinstance(self.post_processor, SinkhornNMS) else found
+        return self.model(images, self.post_processor if isinstance(self.post_processor, SinkhornNMS) else None)
 
     # ---- before anything runs
 
@@ -152,8 +151,8 @@ class BoxModel(CheckedExport):
         self.trained.fill_(True)
 
     def mean_over_devices(self, value: Tensor) -> Tensor:
-        """Average a value over the devices of the training."""
-        return self.all_gather(value).float().mean() if self.trainer.world_size > 1 else value
+        """Average a value, or each of several, over the devices of the training."""
+        return self.all_gather(value).float().mean(0) if self.trainer.world_size > 1 else value
 
     # ---- validation, test, prediction
 

@@ -56,10 +56,10 @@ class OTADetector(BoxModel, AnomalibModule):
         num_extra: Levels of the pyramid beyond the backbone's coarsest map.
         frozen_stages: Stages of the backbone that are not trained.
         nms: What removes duplicates in the network: "hard" or "none"; None: "hard", unless the post-processor does it.
-        nms_threshold: Largest overlap (IoU) of two detections of one class.
+        nms_threshold: Largest overlap (IoU) of two detections of one class, for `nms`.
         score_threshold: Least score of a detection.
         image_threshold: Score of a box that makes the image a defective one.
-        max_detections: Most detections per image.
+        max_detections: Most detections per image; a `SinkhornNMS` has its own number.
         lr: Learning rate; None leaves the preset's.
         weight_decay: Weight decay; None leaves the preset's.
         epochs: Passes over the training images where the trainer has no `max_epochs`; None: as many as make 1,000

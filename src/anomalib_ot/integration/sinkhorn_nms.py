@@ -1,7 +1,8 @@
 """Sinkhorn-NMS as Anomalib's post-processor: beside every detector here, in its exports, and in its training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,15 +12,21 @@ from torch import Tensor
 from anomalib_ot.integration.input_checks import check_known
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.postprocess.duplicate_losses import duplicate_losses
-from anomalib_ot.postprocess.nms_settings import SinkhornNMSSettings
+from anomalib_ot.postprocess.nms_settings import FRACTION, WEIGHT, WHOLE, SinkhornNMSSettings, check_settings
 from anomalib_ot.postprocess.published_nms import PublishedNMSSettings
 from anomalib_ot.postprocess.sinkhorn_nms import PRESETS, sinkhorn_nms, sinkhorn_regions
 from anomalib_ot.vision.detections import EMPTY, Detections, stack_detections
 
 SOFT, SHARP = 0.1, 0.02  # softness of the gate at the beginning and at the end of a training
 CHECKPOINT_KEY = "sinkhorn_nms"
+NAMES = ("boxes", "scores", "labels")
+RANGES = {"max_candidates": WHOLE, "max_detections": WHOLE, "train_weight": WEIGHT, "warm_up": FRACTION}
+OWN = {name: name for name in ("decode", "threshold", "class_aware", "score_threshold")} | {
+    "max_regions": "max_detections"
+}  # settings that are arguments, and what these are called
+NOT_PUBLISHED = {"decode": "select", "threshold": 0.6, "class_aware": True, "train_weight": 0.0}
 
-Found = dict[str, Tensor]
+Found = Mapping[str, Tensor]
 
 
 class SinkhornNMS(PostProcessor):
@@ -42,7 +49,7 @@ class SinkhornNMS(PostProcessor):
             `PublishedNMSSettings`) by name.
         train_weight: Weight of the losses against duplicates in a detector's training; 0: the detector trains as
             without this.
-        warm_up: Part of the training, at its beginning, in which these losses do not reach the grouping.
+        warm_up: Part of the training, at its beginning, in which merged boxes teach their members, not who is one.
 
     Raises:
         InputError: If an argument is out of range or not known.
@@ -79,64 +86,64 @@ class SinkhornNMS(PostProcessor):
             "max_candidates": max_candidates,
             "max_detections": max_detections,
             "preset": preset,
-            "settings": dict(settings or {}),
+            "settings": _as_dict(settings),
             "train_weight": train_weight,
             "warm_up": warm_up,
         }
-        self._configure()
+        for name, value in list(self.named_buffers(recurse=False)):  # Anomalib's, which here say nothing
+            self.register_buffer(name, value, persistent=False)
+        self.settings = self._checked_settings()
+        self.preset, self.train_weight, self.warm_up = preset, train_weight, warm_up
+        self.max_candidates, self.max_detections = max_candidates, max_detections
 
-    def _configure(self) -> None:
-        """Check the arguments and read them."""
+    def _checked_settings(self) -> dict[str, Any]:
+        """Check all arguments; return those of the function."""
         given = self.arguments
         check_known("preset", given["preset"], PRESETS)
-        self.preset, self.train_weight, self.warm_up = given["preset"], given["train_weight"], given["warm_up"]
-        self.max_candidates, self.max_detections = given["max_candidates"], given["max_detections"]
-        for name, value, holds, expected in (
-            ("max_candidates", self.max_candidates, self.max_candidates >= 1, "a whole number of at least 1"),
-            ("max_detections", self.max_detections, self.max_detections >= 1, "a whole number of at least 1"),
-            ("train_weight", self.train_weight, self.train_weight >= 0, "a number of at least 0"),
-            ("warm_up", self.warm_up, 0 <= self.warm_up <= 1, "a part of the training from 0 to 1"),
-        ):
-            if not holds:
-                msg = f"{name} is {value!r}; expected {expected}"
-                raise InputError(msg)
-        kind = PublishedNMSSettings if self.preset == "paper" else SinkhornNMSSettings
-        known = [field.name for field in fields(kind)]
-        for name in given["settings"]:
-            check_known("settings", name, known)
-        own = {name: given[name] for name in ("decode", "threshold", "class_aware", "score_threshold")}
-        own["max_regions"] = self.max_detections
-        if self.preset == "paper" and self.train_weight:
+        paper = given["preset"] == "paper"
+        for name in [name for name, value in NOT_PUBLISHED.items() if paper and given[name] != value]:
             msg = (
-                f"train_weight is {self.train_weight} with preset 'paper'; the published form has no losses: leave it 0"
+                f"{name} is {given[name]!r}; expected {NOT_PUBLISHED[name]!r} with preset 'paper', which has no choice"
             )
             raise InputError(msg)
-        self.settings = {name: value for name, value in own.items() if name in known} | given["settings"]
+        kind = PublishedNMSSettings if paper else SinkhornNMSSettings
+        known = [field.name for field in fields(kind)]
+        for name in given["settings"]:
+            if name in OWN:
+                msg = f"settings has {name!r}; expected none of the other arguments: give it as {OWN[name]} alone"
+                raise InputError(msg)
+            check_known("settings", name, [name for name in known if name not in OWN])
+        settings = {name: given[own] for name, own in OWN.items() if name in known} | given["settings"]
         try:
-            kind(**self.settings)
+            check_settings(SimpleNamespace(**given), RANGES)
+            kind(**settings)
         except ValueError as error:
             raise InputError(str(error)) from error
+        return settings
 
     # ---- detections in, detections out
 
-    def forward(self, found: Detections | list[Found]) -> Detections | list[Found]:
+    def forward(self, found: Detections | Sequence[Found]) -> Detections | list[Found]:
         """Make detections, one per object.
 
         Args:
-            found: Detections of a batch, or one dict per image as torchvision's detectors return.
+            found: Detections of a batch, best first, or one dict per image as torchvision's detectors return.
 
         Returns:
-            The same kind, best first.
+            The same kind, best first; dicts of boxes, scores and labels alone.
+
+        Raises:
+            ValueError: If `found` is something else, or holds NaN, infinite values or scores outside [0, 1].
         """
         if isinstance(found, Detections):
             return self._suppress(found)
-        slots = max([1, *(len(image["scores"]) for image in found)])
-        stacked = stack_detections([(image["boxes"], image["scores"], image["labels"]) for image in found], slots)
+        check_found(found)
         if not found:
             return []
+        slots = max(1, *(len(image["scores"]) for image in found))
+        stacked = stack_detections([tuple(image[name] for name in NAMES) for image in found], slots)
         result = self._suppress(stacked)
-        names = ("boxes", "scores", "labels")
-        return [dict(zip(names, result.of_image(image), strict=True)) for image in range(len(found))]
+        return [dict(zip(NAMES, result.of_image(image), strict=True)) for image in range(len(found))]
 
     def _suppress(self, found: Detections) -> Detections:
         boxes, scores, labels = (part[:, : self.max_candidates] for part in found[:3])
@@ -165,9 +172,14 @@ class SinkhornNMS(PostProcessor):
             image_size: Height and width of the images, pixels.
             progress: Part of the training that is over, 0 to 1: the gate is soft at first.
             over_devices: Averages over the devices of the training.
+
+        Returns:
+            See `anomalib_ot.postprocess.duplicate_losses`.
         """
         boxes, scores, labels = (part[:, : self.max_candidates] for part in found[:3])
         valid, labels = labels != EMPTY, labels.clamp(min=0)
+        if not self.settings["class_aware"]:
+            labels, gt_labels = torch.zeros_like(labels), [torch.zeros_like(part) for part in gt_labels]
         settings = SinkhornNMSSettings(**self.settings | {"decode": "merge"})
         softness = SOFT * (SHARP / SOFT) ** min(max(progress, 0.0), 1.0)
         regions = sinkhorn_regions(boxes, scores, labels, None, valid, settings.softened(softness))
@@ -203,3 +215,36 @@ class SinkhornNMS(PostProcessor):
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Keep the arguments as given: who names the post-processor has chosen them."""
+
+
+def _as_dict(settings: object) -> dict[str, Any]:
+    """Copy settings."""
+    if settings is not None and not isinstance(settings, Mapping):
+        msg = f"settings is {settings!r}; expected names with values, such as {{'epsilon': 0.05}}"
+        raise InputError(msg)
+    return dict(settings or {})
+
+
+def check_found(found: object) -> None:
+    """Check that detections are what torchvision's detectors return.
+
+    Raises:
+        InputError: If they are not a list with one dict per image that has boxes (N, 4), scores (N,) and labels (N,).
+    """
+    usual = "SinkhornNMS expected Detections, or a list with a dict of boxes, scores and labels for each image"
+    if not isinstance(found, list | tuple):
+        msg = f"{usual}; {type(found).__name__} came"
+        raise InputError(msg)
+    for index, image in enumerate(found):
+        names = list(image) if isinstance(image, Mapping) else type(image).__name__
+        if not isinstance(image, Mapping) or not set(NAMES) <= set(names):
+            msg = f"{usual}; image {index} has {names}"
+            raise InputError(msg)
+        boxes, scores, labels = (image[name] for name in NAMES)
+        if not (boxes.shape == (len(boxes), 4) and scores.shape == labels.shape == (len(boxes),)):
+            shapes = ", ".join(f"{name} {tuple(image[name].shape)}" for name in NAMES)
+            msg = f"image {index} has {shapes}; expected (N, 4), (N,) and (N,)"
+            raise InputError(msg)
+        if labels.is_floating_point() or (labels < 0).any():
+            msg = f"labels of image {index} are {labels.dtype}, or below 0; expected class indices, int64"
+            raise InputError(msg)

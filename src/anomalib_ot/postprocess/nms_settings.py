@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 DECODES = ("select", "merge")
@@ -11,34 +12,38 @@ SPATIAL = ("diou", "centre")
 
 
 class Range(NamedTuple):
-    """What a setting may be: the test, and how to say it."""
+    """What a setting may be: the test, how to say it, and whether only numbers are tested at all."""
 
     holds: Callable[[Any], bool]
     expected: str
+    is_number: bool = True
+
+    def fits(self, value: object) -> bool:
+        """Say whether a value of any type lies in the range."""
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        return (number or not self.is_number) and self.holds(value)
 
 
-WHOLE = Range(
-    lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1, "a whole number of at least 1"
-)
+WHOLE = Range(lambda value: isinstance(value, int) and value >= 1, "a whole number of at least 1")
 POSITIVE = Range(lambda value: 0 < value < math.inf, "a finite number above 0")
 WEIGHT = Range(lambda value: 0 <= value < math.inf, "a finite number of at least 0")
 FRACTION = Range(lambda value: 0 <= value <= 1, "a number from 0 to 1")
 BETWEEN = Range(lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
 FINITE = Range(math.isfinite, "a finite number")
-FLAG = Range(lambda value: isinstance(value, bool), "True or False")
+FLAG = Range(lambda value: isinstance(value, bool), "True or False", is_number=False)
 
 
 def one_of(*choices: str) -> Range:
     """Return the range that consists of these names."""
-    return Range(lambda value: value in choices, "one of " + ", ".join(map(repr, choices)))
+    return Range(lambda value: value in choices, "one of " + ", ".join(map(repr, choices)), is_number=False)
 
 
 def check_settings(settings: object, ranges: dict[str, Range]) -> None:
     """Refuse the first setting that is out of its range, by its name."""
-    for name, (holds, expected) in ranges.items():
+    for name, allowed in ranges.items():
         value = getattr(settings, name)
-        if isinstance(value, str) is not expected.startswith("one of") or not holds(value):
-            msg = f"{name} is {value!r}; expected {expected}"
+        if not allowed.fits(value):
+            msg = f"{name} is {value!r}; expected {allowed.expected}"
             raise ValueError(msg)
 
 
