@@ -91,3 +91,8 @@ def test_with_a_sharp_gate_it_is_hard_suppression(checkpoint, images):
     print(hard.valid.sum(1), ours.valid.sum(1), everything.valid.sum(1), hard.scores[:,:3])
     for one, other in zip(ours, hard, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_keep(checkpoint, shapes):
+    import shutil
+    shutil.rmtree("/tmp/nms2", ignore_errors=True); shutil.copytree(shapes, "/tmp/nms2/shapes"); shutil.copy(checkpoint, "/tmp/nms2/plain.ckpt")

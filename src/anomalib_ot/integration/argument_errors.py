@@ -18,7 +18,9 @@ import anomalib_ot
 __all__ = ["install_short_argument_errors", "short_argument_error"]
 
 PROBLEM = re.compile(r"Problem with given class_path '([\w.]+)':\n(.*?)(?=\n {2}Given value type|\Z)", re.DOTALL)
+NESTED = re.compile(r"^( *)- Problem with given class_path '([\w.]+)':\n((?:\1 {3,}.*\n?)+)", re.MULTILINE)
 VALUE = re.compile(r"(?:Got value: |Given value: )(.*)")
+MISTYPED = re.compile(r'Parser key "(\w+)')
 STATUS = 2  # of a command line that cannot be understood
 
 
@@ -44,11 +46,13 @@ def short_argument_error(message: str, *, foreign: bool = False) -> str | None:
         near = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.8) if unknown else []
         return f"{option} is {unknown[1]!r}, which is not known; did you mean {near[0]!r}?" if near else None
     path, reason = problem[1], textwrap.dedent(problem[2])
+    while (outer := MISTYPED.match(reason)) and (inner := NESTED.search(reason)):  # an argument that is a class itself
+        option, path, reason = f"{option}.{outer[1]}", inner[2], textwrap.dedent(inner[3])
     if not foreign and path.partition(".")[0] != anomalib_ot.__name__:
         return None
     known, name = _parameters(path), path.rpartition(".")[2]
     refused = re.match(r"(?:Option|Key) '([\w.]+)' is (not accepted|required)", reason)
-    mistyped, value = re.match(r'Parser key "(\w+)', reason), VALUE.search(reason)
+    mistyped, value = MISTYPED.match(reason), VALUE.search(reason)
     if known and refused and refused[2] == "required":
         return f"{option}.{refused[1]} is missing, {name} needs it; expected {known.get(refused[1], 'a value')}"
     if known and refused:
@@ -56,7 +60,9 @@ def short_argument_error(message: str, *, foreign: bool = False) -> str | None:
         hint = f"did you mean {near[0]!r}? It" if near else "it"
         return f"{option}.{refused[1]}: {name} has no such argument; {hint} has {', '.join(known)}"
     if known and mistyped and value and mistyped[1] in known:
-        return f"{option}.{mistyped[1]} is {value[1]!r}; expected {known[mistyped[1]]}"
+        near = difflib.get_close_matches(value[1], anomalib_ot.__all__, n=1, cutoff=0.8)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        return f"{option}.{mistyped[1]} is {value[1]!r}; expected {known[mistyped[1]]}{hint}"
     return f"{option}: {' '.join(reason.split())}"
 
 

@@ -10,7 +10,7 @@ from anomalib.post_processing import PostProcessor
 from torch import Tensor
 
 from anomalib_ot.integration.input_checks import check_known
-from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.input_error import InputError, install_short_errors
 from anomalib_ot.postprocess.duplicate_losses import duplicate_losses
 from anomalib_ot.postprocess.nms_settings import FRACTION, WEIGHT, WHOLE, SinkhornNMSSettings, check_settings
 from anomalib_ot.postprocess.published_nms import PublishedNMSSettings
@@ -77,6 +77,7 @@ class SinkhornNMS(PostProcessor):
         train_weight: float = 0.0,
         warm_up: float = 0.2,
     ) -> None:
+        install_short_errors()  # it is built before its detector
         super().__init__(enable_normalization=False, enable_thresholding=False)
         self.arguments = {
             "decode": decode,
