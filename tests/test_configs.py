@@ -38,7 +38,7 @@ def model_of(name: str) -> OTPrototypes | OTADetector:
 
 def test_there_is_a_file_for_everything_the_readme_names():
     names = {"ot_prototypes", "ot_prototypes_paper", "ot_prototypes_filter_bank", "ot_prototypes_members"}
-    names |= {"ota_detector", "ota_detector_paper", "ota_detector_tiles"}
+    names |= {"ota_detector", "ota_detector_paper", "ota_detector_sinkhorn", "ota_detector_tiles"}
     assert {path.stem for path in MODELS} == names
     assert {path.stem for path in DATA} == {"synthetic_fabric", "folder", "mvtec_ad", *BOXES}
     assert {path.stem for path in BENCHMARKS} == {"ot_prototypes"}
@@ -53,7 +53,12 @@ def test_a_file_holds_a_class_and_its_arguments_and_nothing_else(path):
 def test_a_model_is_built_with_every_argument_of_its_file(path):
     model, described = model_of(path.stem), yaml.safe_load(path.read_text(encoding="utf-8"))
     assert type(model).__name__ == described["class_path"].rsplit(".", 1)[-1]
-    for name, value in described["init_args"].items():
+    given = described["init_args"]
+    if "post_processor" in given:  # a part of its own, no hyperparameter
+        part = given.pop("post_processor")
+        assert type(model.post_processor).__name__ == part["class_path"].rsplit(".", 1)[-1]
+        assert model.post_processor.arguments.items() >= part["init_args"].items()
+    for name, value in given.items():
         assert name in model.hparams
         if name != "members":
             assert _plain(model.hparams[name]) == value
