@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from anomalib_ot.vision.detections import Detections, stack_detections
+from anomalib_ot.vision.detections import Detections, join_detections, stack_detections
 from anomalib_ot.vision.suppression import suppress_duplicates
 from anomalib_ot.vision.tiling import Tiling
 
@@ -90,7 +90,7 @@ def test_images_of_a_batch_do_not_mix():
     tiling, size = Tiling((100, 100), 0.25, max_detections=10), (200, 300)
     one = seen_in_tiles([[0.0, 40, 300, 52]], [0], tiling, size)
     two = seen_in_tiles([[10.0, 10, 30, 30], [200, 100, 260, 190]], [1, 0], tiling, size)
-    both = Detections(*(torch.cat(parts) for parts in zip(one, two, strict=True)))
+    both = join_detections([one, two])
     merged = tiling.merge(both, size, suppress_duplicates)
     for image, alone in enumerate((one, two)):
         single = tiling.merge(alone, size, suppress_duplicates)

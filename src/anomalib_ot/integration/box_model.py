@@ -147,7 +147,7 @@ class BoxModel(CheckedExport):
 
     def _predictions(self, found: Detections, factors: Tensor) -> BoxPredictions:
         """Scale detections to pixels of the image handed in, by `factors` for x and y, and judge the image."""
-        boxes, scores, labels = found.scaled(factors)
+        boxes, scores, labels, _ = found.scaled(factors)
         image_scores = scores.amax(dim=1)
         return BoxPredictions(boxes, scores, labels, image_scores, image_scores > self.image_threshold)
 

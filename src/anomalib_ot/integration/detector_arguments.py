@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anomalib_ot.detection.assigner import ASSIGNERS, Assigner
 from anomalib_ot.detection.decoding import Decoding
-from anomalib_ot.detection.ota import DenseDetector, freeze_stages
+from anomalib_ot.detection.detector import freeze_stages
+from anomalib_ot.detection.ota import DenseDetector
 from anomalib_ot.integration.backbone import FILTER_BANK, build_extractor
 from anomalib_ot.integration.input_checks import check_fraction, check_known
 from anomalib_ot.integration.input_error import InputError
