@@ -115,7 +115,7 @@ def test_arguments_in_python(arguments, message):
     ("words", "pieces"),
     [
         (["--model", "OTPrototype"], ["--model is 'OTPrototype'", "did you mean 'OTPrototypes'?"]),
-        (["--model", "anomalib_ot.Prototypes"], ["no attribute 'Prototypes'", "it has OTPrototypes"]),
+        (["--model", "anomalib_ot.Prototypes"], ["no attribute 'Prototypes'", "it has", "OTPrototypes"]),
         (["--model", "OTPrototypes", "--data", "Foldr"], ["--data is 'Foldr'", "did you mean 'Folder'?"]),
         (["--model", "OTPrototypes", "--data", "Folder", "--data.name", "x"], ["--data.normal_dir is missing"]),
     ],

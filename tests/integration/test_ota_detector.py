@@ -243,13 +243,25 @@ def test_two_processes_train_what_one_does(tmp_path):
     root, models = draw(tmp_path / "set", count=4), []
     for devices, batch_size in ((1, 4), (2, 2)):
         seed_everything(0)
-        models.append(OTADetector(**SMALL, class_names=["square", "bar"]))  # a fork hands back weights alone
-        several = {"devices": 2, "strategy": "ddp_fork"} if devices == 2 else {}
-        datamodule = data(root, train_batch_size=batch_size, train_augmentations=Identity())
+        models.append(OTADetector(**SMALL, class_names=["square", "bar"]))  # processes hand back weights alone
+        several = {"devices": 2, "strategy": "ddp_spawn"} if devices == 2 else {}
+        datamodule = data(root, train_batch_size=batch_size, train_augmentations=Identity(), num_workers=0)
         engine(tmp_path / str(devices), max_epochs=3, **several).fit(models[-1], datamodule=datamodule)
     alone, together = (model.state_dict() for model in models)
     for name, value in alone.items():
-        torch.testing.assert_close(together[name], value, atol=5e-3, rtol=1e-2, msg=lambda text, name=name: name + text)
+        # The group norm after it makes a tower's first bias next to irrelevant: AdamW lets it drift at random.
+        if not name.endswith("_tower.0.bias"):
+            torch.testing.assert_close(
+                together[name], value, atol=2e-4, rtol=1e-2, msg=lambda text, name=name: name + text
+            )
+
+
+def test_training_leaves_the_statistics_of_the_backbone_alone(trained):
+    model, _ = trained
+    buffers = dict(model.model.feature_extractor.named_buffers())
+    means = [value for name, value in buffers.items() if name.endswith("running_mean")]
+    assert len(means) > 10
+    assert all(bool((mean == 0).all()) for mean in means)  # as random weights begin
 
 
 # ---- exports

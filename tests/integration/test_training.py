@@ -225,7 +225,7 @@ def odd(tmp_path):
 def test_two_processes_train_what_one_does(make, fit, odd):
     alone, together = make(), make()
     fit(alone, odd)
-    used = fit(together, odd, devices=2, strategy="ddp_fork")
+    used = fit(together, odd, devices=2, strategy="ddp_spawn")
     assert_equal(alone, together, tolerance=1e-5)
     assert not [name for name, _ in together.named_parameters() if "anchor" in name]
     saved = torch.load(written(used), weights_only=True)["state_dict"]
@@ -234,7 +234,7 @@ def test_two_processes_train_what_one_does(make, fit, odd):
 
 def test_a_failing_fit_ends_all_processes(fit, odd):
     with pytest.raises(Exception, match="only 1280 training patches"):
-        fit(model(num_prototypes=9000), odd, devices=2, strategy="ddp_fork")
+        fit(model(num_prototypes=9000), odd, devices=2, strategy="ddp_spawn")
 
 
 @pytest.mark.cli
@@ -295,7 +295,7 @@ def test_with_a_folder_the_fit_uses_all_images_and_leaves_no_file(fit, reference
 def test_two_processes_with_a_folder_train_what_one_does(fit, odd, little, tmp_path):
     alone, together = model(), model(max_cached_gb=little, cache_dir=tmp_path / "cache")
     fit(alone, odd)
-    fit(together, odd, devices=2, strategy="ddp_fork")
+    fit(together, odd, devices=2, strategy="ddp_spawn")
     assert_equal(alone, together, tolerance=1e-5)
     assert not list((tmp_path / "cache").iterdir())
 

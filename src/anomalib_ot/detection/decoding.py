@@ -8,10 +8,11 @@ from torch import Tensor
 
 from anomalib_ot.detection.losses import Dense
 from anomalib_ot.vision.boxes import clip_boxes
-from anomalib_ot.vision.detections import Detections
+from anomalib_ot.vision.detections import EMPTY, Detections
 from anomalib_ot.vision.suppression import suppress_duplicates, top_detections
 
 Suppress = Callable[[Detections], Tensor]
+LEAST_CHANCE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,14 @@ class Decoding:
 
     def __call__(self, dense: Dense, image_size: tuple[int, int]) -> Detections:
         """Decode; boxes are clipped to `image_size`, height and width of the network's input."""
+        found = self.candidates(dense, image_size)
+        return top_detections(found, self.suppress(found), self.max_detections)
+
+    def candidates(self, dense: Dense, image_size: tuple[int, int]) -> Detections:
+        """Return the pairs of a point and a class that are compared for duplicates; differentiable."""
         num_classes = dense.logits.shape[2]
-        scores = (dense.logits.float().sigmoid() * dense.iou_logits.float().sigmoid().unsqueeze(-1)).sqrt()
+        chances = dense.logits.float().sigmoid() * dense.iou_logits.float().sigmoid().unsqueeze(-1)
+        scores = chances.clamp(min=LEAST_CHANCE).sqrt()  # the slope of the root is infinite at 0
         values, indices = [], []
         start = 0
         for size in dense.level_sizes:
@@ -54,5 +61,8 @@ class Decoding:
         point = (index // num_classes).unsqueeze(-1).expand(-1, -1, 4)
         boxes = clip_boxes(dense.boxes.gather(1, point), *image_size)
         keep = best.values > self.score_threshold
-        found = Detections(boxes, best.values, torch.where(keep, index % num_classes, -1))
-        return top_detections(found, self.suppress(found) & keep, self.max_detections)
+        return Detections(
+            torch.where(keep.unsqueeze(-1), boxes, 0.0),
+            torch.where(keep, best.values, 0.0),
+            torch.where(keep, index % num_classes, EMPTY),
+        )

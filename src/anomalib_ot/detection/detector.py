@@ -43,6 +43,7 @@ class Detector(nn.Module):
         self.pyramid = pyramid
         self.decoding = decoding
         self.tiling = tiling
+        self.train()  # a trainer takes the modes as they are
 
     def train(self, mode: bool = True) -> "Detector":
         """Set the mode of all modules but the backbone's batch norm, which stays as in evaluation."""

@@ -83,7 +83,7 @@ def spatial_cost(points: Tensor, strides: Tensor, boxes: Tensor, finest: Tensor,
     centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
     away = ((points - centres[:, None]) / halves.clamp(min=1e-6)[:, None]).square().amax(-1)
     farthest = (points - centres[:, None]).abs().add(halves[:, None]).amax(-1)
-    octaves = (farthest / strides).log2() - 2.5
+    octaves = (farthest.clamp(min=1e-6) / strides).log2() - 2.5
     too_fine = (octaves - 0.5).clamp(min=0) * (strides < coarsest)
     too_coarse = (-0.5 - octaves).clamp(min=0) * (strides > finest)
     return away + (too_fine + too_coarse).square()

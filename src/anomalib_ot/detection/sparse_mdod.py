@@ -12,7 +12,7 @@ from anomalib_ot.detection.mixture import Mixture
 from anomalib_ot.detection.sparse_head import SparseHead
 from anomalib_ot.detection.sparse_outputs import BoxSet, Proposed
 from anomalib_ot.vision.boxes import clip_boxes
-from anomalib_ot.vision.detections import Detections
+from anomalib_ot.vision.detections import EMPTY, Detections
 from anomalib_ot.vision.neck import Pyramid
 from anomalib_ot.vision.suppression import keep_all, top_detections
 from anomalib_ot.vision.tiling import Tiling
@@ -43,26 +43,27 @@ class SparseDecoding:
 
     def __call__(self, proposed: Proposed, image_size: tuple[int, int]) -> Detections:
         """Decode; boxes are clipped to `image_size`, height and width of the network's input."""
+        found = self.candidates(proposed, image_size)
+        return top_detections(found, self.suppress(found), self.max_detections)
+
+    def candidates(self, proposed: Proposed, image_size: tuple[int, int]) -> Detections:
+        """Return the pairs of a proposal and a class that are compared for duplicates; differentiable."""
         num_classes = proposed.scores.shape[2]
         boxes = clip_boxes(proposed.boxes, *image_size)
         real = proposed.boxes.isfinite().all(-1) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
-        scales = proposed.scales
-        if scales is not None:
-            real &= scales.isfinite().all(-1)
-            scales = torch.where(real.unsqueeze(-1), scales, 0.0)
-        boxes = torch.where(real.unsqueeze(-1), boxes, 0.0)
+        if proposed.scales is not None:
+            real &= proposed.scales.isfinite().all(-1)
         # Comparisons with NaN are false: what is no number has score 0, and is below every threshold.
         scores = torch.where(real.unsqueeze(-1) & (proposed.scores > 0), proposed.scores, 0.0).flatten(1)
         best = scores.topk(min(self.max_candidates, scores.shape[1]), dim=1)
-        sides = (best.indices // num_classes).unsqueeze(-1).expand(-1, -1, 4)
         keep = best.values > self.score_threshold
-        found = Detections(
-            boxes.gather(1, sides),
-            best.values,
-            torch.where(keep, best.indices % num_classes, -1),
-            None if scales is None else scales.gather(1, sides),
+        sides = (best.indices // num_classes).unsqueeze(-1).expand(-1, -1, 4)
+        boxes, scales = (
+            None if part is None else torch.where(keep.unsqueeze(-1), part.gather(1, sides), 0.0)
+            for part in (boxes, proposed.scales)
         )
-        return top_detections(found, self.suppress(found) & keep, self.max_detections)
+        labels = torch.where(keep, best.indices % num_classes, EMPTY)
+        return Detections(boxes, torch.where(keep, best.values, 0.0), labels, scales)
 
 
 class SparseDetector(Detector):
