@@ -21,6 +21,7 @@ def test_inventory():
         "OTADetector",
         "OTPrototypes",
         "RegionWriter",
+        "SparseMDOD",
         "SyntheticFabric",
         "SyntheticFabricBoxes",
         "TianchiFabric",

@@ -13,9 +13,10 @@ from anomalib.data import AnomalibDataModule, Batch
 from anomalib.metrics import Evaluator
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
 
+from anomalib_ot.integration.backbone import fill_weights
 from anomalib_ot.integration.box_batch import BoxBatch
 from anomalib_ot.integration.box_evaluator import default_evaluator
 from anomalib_ot.integration.box_guard import BoxGuard
@@ -23,7 +24,9 @@ from anomalib_ot.integration.box_processors import BoxPreProcessor
 from anomalib_ot.integration.box_visualizer import BoxVisualizer
 from anomalib_ot.integration.checked_export import CheckedExport
 from anomalib_ot.integration.checkpoints import check_own_checkpoint, checked_reading, trained_arguments
+from anomalib_ot.integration.input_checks import check_fraction
 from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.recipe import Recipe, optimiser_and_schedule
 from anomalib_ot.vision.backbone import normalisation
 from anomalib_ot.vision.detections import Detections
 
@@ -52,15 +55,38 @@ class BoxPredictions(NamedTuple):
 class BoxModel(CheckedExport):
     """The part of a detector that does not depend on how it detects; before `AnomalibModule` among its bases.
 
-    A detector builds its network in `new_network`, names it `model`, and has the buffer `trained`. `own_entry` is a
-    weight that only its checkpoints have, `trained_by` are the arguments that these decide about.
+    A detector builds its network in `new_network`, which sets `preset`, and calls `start` when it is initialised; its
+    arguments are named as those of `OTADetector`. `own_entry` is a weight that only its checkpoints have, `trained_by`
+    are the arguments that these decide about.
     """
 
     own_entry: ClassVar[str]
     trained_by: ClassVar[Sequence[str]]
     model: nn.Module | None
     class_names: list[str] | None
-    image_threshold: float
+    preset: Recipe
+
+    def start(self) -> None:
+        """Take over the arguments that all detectors have, and refuse wrong ones now, not when the data are there.
+
+        Raises:
+            InputError: If an argument is out of range or not known.
+        """
+        check_fraction("image_threshold", self.hparams["image_threshold"])
+        if self.hparams["epochs"] is not None and self.hparams["epochs"] < 1:
+            msg = f"epochs is {self.hparams['epochs']}; expected at least 1"
+            raise InputError(msg)
+        self.backbone_weights = self.hparams["backbone_weights"]
+        self.image_threshold: float = self.hparams["image_threshold"]
+        self.epochs: int | None = self.hparams["epochs"]
+        self.seed: int = self.hparams["seed"]
+        self.class_names = None
+        self.register_buffer("trained", torch.tensor(False))
+        self.model = None
+        if self.hparams["class_names"] is not None:
+            self.build(self.hparams["class_names"])
+        else:
+            self.new_network(1)
 
     def new_network(self, num_classes: int) -> nn.Module:
         """Build an untrained network, from `hparams`."""
@@ -84,7 +110,20 @@ class BoxModel(CheckedExport):
         """Whether the network was trained at all."""
         return self.model is not None and bool(self.trained)
 
-    # ---- before anything runs
+    # ---- before anything runs: the data, the classes, the weights
+
+    def configure_model(self) -> None:
+        """Build the network for the classes of the data."""
+        if self._trainer is None:  # a checkpoint is being loaded, and brings all
+            return
+        names = getattr(self.trainer.datamodule, "class_names", None)
+        if self.model is None and names is not None:
+            self.build(names)
+
+    def on_fit_start(self) -> None:
+        """Get the backbone's weights, unless the model or the checkpoint to resume from has them."""
+        if not self.trained:
+            fill_weights(self.model.feature_extractor, self.backbone_weights, self.seed)
 
     def configure_callbacks(self) -> list[Callback]:
         """Return the pre-processor, the evaluator, the visualiser, and the guard of all input."""
@@ -127,6 +166,33 @@ class BoxModel(CheckedExport):
             fit_loop.max_epochs = epochs
             logger.info("Training for %d epochs of %d steps (--trainer.max_epochs sets another number)", epochs, steps)
         return int(self.trainer.estimated_stepping_batches)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the preset's optimiser and its schedule over all steps of the training."""
+        num_steps = self.limit_epochs(self.epochs)
+        batch_size = getattr(self.trainer.datamodule, "train_batch_size", 16) * self.trainer.world_size
+        return optimiser_and_schedule(self.model, self.preset, num_steps, batch_size)
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
+    ) -> None:
+        """Clip as the trainer says; where it says nothing, as the preset does."""
+        value = gradient_clip_val if gradient_clip_val is not None else (self.preset.clip or None)
+        self.clip_gradients(optimizer, value, gradient_clip_algorithm)
+
+    def check_loss(self, loss: Tensor, batch: Batch) -> None:
+        """Stop a training whose loss is no number any more.
+
+        Raises:
+            InputError: If the loss is NaN or infinite; with the paths of the batch's images.
+        """
+        if not torch.isfinite(loss):
+            paths = ", ".join(batch.image_path or ["(no path)"])
+            msg = (
+                f"the training loss is {float(loss)} at step {self.global_step}; lower --model.lr "
+                f"(now {self.preset.lr}), or look at the images of this batch: {paths}"
+            )
+            raise InputError(msg)
 
     def on_train_batch_end(self, *args: object) -> None:
         """From the first step on, there is something to export."""
