@@ -28,6 +28,7 @@ SPARSE_ARGUMENTS = (
     "num_stages",
     "proposals",
     "num_extra",
+    "coord_unit",
     "class_names",
 )
 
@@ -94,7 +95,7 @@ SPARSE_PRESETS = {
         hidden_channels=512,
         num_heads=8,
         proposal_size=0.5,
-        coord_unit=32.0,
+        coord_unit=16.0,
         prior=0.01,
         domain="log",
         optimiser="adamw",
@@ -150,6 +151,9 @@ def sparse_preset(preset: str, **overrides: float | Sequence[int] | None) -> Spa
         raise InputError(msg)
     if len(chosen.proposals) != 2 or min(chosen.proposals) < 1:
         msg = f"proposals is {list(chosen.proposals)}; expected the rows and columns of a grid, such as [10, 10]"
+        raise InputError(msg)
+    if not 0 < chosen.coord_unit < float("inf"):
+        msg = f"coord_unit is {chosen.coord_unit}; expected a finite number of pixels above 0, such as 16"
         raise InputError(msg)
     check_fraction("mcm_weight", chosen.mcm_weight)
     if not 0 <= chosen.presence_weight < float("inf"):

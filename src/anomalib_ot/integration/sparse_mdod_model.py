@@ -44,6 +44,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
         proposals: Rows and columns of the grid that the proposals begin on; their product is the number of proposals.
         num_extra: Levels of the pyramid beyond the backbone's coarsest map.
         frozen_stages: Stages of the backbone that are not trained.
+        coord_unit: Pixels per unit of the box outputs; 1 as published, which takes long trainings; for "mixture".
         mcm_weight: Weight of the loss that leaves one proposal per object, 0 to 1; for "mixture".
         presence_weight: Weight of learning from good images, at least 0; 0, as published, learns nothing from them;
             for "mixture".
@@ -90,6 +91,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
         proposals: Sequence[int] | None = None,
         num_extra: int | None = None,
         frozen_stages: int | None = None,
+        coord_unit: float | None = None,
         mcm_weight: float | None = None,
         presence_weight: float | None = None,
         nms: str = "none",
@@ -120,8 +122,8 @@ class SparseMDOD(BoxModel, AnomalibModule):
 
     def new_network(self, num_classes: int) -> SparseDetector:
         """Build an untrained network; the arguments may have come from a checkpoint."""
-        names = ("channels", "num_stages", "proposals", "num_extra", "frozen_stages", "mcm_weight", "presence_weight")
-        names += ("lr", "weight_decay")
+        names = ("channels", "num_stages", "proposals", "num_extra", "frozen_stages", "coord_unit", "mcm_weight")
+        names += ("presence_weight", "lr", "weight_decay")
         self.preset = sparse_preset(self.hparams["preset"], **{name: self.hparams[name] for name in names})
         names = ("backbone", "layers", "objective", "image_size", "nms", "nms_threshold", "score_threshold")
         names += ("max_detections", "tile_size", "tile_overlap")
