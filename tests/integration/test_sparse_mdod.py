@@ -69,7 +69,7 @@ def trained(shapes, tmp_path_factory):
     seed_everything(0)
     larger = {"channels": 32, "num_stages": 3, "image_size": (96, 96), "frozen_stages": 0, "coord_unit": 8.0}
     model = SparseMDOD(**SMALL | larger | {"lr": 2e-3})
-    runner = engine(tmp_path_factory.mktemp("trained"), max_epochs=100)
+    runner = engine(tmp_path_factory.mktemp("trained"), max_epochs=130)
     runner.fit(model, datamodule=data(shapes, train_augmentations=Identity()))
     return model.eval(), runner.trainer.checkpoint_callback.best_model_path
 
