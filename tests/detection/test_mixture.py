@@ -57,7 +57,7 @@ LABELS = [torch.tensor([2, 0]), torch.tensor([1])]
 
 
 def test_worked_example():
-    mixture = example()
+    mixture = Mixture(*(part.detach() for part in example()))
     density = log_cauchy(BOX.double(), mixture.means[0], mixture.scales[0])
     assert density.tolist() == pytest.approx([-7.351508, -10.124097], abs=1e-6)
     assert mixture.mixture_weights[0].tolist() == pytest.approx([0.6, 0.4])
@@ -295,18 +295,18 @@ def test_many_objects_more_than_proposals():
 # ---- extremes
 
 
-@pytest.mark.parametrize("presence_weight", [0.0, 1.0])
+@pytest.mark.parametrize(("domain", "presence_weight"), [("log", 0.0), ("log", 1.0), ("linear", 0.0)])
 @pytest.mark.parametrize("logit", [-100.0, 100.0])
 @pytest.mark.parametrize("class_logit", [-100.0, 100.0])
 @pytest.mark.parametrize("distance", [0.0, 1e6, 1e25])
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1e6])
-def test_extremes_are_finite(presence_weight, logit, class_logit, distance, scale):
+def test_extremes_are_finite(domain, presence_weight, logit, class_logit, distance, scale):
     means = torch.stack([BOX + distance, BOX - distance, BOX.roll(2)])[None]  # the last one's sides are swapped
     classes = torch.zeros(1, 3, 2)
     classes[..., 0] = class_logit
     parts = (torch.tensor([[logit, -logit, 0.0]]), classes, means, torch.full((1, 3, 4), scale))
     mixture = Mixture(*(part.requires_grad_() for part in parts))
-    found = mixture_losses([mixture], [BOX[None]], [torch.tensor([0])], presence_weight=presence_weight)
+    found = mixture_losses([mixture], [BOX[None]], [torch.tensor([0])], presence_weight=presence_weight, domain=domain)
     found.total.backward()
     assert torch.isfinite(found.total)
     assert all(part.grad.isfinite().all() for part in mixture)

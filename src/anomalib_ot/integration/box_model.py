@@ -189,7 +189,7 @@ class BoxModel(CheckedExport):
         if not torch.isfinite(loss):
             paths = ", ".join(batch.image_path or ["(no path)"])
             msg = (
-                f"the training loss is {float(loss)} at step {self.global_step}; lower --model.lr "
+                f"the training loss is {float(loss.detach())} at step {self.global_step}; lower --model.lr "
                 f"(now {self.preset.lr}), or look at the images of this batch: {paths}"
             )
             raise InputError(msg)
