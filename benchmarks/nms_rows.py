@@ -76,6 +76,7 @@ def detect(checkpoint: Path, name: str, data: Path) -> list[Raw]:
             point = torch.cdist(dense.boxes[0], boxes[keep], p=1).argmin(0)
             factors = torch.tensor(image.shape[:-3:-1]) / torch.tensor(item.image.shape[:-3:-1])
             true_boxes = torch.as_tensor(item.gt_boxes).float() * factors.repeat(2)
+            true_labels = torch.as_tensor(item.gt_box_labels)
             found.append(
                 Raw(
                     boxes[keep],
@@ -187,7 +188,7 @@ def main() -> None:
     for way, settings in WAYS.items():
         for function, setting in track(settings, description=way):
             call = partial(function, **setting)
-            figures = {name: measure(raws, call) for name, raws in halves["dev"].items()}
+            figures = {name: measure(raws, call) for name, raws in development.items()}
             mean = sum(figure["map"] for figure in figures.values()) / len(SETS)
             tried.append({"way": way, "setting": setting, "mean": mean, "function": function, "figures": figures})
     lines = ["| way | setting | " + " | ".join(SETS) + " | mean mAP |", "|---" * (len(SETS) + 3) + "|"]
@@ -202,7 +203,7 @@ def main() -> None:
     for way in WAYS:
         best = max((row for row in tried if row["way"] == way), key=lambda row: row["mean"])
         call = partial(best["function"], **best["setting"])
-        figures = {name: measure(raws, call) for name, raws in halves["test"].items()}
+        figures = {name: measure(raws, call) for name, raws in reported.items()}
         cells = [" / ".join(f"{figures[name][key]:.3f}" for key in (*FIGURES, "duplicates")) for name in SETS]
         mean = sum(figure["map"] for figure in figures.values()) / len(SETS)
         lines.append(f"| {way} {json.dumps(best['setting'])} | " + " | ".join(cells) + f" | {mean:.4f} |")

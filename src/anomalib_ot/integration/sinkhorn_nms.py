@@ -107,9 +107,7 @@ class SinkhornNMS(PostProcessor):
         own = {name: given[name] for name in ("decode", "threshold", "class_aware", "score_threshold")}
         own["max_regions"] = self.max_detections
         if self.preset == "paper" and self.train_weight:
-            msg = (
-                f"train_weight is {self.train_weight} with preset 'paper'; the published form has no losses: leave it 0"
-            )
+            msg = f"train_weight is {self.train_weight} with preset 'paper', which has no losses; leave it 0"
             raise InputError(msg)
         self.settings = {name: value for name, value in own.items() if name in known} | given["settings"]
         try:
