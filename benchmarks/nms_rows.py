@@ -84,7 +84,7 @@ def detect(checkpoint: Path, name: str, data: Path) -> list[Raw]:
                     labels[keep],
                     features[point],
                     true_boxes,
-                    torch.as_tensor(item.gt_box_labels),
+                    true_labels,
                 )
             )
     return found
@@ -181,9 +181,7 @@ def main() -> None:
             raws = detect(newest_checkpoint(arguments.runs, name), name, arguments.data)
             torch.save([tuple(raw) for raw in raws], cache)
         images[name] = [Raw(*parts) for parts in torch.load(cache)]
-    halves = {
-        half: {name: raws[start::2] for name, raws in images.items()} for half, start in (("dev", 0), ("test", 1))
-    }
+    development, reported = ({name: raws[start::2] for name, raws in images.items()} for start in (0, 1))
     tried = []
     for way, settings in WAYS.items():
         for function, setting in track(settings, description=way):
