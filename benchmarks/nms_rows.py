@@ -133,6 +133,25 @@ def grid(**values: list) -> list[dict]:
 WAYS = {
     "greedy NMS": [(greedy, setting) for setting in grid(threshold=[0.4, 0.5, 0.6, 0.7])],
     "soft-NMS, Gaussian": [(soft, setting) for setting in grid(sigma=[0.1, 0.3, 0.5])],
+    "Sinkhorn, select": [
+        (transport, setting)
+        for setting in grid(decode=["select"], threshold=[0.4, 0.5, 0.6, 0.7], overlap_softness=[0.02, 0.1])
+    ],
+    "Sinkhorn, merge": [
+        (transport, setting)
+        for setting in grid(
+            decode=["merge"],
+            threshold=[0.5, 0.6, 0.7],
+            slack_cost=[0.6, 0.8],
+            epsilon=[0.02, 0.05],
+            score_weight=[1.0, 2.0],
+        )
+    ],
+    "Sinkhorn, merge with features": [
+        (transport, setting)
+        for setting in grid(features=[True], decode=["merge"], threshold=[0.5, 0.6, 0.7], slack_cost=[0.6, 0.8])
+    ],
+    "preset paper": [(transport, setting) for setting in grid(preset=["paper"], features=[False, True])],
 }
 
 
@@ -171,11 +190,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("results/detectors"))
     parser.add_argument("--out", type=Path, default=Path("results/nms"))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     arguments.out.mkdir(parents=True, exist_ok=True)
     images = {}
-    for name in SETS:
+    for name in arguments.sets:
         cache = arguments.out / f"{name}.pt"
         if not cache.exists():
             raws = detect(newest_checkpoint(arguments.runs, name), name, arguments.data)
@@ -187,23 +207,26 @@ def main() -> None:
         for function, setting in track(settings, description=way):
             call = partial(function, **setting)
             figures = {name: measure(raws, call) for name, raws in development.items()}
-            mean = sum(figure["map"] for figure in figures.values()) / len(SETS)
+            mean = sum(figure["map"] for figure in figures.values()) / len(figures)
             tried.append({"way": way, "setting": setting, "mean": mean, "function": function, "figures": figures})
-    lines = ["| way | setting | " + " | ".join(SETS) + " | mean mAP |", "|---" * (len(SETS) + 3) + "|"]
+    lines = [
+        "| way | setting | " + " | ".join(arguments.sets) + " | mean mAP |",
+        "|---" * (len(arguments.sets) + 3) + "|",
+    ]
     for row in tried:
-        cells = [f"{row['figures'][name]['map']:.4f}" for name in SETS]
+        cells = [f"{row['figures'][name]['map']:.4f}" for name in arguments.sets]
         lines.append(
             f"| {row['way']} | {json.dumps(row['setting'])} | " + " | ".join(cells) + f" | {row['mean']:.4f} |"
         )
     (arguments.out / "development.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    lines = ["| way | " + " | ".join(SETS) + " | mean mAP |", "|---" * (len(SETS) + 2) + "|"]
+    lines = ["| way | " + " | ".join(arguments.sets) + " | mean mAP |", "|---" * (len(arguments.sets) + 2) + "|"]
     for way in WAYS:
         best = max((row for row in tried if row["way"] == way), key=lambda row: row["mean"])
         call = partial(best["function"], **best["setting"])
         figures = {name: measure(raws, call) for name, raws in reported.items()}
-        cells = [" / ".join(f"{figures[name][key]:.3f}" for key in (*FIGURES, "duplicates")) for name in SETS]
-        mean = sum(figure["map"] for figure in figures.values()) / len(SETS)
+        cells = [" / ".join(f"{figures[name][key]:.3f}" for key in (*FIGURES, "duplicates")) for name in arguments.sets]
+        mean = sum(figure["map"] for figure in figures.values()) / len(figures)
         lines.append(f"| {way} {json.dumps(best['setting'])} | " + " | ".join(cells) + f" | {mean:.4f} |")
     text = "mAP / AP50 / AP75 / duplicates per object\n\n" + "\n".join(lines)
     (arguments.out / "table.md").write_text(text + "\n")
