@@ -11,6 +11,7 @@ OUT/table.md, and the learning curves in OUT/curves.png.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -239,7 +240,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with deeppcb, neu_det and magnetic_tile")
     parser.add_argument("--weights", type=Path, required=True, help=f"folder with {WEIGHTS}")
     parser.add_argument("--out", type=Path, default=Path("results/detectors"))
-    parser.add_argument("--only", help="run only sets or models whose name contains this")
+    parser.add_argument("--only", help="run only what this regular expression finds in 'SET MODEL'")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=512, help="side that images are resized to, pixels")
@@ -260,7 +261,7 @@ def main() -> None:
         job = {"set": name, "model": model, **settings}
         if any(all(run[key] == value for key, value in job.items()) for run in done):
             continue
-        if arguments.only and arguments.only not in f"{name} {model}":
+        if arguments.only and not re.search(arguments.only, f"{name} {model}"):
             continue
         print(f"{name}: {model}", flush=True)
         job |= {"data": str(arguments.data), "weights": str(arguments.weights), "steps": arguments.steps}

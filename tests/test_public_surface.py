@@ -11,7 +11,7 @@ import pytest
 import anomalib_ot
 
 PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-CALLBACKS = {"RegionWriter"}  # named by dotted path; Anomalib has no entry points for them
+CALLBACKS = {"RegionWriter", "SinkhornNMS"}  # named by dotted path; Anomalib has no entry points for them
 
 
 def test_inventory():
@@ -21,6 +21,7 @@ def test_inventory():
         "OTADetector",
         "OTPrototypes",
         "RegionWriter",
+        "SinkhornNMS",
         "SparseMDOD",
         "SyntheticFabric",
         "SyntheticFabricBoxes",

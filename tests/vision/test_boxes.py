@@ -50,6 +50,8 @@ def test_iou_equals_torchvision_where_that_is_a_number():
     assert pairwise_iou(flat, flat).tolist() == [[0.0]]
     assert pairwise_iou(torch.zeros(0, 4), boxes).shape == (0, 20)
     assert pairwise_iou(boxes, torch.zeros(0, 4)).shape == (20, 0)
+    batch = pairwise_iou(boxes.reshape(2, 10, 4), boxes.reshape(2, 10, 4).flip(0))
+    assert torch.equal(batch, torch.stack([pairwise_iou(boxes[:10], boxes[10:]), pairwise_iou(boxes[10:], boxes[:10])]))
 
 
 def test_giou_equals_torchvision_where_that_is_a_number():

@@ -1,39 +1,32 @@
 """What all detectors have in common as Anomalib models: classes, steps, exports, checkpoints."""
 
 import json
-import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
-from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.metrics import Evaluator
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
-from anomalib_ot.integration.backbone import fill_weights
 from anomalib_ot.integration.box_batch import BoxBatch
 from anomalib_ot.integration.box_evaluator import default_evaluator
 from anomalib_ot.integration.box_guard import BoxGuard
 from anomalib_ot.integration.box_processors import BoxPreProcessor
+from anomalib_ot.integration.box_training import BoxTraining
 from anomalib_ot.integration.box_visualizer import BoxVisualizer
 from anomalib_ot.integration.checked_export import CheckedExport
 from anomalib_ot.integration.checkpoints import check_own_checkpoint, checked_reading, trained_arguments
 from anomalib_ot.integration.input_checks import check_fraction
 from anomalib_ot.integration.input_error import InputError
-from anomalib_ot.integration.recipe import Recipe, optimiser_and_schedule
+from anomalib_ot.integration.sinkhorn_nms import CHECKPOINT_KEY, SinkhornNMS
 from anomalib_ot.vision.backbone import normalisation
 from anomalib_ot.vision.detections import Detections
 
-logger = logging.getLogger(__name__)
-
-UNLIMITED_EPOCHS = (1000, -1)  # what Lightning puts where the user gave no limit
-USUAL_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 1000, 12, 100
 NO_DATA = "no data to {}; name a data set with boxes (--data CocoBoxes --data.root ..., in Python datamodule=...)"
 
 
@@ -52,19 +45,20 @@ class BoxPredictions(NamedTuple):
     pred_label: Tensor
 
 
-class BoxModel(CheckedExport):
+class BoxModel(BoxTraining, CheckedExport):
     """The part of a detector that does not depend on how it detects; before `AnomalibModule` among its bases.
 
     A detector builds its network in `new_network`, which sets `preset`, and calls `start` when it is initialised; its
     arguments are named as those of `OTADetector`. `own_entry` is a weight that only its checkpoints have, `trained_by`
-    are the arguments that these decide about.
+    are the arguments that these decide about. With `takes_post_processor`, set before `start`, it becomes, where none
+    was given, what the checkpoint was trained with.
     """
 
     own_entry: ClassVar[str]
     trained_by: ClassVar[Sequence[str]]
     model: nn.Module | None
     class_names: list[str] | None
-    preset: Recipe
+    takes_post_processor: bool
 
     def start(self) -> None:
         """Take over the arguments that all detectors have, and refuse wrong ones now, not when the data are there.
@@ -110,6 +104,21 @@ class BoxModel(CheckedExport):
         """Whether the network was trained at all."""
         return self.model is not None and bool(self.trained)
 
+    # ---- duplicates
+
+    def suppression(self) -> dict[str, Any]:
+        """Say which `nms` the network has and how many detections it returns: raw ones for a `SinkhornNMS`."""
+        nms, most = self.hparams["nms"], self.hparams["max_detections"]
+        if not isinstance(self.post_processor, SinkhornNMS):
+            return {"nms": "hard" if nms is None else nms, "max_detections": most}
+        most = max(self.post_processor.max_candidates, most)
+        return {"nms": "none" if nms is None else nms, "max_detections": most}
+
+    def detect(self, images: Tensor) -> Detections:
+        """Detect in normalised images (B, 3, H, W), without duplicates; boxes in their pixels."""
+        found = self.model(images)
+        return self.post_processor(found) if isinstance(self.post_processor, SinkhornNMS) else found
+
     # ---- before anything runs: the data, the classes, the weights
 
     def configure_model(self) -> None:
@@ -119,11 +128,6 @@ class BoxModel(CheckedExport):
         names = getattr(self.trainer.datamodule, "class_names", None)
         if self.model is None and names is not None:
             self.build(names)
-
-    def on_fit_start(self) -> None:
-        """Get the backbone's weights, unless the model or the checkpoint to resume from has them."""
-        if not self.trained:
-            fill_weights(self.model.feature_extractor, self.backbone_weights, self.seed)
 
     def configure_callbacks(self) -> list[Callback]:
         """Return the pre-processor, the evaluator, the visualiser, and the guard of all input."""
@@ -137,78 +141,12 @@ class BoxModel(CheckedExport):
         """Say that there is no data to test on; Lightning asks the model only if nothing else was given."""
         raise InputError(NO_DATA.format("test on"))
 
-    # ---- training
-
-    @property
-    def trainer_arguments(self) -> dict[str, Any]:
-        """Leave the trainer to its user; only the check of an untrained model before the first epoch is turned off."""
-        return {"num_sanity_val_steps": 0}
-
-    @property
-    def learning_type(self) -> LearningType:
-        """Anomalib knows no supervised learning; this value is the one that gets in the way of nothing."""
-        return LearningType.ONE_CLASS
-
-    def limit_epochs(self, epochs: int | None) -> int:
-        """Limit a training whose trainer has no limit, and count its steps.
-
-        Args:
-            epochs: Passes over the training images; None: as many as make 1,000 steps, 12 at least and 100 at most.
-
-        Returns:
-            Optimiser steps of the whole training.
-        """
-        fit_loop = self.trainer.fit_loop
-        if self.trainer.max_epochs in UNLIMITED_EPOCHS and self.trainer.max_steps == -1:
-            fit_loop.setup_data()
-            steps = max(1, int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
-            epochs = epochs or min(max(math.ceil(USUAL_STEPS / steps), FEWEST_EPOCHS), MOST_EPOCHS)
-            fit_loop.max_epochs = epochs
-            logger.info("Training for %d epochs of %d steps (--trainer.max_epochs sets another number)", epochs, steps)
-        return int(self.trainer.estimated_stepping_batches)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the preset's optimiser and its schedule over all steps of the training."""
-        num_steps = self.limit_epochs(self.epochs)
-        batch_size = getattr(self.trainer.datamodule, "train_batch_size", 16) * self.trainer.world_size
-        return optimiser_and_schedule(self.model, self.preset, num_steps, batch_size)
-
-    def configure_gradient_clipping(
-        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
-    ) -> None:
-        """Clip as the trainer says; where it says nothing, as the preset does."""
-        value = gradient_clip_val if gradient_clip_val is not None else (self.preset.clip or None)
-        self.clip_gradients(optimizer, value, gradient_clip_algorithm)
-
-    def check_loss(self, loss: Tensor, batch: Batch) -> None:
-        """Stop a training whose loss is no number any more.
-
-        Raises:
-            InputError: If the loss is NaN or infinite; with the paths of the batch's images.
-        """
-        if not torch.isfinite(loss):
-            paths = ", ".join(batch.image_path or ["(no path)"])
-            msg = (
-                f"the training loss is {float(loss.detach())} at step {self.global_step}; lower --model.lr "
-                f"(now {self.preset.lr}), or look at the images of this batch: {paths}"
-            )
-            raise InputError(msg)
-
-    def on_train_batch_end(self, *args: object) -> None:
-        """From the first step on, there is something to export."""
-        del args
-        self.trained.fill_(True)
-
-    def mean_over_devices(self, value: Tensor) -> Tensor:
-        """Average a value over the devices of the training."""
-        return self.all_gather(value).float().mean() if self.trainer.world_size > 1 else value
-
     # ---- validation, test, prediction
 
     def _predict(self, batch: Batch) -> BoxBatch:
         batch = BoxBatch.adopt(batch)
         factors = batch.original_size.flip(-1) / torch.tensor(batch.image.shape[:-3:-1], device=batch.image.device)
-        predictions = self._predictions(self.model(batch.image), factors)
+        predictions = self._predictions(self.detect(batch.image), factors)
         return batch.update(**predictions._asdict())
 
     def _predictions(self, found: Detections, factors: Tensor) -> BoxPredictions:
@@ -227,8 +165,9 @@ class BoxModel(CheckedExport):
                 batch.new_ones(()) * batch.shape[-2] / images.shape[-2],
             ]
         )
-        predictions = self._predictions(self.model(images), factors)
-        return self.post_processor(predictions) if self.post_processor else predictions
+        predictions = self._predictions(self.detect(images), factors)
+        own = self.post_processor is None or isinstance(self.post_processor, SinkhornNMS)
+        return predictions if own else self.post_processor(predictions)
 
     def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Predict a batch."""
@@ -274,11 +213,17 @@ class BoxModel(CheckedExport):
             raise InputError(msg)
         if self.class_names is None:
             self.hparams["class_names"] = list(names)
+        kept = checkpoint.get("anomalib_post_processor_config") or {}
+        if self.post_processor is None and self.takes_post_processor and CHECKPOINT_KEY in kept:
+            self.post_processor = SinkhornNMS(**kept[CHECKPOINT_KEY])
+            self.model = None
+        chosen = self.post_processor
         trained = trained_arguments(checkpoint, self.hparams, self.trained_by)
         if trained or self.model is None:
             self.hparams.update(trained)
             self.build(names)
         super().on_load_checkpoint(checkpoint)
+        self.post_processor = chosen  # the host drops it if the checkpoint had none
         if self._trainer is not None and isinstance(self._trainer.datamodule, AnomalibDataModule):
             self._trainer.datamodule.setup(self._trainer.state.fn)  # its data sets take over the restored resize
 

@@ -50,7 +50,7 @@ class OTADetector(BoxModel, AnomalibModule):
         num_convs: Convolutions per tower of the head.
         num_extra: Levels of the pyramid beyond the backbone's coarsest map.
         frozen_stages: Stages of the backbone that are not trained.
-        nms: What removes duplicates: "hard" or "none".
+        nms: What removes duplicates in the network: "hard" or "none"; None: "hard", unless the post-processor does it.
         nms_threshold: Largest overlap (IoU) of two detections of one class.
         score_threshold: Least score of a detection.
         image_threshold: Score of a box that makes the image a defective one.
@@ -62,7 +62,8 @@ class OTADetector(BoxModel, AnomalibModule):
         class_names: Names of the classes; None takes them from the data.
         seed: Makes the start of two trainings equal.
         pre_processor: Anomalib pre-processor, or whether to use the default.
-        post_processor: Not used by detectors; a module of your own, called on `BoxPredictions` in exports.
+        post_processor: A `SinkhornNMS` takes the place of `nms`; another module is called on `BoxPredictions`, in
+            exports alone. True leaves what the checkpoint has, which otherwise is none.
         evaluator: Anomalib evaluator, or whether to use the default.
         visualizer: Anomalib visualiser, or whether to use the default.
 
@@ -92,7 +93,7 @@ class OTADetector(BoxModel, AnomalibModule):
         num_convs: int | None = None,
         num_extra: int | None = None,
         frozen_stages: int | None = None,
-        nms: str = "hard",
+        nms: str | None = None,
         nms_threshold: float = 0.6,
         score_threshold: float = 0.05,
         image_threshold: float = 0.3,
@@ -116,6 +117,7 @@ class OTADetector(BoxModel, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        self.takes_post_processor = post_processor is True
         self.start()
 
     def _configure(self) -> None:
@@ -127,11 +129,11 @@ class OTADetector(BoxModel, AnomalibModule):
     def new_network(self, num_classes: int) -> DenseDetector:
         """Build an untrained network; the arguments may have come from a checkpoint."""
         self._configure()
-        names = ("backbone", "layers", "image_size", "nms", "nms_threshold", "score_threshold", "max_detections")
-        names += ("tile_size", "tile_overlap")
+        names = ("backbone", "layers", "image_size", "nms_threshold", "score_threshold", "tile_size", "tile_overlap")
+        arguments = {name: self.hparams[name] for name in names} | self.suppression()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return build_detector(self.preset, num_classes=num_classes, **{name: self.hparams[name] for name in names})
+            return build_detector(self.preset, num_classes=num_classes, **arguments)
 
     # ---- training
 
@@ -154,9 +156,14 @@ class OTADetector(BoxModel, AnomalibModule):
         losses = dense_losses(
             dense, assignments, batch.gt_boxes, batch.gt_box_labels, over_devices=self.mean_over_devices
         )
-        self.check_loss(losses.total, batch)
+        image_size = batch.image.shape[-2:]
+        against = self.duplicate_losses(lambda: self.model.decoding.candidates(dense, image_size), batch)
+        total = losses.total
+        if against:
+            total = total + torch.stack(list(against.values())).sum()
+        self.check_loss(total, batch)
         objects = sum(len(boxes) for boxes in batch.gt_boxes)
-        named = {"loss": losses.total, "class_loss": losses.class_loss, "box_loss": losses.box_loss}
+        named = against | {"loss": total, "class_loss": losses.class_loss, "box_loss": losses.box_loss}
         named |= {"iou_loss": losses.iou_loss, "positives_per_object": losses.num_positives / max(objects, 1)}
         self.log_dict({f"train_{name}": value.detach() for name, value in named.items()}, batch_size=len(batch.image))
-        return losses.total
+        return total

@@ -48,7 +48,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
         mcm_weight: Weight of the loss that leaves one proposal per object, 0 to 1; for "mixture".
         presence_weight: Weight of learning from good images, at least 0; 0, as published, learns nothing from them;
             for "mixture".
-        nms: What removes duplicates: "none", as published, or "hard".
+        nms: What removes duplicates in the network: "none", as published, or "hard".
         nms_threshold: Largest overlap (IoU) of two detections of one class.
         score_threshold: Least score of a detection; 0 as published.
         image_threshold: Score of a box that makes the image a defective one.
@@ -60,7 +60,8 @@ class SparseMDOD(BoxModel, AnomalibModule):
         class_names: Names of the classes; None takes them from the data.
         seed: Makes the start of two trainings equal.
         pre_processor: Anomalib pre-processor, or whether to use the default.
-        post_processor: Not used by detectors; a module of your own, called on `BoxPredictions` in exports.
+        post_processor: A `SinkhornNMS` removes duplicates, too; another module is called on `BoxPredictions`, in
+            exports alone. True leaves what the checkpoint has, which otherwise is none.
         evaluator: Anomalib evaluator, or whether to use the default.
         visualizer: Anomalib visualiser, or whether to use the default.
 
@@ -118,6 +119,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        self.takes_post_processor = post_processor is True
         self.start()
 
     def new_network(self, num_classes: int) -> SparseDetector:
@@ -125,13 +127,11 @@ class SparseMDOD(BoxModel, AnomalibModule):
         names = ("channels", "num_stages", "proposals", "num_extra", "frozen_stages", "coord_unit", "mcm_weight")
         names += ("presence_weight", "lr", "weight_decay")
         self.preset = sparse_preset(self.hparams["preset"], **{name: self.hparams[name] for name in names})
-        names = ("backbone", "layers", "objective", "image_size", "nms", "nms_threshold", "score_threshold")
-        names += ("max_detections", "tile_size", "tile_overlap")
+        names = ("backbone", "layers", "objective", "image_size", "nms_threshold", "score_threshold", "tile_size")
+        arguments = {name: self.hparams[name] for name in (*names, "tile_overlap")} | self.suppression()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return build_sparse_detector(
-                self.preset, num_classes=num_classes, **{name: self.hparams[name] for name in names}
-            )
+            return build_sparse_detector(self.preset, num_classes=num_classes, **arguments)
 
     # ---- training
 
@@ -140,8 +140,14 @@ class SparseMDOD(BoxModel, AnomalibModule):
         del args
         stages = self.model.stages(batch.image)
         loss, named = self._losses(stages, batch)
+        image_size = batch.image.shape[-2:]
+        against = self.duplicate_losses(
+            lambda: self.model.decoding.candidates(self.model.head.propose(stages[-1]), image_size), batch
+        )
+        if against:
+            loss = loss + torch.stack(list(against.values())).sum()
         self.check_loss(loss, batch)
-        named = {f"train_{name}": value.detach() for name, value in {"loss": loss, **named}.items()}
+        named = {f"train_{name}": value.detach() for name, value in {"loss": loss, **named, **against}.items()}
         self.log_dict(named, batch_size=len(batch.image))
         return loss
 

@@ -30,7 +30,7 @@ def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
     """
     x, y = _pair(x, y)
     with full_precision(x):
-        return (1 - _unit(x) @ _unit(y).mT).clamp(min=0, max=2)
+        return (1 - _unit(x) @ _unit(y).transpose(-2, -1)).clamp(min=0, max=2)
 
 
 def squared_euclidean_cost(x: Tensor, y: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def squared_euclidean_cost(x: Tensor, y: Tensor) -> Tensor:
     x, y = _pair(x, y)
     with full_precision(x):
         lengths = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2)
-        return (lengths - 2 * (x @ y.mT)).clamp(min=0)
+        return (lengths - 2 * (x @ y.transpose(-2, -1))).clamp(min=0)
 
 
 def euclidean_cost(x: Tensor, y: Tensor) -> Tensor:

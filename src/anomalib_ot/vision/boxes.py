@@ -52,17 +52,17 @@ def decode_ltrb(points: Tensor, distances: Tensor) -> Tensor:
 
 
 def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Return the intersection over union (N, M) of boxes (N, 4) with others (M, 4).
+    """Return the intersection over union (..., N, M) of boxes (..., N, 4) with others (..., M, 4).
 
-    Two boxes without any area have 0, where torchvision's `box_iou` has NaN.
+    Two boxes without any area have 0, where torchvision's `box_iou` has NaN. Leading dimensions broadcast.
 
     >>> pairwise_iou(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 2], [5, 5, 5, 5]]))
     tensor([[0.3333, 0.0000]])
     """
-    corner = torch.maximum(boxes[:, None, :2], others[:, :2])
-    far_corner = torch.minimum(boxes[:, None, 2:], others[:, 2:])
+    corner = torch.maximum(boxes[..., :, None, :2], others[..., None, :, :2])
+    far_corner = torch.minimum(boxes[..., :, None, 2:], others[..., None, :, 2:])
     overlap = (far_corner - corner).clamp(min=0).prod(-1)
-    union = box_area(boxes)[:, None] + box_area(others) - overlap
+    union = box_area(boxes)[..., :, None] + box_area(others)[..., None, :] - overlap
     return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 

@@ -1,0 +1,162 @@
+"""Masks of a fixed size per box: soft boxes, and what a map shows within them; and masks back in the image."""
+
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from anomalib_ot.ot.precision import full_precision, widen
+
+__all__ = ["aggregate_box_masks", "aggregate_map_masks", "box_masks", "paste_masks"]
+
+SOFTNESS = 0.02
+LEAST_SIDE = 1e-3  # pixels
+LEAST_RANGE = 1e-12
+
+
+def box_masks(boxes: Tensor, frame: Tensor, mask_size: int = 28, softness: float = SOFTNESS) -> Tensor:
+    """Draw soft boxes into the grid of another box.
+
+    `M(x, y) = S((x - x1) / e_x) S((x2 - x) / e_x) S((y - y1) / e_y) S((y2 - y) / e_y)` with the logistic function S
+    and `e` the `softness` of the box's own width or height, at the centres of the grid's cells.
+
+    Args:
+        boxes: Boxes (..., 4), pixels.
+        frame: The boxes (..., 4) whose grids are drawn into, pixels; shapes broadcast.
+        mask_size: Rows and columns of the grid.
+        softness: How wide the edges are, as a fraction of the box's sides, > 0.
+
+    Returns:
+        Masks (..., mask_size, mask_size) in (0, 1), rows first.
+
+    >>> box_masks(torch.tensor([0.0, 0, 5, 10]), torch.tensor([0.0, 0, 10, 10]), mask_size=2).round(decimals=2)
+    tensor([[1., 0.],
+            [1., 0.]])
+    """
+    across, down = _edges(widen(boxes), widen(frame), mask_size, softness)
+    return down.unsqueeze(-1) * across.unsqueeze(-2)
+
+
+def aggregate_box_masks(
+    weights: Tensor, boxes: Tensor, frame: Tensor, mask_size: int = 28, softness: float = SOFTNESS
+) -> Tensor:
+    """Sum up the soft boxes of N members, weighted, in the grid of each of K boxes: `sum_i p_ik M_i`.
+
+    As soft boxes are products of a row and a column, the sums are matrix products, and no mask of a member is built.
+
+    Args:
+        weights: Weights (B, N, K) of the members.
+        boxes: Boxes (B, N, 4) of the members, pixels.
+        frame: Boxes (B, K, 4) whose grids the masks are on, pixels.
+        mask_size: Rows and columns of the grids.
+        softness: How wide the edges are, as a fraction of the members' sides, > 0.
+
+    Returns:
+        Masks (B, K, mask_size, mask_size), in [0, 1] where the weights of a box sum to at most 1.
+    """
+    return _sums(weights, boxes, frame, mask_size, softness, (1.0,))[0]
+
+
+def aggregate_map_masks(
+    weights: Tensor,
+    boxes: Tensor,
+    frame: Tensor,
+    maps: Tensor,
+    *,
+    map_scale: float = 1.0,
+    mask_size: int = 28,
+    softness: float = SOFTNESS,
+) -> Tensor:
+    """Sum up what a map shows within the boxes of N members, weighted, in the grid of each of K boxes.
+
+    A member's mask is the map within its soft box, on a scale of its own: `M_i = box_i (map - low_i) / (high_i -
+    low_i)`, from the lowest value to one that as many cells reach as the grid has rows, which are the cells of a line
+    across the box. The highest value of all would make the mask small wherever a few pixels stand out. So no threshold
+    of the map is needed, and there is something to find in every box.
+
+    Args:
+        weights: Weights (B, N, K) of the members.
+        boxes: Boxes (B, N, 4) of the members, pixels of the image.
+        frame: Boxes (B, K, 4) whose grids the masks are on, pixels of the image.
+        maps: Maps (B, 1, H, W) of the whole images, higher where the defect is; of anomalies, or of a detector.
+        map_scale: Pixels of the map per pixel of the image, > 0.
+        mask_size: Rows and columns of the grids; a cell has the mean of the map's pixels within it.
+        softness: How wide the edges of members are, as a fraction of their sides, > 0.
+
+    Returns:
+        Masks (B, K, mask_size, mask_size), the sums cut to [0, 1]. Where the map is constant within a box, or in all
+        but fewer cells than a line has, the member's mask is 0.
+    """
+    maps = widen(maps)
+    maps = maps - maps.mean((2, 3), keepdim=True)  # differences of large values are inexact
+    seen = _crops(maps, boxes, map_scale, mask_size).flatten(2)  # (B, N, mask_size^2)
+    low, high = seen.amin(-1), seen.topk(mask_size).values[..., -1]
+    inverse = torch.where(high - low > LEAST_RANGE, 1 / (high - low).clamp(min=LEAST_RANGE), 0.0)
+    slope, offset = _sums(weights, boxes, frame, mask_size, softness, (inverse, low * inverse))
+    here = _crops(maps, frame, map_scale, mask_size)
+    return (here * slope - offset).clamp(0.0, 1.0)
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Put masks on the grids of their boxes into the image: bilinear within a box, 0 outside.
+
+    Args:
+        masks: Masks (..., h, w).
+        boxes: Their boxes (..., 4), pixels.
+        image_size: Height and width of the image, pixels.
+
+    Returns:
+        Masks (..., H, W). A pixel is within a box if its centre is.
+
+    >>> paste_masks(torch.ones(1, 2, 2), torch.tensor([[1.0, 0, 3, 1]]), (2, 4))
+    tensor([[[0., 1., 1., 0.],
+             [0., 0., 0., 0.]]])
+    """
+    rows, columns = masks.shape[-2:]
+    down = _interpolation(boxes[..., 1], boxes[..., 3], rows, image_size[0])
+    across = _interpolation(boxes[..., 0], boxes[..., 2], columns, image_size[1])
+    with full_precision(masks):
+        return down @ widen(masks) @ across.transpose(-1, -2)
+
+
+def _sums(
+    weights: Tensor, boxes: Tensor, frame: Tensor, mask_size: int, softness: float, factors: tuple[Tensor | float, ...]
+) -> list[Tensor]:
+    """Sum up soft boxes (B, K, h, w) of the members, weighted, once for each factor (B, N) of the weights."""
+    across, down = _edges(widen(boxes).unsqueeze(1), widen(frame).unsqueeze(2), mask_size, softness)
+    across, down = across, down.transpose(-1, -2)  # (B, K, N, w) and (B, K, h, N)
+    shares = weights.transpose(1, 2)
+    by_factor = [shares * factor.unsqueeze(1) if isinstance(factor, Tensor) else shares for factor in factors]
+    with full_precision(boxes):
+        return [(down * share.unsqueeze(-2)) @ across for share in by_factor]
+
+
+def _edges(boxes: Tensor, frame: Tensor, mask_size: int, softness: float) -> tuple[Tensor, Tensor]:
+    """Return how far the columns (..., w) and the rows (..., h) of the frame's grid are within the box."""
+    cells = (torch.arange(mask_size, device=boxes.device, dtype=boxes.dtype) + 0.5) / mask_size
+    parts = []
+    for axis in (0, 1):
+        start, stop = boxes[..., axis, None], boxes[..., axis + 2, None]
+        place = frame[..., axis, None] + cells * (frame[..., axis + 2, None] - frame[..., axis, None])
+        width = softness * (stop - start).clamp(min=LEAST_SIDE)
+        parts.append(((place - start) / width).sigmoid() * ((stop - place) / width).sigmoid())
+    return parts[0], parts[1]
+
+
+def _crops(maps: Tensor, boxes: Tensor, map_scale: float, mask_size: int) -> Tensor:
+    """Return the means of the map (B, K, h, w) in the cells of the boxes' grids; boxes get no gradient from them."""
+    batch, count = boxes.shape[:2]
+    image = torch.arange(batch, device=maps.device).to(maps.dtype)[:, None, None].expand(-1, count, 1)
+    rois = torch.cat([image, boxes.detach().to(maps.dtype)], dim=-1).flatten(0, 1)
+    # The ratio 0 has as many samples per cell as the cell has pixels; -1 says the same, but OpenVINO reads it as none.
+    crops = roi_align(maps, rois, mask_size, spatial_scale=map_scale, sampling_ratio=0, aligned=True)
+    return crops.reshape(batch, count, mask_size, mask_size)
+
+
+def _interpolation(start: Tensor, stop: Tensor, cells: int, pixels: int) -> Tensor:
+    """Return the linear weights (..., pixels, cells) of a grid's cells at the pixels; 0 outside the box."""
+    start, stop = widen(start).unsqueeze(-1), widen(stop).unsqueeze(-1)
+    centres = torch.arange(pixels, device=start.device, dtype=start.dtype) + 0.5
+    place = (centres - start) / (stop - start).clamp(min=LEAST_SIDE) * cells - 0.5
+    distance = place.clamp(0, cells - 1).unsqueeze(-1) - torch.arange(cells, device=start.device)
+    inside = (centres >= start) & (centres < stop)
+    return (1 - distance.abs()).clamp(min=0) * inside.unsqueeze(-1)

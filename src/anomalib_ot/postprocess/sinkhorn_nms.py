@@ -1,0 +1,206 @@
+"""Sinkhorn-NMS: proposals are transported to regions, of which there is one per object."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from anomalib_ot.ot.marginals import append_slack
+from anomalib_ot.ot.precision import full_precision
+from anomalib_ot.ot.sinkhorn import sinkhorn
+from anomalib_ot.postprocess.nms_settings import SinkhornNMSSettings
+from anomalib_ot.postprocess.proposal_regions import Regions, heaviest_labels, member_weights
+from anomalib_ot.postprocess.proposals import Proposals, check_proposals
+from anomalib_ot.postprocess.published_nms import PublishedNMSSettings, published_regions
+from anomalib_ot.postprocess.region_cost import region_cost, take
+from anomalib_ot.postprocess.seed_gate import outranking, seed_gate
+from anomalib_ot.vision.detections import Detections
+from anomalib_ot.vision.suppression import top_detections
+
+OPEN = 0.5  # a gate from here on makes a detection
+PRESETS = ("sinkhorn", "paper")
+
+
+def sinkhorn_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    features: Tensor | None = None,
+    valid: Tensor | None = None,
+    *,
+    preset: str = "sinkhorn",
+    **settings: bool | float | str,
+) -> Detections:
+    """Make detections of proposals, one per object: choose among duplicates, or merge them.
+
+    Works in float32, or in float64 where the boxes are, whatever autocast says. Boxes may have any unit. No output
+    depends on the other images of the batch. Traceable; exported graphs must run in float32, too. With the defaults,
+    "select" and the scores of seeds, only the gate is computed: no transport, and features play no part.
+
+    Args:
+        boxes: Proposals' boxes xyxy (B, N, 4).
+        scores: Their scores (B, N) in [0, 1]. Thousands should be cut to some hundreds first: work grows with N^2.
+        labels: Their class indices (B, N).
+        features: Their features (B, N, D), any unit, by which duplicates know each other; None: boxes alone.
+        valid: Which of them exist (B, N), bool; None: all. What is not valid has no influence.
+        preset: "sinkhorn", or "paper": what the authors published, which does not suppress duplicates.
+        settings: Fields of `SinkhornNMSSettings`, such as ``decode="merge"``; with the preset "paper" fields of
+            `PublishedNMSSettings`.
+
+    Returns:
+        Detections, best first, in as many slots as `max_regions` says.
+
+    Raises:
+        ValueError: If a shape or a setting does not fit, or, unless traced, if a valid proposal holds NaN or infinite
+            values, or a score outside [0, 1].
+        TypeError: If there is no such setting.
+
+    References:
+        Z. Lu et al., "Differentiable NMS via Sinkhorn matching for end-to-end fabric defect detection", arXiv
+        2505.07040. Gate, slack and capacities are ours.
+
+    >>> boxes = torch.tensor([[[10.0, 10, 50, 50], [12, 10, 52, 50], [70, 10, 90, 30]]])
+    >>> scores, labels = torch.tensor([[0.9, 0.7, 0.6]]), torch.zeros(1, 3, dtype=torch.long)
+    >>> sinkhorn_nms(boxes, scores, labels, max_regions=3, decode="merge").boxes[0].round(decimals=1)
+    tensor([[11., 10., 51., 50.],
+            [70., 10., 90., 30.],
+            [ 0.,  0.,  0.,  0.]])
+    """
+    if preset == "paper":
+        return published_regions(boxes, scores, labels, features, valid, PublishedNMSSettings(**settings)).detections
+    if preset != "sinkhorn":
+        msg = f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}"
+        raise ValueError(msg)
+    chosen = SinkhornNMSSettings(**settings)
+    if chosen.decode == "select" and chosen.score == "seed":  # what the seeds are decides alone
+        found = check_proposals(boxes, scores, labels, features, valid).padded(chosen.max_regions)
+        with full_precision(found.boxes):
+            return _grow(found, chosen).detections
+    return sinkhorn_regions(boxes, scores, labels, features, valid, chosen).detections
+
+
+def sinkhorn_regions(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    features: Tensor | None = None,
+    valid: Tensor | None = None,
+    settings: SinkhornNMSSettings | None = None,
+) -> Regions:
+    """Group proposals into regions; what `sinkhorn_nms` makes detections of, with the plan, for losses and masks.
+
+    Seeds are the proposals that nothing better overlaps. The transport from proposals to the seeds' regions is exact
+    for proposals; a region with gate m whose seed outranks n proposals is held to a mass of m (1 + n) by `rho`, and the
+    slack takes whatever costs more than `slack_cost`.
+
+    Args:
+        boxes: Boxes xyxy (B, N, 4), any unit.
+        scores: Scores (B, N) in [0, 1].
+        labels: Class indices (B, N).
+        features: Features (B, N, D), any unit, or None.
+        valid: Which proposals there are (B, N), bool; None: all.
+        settings: How; None: the defaults.
+
+    Returns:
+        The regions, the best seed first; differentiable in boxes, scores and features.
+
+    Raises:
+        ValueError: See `sinkhorn_nms`.
+
+    References:
+        Z. Lu et al., arXiv 2505.07040; L. Chizat et al., "Scaling algorithms for unbalanced transport problems", Math.
+        Comp. 2018.
+    """
+    settings = settings or SinkhornNMSSettings()
+    found = check_proposals(boxes, scores, labels, features, valid)
+    count = found.boxes.shape[1]
+    padded = found.padded(settings.max_regions)
+    with full_precision(found.boxes):
+        seeds = _grow(padded, settings)
+        plan, slack = (part[:, :count] for part in _transport(padded, seeds, settings))
+        index = seeds.index.clamp(max=max(count - 1, 0))  # what was added is nobody's seed
+        weights = member_weights(plan, index)
+        region_boxes, region_scores, region_labels = seeds.boxes, seeds.scores, seeds.labels
+        if settings.decode == "merge":
+            region_boxes = weights.transpose(-2, -1) @ found.boxes
+            if not settings.class_aware and count:
+                region_labels = heaviest_labels(weights, found.scores, found.labels)
+        if settings.score == "mean":
+            region_scores = seeds.openness * (weights * found.scores.unsqueeze(-1)).sum(1)
+        keep = _kept(seeds.openness, region_scores, settings)
+    return Regions(region_boxes, region_scores, region_labels, keep, index, seeds.gate[:, :count], plan, slack, weights)
+
+
+class _Seeds(NamedTuple):
+    """The proposals that regions grow from, best first.
+
+    Args:
+        index: Which proposals they are (B, K).
+        boxes: Their boxes (B, K, 4).
+        scores: Their scores times their gates (B, K).
+        labels: Their classes (B, K).
+        keep: Whether they make detections (B, K), bool.
+        openness: Their gates (B, K).
+        outranked: How many proposals each one outranks (B, K).
+        gate: The gates of all proposals (B, N).
+    """
+
+    index: Tensor
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    keep: Tensor
+    openness: Tensor
+    outranked: Tensor
+    gate: Tensor
+
+    @property
+    def detections(self) -> Detections:
+        """The seeds that are kept."""
+        return top_detections(Detections(self.boxes, self.scores, self.labels), self.keep, self.scores.shape[1])
+
+
+def _grow(found: Proposals, settings: SinkhornNMSSettings) -> _Seeds:
+    """Take the best seeds."""
+    outranks = outranking(found.boxes, found.scores, found.labels, found.valid, settings)
+    gate = seed_gate(outranks, found.valid, settings.rounds, average=settings.average)
+    index = (gate * found.scores).topk(settings.max_regions, dim=1).indices
+    openness, labels = gate.gather(1, index), found.labels.gather(1, index)
+    scores = openness * found.scores.gather(1, index)
+    keep = _kept(openness, scores, settings)
+    outranked = outranks.sum(-1).gather(1, index)
+    return _Seeds(index, take(found.boxes, index), scores, labels, keep, openness, outranked, gate)
+
+
+def _kept(openness: Tensor, scores: Tensor, settings: SinkhornNMSSettings) -> Tensor:
+    """Say which regions are detections: the gate is rather open than closed, and the score is high enough."""
+    return (openness >= OPEN) & (scores >= settings.score_threshold)
+
+
+def _transport(found: Proposals, seeds: _Seeds, settings: SinkhornNMSSettings) -> tuple[Tensor, Tensor]:
+    """Transport proposals to regions (B, N, K), and what no region is worth to the slack (B, N)."""
+    cost = region_cost(found.boxes, found.scores, found.labels, found.features, seeds.index, settings)
+    b = _capacities(seeds.openness, seeds.outranked, settings)
+    cost, b = append_slack(cost, b, side="target", slack_cost=settings.slack_cost, slack_mass=1.0)
+    rho = torch.tensor([settings.rho] * settings.max_regions + [0.0], dtype=cost.dtype, device=cost.device)
+    plan = sinkhorn(
+        cost,
+        found.valid.to(cost),
+        b,
+        epsilon=settings.epsilon,
+        rho_b=rho,
+        num_iters=settings.num_iters,
+        gradient="unrolled",
+    ).plan
+    return plan[..., :-1], plan[..., -1]
+
+
+def _capacities(openness: Tensor, outranked: Tensor, settings: SinkhornNMSSettings) -> Tensor:
+    """Return the mass (B, K) that makes the core solve the problem of the regions' sizes.
+
+    The core measures a plan's entropy against the masses, and so would favour large regions twice. Against 1 per region
+    (times its gate) the problem is the same with masses ``gate size^(rho / (rho + epsilon))``.
+    """
+    exponent = 1.0 if settings.rho == math.inf else settings.rho / (settings.rho + settings.epsilon)
+    return openness * (1 + outranked) ** exponent
