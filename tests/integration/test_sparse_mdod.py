@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, seed_everything
 from PIL import Image
 from torchvision.transforms.v2 import Identity
 
-from anomalib_ot import CocoBoxes, SparseMDOD
+from anomalib_ot import CocoBoxes, SinkhornNMS, SparseMDOD
 from anomalib_ot.integration.coco_json import write_coco
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.sparse_arguments import OBJECTIVES, SPARSE_PRESETS
@@ -169,6 +169,17 @@ def test_good_images_teach_only_with_a_presence_weight(tmp_path, weight):
     engine(tmp_path, max_epochs=1).fit(model, datamodule=OnlyGood(root=root, **settings))
     assert model.is_fitted
     assert torch.equal(model.model.head.stages[0].interaction.merge_norm.bias, before) == (weight == 0)
+
+
+def test_sinkhorn_nms_trains_and_predicts_with_it(shapes, tmp_path):
+    model = SparseMDOD(**SMALL | {"score_threshold": 0.0}, post_processor=SinkhornNMS(train_weight=1.0))
+    assert model.suppression() == {"nms": "none", "max_detections": 300}
+    runner = engine(tmp_path, max_epochs=1)
+    runner.fit(model, datamodule=data(shapes))
+    assert "train_duplicate" in runner.trainer.callback_metrics
+    (batch,) = engine(tmp_path).predict(model, datamodule=data(shapes, eval_batch_size=8))
+    assert batch.pred_boxes.shape == (8, 100, 4)
+    assert model.model.decoding.max_detections == 300
 
 
 def test_the_paper_preset_is_the_published_one():

@@ -58,7 +58,7 @@ def precision(found, objects, iou):
     image, slot = found.valid.nonzero(as_tuple=True)
     data = EvaluatedBoxes(
         COUNT,
-        *(values[image, slot].numpy() for values in found),
+        *(values[image, slot].numpy() for values in found[:3]),
         image.numpy(),
         objects.flatten(0, 1).numpy(),
         np.zeros(objects[..., 0].numel(), dtype=np.int64),
