@@ -166,7 +166,7 @@ class SinkhornNMS(PostProcessor):
         """
         boxes, scores, labels = (part[:, : self.max_candidates] for part in found[:3])
         valid, labels = labels != EMPTY, labels.clamp(min=0)
-        settings = SinkhornNMSSettings(**self.settings | {"decode": "merge"})
+        settings = SinkhornNMSSettings(**self.settings | {"decode": "merge", "entropy": None})
         softness = SOFT * (SHARP / SOFT) ** min(max(progress, 0.0), 1.0)
         regions = sinkhorn_regions(boxes, scores, labels, None, valid, settings.softened(softness))
         losses = duplicate_losses(

@@ -50,7 +50,7 @@ class SinkhornNMSSettings:
 
     Args:
         decode: What a region returns as its box: "select", the box of its seed, as other suppression does, or "merge",
-            the mean of its members.
+            a mean of its members.
         score: What a region returns as its score: "seed", the seed's, which stays calibrated, or "mean", the mean of
             its members'; both times the gate.
         class_aware: Whether only proposals of one class suppress each other and share regions.
@@ -76,6 +76,8 @@ class SinkhornNMSSettings:
         rho: How strongly regions are held to the number of their members, in units of cost, >= 0; 0: not at all,
             `inf`: exactly.
         num_iters: Sinkhorn iterations, >= 1.
+        entropy: Least entropy of the weights of a region's members in "merge", nats, >= 0 (`refine_boxes`): the lower,
+            the more those count that are certain and agree. None: they count by their mass.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -106,6 +108,7 @@ class SinkhornNMSSettings:
     epsilon: float = 0.05
     rho: float = 1.0
     num_iters: int = 20
+    entropy: float | None = 1.0
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -117,6 +120,7 @@ class SinkhornNMSSettings:
                 "spatial": one_of(*SPATIAL),
                 "threshold": BETWEEN,
                 "slack_cost": FINITE,
+                "entropy": Range(lambda value: value is None or 0 <= value < math.inf, "at least 0 (nats), or None"),
                 "rho": Range(lambda value: value >= 0, "at least 0, in units of cost: inf = exactly, 0 = not at all"),
                 **dict.fromkeys(("class_aware", "average"), FLAG),
                 **dict.fromkeys(("max_regions", "rounds", "num_iters"), WHOLE),
