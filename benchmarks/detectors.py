@@ -24,6 +24,7 @@ MODELS = {
     "OTADetector, cost as published": {"assigner": "ota", "assigner_args": {"spatial_weight": 0.0, "top": 20}},
     "OTADetector, assigner simota": {"assigner": "simota"},
     "OTADetector, assigner fcos": {"assigner": "fcos"},
+    "OTADetector, losses against duplicates": {"sinkhorn": {"train_weight": 1.0}},
     "torchvision FCOS": None,
 }
 DEFAULT_RUNS = [
@@ -32,6 +33,7 @@ DEFAULT_RUNS = [
     ("deeppcb", "OTADetector, assigner simota"),
     ("deeppcb", "OTADetector, assigner fcos"),
     ("deeppcb", "OTADetector, cost as published"),
+    ("deeppcb", "OTADetector, losses against duplicates"),
     ("neu_det", "OTADetector"),
     ("magnetic_tile", "OTADetector"),
 ]
@@ -126,7 +128,7 @@ def run_one(job: dict) -> dict:
     from anomalib.engine import Engine
     from lightning.pytorch import Callback, seed_everything
 
-    from anomalib_ot import OTADetector
+    from anomalib_ot import OTADetector, SinkhornNMS
 
     seed_everything(job["seed"])
     torch.set_num_threads(job["threads"])
@@ -134,8 +136,11 @@ def run_one(job: dict) -> dict:
     datamodule = data_of(job["set"], Path(job["data"]), job["batch"], crop)
     arguments = MODELS[job["model"]]
     kind = torchvision_model() if arguments is None else OTADetector
+    arguments = dict(arguments or {})
+    if "sinkhorn" in arguments:
+        arguments["post_processor"] = SinkhornNMS(**arguments.pop("sinkhorn"))
     model = kind(
-        **(arguments or {}),
+        **arguments,
         backbone_weights=str(Path(job["weights"]) / WEIGHTS),
         image_size=(job["size"], job["size"]),
         seed=job["seed"],

@@ -70,7 +70,7 @@ def detect(checkpoint: Path, name: str, data: Path) -> list[Raw]:
             image = model.pre_processor.transform(item.image[None])
             dense = model.model.dense(image)
             detections = model.model.decoding.candidates(dense, image.shape[-2:])
-            boxes, scores, labels = (part[0, :NUM_CANDIDATES] for part in detections)
+            boxes, scores, labels = (part[0, :NUM_CANDIDATES] for part in detections[:3])
             keep = labels >= 0
             features = torch.cat(towers, dim=1)[0]
             point = torch.cdist(dense.boxes[0], boxes[keep], p=1).argmin(0)

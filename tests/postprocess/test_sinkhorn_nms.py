@@ -309,7 +309,8 @@ def test_twenty_iterations_are_enough_and_fifty_in_a_crowd(make_scenes):
 
 def test_merged_scores(make_scenes):
     scenes = make_scenes(3, background=0)
-    seed, mean = (of_settings(scenes.proposals, replace(MERGE, score=score, entropy=None)) for score in ("seed", "mean"))
+    plain = replace(MERGE, entropy=None)
+    seed, mean = (of_settings(scenes.proposals, replace(plain, score=score)) for score in ("seed", "mean"))
     best = scenes.scores.view(3, 4, 4).amax(-1).sort(descending=True).values
     torch.testing.assert_close(seed.detections.scores[:, :4], best, rtol=0, atol=1e-3)
     own = torch.einsum("bnk,bn->bk", mean.weights, scenes.scores)
