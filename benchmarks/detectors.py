@@ -11,6 +11,7 @@ OUT/table.md, and the learning curves in OUT/curves.png.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ MODELS = {
     "OTADetector, cost as published": {"assigner": "ota", "assigner_args": {"spatial_weight": 0.0, "top": 20}},
     "OTADetector, assigner simota": {"assigner": "simota"},
     "OTADetector, assigner fcos": {"assigner": "fcos"},
+    "OTADetector, losses against duplicates": {"sinkhorn": {"train_weight": 1.0}},
     "torchvision FCOS": None,
 }
 DEFAULT_RUNS = [
@@ -31,6 +33,7 @@ DEFAULT_RUNS = [
     ("deeppcb", "OTADetector, assigner simota"),
     ("deeppcb", "OTADetector, assigner fcos"),
     ("deeppcb", "OTADetector, cost as published"),
+    ("deeppcb", "OTADetector, losses against duplicates"),
     ("neu_det", "OTADetector"),
     ("magnetic_tile", "OTADetector"),
 ]
@@ -125,7 +128,7 @@ def run_one(job: dict) -> dict:
     from anomalib.engine import Engine
     from lightning.pytorch import Callback, seed_everything
 
-    from anomalib_ot import OTADetector
+    from anomalib_ot import OTADetector, SinkhornNMS
 
     seed_everything(job["seed"])
     torch.set_num_threads(job["threads"])
@@ -133,8 +136,11 @@ def run_one(job: dict) -> dict:
     datamodule = data_of(job["set"], Path(job["data"]), job["batch"], crop)
     arguments = MODELS[job["model"]]
     kind = torchvision_model() if arguments is None else OTADetector
+    arguments = dict(arguments or {})
+    if "sinkhorn" in arguments:
+        arguments["post_processor"] = SinkhornNMS(**arguments.pop("sinkhorn"))
     model = kind(
-        **(arguments or {}),
+        **arguments,
         backbone_weights=str(Path(job["weights"]) / WEIGHTS),
         image_size=(job["size"], job["size"]),
         seed=job["seed"],
@@ -239,7 +245,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with deeppcb, neu_det and magnetic_tile")
     parser.add_argument("--weights", type=Path, required=True, help=f"folder with {WEIGHTS}")
     parser.add_argument("--out", type=Path, default=Path("results/detectors"))
-    parser.add_argument("--only", help="run only sets or models whose name contains this")
+    parser.add_argument("--only", help="run only what this regular expression finds in 'SET MODEL'")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=512, help="side that images are resized to, pixels")
@@ -260,7 +266,7 @@ def main() -> None:
         job = {"set": name, "model": model, **settings}
         if any(all(run[key] == value for key, value in job.items()) for run in done):
             continue
-        if arguments.only and arguments.only not in f"{name} {model}":
+        if arguments.only and not re.search(arguments.only, f"{name} {model}"):
             continue
         print(f"{name}: {model}", flush=True)
         job |= {"data": str(arguments.data), "weights": str(arguments.weights), "steps": arguments.steps}

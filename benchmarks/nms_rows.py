@@ -70,12 +70,13 @@ def detect(checkpoint: Path, name: str, data: Path) -> list[Raw]:
             image = model.pre_processor.transform(item.image[None])
             dense = model.model.dense(image)
             detections = model.model.decoding.candidates(dense, image.shape[-2:])
-            boxes, scores, labels = (part[0, :NUM_CANDIDATES] for part in detections)
+            boxes, scores, labels = (part[0, :NUM_CANDIDATES] for part in detections[:3])
             keep = labels >= 0
             features = torch.cat(towers, dim=1)[0]
             point = torch.cdist(dense.boxes[0], boxes[keep], p=1).argmin(0)
             factors = torch.tensor(image.shape[:-3:-1]) / torch.tensor(item.image.shape[:-3:-1])
             true_boxes = torch.as_tensor(item.gt_boxes).float() * factors.repeat(2)
+            true_labels = torch.as_tensor(item.gt_box_labels)
             found.append(
                 Raw(
                     boxes[keep],
@@ -83,7 +84,7 @@ def detect(checkpoint: Path, name: str, data: Path) -> list[Raw]:
                     labels[keep],
                     features[point],
                     true_boxes,
-                    torch.as_tensor(item.gt_box_labels),
+                    true_labels,
                 )
             )
     return found
@@ -132,6 +133,25 @@ def grid(**values: list) -> list[dict]:
 WAYS = {
     "greedy NMS": [(greedy, setting) for setting in grid(threshold=[0.4, 0.5, 0.6, 0.7])],
     "soft-NMS, Gaussian": [(soft, setting) for setting in grid(sigma=[0.1, 0.3, 0.5])],
+    "Sinkhorn, select": [
+        (transport, setting)
+        for setting in grid(decode=["select"], threshold=[0.4, 0.5, 0.6, 0.7], overlap_softness=[0.02, 0.1])
+    ],
+    "Sinkhorn, merge": [
+        (transport, setting)
+        for setting in grid(
+            decode=["merge"],
+            threshold=[0.5, 0.6, 0.7],
+            slack_cost=[0.6, 0.8],
+            epsilon=[0.02, 0.05],
+            score_weight=[1.0, 2.0],
+        )
+    ],
+    "Sinkhorn, merge with features": [
+        (transport, setting)
+        for setting in grid(features=[True], decode=["merge"], threshold=[0.5, 0.6, 0.7], slack_cost=[0.6, 0.8])
+    ],
+    "preset paper": [(transport, setting) for setting in grid(preset=["paper"], features=[False, True])],
 }
 
 
@@ -170,41 +190,43 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("results/detectors"))
     parser.add_argument("--out", type=Path, default=Path("results/nms"))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     arguments.out.mkdir(parents=True, exist_ok=True)
     images = {}
-    for name in SETS:
+    for name in arguments.sets:
         cache = arguments.out / f"{name}.pt"
         if not cache.exists():
             raws = detect(newest_checkpoint(arguments.runs, name), name, arguments.data)
             torch.save([tuple(raw) for raw in raws], cache)
         images[name] = [Raw(*parts) for parts in torch.load(cache)]
-    halves = {
-        half: {name: raws[start::2] for name, raws in images.items()} for half, start in (("dev", 0), ("test", 1))
-    }
+    development, reported = ({name: raws[start::2] for name, raws in images.items()} for start in (0, 1))
     tried = []
     for way, settings in WAYS.items():
         for function, setting in track(settings, description=way):
             call = partial(function, **setting)
-            figures = {name: measure(raws, call) for name, raws in halves["dev"].items()}
-            mean = sum(figure["map"] for figure in figures.values()) / len(SETS)
+            figures = {name: measure(raws, call) for name, raws in development.items()}
+            mean = sum(figure["map"] for figure in figures.values()) / len(figures)
             tried.append({"way": way, "setting": setting, "mean": mean, "function": function, "figures": figures})
-    lines = ["| way | setting | " + " | ".join(SETS) + " | mean mAP |", "|---" * (len(SETS) + 3) + "|"]
+    lines = [
+        "| way | setting | " + " | ".join(arguments.sets) + " | mean mAP |",
+        "|---" * (len(arguments.sets) + 3) + "|",
+    ]
     for row in tried:
-        cells = [f"{row['figures'][name]['map']:.4f}" for name in SETS]
+        cells = [f"{row['figures'][name]['map']:.4f}" for name in arguments.sets]
         lines.append(
             f"| {row['way']} | {json.dumps(row['setting'])} | " + " | ".join(cells) + f" | {row['mean']:.4f} |"
         )
     (arguments.out / "development.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    lines = ["| way | " + " | ".join(SETS) + " | mean mAP |", "|---" * (len(SETS) + 2) + "|"]
+    lines = ["| way | " + " | ".join(arguments.sets) + " | mean mAP |", "|---" * (len(arguments.sets) + 2) + "|"]
     for way in WAYS:
         best = max((row for row in tried if row["way"] == way), key=lambda row: row["mean"])
         call = partial(best["function"], **best["setting"])
-        figures = {name: measure(raws, call) for name, raws in halves["test"].items()}
-        cells = [" / ".join(f"{figures[name][key]:.3f}" for key in (*FIGURES, "duplicates")) for name in SETS]
-        mean = sum(figure["map"] for figure in figures.values()) / len(SETS)
+        figures = {name: measure(raws, call) for name, raws in reported.items()}
+        cells = [" / ".join(f"{figures[name][key]:.3f}" for key in (*FIGURES, "duplicates")) for name in arguments.sets]
+        mean = sum(figure["map"] for figure in figures.values()) / len(figures)
         lines.append(f"| {way} {json.dumps(best['setting'])} | " + " | ".join(cells) + f" | {mean:.4f} |")
     text = "mAP / AP50 / AP75 / duplicates per object\n\n" + "\n".join(lines)
     (arguments.out / "table.md").write_text(text + "\n")

@@ -22,6 +22,7 @@ def test_inventory():
         "OTPrototypes",
         "RegionWriter",
         "SinkhornNMS",
+        "SparseMDOD",
         "SyntheticFabric",
         "SyntheticFabricBoxes",
         "TianchiFabric",

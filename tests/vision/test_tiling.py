@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from anomalib_ot.vision.detections import Detections, stack_detections
+from anomalib_ot.vision.detections import Detections, join_detections, stack_detections
 from anomalib_ot.vision.suppression import suppress_duplicates
 from anomalib_ot.vision.tiling import Tiling
 
@@ -90,9 +90,20 @@ def test_images_of_a_batch_do_not_mix():
     tiling, size = Tiling((100, 100), 0.25, max_detections=10), (200, 300)
     one = seen_in_tiles([[0.0, 40, 300, 52]], [0], tiling, size)
     two = seen_in_tiles([[10.0, 10, 30, 30], [200, 100, 260, 190]], [1, 0], tiling, size)
-    both = Detections(*(torch.cat(parts) for parts in zip(one, two, strict=True)))
+    both = join_detections([one, two])
     merged = tiling.merge(both, size, suppress_duplicates)
     for image, alone in enumerate((one, two)):
         single = tiling.merge(alone, size, suppress_duplicates)
         assert torch.equal(merged.boxes[image], single.boxes[0])
         assert torch.equal(merged.labels[image], single.labels[0])
+
+
+def test_scales_grow_with_the_view_of_the_whole_image():
+    tiling, size = Tiling((100, 100), 0.25, max_detections=10), (200, 300)
+    found = seen_in_tiles([[20.0, 20, 40, 60]], [0], tiling, size)
+    found = found._replace(scales=torch.ones_like(found.boxes) * found.valid.unsqueeze(-1))
+    assert tiling.merge(found, size, suppress_duplicates).scales[0, 0].tolist() == [1] * 4
+    only_whole = found._replace(labels=found.labels.index_fill(0, torch.arange(len(found.labels) - 1), -1))
+    scales = tiling.merge(only_whole, size, suppress_duplicates).scales
+    torch.testing.assert_close(scales[0, 0], torch.tensor([3.0, 2, 3, 2]))
+    assert not scales[0, 1:].any()

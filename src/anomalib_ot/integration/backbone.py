@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,9 @@ import timm
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from anomalib_ot.detection.detector import freeze_stages
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.vision.backbone import known_layers, load_weights
 from anomalib_ot.vision.filter_bank import SCALES, FilterBank
@@ -54,6 +57,45 @@ def build_extractor(
     ordered = [layer for layer in known if layer in layers]
     extractor = TimmFeatureExtractor(backbone=backbone, layers=ordered, pre_trained=False, requires_grad=trainable)
     return extractor.requires_grad_(trainable)
+
+
+def build_pyramid_extractor(
+    backbone: str, layers: Sequence[str], *, frozen_stages: int, frozen_norm: bool
+) -> tuple[TimmFeatureExtractor, list[int], list[int]]:
+    """Build the trainable feature extractor of a detector; return the channels and strides of its maps, too.
+
+    Args:
+        backbone: Name of a convolutional timm model.
+        layers: Names of its layers, whose strides double from one to the next.
+        frozen_stages: First stages that are not trained.
+        frozen_norm: Whether scales and shifts of its batch norm are frozen.
+
+    Raises:
+        InputError: If the backbone does not learn, has one scale only, or not these layers or as many stages.
+    """
+    if backbone == FILTER_BANK:
+        msg = "backbone is 'filter_bank', which does not learn; a detector needs a timm model, such as 'resnet18'"
+        raise InputError(msg)
+    extractor = build_extractor(backbone, layers, trainable=True)
+    if not hasattr(extractor, "reductions"):
+        msg = (
+            f"backbone is {backbone!r}, a transformer of one scale; a detector needs several: take a convolutional one"
+        )
+        raise InputError(msg)
+    known = known_layers(backbone)
+    if frozen_stages > len(known):
+        msg = f"frozen_stages is {frozen_stages}; backbone {backbone!r} has {len(known)}: {', '.join(known)}"
+        raise InputError(msg)
+    freeze_stages(extractor.feature_extractor, known, frozen_stages)
+    if frozen_norm:
+        for module in extractor.modules():
+            if isinstance(module, _BatchNorm):
+                module.requires_grad_(False)
+    reductions = list(extractor.reductions)
+    if any(coarse != 2 * fine for fine, coarse in pairwise(reductions)):
+        msg = f"layers is {list(layers)} with strides {reductions}; expected layers whose strides double, none left out"
+        raise InputError(msg)
+    return extractor, list(extractor.out_dims), reductions
 
 
 def fill_weights(extractor: TimmFeatureExtractor | FilterBank, weights: str | Path | None, seed: int) -> None:

@@ -1,14 +1,11 @@
 """What all detectors have in common as Anomalib models: classes, steps, exports, checkpoints."""
 
 import json
-import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
-from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.metrics import Evaluator
 from anomalib.visualization import Visualizer
@@ -20,18 +17,16 @@ from anomalib_ot.integration.box_batch import BoxBatch
 from anomalib_ot.integration.box_evaluator import default_evaluator
 from anomalib_ot.integration.box_guard import BoxGuard
 from anomalib_ot.integration.box_processors import BoxPreProcessor
+from anomalib_ot.integration.box_training import BoxTraining
 from anomalib_ot.integration.box_visualizer import BoxVisualizer
 from anomalib_ot.integration.checked_export import CheckedExport
 from anomalib_ot.integration.checkpoints import check_own_checkpoint, checked_reading, trained_arguments
+from anomalib_ot.integration.input_checks import check_fraction
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.sinkhorn_nms import CHECKPOINT_KEY, SinkhornNMS
 from anomalib_ot.vision.backbone import normalisation
 from anomalib_ot.vision.detections import Detections
 
-logger = logging.getLogger(__name__)
-
-UNLIMITED_EPOCHS = (1000, -1)  # what Lightning puts where the user gave no limit
-USUAL_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 1000, 12, 100
 NO_DATA = "no data to {}; name a data set with boxes (--data CocoBoxes --data.root ..., in Python datamodule=...)"
 
 
@@ -50,20 +45,42 @@ class BoxPredictions(NamedTuple):
     pred_label: Tensor
 
 
-class BoxModel(CheckedExport):
+class BoxModel(BoxTraining, CheckedExport):
     """The part of a detector that does not depend on how it detects; before `AnomalibModule` among its bases.
 
-    A detector builds its network in `new_network`, names it `model`, and has the buffer `trained`. `own_entry` is a
-    weight that only its checkpoints have, `trained_by` are the arguments that these decide about. With
-    `takes_post_processor` it becomes, where none was given, what the checkpoint was trained with.
+    A detector builds its network in `new_network`, which sets `preset`, and calls `start` when it is initialised; its
+    arguments are named as those of `OTADetector`. `own_entry` is a weight that only its checkpoints have, `trained_by`
+    are the arguments that these decide about. With `takes_post_processor`, set before `start`, it becomes, where none
+    was given, what the checkpoint was trained with.
     """
 
     own_entry: ClassVar[str]
     trained_by: ClassVar[Sequence[str]]
     model: nn.Module | None
     class_names: list[str] | None
-    image_threshold: float
     takes_post_processor: bool
+
+    def start(self) -> None:
+        """Take over the arguments that all detectors have, and refuse wrong ones now, not when the data are there.
+
+        Raises:
+            InputError: If an argument is out of range or not known.
+        """
+        check_fraction("image_threshold", self.hparams["image_threshold"])
+        if self.hparams["epochs"] is not None and self.hparams["epochs"] < 1:
+            msg = f"epochs is {self.hparams['epochs']}; expected at least 1"
+            raise InputError(msg)
+        self.backbone_weights = self.hparams["backbone_weights"]
+        self.image_threshold: float = self.hparams["image_threshold"]
+        self.epochs: int | None = self.hparams["epochs"]
+        self.seed: int = self.hparams["seed"]
+        self.class_names = None
+        self.register_buffer("trained", torch.tensor(False))
+        self.model = None
+        if self.hparams["class_names"] is not None:
+            self.build(self.hparams["class_names"])
+        else:
+            self.new_network(1)
 
     def new_network(self, num_classes: int) -> nn.Module:
         """Build an untrained network, from `hparams`."""
@@ -101,7 +118,15 @@ class BoxModel(CheckedExport):
         """Detect in normalised images (B, 3, H, W), without duplicates; boxes in their pixels."""
         return self.model(images, self.post_processor if isinstance(self.post_processor, SinkhornNMS) else None)
 
-    # ---- before anything runs
+    # ---- before anything runs: the data, the classes, the weights
+
+    def configure_model(self) -> None:
+        """Build the network for the classes of the data."""
+        if self._trainer is None:  # a checkpoint is being loaded, and brings all
+            return
+        names = getattr(self.trainer.datamodule, "class_names", None)
+        if self.model is None and names is not None:
+            self.build(names)
 
     def configure_callbacks(self) -> list[Callback]:
         """Return the pre-processor, the evaluator, the visualiser, and the guard of all input."""
@@ -115,45 +140,6 @@ class BoxModel(CheckedExport):
         """Say that there is no data to test on; Lightning asks the model only if nothing else was given."""
         raise InputError(NO_DATA.format("test on"))
 
-    # ---- training
-
-    @property
-    def trainer_arguments(self) -> dict[str, Any]:
-        """Leave the trainer to its user; only the check of an untrained model before the first epoch is turned off."""
-        return {"num_sanity_val_steps": 0}
-
-    @property
-    def learning_type(self) -> LearningType:
-        """Anomalib knows no supervised learning; this value is the one that gets in the way of nothing."""
-        return LearningType.ONE_CLASS
-
-    def limit_epochs(self, epochs: int | None) -> int:
-        """Limit a training whose trainer has no limit, and count its steps.
-
-        Args:
-            epochs: Passes over the training images; None: as many as make 1,000 steps, 12 at least and 100 at most.
-
-        Returns:
-            Optimiser steps of the whole training.
-        """
-        fit_loop = self.trainer.fit_loop
-        if self.trainer.max_epochs in UNLIMITED_EPOCHS and self.trainer.max_steps == -1:
-            fit_loop.setup_data()
-            steps = max(1, int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
-            epochs = epochs or min(max(math.ceil(USUAL_STEPS / steps), FEWEST_EPOCHS), MOST_EPOCHS)
-            fit_loop.max_epochs = epochs
-            logger.info("Training for %d epochs of %d steps (--trainer.max_epochs sets another number)", epochs, steps)
-        return int(self.trainer.estimated_stepping_batches)
-
-    def on_train_batch_end(self, *args: object) -> None:
-        """From the first step on, there is something to export."""
-        del args
-        self.trained.fill_(True)
-
-    def mean_over_devices(self, value: Tensor) -> Tensor:
-        """Average a value, or each of several, over the devices of the training."""
-        return self.all_gather(value).float().mean(0) if self.trainer.world_size > 1 else value
-
     # ---- validation, test, prediction
 
     def _predict(self, batch: Batch) -> BoxBatch:
@@ -164,7 +150,7 @@ class BoxModel(CheckedExport):
 
     def _predictions(self, found: Detections, factors: Tensor) -> BoxPredictions:
         """Scale detections to pixels of the image handed in, by `factors` for x and y, and judge the image."""
-        boxes, scores, labels = found.scaled(factors)
+        boxes, scores, labels, _ = found.scaled(factors)
         image_scores = scores.amax(dim=1)
         return BoxPredictions(boxes, scores, labels, image_scores, image_scores > self.image_threshold)
 

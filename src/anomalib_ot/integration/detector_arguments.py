@@ -3,18 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
-from torch.nn.modules.batchnorm import _BatchNorm
-
 from anomalib_ot.detection.assigner import ASSIGNERS, Assigner
-from anomalib_ot.detection.decoding import Decoding
-from anomalib_ot.detection.ota import DenseDetector, freeze_stages
-from anomalib_ot.integration.backbone import FILTER_BANK, build_extractor
+from anomalib_ot.detection.decoding import Decoding, Suppress
+from anomalib_ot.detection.ota import DenseDetector
+from anomalib_ot.integration.backbone import build_pyramid_extractor
 from anomalib_ot.integration.input_checks import check_fraction, check_known
 from anomalib_ot.integration.input_error import InputError
-from anomalib_ot.vision.backbone import known_layers
 from anomalib_ot.vision.suppression import keep_all, suppress_duplicates
 from anomalib_ot.vision.tiling import Tiling
 
@@ -104,12 +100,25 @@ def detector_preset(preset: str, **overrides: float | None) -> DetectorPreset:
             f"channels is {chosen.channels}; expected a multiple of 32, or a number below it (group norm has 32 groups)"
         )
         raise InputError(msg)
-    for name in ("lr", "weight_decay"):
-        if not 0 <= getattr(chosen, name) < 1 or (name == "lr" and chosen.lr == 0):
-            usual = getattr(PRESETS[preset], name)
-            msg = f"{name} is {getattr(chosen, name)}; expected a number above 0 and below 1, such as {usual}"
-            raise InputError(msg)
+    check_rates(chosen.lr, chosen.weight_decay, PRESETS[preset])
     return chosen
+
+
+def check_rates(lr: float, weight_decay: float, usual: DetectorPreset) -> None:
+    """Check learning rate and weight decay.
+
+    Args:
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        usual: Has the values that the message advises.
+
+    Raises:
+        InputError: If one is out of range.
+    """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not 0 <= value < 1 or (name == "lr" and value == 0):
+            msg = f"{name} is {value}; expected a number above 0 and below 1, such as {getattr(usual, name)}"
+            raise InputError(msg)
 
 
 def build_assigner(assigner: str, preset: DetectorPreset, arguments: Mapping[str, Any] | None) -> Assigner:
@@ -166,6 +175,45 @@ def build_detector(
     Raises:
         InputError: If an argument is out of range or not known; the message names the known ones.
     """
+    check_detection(nms, nms_threshold, score_threshold, max_detections, layers, image_size, tile_size, tile_overlap)
+    extractor, channels, reductions = build_pyramid_extractor(
+        backbone, layers, frozen_stages=preset.frozen_stages, frozen_norm=preset.frozen_norm
+    )
+    return DenseDetector(
+        extractor,
+        channels,
+        reductions,
+        num_classes,
+        channels=preset.channels,
+        num_convs=preset.num_convs,
+        num_extra=preset.num_extra,
+        offset=preset.offset,
+        distance=preset.distance,
+        decoding=Decoding(
+            build_suppression(nms, nms_threshold),
+            score_threshold=score_threshold,
+            max_candidates=max(preset.max_candidates, max_detections),
+            max_detections=max_detections,
+        ),
+        tiling=None if tile_size is None else Tiling(tuple(tile_size), tile_overlap, max_detections=max_detections),
+    )
+
+
+def check_detection(
+    nms: str,
+    nms_threshold: float,
+    score_threshold: float,
+    max_detections: int,
+    layers: Sequence[str],
+    image_size: Sequence[int],
+    tile_size: Sequence[int] | None,
+    tile_overlap: float,
+) -> None:
+    """Check the arguments that all detectors have; see `build_detector`.
+
+    Raises:
+        InputError: If one is out of range or not known.
+    """
     check_known("nms", nms, SUPPRESSIONS)
     for name, value in (("nms_threshold", nms_threshold), ("score_threshold", score_threshold)):
         check_fraction(name, value)
@@ -182,50 +230,8 @@ def build_detector(
     if len(set(layers)) < len(layers) or not layers:
         msg = f"layers is {list(layers)}; expected one or more layers, each once"
         raise InputError(msg)
-    extractor, channels, reductions = _extractor(backbone, layers, preset)
-    suppress = partial(suppress_duplicates, threshold=nms_threshold) if nms == "hard" else keep_all
-    return DenseDetector(
-        extractor,
-        channels,
-        reductions,
-        num_classes,
-        channels=preset.channels,
-        num_convs=preset.num_convs,
-        num_extra=preset.num_extra,
-        offset=preset.offset,
-        distance=preset.distance,
-        decoding=Decoding(
-            suppress,
-            score_threshold=score_threshold,
-            max_candidates=max(preset.max_candidates, max_detections),
-            max_detections=max_detections,
-        ),
-        tiling=None if tile_size is None else Tiling(tuple(tile_size), tile_overlap, max_detections=max_detections),
-    )
 
 
-def _extractor(backbone: str, layers: Sequence[str], preset: DetectorPreset) -> tuple[Any, list[int], list[int]]:
-    """Build a trainable feature extractor; return the channels and strides of its maps, too."""
-    if backbone == FILTER_BANK:
-        msg = "backbone is 'filter_bank', which does not learn; a detector needs a timm model, such as 'resnet18'"
-        raise InputError(msg)
-    extractor = build_extractor(backbone, layers, trainable=True)
-    if not hasattr(extractor, "reductions"):
-        msg = (
-            f"backbone is {backbone!r}, a transformer of one scale; a detector needs several: take a convolutional one"
-        )
-        raise InputError(msg)
-    known = known_layers(backbone)
-    if preset.frozen_stages > len(known):
-        msg = f"frozen_stages is {preset.frozen_stages}; backbone {backbone!r} has {len(known)}: {', '.join(known)}"
-        raise InputError(msg)
-    freeze_stages(extractor.feature_extractor, known, preset.frozen_stages)
-    if preset.frozen_norm:
-        for module in extractor.modules():
-            if isinstance(module, _BatchNorm):
-                module.requires_grad_(False)
-    reductions = list(extractor.reductions)
-    if any(coarse != 2 * fine for fine, coarse in pairwise(reductions)):
-        msg = f"layers is {list(layers)} with strides {reductions}; expected layers whose strides double, none left out"
-        raise InputError(msg)
-    return extractor, list(extractor.out_dims), reductions
+def build_suppression(nms: str, threshold: float) -> Suppress:
+    """Build what removes duplicates: "hard" those that overlap a better one by more than the threshold, "none" none."""
+    return partial(suppress_duplicates, threshold=threshold) if nms == "hard" else keep_all

@@ -9,12 +9,10 @@ from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from anomalib_ot.detection.losses import Dense, dense_losses
+from anomalib_ot.detection.losses import dense_losses
 from anomalib_ot.detection.ota import DenseDetector
-from anomalib_ot.integration.backbone import fill_weights
 from anomalib_ot.integration.box_model import BoxModel
 from anomalib_ot.integration.box_processors import BoxPreProcessor
 from anomalib_ot.integration.detector_arguments import (
@@ -23,10 +21,7 @@ from anomalib_ot.integration.detector_arguments import (
     build_detector,
     detector_preset,
 )
-from anomalib_ot.integration.input_checks import check_fraction
-from anomalib_ot.integration.input_error import InputError, install_short_errors
-from anomalib_ot.integration.recipe import optimiser_and_schedule
-from anomalib_ot.integration.sinkhorn_nms import SinkhornNMS
+from anomalib_ot.integration.input_error import install_short_errors
 from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.vision.backbone import normalisation
 
@@ -114,10 +109,6 @@ class OTADetector(BoxModel, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         install_short_errors()
-        check_fraction("image_threshold", image_threshold)
-        if epochs is not None and epochs < 1:
-            msg = f"epochs is {epochs}; expected at least 1"
-            raise InputError(msg)
         if pre_processor is True:
             pre_processor = BoxPreProcessor.of(image_size, *normalisation(backbone))
         super().__init__(
@@ -126,18 +117,8 @@ class OTADetector(BoxModel, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        self.backbone_weights = backbone_weights
         self.takes_post_processor = post_processor is True
-        self.image_threshold = image_threshold
-        self.epochs = epochs
-        self.seed = seed
-        self.class_names: list[str] | None = None
-        self.register_buffer("trained", torch.tensor(False))
-        self.model = None
-        if class_names is not None:
-            self.build(class_names)
-        else:
-            self.new_network(1)  # refuses wrong arguments now, not when the data are there
+        self.start()
 
     def _configure(self) -> None:
         """Read the preset and the assigner from the arguments."""
@@ -154,35 +135,7 @@ class OTADetector(BoxModel, AnomalibModule):
             torch.manual_seed(self.seed)
             return build_detector(self.preset, num_classes=num_classes, **arguments)
 
-    # ---- before anything runs: the data, the classes, the weights
-
-    def configure_model(self) -> None:
-        """Build the network for the classes of the data."""
-        if self._trainer is None:  # a checkpoint is being loaded, and brings all
-            return
-        names = getattr(self.trainer.datamodule, "class_names", None)
-        if self.model is None and names is not None:
-            self.build(names)
-
-    def on_fit_start(self) -> None:
-        """Get the backbone's weights, unless the model or the checkpoint to resume from has them."""
-        if not self.trained:
-            fill_weights(self.model.feature_extractor, self.backbone_weights, self.seed)
-
     # ---- training
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the preset's optimiser and its schedule over all steps of the training."""
-        num_steps = self.limit_epochs(self.epochs)
-        batch_size = getattr(self.trainer.datamodule, "train_batch_size", 16) * self.trainer.world_size
-        return optimiser_and_schedule(self.model, self.preset, num_steps, batch_size)
-
-    def configure_gradient_clipping(
-        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
-    ) -> None:
-        """Clip as the trainer says; where it says nothing, as the preset does."""
-        value = gradient_clip_val if gradient_clip_val is not None else (self.preset.clip or None)
-        self.clip_gradients(optimizer, value, gradient_clip_algorithm)
 
     def training_step(self, batch: Batch, *args: object) -> Tensor:
         """Assign, and return the loss."""
@@ -203,33 +156,14 @@ class OTADetector(BoxModel, AnomalibModule):
         losses = dense_losses(
             dense, assignments, batch.gt_boxes, batch.gt_box_labels, over_devices=self.mean_over_devices
         )
-        total, against = losses.total, self.duplicate_losses(dense, batch)
+        image_size = batch.image.shape[-2:]
+        against = self.duplicate_losses(lambda: self.model.decoding.candidates(dense, image_size), batch)
+        total = losses.total
         if against:
             total = total + torch.stack(list(against.values())).sum()
-        if not torch.isfinite(total):
-            paths = ", ".join(batch.image_path or ["(no path)"])
-            msg = (
-                f"the training loss is {float(total.detach())} at step {self.global_step}; lower --model.lr "
-                f"(now {self.preset.lr}), or look at the images of this batch: {paths}"
-            )
-            raise InputError(msg)
+        self.check_loss(total, batch)
         objects = sum(len(boxes) for boxes in batch.gt_boxes)
         named = against | {"loss": total, "class_loss": losses.class_loss, "box_loss": losses.box_loss}
         named |= {"iou_loss": losses.iou_loss, "positives_per_object": losses.num_positives / max(objects, 1)}
         self.log_dict({f"train_{name}": value.detach() for name, value in named.items()}, batch_size=len(batch.image))
         return total
-
-    def duplicate_losses(self, dense: Dense, batch: Batch) -> dict[str, Tensor]:
-        """Return the losses that the post-processor adds, by name; none without a `SinkhornNMS` that trains."""
-        if not isinstance(self.post_processor, SinkhornNMS) or not self.post_processor.train_weight:
-            return {}
-        image_size = batch.image.shape[-2:]
-        with full_precision(dense.logits):
-            return self.post_processor.losses(
-                self.model.decoding.candidates(dense, image_size),
-                batch.gt_boxes,
-                batch.gt_box_labels,
-                image_size,
-                self.global_step / max(int(self.trainer.estimated_stepping_batches), 1),
-                self.mean_over_devices,
-            )

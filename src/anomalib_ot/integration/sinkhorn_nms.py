@@ -181,7 +181,7 @@ class SinkhornNMS(PostProcessor):
         valid, labels = labels != EMPTY, labels.clamp(min=0)
         if not self.settings["class_aware"]:
             labels, gt_labels = torch.zeros_like(labels), [torch.zeros_like(part) for part in gt_labels]
-        settings = SinkhornNMSSettings(**self.settings | {"decode": "merge"})
+        settings = SinkhornNMSSettings(**self.settings | {"decode": "merge", "entropy": None})
         softness = SOFT * (SHARP / SOFT) ** min(max(progress, 0.0), 1.0)
         regions = sinkhorn_regions(boxes, scores, labels, None, valid, settings.softened(softness))
         losses = duplicate_losses(

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from anomalib_ot.ot.precision import full_precision, widen
 from anomalib_ot.postprocess.box_masks import aggregate_box_masks, aggregate_map_masks, paste_masks
+from anomalib_ot.postprocess.box_refinement import refine_boxes
 from anomalib_ot.postprocess.entropy_weights import entropy_weights
-from anomalib_ot.vision.boxes import pairwise_iou
 
 __all__ = ["RefinedRegions", "refine_regions", "total_variation", "weigh_regions"]
 
-LEAST_SHARE = 0.01
 LEAST_RANGE = 1e-12
 
 
@@ -54,8 +53,8 @@ def refine_regions(
 ) -> RefinedRegions:
     """Refine each region by its members: those count that are certain and agree with the region's merged box.
 
-    `q_ik = s_i IoU(b_i, b^_k)` for the members, proposals with `P_ik > 0.01`; `p_.k` are their `entropy_weights`; the
-    box is `sum_i p_ik b_i` and the mask `sum_i p_ik M_i`, with the soft box `M_i` or what a map shows within it.
+    The box and the weights `p_ik` are those of `refine_boxes`; the mask is `sum_i p_ik M_i`, with the soft box `M_i` or
+    what a map shows within it.
 
     Args:
         plan: How much of each proposal belongs to each region, (B, N, K + 1); the last column belongs to none.
@@ -86,12 +85,8 @@ def refine_regions(
         )
         raise ValueError(msg)
     with full_precision(boxes):
-        boxes, scores, merged = widen(boxes), widen(scores), widen(merged)
-        quality = scores.unsqueeze(1) * pairwise_iou(merged, boxes)
-        members = plan[..., :-1].transpose(1, 2) > LEAST_SHARE
-        shares = entropy_weights(quality, members, entropy)  # (B, K, N)
-        refined = shares @ boxes + (1 - shares.sum(-1, keepdim=True)) * merged
-        weights = shares.transpose(1, 2)
+        boxes = widen(boxes)
+        weights, refined = refine_boxes(plan[..., :-1], boxes, scores, merged, entropy=entropy)
         # Grids are places to look at: what is learned of boxes, is learned from boxes.
         frame = refined.detach()
         if maps is None:

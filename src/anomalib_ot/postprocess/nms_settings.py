@@ -27,6 +27,9 @@ class Range(NamedTuple):
 WHOLE = Range(lambda value: isinstance(value, int) and value >= 1, "a whole number of at least 1")
 POSITIVE = Range(lambda value: 0 < value < math.inf, "a finite number above 0")
 WEIGHT = Range(lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+WEIGHT_OR_NONE = Range(
+    lambda value: value is None or WEIGHT.fits(value), "a finite number of at least 0, or None", is_number=False
+)
 FRACTION = Range(lambda value: 0 <= value <= 1, "a number from 0 to 1")
 BETWEEN = Range(lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
 FINITE = Range(math.isfinite, "a finite number")
@@ -55,7 +58,7 @@ class SinkhornNMSSettings:
 
     Args:
         decode: What a region returns as its box: "select", the box of its seed, as other suppression does, or "merge",
-            the mean of its members.
+            a mean of its members.
         score: What a region returns as its score: "seed", the seed's, which stays calibrated, or "mean", the mean of
             its members'; both times the gate.
         class_aware: Whether only proposals of one class suppress each other and share regions.
@@ -81,6 +84,8 @@ class SinkhornNMSSettings:
         rho: How strongly regions are held to the number of their members, in units of cost, >= 0; 0: not at all,
             `inf`: exactly.
         num_iters: Sinkhorn iterations, >= 1.
+        entropy: Least entropy of the weights of a region's members in "merge", nats, >= 0 (`refine_boxes`): the lower,
+            the more those count that are certain and agree. None: they count by their mass.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -111,6 +116,7 @@ class SinkhornNMSSettings:
     epsilon: float = 0.05
     rho: float = 1.0
     num_iters: int = 20
+    entropy: float | None = 1.0
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -122,6 +128,7 @@ class SinkhornNMSSettings:
                 "spatial": one_of(*SPATIAL),
                 "threshold": BETWEEN,
                 "slack_cost": FINITE,
+                "entropy": WEIGHT_OR_NONE,
                 "rho": Range(lambda value: value >= 0, "at least 0, in units of cost: inf = exactly, 0 = not at all"),
                 **dict.fromkeys(("class_aware", "average"), FLAG),
                 **dict.fromkeys(("max_regions", "rounds", "num_iters"), WHOLE),

@@ -116,7 +116,7 @@ def find_regions(anomaly_map: Tensor, settings: RegionSettings | None = None) ->
         boxes = torch.tensor([box for box, _ in found], dtype=torch.float32).reshape(-1, 4)
         scores = torch.tensor([score for _, score in found], dtype=torch.float32)
         images.append((boxes, scores, torch.full((len(found),), DEFECT)))
-    return Detections(*(part.to(anomaly_map.device) for part in stack_detections(images, settings.max_boxes)))
+    return stack_detections(images, settings.max_boxes).to(anomaly_map.device)
 
 
 def _regions(values: np.ndarray, settings: RegionSettings) -> list[tuple[list[float], float]]:

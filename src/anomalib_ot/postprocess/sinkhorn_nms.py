@@ -9,6 +9,7 @@ from torch import Tensor
 from anomalib_ot.ot.marginals import append_slack
 from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.ot.sinkhorn import sinkhorn
+from anomalib_ot.postprocess.box_refinement import refine_boxes
 from anomalib_ot.postprocess.nms_settings import SinkhornNMSSettings
 from anomalib_ot.postprocess.proposal_regions import Regions, heaviest_labels, member_weights
 from anomalib_ot.postprocess.proposals import Proposals, check_proposals
@@ -122,12 +123,16 @@ def sinkhorn_regions(
         index = seeds.index.clamp(max=max(count - 1, 0))  # what was added is nobody's seed
         weights = member_weights(plan, index)
         region_boxes, region_scores, region_labels = seeds.boxes, seeds.scores, seeds.labels
-        if settings.decode == "merge":
-            region_boxes = weights.transpose(-2, -1) @ found.boxes
-            if not settings.class_aware and count:
-                region_labels = heaviest_labels(weights, found.scores, found.labels)
         if settings.score == "mean":
             region_scores = seeds.openness * (weights * found.scores.unsqueeze(-1)).sum(1)
+        if settings.decode == "merge":
+            if not settings.class_aware and count:
+                region_labels = heaviest_labels(weights, found.scores, found.labels)
+            region_boxes = weights.transpose(-2, -1) @ found.boxes
+            if settings.entropy is not None and count:
+                weights, region_boxes = refine_boxes(
+                    weights, found.boxes, found.scores, region_boxes, entropy=settings.entropy
+                )
         keep = _kept(seeds.openness, region_scores, settings)
     return Regions(region_boxes, region_scores, region_labels, keep, index, seeds.gate[:, :count], plan, slack, weights)
 

@@ -66,6 +66,28 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
+def pairwise_giou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Return the generalised intersection over union (N, M) of boxes (N, 4) with others (M, 4), in (-1, 1].
+
+    `IoU - (hull - union) / hull`, finite for boxes without any area, where torchvision's has NaN.
+
+    References:
+        H. Rezatofighi et al., "Generalized intersection over union", CVPR 2019.
+
+    >>> pairwise_giou(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 2], [3, 0, 4, 2]]))
+    tensor([[ 0.3333, -0.2500]])
+    """
+    corner = torch.maximum(boxes[:, None, :2], others[:, :2])
+    far_corner = torch.minimum(boxes[:, None, 2:], others[:, 2:])
+    overlap = (far_corner - corner).clamp(min=0).prod(-1)
+    union = box_area(boxes)[:, None] + box_area(others) - overlap
+    low = torch.minimum(boxes[:, None, :2], others[:, :2])
+    high = torch.maximum(boxes[:, None, 2:], others[:, 2:])
+    hull = (high - low).prod(-1)
+    tiny = torch.finfo(union.dtype).tiny
+    return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
 def inside_boxes(points: Tensor, boxes: Tensor, margin: float = 0.01) -> Tensor:
     """Say which points (P, 2) lie in which boxes (G, 4), farther than `margin` pixels from their sides: bool (G, P)."""
     return encode_ltrb(points, boxes[:, None]).amin(-1) > margin

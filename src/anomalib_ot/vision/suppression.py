@@ -65,9 +65,10 @@ def top_detections(found: Detections, keep: Tensor, max_detections: int) -> Dete
     scores = torch.where(keep, found.scores, -1.0)
     best = scores.topk(min(max_detections, scores.shape[1]), dim=1)
     filled = best.values >= 0
-    boxes = found.boxes.gather(1, best.indices.unsqueeze(-1).expand(-1, -1, 4))
-    return Detections(
-        torch.where(filled.unsqueeze(-1), boxes, 0.0),
-        torch.where(filled, best.values, 0.0),
-        torch.where(filled, found.labels.gather(1, best.indices), EMPTY),
+    sides = best.indices.unsqueeze(-1).expand(-1, -1, 4)
+    boxes, scales = (
+        None if part is None else torch.where(filled.unsqueeze(-1), part.gather(1, sides), 0.0)
+        for part in (found.boxes, found.scales)
     )
+    labels = torch.where(filled, found.labels.gather(1, best.indices), EMPTY)
+    return Detections(boxes, torch.where(filled, best.values, 0.0), labels, scales)

@@ -84,7 +84,8 @@ class Tiling:
             suppress: Says which detections, sorted by score, are no duplicates.
 
         Returns:
-            Detections in pixels of the images; parts of an object as their common box, with the best of their scores.
+            Detections in pixels of the images; parts of an object as their common box, with the best of their scores,
+            and the `scales` of the part that has it.
         """
         windows = self._windows(*image_size).to(found.boxes)
         count, slots = len(windows), found.scores.shape[1]
@@ -95,12 +96,14 @@ class Tiling:
         boxes = found.boxes.unflatten(0, (-1, count)) * scale[:, None] + shift[:, None]
         boxes = torch.maximum(boxes, windows[:, None, [0, 1, 0, 1]])
         boxes = torch.minimum(boxes, windows[:, None, [2, 3, 2, 3]]).flatten(1, 2)
-        scores, labels = (part.unflatten(0, (-1, count)).flatten(1, 2) for part in found[1:])
+        scores, labels = (part.unflatten(0, (-1, count)).flatten(1, 2) for part in (found.scores, found.labels))
         order = scores.topk(scores.shape[1], dim=1).indices
         tile = torch.arange(count, device=order.device).repeat_interleave(slots)[order]
-        everything = Detections(
-            boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4)), scores.gather(1, order), labels.gather(1, order)
-        )
+        sides = order.unsqueeze(-1).expand(-1, -1, 4)
+        scales = None
+        if found.scales is not None:
+            scales = (found.scales.unflatten(0, (-1, count)) * scale[:, None]).flatten(1, 2).gather(1, sides)
+        everything = Detections(boxes.gather(1, sides), scores.gather(1, order), labels.gather(1, order), scales)
         merged, best = _join(everything, windows[tile], tile, rounds=count)
         merged = merged._replace(labels=torch.where(best, merged.labels, -1))
         return top_detections(merged, suppress(merged) & best, self.max_detections)

@@ -1,0 +1,107 @@
+"""The network of the sparse detector: backbone, pyramid, a few proposals, and their decoding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from anomalib_ot.detection.decoding import Suppress
+from anomalib_ot.detection.detector import Detector
+from anomalib_ot.detection.mixture import Mixture
+from anomalib_ot.detection.sparse_head import SparseHead
+from anomalib_ot.detection.sparse_outputs import BoxSet, Proposed
+from anomalib_ot.vision.boxes import clip_boxes
+from anomalib_ot.vision.detections import EMPTY, Detections
+from anomalib_ot.vision.neck import Pyramid
+from anomalib_ot.vision.suppression import keep_all, top_detections
+from anomalib_ot.vision.tiling import Tiling
+
+
+@dataclass(frozen=True)
+class SparseDecoding:
+    """How proposals become detections: every class of every proposal is one, the best stay.
+
+    As published nothing is suppressed and there is no threshold: each object has one proposal. Boxes are clipped to the
+    image; those without area, outside the image or not finite are none.
+
+    Args:
+        suppress: Says which detections (B, K), sorted by score, are no duplicates: bool (B, K).
+        score_threshold: Scores must be above it.
+        max_candidates: Pairs of a proposal and a class per image that are compared for duplicates.
+        max_detections: Slots of the result.
+
+    References:
+        J. Yoo et al., "End-to-end multi-object detection with a regularized mixture model", ICML 2023;
+        P. Sun et al., "Sparse R-CNN: End-to-end object detection with learnable proposals", CVPR 2021.
+    """
+
+    suppress: Suppress = keep_all
+    score_threshold: float = 0.0
+    max_candidates: int = 512
+    max_detections: int = 100
+
+    def __call__(self, proposed: Proposed, image_size: tuple[int, int]) -> Detections:
+        """Decode; boxes are clipped to `image_size`, height and width of the network's input."""
+        found = self.candidates(proposed, image_size)
+        return top_detections(found, self.suppress(found), self.max_detections)
+
+    def candidates(self, proposed: Proposed, image_size: tuple[int, int]) -> Detections:
+        """Return the pairs of a proposal and a class that are compared for duplicates; differentiable."""
+        num_classes = proposed.scores.shape[2]
+        boxes = clip_boxes(proposed.boxes, *image_size)
+        real = proposed.boxes.isfinite().all(-1) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
+        if proposed.scales is not None:
+            real &= proposed.scales.isfinite().all(-1)
+        # Comparisons with NaN are false: what is no number has score 0, and is below every threshold.
+        scores = torch.where(real.unsqueeze(-1) & (proposed.scores > 0), proposed.scores, 0.0).flatten(1)
+        best = scores.topk(min(self.max_candidates, scores.shape[1]), dim=1)
+        keep = best.values > self.score_threshold
+        sides = (best.indices // num_classes).unsqueeze(-1).expand(-1, -1, 4)
+        boxes, scales = (
+            None if part is None else torch.where(keep.unsqueeze(-1), part.gather(1, sides), 0.0)
+            for part in (boxes, proposed.scales)
+        )
+        labels = torch.where(keep, best.indices % num_classes, EMPTY)
+        return Detections(boxes, torch.where(keep, best.values, 0.0), labels, scales)
+
+
+class SparseDetector(Detector):
+    """A detector of a few learned proposals; it needs neither points nor, as a mixture, any matching.
+
+    Args:
+        feature_extractor: Maps images (B, 3, H, W) to a dict of feature maps, finest first.
+        in_channels: Channels of those maps.
+        head: Its strides are those of the maps and of `num_extra` coarser levels.
+        channels: Channels of the pyramid, those of the head.
+        num_extra: Levels of the pyramid beyond the backbone's coarsest map.
+        decoding: How proposals become detections.
+        tiling: How large images are cut to be predicted; None: not at all.
+
+    References:
+        J. Yoo et al., "End-to-end multi-object detection with a regularized mixture model" (first called Sparse MDOD),
+        ICML 2023.
+    """
+
+    def __init__(
+        self,
+        feature_extractor: nn.Module,
+        in_channels: Sequence[int],
+        head: SparseHead,
+        *,
+        channels: int = 256,
+        num_extra: int = 0,
+        decoding: SparseDecoding | None = None,
+        tiling: Tiling | None = None,
+    ) -> None:
+        pyramid = Pyramid(in_channels, channels, num_extra)
+        super().__init__(feature_extractor, pyramid, decoding or SparseDecoding(), tiling)
+        self.head = head
+
+    def stages(self, images: Tensor) -> list[Mixture] | list[BoxSet]:
+        """Return what each stage of the head says of normalised images (B, 3, H, W)."""
+        return self.head(self.levels(images), images.shape[-2:])
+
+    def detect(self, images: Tensor) -> Detections:
+        """Detect in normalised images of at most a tile's size."""
+        return self.decoding(self.head.propose(self.stages(images)[-1]), images.shape[-2:])
