@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomalib_ot.postprocess.box_masks import aggregate_box_masks, aggregate_map_masks, box_masks, paste_masks
+from anomalib_ot.postprocess.box_masks import (
+    aggregate_box_masks,
+    aggregate_map_masks,
+    box_masks,
+    masks_in_boxes,
+    paste_masks,
+)
 
 
 def some_boxes(*shape: int, seed: int = 0) -> Tensor:
@@ -174,3 +180,55 @@ def test_autocast_changes_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         found = paste_masks(aggregate_map_masks(weights, boxes, frame, maps), frame, (80, 80))
     assert torch.equal(found, expected)
+
+
+# ---- masks of one image for detections that are boxes
+
+
+def crack_and_spot() -> tuple[Tensor, Tensor]:
+    """Two defects of an image of 120 x 160 pixels, of which a map of 60 x 60 shows one three times as strongly."""
+    y, x = torch.meshgrid(torch.arange(120) + 0.5, torch.arange(160) + 0.5, indexing="ij")
+    crack = ((x - 10 - y).abs() < 4) & (y > 10) & (y < 70)
+    spot = (x - 120).square() + (y - 80).square() < 20**2
+    shown = torch.nn.functional.interpolate((3.0 * crack + 9.0 * spot)[None, None], size=(60, 60), mode="area")[0, 0]
+    return torch.stack([crack, spot]), 40 + shown
+
+
+def test_masks_are_of_what_a_map_shows_within_the_boxes():
+    true, shown = crack_and_spot()
+    boxes = torch.tensor([[14.0, 8, 86, 72], [98, 58, 142, 102]])
+    found = masks_in_boxes(boxes, shown, (120, 160))
+    assert found.dtype == torch.bool
+    overlap = (found & true).sum((1, 2)) / (found | true).sum((1, 2))
+    filled = paste_masks(torch.ones(2, 2, 2), boxes, (120, 160)) > 0.5
+    of_box = (filled & true).sum((1, 2)) / (filled | true).sum((1, 2))
+    assert (overlap > torch.tensor([0.6, 0.8])).all()
+    assert overlap[0] > 3 * of_box[0]
+    assert not (found & ~filled).any()
+    # Each box has a scale of its own, the map may have any, and a higher threshold gives less.
+    assert torch.equal(masks_in_boxes(boxes, 2 * shown + 1000, (120, 160)), found)
+    assert torch.equal(masks_in_boxes(boxes[:1], shown, (120, 160)), found[:1])
+    assert masks_in_boxes(boxes, shown, (120, 160), threshold=0.9).sum() < found.sum()
+
+
+def test_masks_of_no_boxes_and_of_nothing_to_see():
+    assert masks_in_boxes(torch.zeros(0, 4), torch.rand(9, 9), (20, 30)).shape == (0, 20, 30)
+    assert not masks_in_boxes(torch.tensor([[2.0, 2, 9, 9]]), torch.full((9, 9), 5.0), (20, 30)).any()
+
+
+@pytest.mark.parametrize(
+    ("boxes", "shape", "threshold", "message"),
+    [
+        ((1, 2, 4), (8, 8), 0.5, r"boxes has the shape \(1, 2, 4\); expected \(N, 4\)"),
+        ((2, 4), (1, 8, 8), 0.5, r"anomaly_map has the shape \(1, 8, 8\); expected \(h, w\)"),
+        ((2, 4), (8, 8), 1.0, "threshold is 1.0; expected a number from 0 to below 1"),
+    ],
+)
+def test_masks_of_wrong_input(boxes, shape, threshold, message):
+    with pytest.raises(ValueError, match=message):
+        masks_in_boxes(torch.ones(boxes), torch.rand(shape), (16, 16), threshold)
+
+
+def test_masks_of_a_map_that_is_no_number():
+    with pytest.raises(ValueError, match="anomaly_map holds NaN"):
+        masks_in_boxes(torch.ones(1, 4), torch.full((8, 8), torch.nan), (16, 16))

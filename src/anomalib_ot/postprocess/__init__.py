@@ -1,5 +1,6 @@
 """What comes after a model: regions of anomaly maps, suppression of duplicates, masks of boxes."""
 
+from anomalib_ot.postprocess.box_masks import masks_in_boxes
 from anomalib_ot.postprocess.duplicate_losses import duplicate_losses
 from anomalib_ot.postprocess.entropy_weights import entropy_weights
 from anomalib_ot.postprocess.mask_refinement import RefinedRegions, refine_regions
@@ -15,6 +16,7 @@ __all__ = [
     "SinkhornNMSSettings",
     "duplicate_losses",
     "entropy_weights",
+    "masks_in_boxes",
     "published_regions",
     "refine_regions",
     "sinkhorn_nms",

@@ -1,12 +1,13 @@
 """Masks of a fixed size per box: soft boxes, and what a map shows within them; and masks back in the image."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
 from anomalib_ot.ot.precision import full_precision, widen
 
-__all__ = ["aggregate_box_masks", "aggregate_map_masks", "box_masks", "paste_masks"]
+__all__ = ["aggregate_box_masks", "aggregate_map_masks", "box_masks", "masks_in_boxes", "paste_masks"]
 
 SOFTNESS = 0.02
 LEAST_SIDE = 1e-3  # pixels
@@ -116,6 +117,53 @@ def paste_masks(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Te
     across = _interpolation(boxes[..., 0], boxes[..., 2], columns, image_size[1])
     with full_precision(masks):
         return down @ widen(masks) @ across.transpose(-1, -2)
+
+
+def masks_in_boxes(
+    boxes: Tensor, anomaly_map: Tensor, image_size: tuple[int, int], threshold: float = 0.5, mask_size: int = 28
+) -> Tensor:
+    """Mark the pixels of one image that stand out within each box: masks of defects whose labels are boxes alone.
+
+    The boxes may be a detector's, as its predictions have them, and the map an anomaly model's of the same image, at
+    any resolution and on any scale: each box has a scale of its own, see `aggregate_map_masks`. Masks of thin defects
+    profit; those of defects that fill their boxes are best left the boxes.
+
+    Args:
+        boxes: Boxes (N, 4) in pixels of the image, without empty slots.
+        anomaly_map: The map (h, w) of the whole image, higher where it is odd.
+        image_size: Height and width of the image, pixels.
+        threshold: Part of the way from the lowest to the highest value within a box from which pixels belong to the
+            mask, [0, 1). Lower values give larger masks.
+        mask_size: Rows and columns of the grid within each box.
+
+    Returns:
+        Which pixels are marked (N, H, W), bool, none outside the box.
+
+    Raises:
+        ValueError: If a shape does not fit, the map holds NaN or infinite values, or the threshold is out of range.
+
+    >>> anomaly_map = torch.zeros(32, 32)
+    >>> anomaly_map[14:18, 4:28] = 3.0
+    >>> mask = masks_in_boxes(torch.tensor([[4.0, 8, 28, 24]]), anomaly_map, (32, 32))
+    >>> mask.shape, int(mask[0, :, 16].sum())
+    (torch.Size([1, 32, 32]), 4)
+    """
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        msg = f"boxes has the shape {tuple(boxes.shape)}; expected (N, 4), xyxy: those of one image"
+        raise ValueError(msg)
+    if anomaly_map.ndim != 2:
+        msg = f"anomaly_map has the shape {tuple(anomaly_map.shape)}; expected (h, w): that of one image"
+        raise ValueError(msg)
+    if not anomaly_map.isfinite().all():
+        msg = "anomaly_map holds NaN or infinite values; expected finite ones: look at its input"
+        raise ValueError(msg)
+    if not 0 <= threshold < 1:
+        msg = f"threshold is {threshold!r}; expected a number from 0 to below 1"
+        raise ValueError(msg)
+    maps = F.interpolate(widen(anomaly_map)[None, None], tuple(image_size), mode="bilinear", antialias=True)
+    boxes = widen(boxes)[None]
+    masks = aggregate_map_masks(torch.eye(boxes.shape[1]).to(boxes)[None], boxes, boxes, maps, mask_size=mask_size)
+    return paste_masks(masks, boxes, image_size)[0] > threshold
 
 
 def _sums(
