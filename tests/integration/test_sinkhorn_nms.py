@@ -184,10 +184,6 @@ def test_test_reads_it_from_a_file(anomalib, checkpoint, shapes, tmp_path):
         ({"decode": "best"}, "decode is 'best'; expected one of 'select', 'merge'"),
         ({"max_candidates": "many"}, "--model.post_processor.max_candidates is 'many'; expected int"),
         (
-            {"treshold": "0.3"},
-            "--model.post_processor.treshold: SinkhornNMS has no such argument; did you mean 'threshold'?",
-        ),
-        (
             {"name": "SinkhornNms"},
             "--model.post_processor is 'SinkhornNms'; expected Module | bool, did you mean 'SinkhornNMS'?",
         ),
