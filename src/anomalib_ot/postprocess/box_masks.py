@@ -124,9 +124,10 @@ def masks_in_boxes(
 ) -> Tensor:
     """Mark the pixels of one image that stand out within each box: masks of defects whose labels are boxes alone.
 
-    The boxes may be a detector's, as its predictions have them, and the map an anomaly model's of the same image, at
-    any resolution and on any scale: each box has a scale of its own, see `aggregate_map_masks`. Masks of thin defects
-    profit; those of defects that fill their boxes are best left the boxes.
+    The boxes may be a detector's, as its predictions have them, and the map any of the same image, at any resolution
+    and on any scale: each box has a scale of its own, see `aggregate_map_masks`. Look at some before relying on them:
+    cracks profit from maps as sharp as the image, such as differences of grey; anomaly maps are blurred, and defects
+    that fill their boxes are best left the boxes (`benchmarks/masks_from_boxes.py`).
 
     Args:
         boxes: Boxes (N, 4) in pixels of the image, without empty slots.
