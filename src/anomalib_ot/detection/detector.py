@@ -26,7 +26,7 @@ class Suppresses(Protocol):
 class Detector(nn.Module):
     """Backbone and pyramid; a kind of detector adds its head, and says in `detect` what it makes of whole images.
 
-    The backbone's batch norm always uses its trained statistics: batches of detectors are small.
+    Batch norm of the backbone whose scales are frozen keeps its statistics, too; elsewhere it learns both.
 
     Args:
         feature_extractor: Maps images (B, 3, H, W) to a dict of feature maps, finest first.
@@ -46,10 +46,10 @@ class Detector(nn.Module):
         self.train()  # a trainer takes the modes as they are
 
     def train(self, mode: bool = True) -> "Detector":
-        """Set the mode of all modules but the backbone's batch norm, which stays as in evaluation."""
+        """Set the mode of all modules but frozen batch norm, which stays as in evaluation."""
         super().train(mode)
         for module in self.feature_extractor.modules():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, _BatchNorm) and not (module.affine and module.weight.requires_grad):
                 module.eval()
         return self
 

@@ -68,7 +68,7 @@ def build_pyramid_extractor(
         backbone: Name of a convolutional timm model.
         layers: Names of its layers, whose strides double from one to the next.
         frozen_stages: First stages that are not trained.
-        frozen_norm: Whether scales and shifts of its batch norm are frozen.
+        frozen_norm: Whether its batch norm is frozen.
 
     Raises:
         InputError: If the backbone does not learn, has one scale only, or not these layers or as many stages.

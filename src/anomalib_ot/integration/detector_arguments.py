@@ -52,7 +52,7 @@ class DetectorPreset:
         backbone_lr: The backbone's part of it.
         weight_decay: Weight decay; none on norms and biases.
         clip: Largest norm of the gradient where the trainer has no limit; 0: none.
-        frozen_norm: Whether scales and shifts of the backbone's batch norm are frozen.
+        frozen_norm: Whether the backbone's batch norm is frozen.
     """
 
     channels: int

@@ -50,6 +50,8 @@ class OTADetector(BoxModel, AnomalibModule):
         num_convs: Convolutions per tower of the head.
         num_extra: Levels of the pyramid beyond the backbone's coarsest map.
         frozen_stages: Stages of the backbone that are not trained.
+        frozen_norm: Whether the backbone's batch norm keeps the statistics, scales and shifts that it came with. Images
+            of defects have others; where a device has one or two images per step, it may still be better.
         nms: What removes duplicates in the network: "hard" or "none"; None: "hard", unless the post-processor does it.
         nms_threshold: Largest overlap (IoU) of two detections of one class, for `nms`.
         score_threshold: Least score of a detection.
@@ -93,6 +95,7 @@ class OTADetector(BoxModel, AnomalibModule):
         num_convs: int | None = None,
         num_extra: int | None = None,
         frozen_stages: int | None = None,
+        frozen_norm: bool | None = None,
         nms: str | None = None,
         nms_threshold: float = 0.6,
         score_threshold: float = 0.05,
@@ -122,7 +125,7 @@ class OTADetector(BoxModel, AnomalibModule):
 
     def _configure(self) -> None:
         """Read the preset and the assigner from the arguments."""
-        names = ("channels", "num_convs", "num_extra", "frozen_stages", "lr", "weight_decay")
+        names = ("channels", "num_convs", "num_extra", "frozen_stages", "frozen_norm", "lr", "weight_decay")
         self.preset = detector_preset(self.hparams["preset"], **{name: self.hparams[name] for name in names})
         self.assigner = build_assigner(self.hparams["assigner"], self.preset, self.hparams["assigner_args"])
 

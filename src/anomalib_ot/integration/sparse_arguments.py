@@ -57,7 +57,7 @@ class SparsePreset:
         backbone_lr: The backbone's part of it.
         weight_decay: Weight decay; none on norms and biases.
         clip: Largest norm of the gradient where the trainer has no limit.
-        frozen_norm: Whether scales and shifts of the backbone's batch norm are frozen.
+        frozen_norm: Whether the backbone's batch norm is frozen.
     """
 
     channels: int
@@ -125,7 +125,7 @@ SPARSE_PRESETS = {
         backbone_lr=1.0,
         weight_decay=5e-5,
         clip=1.0,
-        frozen_norm=False,
+        frozen_norm=True,
     ),
 }
 

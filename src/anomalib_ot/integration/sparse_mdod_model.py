@@ -44,6 +44,8 @@ class SparseMDOD(BoxModel, AnomalibModule):
         proposals: Rows and columns of the grid that the proposals begin on; their product is the number of proposals.
         num_extra: Levels of the pyramid beyond the backbone's coarsest map.
         frozen_stages: Stages of the backbone that are not trained.
+        frozen_norm: Whether the backbone's batch norm keeps the statistics, scales and shifts that it came with. Images
+            of defects have others; where a device has one or two images per step, it may still be better.
         coord_unit: Pixels per unit of the box outputs; 1 as published, which takes long trainings; for "mixture".
         mcm_weight: Weight of the loss that leaves one proposal per object, 0 to 1; for "mixture".
         presence_weight: Weight of learning from good images, at least 0; 0, as published, learns nothing from them;
@@ -92,6 +94,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
         proposals: Sequence[int] | None = None,
         num_extra: int | None = None,
         frozen_stages: int | None = None,
+        frozen_norm: bool | None = None,
         coord_unit: float | None = None,
         mcm_weight: float | None = None,
         presence_weight: float | None = None,
@@ -125,7 +128,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
     def new_network(self, num_classes: int) -> SparseDetector:
         """Build an untrained network; the arguments may have come from a checkpoint."""
         names = ("channels", "num_stages", "proposals", "num_extra", "frozen_stages", "coord_unit", "mcm_weight")
-        names += ("presence_weight", "lr", "weight_decay")
+        names += ("presence_weight", "frozen_norm", "lr", "weight_decay")
         self.preset = sparse_preset(self.hparams["preset"], **{name: self.hparams[name] for name in names})
         names = ("backbone", "layers", "objective", "image_size", "nms_threshold", "score_threshold", "tile_size")
         arguments = {name: self.hparams[name] for name in (*names, "tile_overlap")} | self.suppression()
