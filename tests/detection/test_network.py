@@ -82,11 +82,14 @@ def test_distances_in_pixels(distance, expected):
     torch.testing.assert_close(distances, torch.full_like(distances, expected))
 
 
-def test_backbone_norm_keeps_its_statistics():
-    model = detector().train()
+@pytest.mark.parametrize("frozen", [True, False])
+def test_backbone_norm_keeps_its_statistics_where_it_is_frozen(frozen):
+    model = detector()
+    model.feature_extractor.stem[1].requires_grad_(not frozen)
+    model.train()
     before = model.feature_extractor.stem[1].running_mean.clone()
     model.dense(torch.rand(2, 3, 32, 32))
-    assert torch.equal(model.feature_extractor.stem[1].running_mean, before)
+    assert torch.equal(model.feature_extractor.stem[1].running_mean, before) is frozen
     assert model.head.training
 
 
