@@ -82,6 +82,12 @@ def test_it_learns(trained, shapes, tmp_path):
     model.evaluator = None
 
 
+def test_a_checkpoint_made_without_an_evaluator_is_tested_with_one(trained, shapes, tmp_path):
+    model = OTADetector(**SMALL | {"evaluator": True})
+    figures = engine(tmp_path).test(model, datamodule=data(shapes), ckpt_path=trained[1])[0]
+    assert figures["map_50"] > 0.9
+
+
 def test_boxes_are_in_pixels_of_the_file(trained, shapes, tmp_path):
     model, _ = trained
     (batch,) = engine(tmp_path).predict(model, datamodule=data(shapes, eval_batch_size=8))

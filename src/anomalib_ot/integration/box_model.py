@@ -216,13 +216,15 @@ class BoxModel(BoxTraining, CheckedExport):
         if self.post_processor is None and self.takes_post_processor and CHECKPOINT_KEY in kept:
             self.post_processor = SinkhornNMS(**kept[CHECKPOINT_KEY])
             self.model = None
-        chosen = self.post_processor
+        chosen, parts = self.post_processor, (self.evaluator, self.visualizer)
         trained = trained_arguments(checkpoint, self.hparams, self.trained_by)
         if trained or self.model is None:
             self.hparams.update(trained)
             self.build(names)
         super().on_load_checkpoint(checkpoint)
-        self.post_processor = chosen  # the host drops it if the checkpoint had none
+        self.post_processor = chosen  # the host drops it if the checkpoint had none,
+        if self._trainer is not None:  # and so it does with what a run needs
+            self.evaluator, self.visualizer = parts
         if self._trainer is not None and isinstance(self._trainer.datamodule, AnomalibDataModule):
             self._trainer.datamodule.setup(self._trainer.state.fn)  # its data sets take over the restored resize
 
