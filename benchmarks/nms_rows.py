@@ -45,12 +45,13 @@ class Raw(NamedTuple):
 # ---- the raw detections
 
 
-def newest_checkpoint(runs: Path, name: str) -> Path:
+def newest_checkpoint(runs: list[Path], name: str) -> Path:
     """Find the checkpoint of OTADetector on a set."""
-    found = sorted(runs.glob(f"work/OTADetector/{name}/v*/**/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    found = [path for folder in runs for path in folder.glob(f"work/OTADetector/{name}/v*/**/*.ckpt")]
     if not found:
-        raise SystemExit(f"{runs} has no checkpoint of OTADetector on {name}; run benchmarks/detectors.py first")
-    return found[-1]
+        folders = " ".join(map(str, runs))
+        raise SystemExit(f"{folders}: no checkpoint of OTADetector on {name}; run benchmarks/detectors.py first")
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def detect(checkpoint: Path, name: str, data: Path) -> list[Raw]:
@@ -139,13 +140,11 @@ WAYS = {
     ],
     "Sinkhorn, merge": [
         (transport, setting)
-        for setting in grid(
-            decode=["merge"],
-            threshold=[0.5, 0.6, 0.7],
-            slack_cost=[0.6, 0.8],
-            epsilon=[0.02, 0.05],
-            score_weight=[1.0, 2.0],
-        )
+        for setting in grid(decode=["merge"], threshold=[0.5, 0.6, 0.7], slack_cost=[0.6, 0.8], entropy=[0.6, 1.0, 1.5])
+    ],
+    "Sinkhorn, merge, members by mass": [
+        (transport, setting)
+        for setting in grid(decode=["merge"], threshold=[0.5, 0.6, 0.7], slack_cost=[0.6, 0.8], entropy=[None])
     ],
     "Sinkhorn, merge with features": [
         (transport, setting)
@@ -188,7 +187,7 @@ def measure(images: list[Raw], way: partial) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("results/detectors"))
+    parser.add_argument("--runs", type=Path, nargs="+", default=[Path("results/detectors")])
     parser.add_argument("--out", type=Path, default=Path("results/nms"))
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     arguments = parser.parse_args()
