@@ -100,7 +100,8 @@ def torchvision_model() -> type:
         def feature_extractor(self) -> nn.Module:
             return self.fcos.backbone.detector.feature_extractor
 
-        def forward(self, images: torch.Tensor) -> Detections:
+        def forward(self, images: torch.Tensor, group: object = None) -> Detections:
+            del group  # it removes duplicates itself
             found = self.fcos(list(images))
             return stack_detections([(item["boxes"], item["scores"], item["labels"]) for item in found], 100)
 

@@ -224,7 +224,10 @@ class ExplainedBatch(ImageBatch, _ExplanationFields):
             ValueError: If a shape is wrong, or the two causes do not sum to the anomaly map.
         """
         if type(batch) not in (ImageBatch, cls):
-            msg = f"batch is a {type(batch).__name__}; only an ImageBatch or a {cls.__name__} can be adopted."
+            msg = (
+                f"batch is a {type(batch).__name__}; expected {cls.__name__} or ImageBatch: give models of different kinds "
+                "an Engine each"
+            )
             raise TypeError(msg)
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(predictions) - set(known))
