@@ -225,8 +225,8 @@ class ExplainedBatch(ImageBatch, _ExplanationFields):
         """
         if type(batch) not in (ImageBatch, cls):
             msg = (
-                f"batch is a {type(batch).__name__}; expected {cls.__name__} or ImageBatch: give models of different kinds "
-                "an Engine each"
+                f"batch is a {type(batch).__name__}; expected {cls.__name__} or ImageBatch; models of "
+                "different kinds need an Engine each"
             )
             raise TypeError(msg)
         known = [field.name for field in fields(cls)]
