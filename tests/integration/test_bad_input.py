@@ -382,3 +382,20 @@ def test_gray_and_palette_images_mix_with_others(cloth, home):
         path = cloth / f"good/{number:03}.png"
         Image.open(path).convert(mode).save(path)
     assert len(scores(cloth, home)) == 8
+
+
+# ---- images to predict
+
+
+@pytest.mark.parametrize("model", ["OTPrototypes", "OTADetector"])
+def test_images_to_predict_that_are_not_there(anomalib, home, small_model, model):
+    (home / "boards" / "images").mkdir(parents=True)
+    words = small_model if model == "OTPrototypes" else ["--model", model]
+    done = anomalib("predict", *words, "--data", "boards/imges", cwd=home)
+    assert_refused(done, home, "--data is 'boards/imges', which does not exist", "did you mean 'boards/images'?")
+
+
+def test_a_folder_to_predict_without_images(anomalib, home):
+    (home / "empty").mkdir()
+    done = anomalib("predict", "--model", "OTADetector", "--data", "empty", cwd=home)
+    assert_refused(done, home, "--data is 'empty'", "Found 0 images", "expected an image, or a folder of images")

@@ -122,7 +122,7 @@ class TestDefaultEvaluator:
     def test_without_good_images_the_rest_is_logged(self, tmp_path, caplog):
         with caplog.at_level(logging.WARNING, logger="anomalib_ot"):
             (logged,) = trainer(tmp_path).test(Detector(default_evaluator()), loader(DEFECTIVE), verbose=False)
-        assert set(logged) == TEST_NAMES - {"image_AUROC", "false_positives_per_good_image"}
+        assert set(logged) == TEST_NAMES - {"image_AUROC", "image_F1Score", "false_positives_per_good_image"}
         assert sum("image_AUROC is not reported" in record.message for record in caplog.records) == ONE_WARNING
 
     def test_validation_starts_afresh_and_feeds_a_checkpoint(self, tmp_path):

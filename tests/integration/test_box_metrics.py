@@ -317,11 +317,12 @@ class TestImageMetrics:
         assert [record.message for record in caplog.records] == [message]
         assert not recwarn
 
-    def test_f1_without_defects_is_left_out(self, caplog):
+    @pytest.mark.parametrize(("good", "kind"), [((), "defective"), ((0, 1, 2, 3), "good")])
+    def test_f1_of_one_kind_is_left_out(self, good, kind, caplog):
         metric = ImageF1Score()
-        metric.update(made_up_batch(0, good=(0, 1, 2, 3)))
+        metric.update(made_up_batch(0, good=good))
         assert metric.compute() is None
-        assert "no defective images" in caplog.text
+        assert f"image_F1Score is not reported: there are only {kind} images" in caplog.text
 
 
 def evaluate_on_rank(rank: int, port: int, shares: list[list[BoxBatch]], queue) -> None:

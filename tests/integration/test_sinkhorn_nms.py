@@ -194,6 +194,14 @@ def test_wrong_words(anomalib, words, arguments, line):
     assert done.error.startswith(f"anomalib-ot: error: {line}")
 
 
+def test_arguments_of_a_post_processor_without_its_name(anomalib, tmp_path):
+    words = ["predict", "--model", "OTADetector", "--data", tmp_path]
+    done = anomalib(*words, "--model.post_processor.decode", "merge")
+    assert done.code != 0
+    assert done.error.startswith("anomalib-ot: error: --model.post_processor.decode is given, but not whose argument")
+    assert done.error.endswith("name the class first: --model.post_processor SinkhornNMS")
+
+
 # ---- checkpoints
 
 

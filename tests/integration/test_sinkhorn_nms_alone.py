@@ -60,13 +60,25 @@ def test_what_a_torchvision_detector_returns():
         ([image_of(0.5) | {"boxes": torch.zeros(1, 5)}], r"image 0 has boxes \(1, 5\).*expected \(N, 4\)"),
         ([image_of(0.5) | {"scores": torch.zeros(2)}], r"scores \(2,\)"),
         ([image_of(0.5) | {"labels": torch.zeros(1)}], "labels of image 0 are torch.float32"),
+        ([image_of(0.5) | {"scores": torch.tensor(0.5)}], r"scores \(\), labels \(1,\); expected"),
+        ([image_of(0.5) | {"scores": torch.tensor([1])}], "scores of image 0 are torch.int64; expected floating"),
+        ([image_of(0.5) | {"boxes": [[1.0, 2, 3, 4]]}], "boxes of image 0 come as list; expected a tensor"),
+        (
+            [{name: value.numpy() for name, value in image_of(0.5).items()}],
+            "image 0 come as numpy.ndarray; .*as_tensor",
+        ),
+        (
+            [image_of(0.5, 0.4) | {"boxes": torch.tensor([[0.0, 0, 9, 9], [9, 0, 5, 9]])}],
+            r"^box 1 of image 0 is \[9.0, 0.0, 5.0, 9.0\], and 1 of 2 end before they begin",
+        ),
         ([image_of(1.5)], r"scores\[0, 0\] is 1.5; expected a number in \[0, 1\]"),
         ([image_of(0.5, float("nan"))], "scores.* is nan"),
     ],
 )
 def test_what_are_no_detections(found, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         SinkhornNMS()(found)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

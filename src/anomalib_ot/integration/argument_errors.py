@@ -55,6 +55,10 @@ def short_argument_error(message: str, *, foreign: bool = False) -> str | None:
     mistyped, value = MISTYPED.match(reason), VALUE.search(reason)
     if known and refused and refused[2] == "required":
         return f"{option}.{refused[1]} is missing, {name} needs it; expected {known.get(refused[1], 'a value')}"
+    if refused and name == "Module":  # no class was named, and jsonargparse has taken the type's
+        fits = refused[1] in inspect.signature(anomalib_ot.SinkhornNMS).parameters
+        hint = f"{option} {'SinkhornNMS' if fits else 'CLASS'}"
+        return f"{option}.{refused[1]} is given, but not whose argument it is; name the class first: {hint}"
     if known and refused:
         near = difflib.get_close_matches(refused[1], known, n=1)
         hint = f"did you mean {near[0]!r}? It" if near else "it"

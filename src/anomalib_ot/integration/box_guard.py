@@ -56,7 +56,7 @@ class BoxGuard(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to test what was not trained."""
-        del trainer
+        vars(trainer).pop("resumed_from", None)  # counts for the first test after a training alone
         check_fitted(pl_module, "test")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

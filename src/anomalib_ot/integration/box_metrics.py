@@ -237,7 +237,10 @@ class ImageAUROC(AUROC):
 
 
 class ImageF1Score(F1Score):
-    """F1 score of the images' labels, "image_F1Score" as that of anomaly models; None without defective images."""
+    """F1 score of the images' labels, "image_F1Score" as that of anomaly models.
+
+    With good or defective images only it says nothing: the value is then None, which is not logged.
+    """
 
     def __init__(self) -> None:
         """Compare `pred_label` with `gt_label`."""
@@ -246,10 +249,12 @@ class ImageF1Score(F1Score):
         self._has_warned = False
 
     def compute(self) -> Tensor | None:
-        """Return the score; None, with one warning, if no image is defective."""
-        if self.tp + self.fn > 0:
+        """Return the score; None, with one warning, if all images are good or all are defective."""
+        defective, good = bool(self.tp + self.fn > 0), bool(self.tn + self.fp > 0)
+        if defective and good:
             return super().compute()
         if not self._has_warned:
-            logger.warning("image_F1Score is not reported: there are no defective images")
+            kinds = "only defective" if defective else "only good" if good else "no"
+            logger.warning("image_F1Score is not reported: there are %s images", kinds)
         self._has_warned = True
         return None

@@ -20,7 +20,12 @@ from anomalib_ot.integration.box_processors import BoxPreProcessor
 from anomalib_ot.integration.box_training import BoxTraining
 from anomalib_ot.integration.box_visualizer import BoxVisualizer
 from anomalib_ot.integration.checked_export import CheckedExport
-from anomalib_ot.integration.checkpoints import check_own_checkpoint, checked_reading, trained_arguments
+from anomalib_ot.integration.checkpoints import (
+    check_own_checkpoint,
+    checked_reading,
+    keep_what_was_trained,
+    trained_arguments,
+)
 from anomalib_ot.integration.input_checks import check_fraction
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.sinkhorn_nms import CHECKPOINT_KEY, SinkhornNMS
@@ -121,11 +126,24 @@ class BoxModel(BoxTraining, CheckedExport):
     # ---- before anything runs: the data, the classes, the weights
 
     def configure_model(self) -> None:
-        """Build the network for the classes of the data."""
+        """Build the network for the classes of the data.
+
+        Raises:
+            InputError: If it is there for other classes already.
+        """
         if self._trainer is None:  # a checkpoint is being loaded, and brings all
             return
         names = getattr(self.trainer.datamodule, "class_names", None)
-        if self.model is None and names is not None:
+        if names is None:
+            return
+        if self.class_names not in (None, list(names)):
+            msg = (
+                f"the data have the classes {', '.join(names)}, the model has {', '.join(self.class_names)} (from "
+                "--model.class_names or a training); expected the same ones in the same order: leave "
+                "--model.class_names out to take the data's"
+            )
+            raise InputError(msg)
+        if self.model is None:
             self.build(names)
 
     def configure_callbacks(self) -> list[Callback]:
@@ -202,6 +220,8 @@ class BoxModel(BoxTraining, CheckedExport):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that was trained, whatever the arguments: its weights belong to no other."""
+        if self._trainer is not None and keep_what_was_trained(self._trainer, self, checkpoint):
+            return
         check_own_checkpoint(checkpoint, self.own_entry, type(self).__name__)
         names = checkpoint["hyper_parameters"]["class_names"]
         if self.class_names not in (None, list(names)):

@@ -34,6 +34,10 @@ class BoxTraining:
         if not self.trained:
             fill_weights(self.model.feature_extractor, self.backbone_weights, self.seed)
 
+    def on_fit_end(self) -> None:
+        """Note what the training was resumed from, if anything; see `keep_what_was_trained`."""
+        self.trainer.resumed_from = str(self.trainer.ckpt_path) if self.trainer.ckpt_path else None
+
     @property
     def trainer_arguments(self) -> dict[str, Any]:
         """Leave the trainer to its user; only the check of an untrained model before the first epoch is turned off."""

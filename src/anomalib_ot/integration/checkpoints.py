@@ -8,11 +8,18 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_ot.integration.input_error import InputError
 
-__all__ = ["check_own_checkpoint", "checked_reading", "install_checkpoint_check", "trained_arguments"]
+__all__ = [
+    "check_own_checkpoint",
+    "checked_reading",
+    "install_checkpoint_check",
+    "keep_what_was_trained",
+    "trained_arguments",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +85,33 @@ def check_own_checkpoint(checkpoint: Mapping[str, Any], entry: str, model: str) 
             "name the model that it was trained with, or another checkpoint"
         )
         raise InputError(msg)
+
+
+def keep_what_was_trained(trainer: Trainer, model: LightningModule, checkpoint: dict[str, Any]) -> bool:
+    """Keep a model that was just trained, where the checkpoint that its training was resumed from is to be loaded.
+
+    Anomalib's `train` hands the checkpoint to resume from to the test that follows the training, too. Only the first
+    test after the training keeps the model, so that the old one can be tested all the same.
+
+    Args:
+        trainer: Has the path in `resumed_from` after a training, and knows the one that is being loaded.
+        model: The model.
+        checkpoint: As Lightning loads it; gets the model's weights.
+
+    Returns:
+        Whether the model was kept; a line in the log then says so.
+    """
+    resumed_from = vars(trainer).pop("resumed_from", None)
+    if trainer.state.fn != TrainerFn.TESTING or resumed_from is None or resumed_from != str(trainer.ckpt_path):
+        return False
+    logger.warning(
+        "The test is of the model just trained, not of the checkpoint %s that its training was resumed from; "
+        "`anomalib test --ckpt_path` tests that one",
+        resumed_from,
+    )
+    checkpoint["state_dict"] = model.state_dict()
+    checkpoint.pop("callbacks", None)  # what they know of the training is newer too
+    return True
 
 
 def trained_arguments(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from anomalib_ot.integration.coco_corners import check_no_corners
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.labelled_images import Findings, clean_box
 
@@ -71,7 +72,7 @@ def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
 
     Raises:
         InputError: If there is no such file, it is not JSON or not COCO, has no images or categories, an annotation
-            names an unknown image or category, or one image comes with two sizes.
+            names an unknown image or category, one image comes with two sizes, or the boxes look like two corners.
     """
     path = Path(path)
     findings = Findings() if findings is None else findings
@@ -81,6 +82,9 @@ def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
     seen: dict[Any, tuple] = {}
     for index, annotation in enumerate(content["annotations"]):
         _read_annotation(path, index, annotation, image_of, label_of, seen, findings)
+    of_boxes = [image_of[annotation["image_id"]] for annotation in content["annotations"]]
+    bboxes = [_numbers(annotation.get("bbox")) for annotation in content["annotations"]]
+    check_no_corners(path, bboxes, [(image.width, image.height) for image in of_boxes])
     images = {id(image): image for image in image_of.values()}.values()
     for image in images:
         if image.dropped and not image.boxes:

@@ -1,7 +1,10 @@
 """The error for bad input, and how the Anomalib command line shows it: one line instead of a page of frames."""
 
+import difflib
 import os
 import sys
+import traceback
+from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
 
@@ -37,7 +40,7 @@ class _ShortErrors:
         self.former = former
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        message = _input_message_in(error)
+        message = _input_message_in(error) or _missing_images(error)
         if message is None or os.environ.get(TRACEBACK_SWITCH) == "1":
             self.former(kind, error, trace)
             return
@@ -65,10 +68,34 @@ def _input_message_in(error: BaseException) -> str | None:
     return quoted if quoted and quoted in _words(error) else None
 
 
+def _missing_images(error: BaseException) -> str | None:
+    """Say what is wrong with the images to predict, if Anomalib's `PredictDataset` has refused their path.
+
+    No class of this package sees that path: it is taken from the frame that raised the exception.
+    """
+    if not isinstance(error, FileNotFoundError | ValueError):
+        return None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "__init__" and type(frame.f_locals.get("self")).__name__ == "PredictDataset":
+            path = Path(frame.f_locals["path"])
+            break
+    else:
+        return None
+    if path.exists():
+        return (
+            f"--data is '{path}', which cannot be predicted ({_words(error)}); expected an image, or a folder of images"
+        )
+    siblings = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f"did you mean '{path.parent / near[0]}'?" if near else "correct the path"
+    return f"--data is '{path}', which does not exist; expected an image, or a folder of images: {hint}"
+
+
 def install_short_errors() -> None:
     """Let the Anomalib command line end with one line, and status 1, on an uncaught ``InputError``.
 
-    The same goes, with status 2, for arguments of this package's classes that the command line does not accept.
+    The same goes for images to predict that are not there, and, with status 2, for arguments of this package's classes
+    that the command line does not accept.
 
     Does nothing unless the program is that command line, that is, unless ``anomalib.cli.cli`` has put rich's
     traceback hook in place: scripts and notebooks keep their tracebacks. All other exceptions still go to rich.

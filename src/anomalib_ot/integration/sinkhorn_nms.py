@@ -230,7 +230,8 @@ def check_found(found: object) -> None:
     """Check that detections are what torchvision's detectors return.
 
     Raises:
-        InputError: If they are not a list with one dict per image that has boxes (N, 4), scores (N,) and labels (N,).
+        InputError: If they are not a list with one dict per image that has the tensors boxes (N, 4), scores (N,) and
+            labels (N,), or a box ends before it begins.
     """
     usual = "SinkhornNMS expected Detections, or a list with a dict of boxes, scores and labels for each image"
     if not isinstance(found, list | tuple):
@@ -241,11 +242,27 @@ def check_found(found: object) -> None:
         if not isinstance(image, Mapping) or not set(NAMES) <= set(names):
             msg = f"{usual}; image {index} has {names}"
             raise InputError(msg)
+        for name in NAMES:
+            if not isinstance(image[name], Tensor):
+                kind = f"{type(image[name]).__module__}.{type(image[name]).__name__}".removeprefix("builtins.")
+                msg = f"{name} of image {index} come as {kind}; expected a tensor: torch.as_tensor(...) makes one"
+                raise InputError(msg)
         boxes, scores, labels = (image[name] for name in NAMES)
-        if not (boxes.shape == (len(boxes), 4) and scores.shape == labels.shape == (len(boxes),)):
+        if not (scores.ndim == 1 and boxes.shape == (*scores.shape, 4) and labels.shape == scores.shape):
             shapes = ", ".join(f"{name} {tuple(image[name].shape)}" for name in NAMES)
             msg = f"image {index} has {shapes}; expected (N, 4), (N,) and (N,)"
             raise InputError(msg)
         if labels.is_floating_point() or (labels < 0).any():
             msg = f"labels of image {index} are {labels.dtype}, or below 0; expected class indices, int64"
+            raise InputError(msg)
+        if not scores.is_floating_point():
+            msg = f"scores of image {index} are {scores.dtype}; expected floating point numbers from 0 to 1"
+            raise InputError(msg)
+        reversed_boxes = (boxes[:, 2:] < boxes[:, :2]).any(dim=1).nonzero().flatten().tolist()
+        if reversed_boxes:
+            first = reversed_boxes[0]
+            msg = (
+                f"box {first} of image {index} is {boxes[first].tolist()}, and {len(reversed_boxes)} of {len(boxes)} "
+                "end before they begin; expected (left, top, right, bottom), pixels"
+            )
             raise InputError(msg)
