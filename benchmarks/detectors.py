@@ -137,7 +137,7 @@ def run_one(job: dict) -> dict:
     datamodule = data_of(job["set"], Path(job["data"]), job["batch"], crop)
     arguments = MODELS[job["model"]]
     kind = torchvision_model() if arguments is None else OTADetector
-    arguments = dict(arguments or {})
+    arguments = dict(arguments or {}) | {"frozen_norm": job["frozen_norm"] or None}
     if "sinkhorn" in arguments:
         arguments["post_processor"] = SinkhornNMS(**arguments.pop("sinkhorn"))
     model = kind(
@@ -199,6 +199,7 @@ def run_one(job: dict) -> dict:
         "crop": job["crop"],
         "precision": job["precision"],
         "seed": job["seed"],
+        "frozen_norm": job["frozen_norm"],
         "figures": {name: round(value, 4) for name, value in figures.items()},
         "cpu_minutes": round(curve.cpu / 60, 2),
         "fit_cpu_minutes": round(total / 60, 2),
@@ -252,6 +253,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512, help="side that images are resized to, pixels")
     parser.add_argument("--crop", type=int, default=None, help="side of the crops that are trained on; default: none")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--frozen_norm", action="store_true", help="the backbone's batch norm keeps its statistics")
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -262,7 +264,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     record = arguments.out / "runs.jsonl"
     done = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-    settings = {name: getattr(arguments, name) for name in ("batch", "size", "crop", "precision", "seed")}
+    settings = {
+        name: getattr(arguments, name) for name in ("batch", "size", "crop", "precision", "seed", "frozen_norm")
+    }
     for name, model in DEFAULT_RUNS:
         job = {"set": name, "model": model, **settings}
         if any(all(run[key] == value for key, value in job.items()) for run in done):
