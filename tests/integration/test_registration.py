@@ -18,6 +18,7 @@ STARTUP_FILES = {"anomalib_ot.pth", "anomalib_ot.start", "_anomalib_ot_startup.p
 OUR_ENTRY_POINTS = {
     "anomalib.models": {
         "OTADetector": "anomalib_ot.integration.ota_detector:OTADetector",
+        "SparseMDOD": "anomalib_ot.integration.sparse_mdod_model:SparseMDOD",
         "OTPrototypes": "anomalib_ot.integration.ot_prototypes:OTPrototypes",
     },
     "anomalib.data": {
