@@ -22,7 +22,7 @@ SMALL = {
     "backbone_weights": "random", "image_size": (64, 64), "channels": 32, "num_convs": 1, "num_extra": 0,
     "visualizer": False, "lr": 3e-3, "frozen_stages": 0,
 }  # fmt: skip
-SHARP = {"max_candidates": 512, "settings": {"overlap_softness": 1e-4, "order_softness": 1e-6}}
+SHARP = {"max_candidates": 512, "settings": {"overlap_softness": 1e-6, "order_softness": 1e-8}}
 TERMS = {"region_score", "region_l1", "region_giou", "duplicate"}
 
 
