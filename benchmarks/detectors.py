@@ -223,7 +223,7 @@ def table(runs: list[dict]) -> str:
 
 
 def draw(runs: list[dict], path: Path) -> None:
-    """Draw mAP50 over training's CPU minutes, one panel per set."""
+    """Draw mAP50 over the steps of the training, one panel per set."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -233,9 +233,9 @@ def draw(runs: list[dict], path: Path) -> None:
     figure, panels = plt.subplots(1, len(sets), figsize=(5 * len(sets), 4), squeeze=False)
     for panel, name in zip(panels[0], sets, strict=True):
         for run in (run for run in runs if run["set"] == name):
-            _, cpu, values = zip(*run["curve"], strict=True)
-            panel.plot([seconds / 60 for seconds in cpu], values, marker="o", markersize=3, label=run["model"])
-        panel.set(title=name, xlabel="CPU minutes of training", ylabel="mAP50 (validation)", ylim=(0, 1))
+            steps, _, values = zip(*run["curve"], strict=True)
+            panel.plot(steps, values, marker="o", markersize=3, label=run["model"])
+        panel.set(title=name, xlabel="steps of training", ylabel="mAP50 (validation)", ylim=(0, 1))
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, loc="lower right")
     figure.tight_layout()

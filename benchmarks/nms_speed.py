@@ -41,7 +41,7 @@ class Suppression(nn.Module):
         self.decode = decode
 
     def forward(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        return tuple(sinkhorn_nms(boxes, scores, labels, decode=self.decode))
+        return tuple(sinkhorn_nms(boxes, scores, labels, decode=self.decode)[:3])
 
 
 def proposals(number: int) -> tuple[Tensor, Tensor, Tensor]:
