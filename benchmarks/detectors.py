@@ -1,4 +1,4 @@
-"""OTADetector beside torchvision's FCOS, and its three assigners on one head, on real defects.
+"""The detectors on real defects: OTADetector beside torchvision's FCOS, its three assigners on one head, SparseMDOD.
 
     python benchmarks/detectors.py --data ../shared/data --weights ../shared/weights
 
@@ -26,6 +26,11 @@ MODELS = {
     "OTADetector, assigner fcos": {"assigner": "fcos"},
     "OTADetector, losses against duplicates": {"sinkhorn": {"train_weight": 1.0}},
     "torchvision FCOS": None,
+    "SparseMDOD": {"objective": "mixture"},
+    "SparseMDOD, without MCM": {"objective": "mixture", "mcm_weight": 0.0},
+    "SparseMDOD, set loss": {"objective": "hungarian"},
+    "SparseMDOD, set loss by transport": {"objective": "sinkhorn"},
+    "SparseMDOD, nothing from good images": {"objective": "mixture", "presence_weight": 0.0},
 }
 DEFAULT_RUNS = [
     ("deeppcb", "OTADetector"),
@@ -36,6 +41,13 @@ DEFAULT_RUNS = [
     ("deeppcb", "OTADetector, losses against duplicates"),
     ("neu_det", "OTADetector"),
     ("magnetic_tile", "OTADetector"),
+    ("deeppcb", "SparseMDOD"),
+    ("deeppcb", "SparseMDOD, set loss"),
+    ("deeppcb", "SparseMDOD, without MCM"),
+    ("deeppcb", "SparseMDOD, set loss by transport"),
+    ("neu_det", "SparseMDOD"),
+    ("magnetic_tile", "SparseMDOD"),
+    ("magnetic_tile", "SparseMDOD, nothing from good images"),
 ]
 
 
@@ -129,14 +141,14 @@ def run_one(job: dict) -> dict:
     from anomalib.engine import Engine
     from lightning.pytorch import Callback, seed_everything
 
-    from anomalib_ot import OTADetector, SinkhornNMS
+    from anomalib_ot import OTADetector, SinkhornNMS, SparseMDOD
 
     seed_everything(job["seed"])
     torch.set_num_threads(job["threads"])
     crop = None if job["crop"] is None else (job["crop"], job["crop"])
     datamodule = data_of(job["set"], Path(job["data"]), job["batch"], crop)
     arguments = MODELS[job["model"]]
-    kind = torchvision_model() if arguments is None else OTADetector
+    kind = torchvision_model() if arguments is None else SparseMDOD if "objective" in arguments else OTADetector
     arguments = dict(arguments or {}) | {"frozen_norm": job["frozen_norm"] or None}
     if "sinkhorn" in arguments:
         arguments["post_processor"] = SinkhornNMS(**arguments.pop("sinkhorn"))

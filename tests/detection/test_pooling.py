@@ -4,10 +4,15 @@ import math
 
 import pytest
 import torch
+from torchvision.ops import roi_align
 
-from anomalib_ot.detection.pooling import box_levels, pool_boxes
+from anomalib_ot.detection.pooling import BoxPooling, box_levels
 
 STRIDES = [4, 8, 16, 32]
+
+
+def pool_boxes(levels, boxes, strides, size=7):
+    return BoxPooling(levels, strides, size)(boxes)
 
 
 def pyramid(size=128, count=2, channels=3, seed=0):
@@ -41,14 +46,14 @@ def test_worked_numbers():
 def test_each_box_looks_at_the_level_of_its_size():
     levels = [torch.full((1, 1, 128 // stride, 128 // stride), float(stride)) for stride in STRIDES]
     boxes = torch.tensor([[[10.0, 10, 30, 30], [0, 0, 115, 120], [-60, -60, 180, 180], [-300, -300, 400, 400]]])
-    centre = pool_boxes(levels, boxes, STRIDES, size=7)[0, :, 0, 3, 3]
+    centre = pool_boxes(levels, boxes, STRIDES, size=7)[0, :, 24, 0]
     assert centre.tolist() == [4, 8, 16, 32]
 
 
 def test_images_do_not_mix():
     levels, boxes = pyramid(), some_boxes()
     together = pool_boxes(levels, boxes, STRIDES)
-    assert together.shape == (2, 40, 3, 7, 7)
+    assert together.shape == (2, 40, 49, 3)
     for image in range(2):
         alone = pool_boxes([level[image : image + 1] for level in levels], boxes[image : image + 1], STRIDES)
         torch.testing.assert_close(together[image], alone[0])
@@ -89,3 +94,18 @@ def test_traced_graph_selects_what_eager_mode_samples():
     for count in (1, 3):
         levels, boxes = pyramid(count=count, seed=count), some_boxes(count, seed=count)
         torch.testing.assert_close(graph(boxes, *levels), pool_boxes(levels, boxes, STRIDES))
+
+
+def test_cells_give_what_torchvision_gives_with_its_gradients():
+    levels, boxes = [level.requires_grad_() for level in pyramid(size=96)], some_boxes() - 40
+    boxes[0, 0] = torch.tensor([30.0, 40, 10, 20])  # inside out
+    index, image = box_levels(boxes, STRIDES).flatten(), torch.arange(2).repeat_interleave(40)
+    regions = torch.cat([image[:, None].float(), boxes.flatten(0, 1)], 1)
+    each = [roi_align(m, regions, 7, 1 / s, 2, aligned=True) for m, s in zip(levels, STRIDES, strict=True)]
+    expected = torch.stack(each)[index, torch.arange(80)].flatten(2).mT.view(2, 40, 49, 3)
+    found = pool_boxes(levels, boxes, STRIDES)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.rand(found.shape, generator=torch.Generator().manual_seed(2))
+    ours, theirs = (torch.autograd.grad((part * weights).sum(), levels) for part in (found, expected))
+    assert sum(float(part.abs().sum()) > 0 for part in theirs) >= 3
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

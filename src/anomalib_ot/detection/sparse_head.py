@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_ot.detection.mixture import Mixture
-from anomalib_ot.detection.pooling import pool_boxes
+from anomalib_ot.detection.pooling import BoxPooling
 from anomalib_ot.detection.sparse_outputs import BoxOutput, BoxSet, MixtureOutput, Proposed
 from anomalib_ot.detection.sparse_stage import SparseStage, start_weights
 
@@ -68,9 +68,10 @@ class SparseHead(nn.Module):
         centres, halves = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
         boxes = torch.cat([centres - halves, centres + halves], dim=-1).expand(count, -1, -1)
         features = self.proposal_features.expand(count, -1, -1)
+        pooling = BoxPooling(levels, self.strides, self.size)
         found = []
         for stage, output in zip(self.stages, self.outputs, strict=True):
-            features = stage(features, pool_boxes(levels, boxes, self.strides, self.size))
+            features = stage(features, pooling(boxes))
             found.append(output(features, boxes))
             boxes = output.boxes(found[-1]).detach()
         return found

@@ -26,11 +26,10 @@ class DynamicInteraction(nn.Module):
         self.merge_norm = nn.LayerNorm(channels)
 
     def forward(self, features: Tensor, places: Tensor) -> Tensor:
-        """Return what features (B, K, D) find in their places (B, K, D, size, size): (B, K, D)."""
+        """Return what features (B, K, D) find in their places (B, K, size * size, D): (B, K, D)."""
         channels = features.shape[-1]
         inner, outer = self.filters(features).chunk(2, dim=-1)
-        seen = places.flatten(3).transpose(2, 3)
-        seen = F.relu(self.inner_norm(seen @ inner.unflatten(-1, (channels, self.dynamic_channels))))
+        seen = F.relu(self.inner_norm(places @ inner.unflatten(-1, (channels, self.dynamic_channels))))
         seen = F.relu(self.outer_norm(seen @ outer.unflatten(-1, (self.dynamic_channels, channels))))
         return F.relu(self.merge_norm(self.merge(seen.flatten(2))))
 
@@ -80,7 +79,7 @@ class SparseStage(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
 
     def forward(self, features: Tensor, places: Tensor) -> Tensor:
-        """Refine features (B, K, D) that look at places (B, K, D, size, size)."""
+        """Refine features (B, K, D) that look at places (B, K, size * size, D)."""
         features = self.norms[0](features + self.attention(features))
         features = self.norms[1](features + self.interaction(features, places))
         return self.norms[2](features + self.feed_forward(features))
