@@ -212,6 +212,7 @@ def run_one(job: dict) -> dict:
         "precision": job["precision"],
         "seed": job["seed"],
         "frozen_norm": job["frozen_norm"],
+        "checkpoint": os.path.relpath(engine.best_model_path, Path(job["work"]).parent),
         "figures": {name: round(value, 4) for name, value in figures.items()},
         "cpu_minutes": round(curve.cpu / 60, 2),
         "fit_cpu_minutes": round(total / 60, 2),

@@ -47,10 +47,13 @@ class Raw(NamedTuple):
 
 def newest_checkpoint(runs: list[Path], name: str) -> Path:
     """Find the checkpoint of OTADetector on a set."""
-    found = [path for folder in runs for path in folder.glob(f"work/OTADetector/{name}/v*/**/*.ckpt")]
+    found = []
+    for folder in runs:
+        rows = map(json.loads, (folder / "runs.jsonl").read_text().splitlines())
+        found += [folder / row["checkpoint"] for row in rows if (row["set"], row["model"]) == (name, "OTADetector")]
     if not found:
         folders = " ".join(map(str, runs))
-        raise SystemExit(f"{folders}: no checkpoint of OTADetector on {name}; run benchmarks/detectors.py first")
+        raise SystemExit(f"{folders}: no run of OTADetector on {name}; run benchmarks/detectors.py first")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/pooling_speed.py
 
-Prints the medians of forward and of forward with backward, in CPU milliseconds, for 8 images of 384 x 384 pixels with 100
-boxes each and 128 channels, their ratio, and the largest difference of outputs and of gradients.
+Prints the medians of forward and of forward with backward, in CPU milliseconds, for 8 images of 384 x 384 pixels with
+100 boxes each and 128 channels, their ratio, and the largest difference of outputs and of gradients.
 """
 
 import statistics
