@@ -24,6 +24,7 @@ class BoxItem(ImageItem):
         pred_boxes: Predicted boxes xyxy (K, 4), pixels of the file, best first; see `Detections` for empty slots.
         pred_box_scores: Their scores (K,).
         pred_box_labels: Their class indices (K,), -1 in empty slots.
+        pred_box_scales: How unsure each side is (K, 4), pixels of the file, see `Detections`; None: not known.
     """
 
     gt_boxes: Tensor | None = None
@@ -32,6 +33,7 @@ class BoxItem(ImageItem):
     pred_boxes: Tensor | None = None
     pred_box_scores: Tensor | None = None
     pred_box_labels: Tensor | None = None
+    pred_box_scales: Tensor | None = None
 
 
 @dataclass
@@ -45,6 +47,7 @@ class BoxBatch(ImageBatch):
         pred_boxes: Predicted boxes xyxy (B, K, 4), pixels of the files.
         pred_box_scores: Their scores (B, K).
         pred_box_labels: Their class indices (B, K), -1 in empty slots.
+        pred_box_scales: How unsure each side is (B, K, 4), pixels of the files; None: not known.
 
     Raises:
         ValueError: On `collate` of images of different sizes.
@@ -58,6 +61,7 @@ class BoxBatch(ImageBatch):
     pred_boxes: Tensor | None = None
     pred_box_scores: Tensor | None = None
     pred_box_labels: Tensor | None = None
+    pred_box_scales: Tensor | None = None
 
     @classmethod
     def collate(cls, items: Sequence[BoxItem]) -> "BoxBatch":

@@ -40,7 +40,8 @@ class BoxPredictions(NamedTuple):
 
     `pred_boxes` (B, K, 4) are xyxy in pixels of the image that was handed in, best first, `pred_box_scores` (B, K) in
     [0, 1] and `pred_box_labels` (B, K) class indices, -1 in empty slots. `pred_score` (B,) is the best box's score, 0
-    without boxes, and `pred_label` (B,) whether that is above the image threshold.
+    without boxes, and `pred_label` (B,) whether that is above the image threshold. `pred_box_scales` (B, K, 4) say how
+    unsure each side is, in pixels, where the detector knows (see `Detections`), else there are none.
     """
 
     pred_boxes: Tensor
@@ -48,6 +49,7 @@ class BoxPredictions(NamedTuple):
     pred_box_labels: Tensor
     pred_score: Tensor
     pred_label: Tensor
+    pred_box_scales: Tensor | None = None
 
 
 class BoxModel(BoxTraining, CheckedExport):
@@ -168,9 +170,9 @@ class BoxModel(BoxTraining, CheckedExport):
 
     def _predictions(self, found: Detections, factors: Tensor) -> BoxPredictions:
         """Scale detections to pixels of the image handed in, by `factors` for x and y, and judge the image."""
-        boxes, scores, labels, _ = found.scaled(factors)
+        boxes, scores, labels, scales = found.scaled(factors)
         image_scores = scores.amax(dim=1)
-        return BoxPredictions(boxes, scores, labels, image_scores, image_scores > self.image_threshold)
+        return BoxPredictions(boxes, scores, labels, image_scores, image_scores > self.image_threshold, scales)
 
     def forward(self, batch: Tensor, *args: object, **kwargs: object) -> BoxPredictions:
         """Predict raw images (B, 3, H, W) in [0, 1], as the exported model does."""

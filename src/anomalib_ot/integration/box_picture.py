@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from anomalib_ot.integration.box_drawing import DARK, MISSED, WHITE, Mark, class_colour, dashed_line, draw_marks
 from anomalib_ot.integration.box_insets import INSET, Inset, find_insets, inset_strip
 from anomalib_ot.integration.header import FAINT, GAP, INK, PAPER, Verdict, header
+from anomalib_ot.integration.soft_edges import draw_soft_edges
 from anomalib_ot.vision.average_precision import pair_iou
 
 __all__ = ["DetectedBoxes", "box_picture", "class_name"]
@@ -30,6 +31,7 @@ class DetectedBoxes(NamedTuple):
         labels: Their class indices (N,); -1 in empty slots.
         gt_boxes: Known defects xyxy (G, 4); None: not known.
         gt_labels: Their class indices (G,); None: not known.
+        scales: How unsure each side (left, top, right, bottom) of the boxes is (N, 4), pixels; None: not known.
     """
 
     boxes: np.ndarray
@@ -37,6 +39,7 @@ class DetectedBoxes(NamedTuple):
     labels: np.ndarray
     gt_boxes: np.ndarray | None = None
     gt_labels: np.ndarray | None = None
+    scales: np.ndarray | None = None
 
 
 def box_picture(
@@ -50,6 +53,8 @@ def box_picture(
     size: int = 1280,
 ) -> Image.Image:
     """Draw one part with the boxes above a score, and known defects dashed beside them.
+
+    Where `scales` are known, a haze along each side shows how unsure it is.
 
     A known defect is missed if no drawn box of any class overlaps it by .3 or more (intersection over union). Boxes too
     small for the eye are framed, and enlarged below with their names.
@@ -89,7 +94,10 @@ def box_picture(
     insets = find_insets([mark.box for mark in marks if mark.text], image.size, scale, columns)
 
     body = Image.new("RGB", (width, view_size[1] + 2 * MARGIN), PAPER)
-    body.paste(image.convert("RGB").resize(view_size, Image.Resampling.LANCZOS), (MARGIN, MARGIN))
+    view = image.convert("RGB").resize(view_size, Image.Resampling.LANCZOS)
+    for box, label, scales in zip(shown.boxes, shown.labels, shown.scales, strict=True):
+        draw_soft_edges(view, scale * box, scale * scales, class_colour(label)[0])
+    body.paste(view, (MARGIN, MARGIN))
     left_out = draw_marks(body, _placed(marks, insets, scale))
     head = header(width, verdict, remarks=_remarks(shown, class_names, score_threshold))
     parts = [head, body]
@@ -114,12 +122,15 @@ def _check(found: DetectedBoxes, size: int) -> None:
     if size < 320:
         msg = f"size is {size}; expected at least 320 pixels."
         raise ValueError(msg)
-    shapes = [np.shape(column) for column in found if column is not None]
+    shapes = [np.shape(column) for column in found[:5] if column is not None]
     expected = [(len(found.labels), 4), (len(found.labels),), (len(found.labels),)]
     if found.gt_boxes is not None and found.gt_labels is not None:
         expected += [(len(found.gt_labels), 4), (len(found.gt_labels),)]
     if shapes != expected:
         msg = f"the boxes have shapes {shapes}; expected (N, 4), (N,), (N,), and (G, 4), (G,) or both None."
+        raise ValueError(msg)
+    if found.scales is not None and np.shape(found.scales) != np.shape(found.boxes):
+        msg = f"scales have the shape {np.shape(found.scales)}; expected the boxes' {np.shape(found.boxes)}."
         raise ValueError(msg)
     used = found.boxes[found.labels >= 0]
     if not np.isfinite(used).all():
@@ -137,6 +148,7 @@ class _Shown(NamedTuple):
     gt_labels: np.ndarray
     truth: np.ndarray
     missed: np.ndarray
+    scales: np.ndarray
 
 
 def _shown(found: DetectedBoxes, score_threshold: float, image_size: tuple[int, int]) -> _Shown:
@@ -152,7 +164,8 @@ def _shown(found: DetectedBoxes, score_threshold: float, image_size: tuple[int, 
     truth = np.where(met.any(axis=1), overlap.argmax(axis=1), -1) if len(known) else np.full(len(boxes), -1)
     missed = ~met.any(axis=0)
     known_or_none = None if found.gt_boxes is None else known
-    return _Shown(boxes, found.scores[order], found.labels[order], known_or_none, gt_labels, truth, missed)
+    scales = np.zeros_like(boxes) if found.scales is None else found.scales[order]
+    return _Shown(boxes, found.scores[order], found.labels[order], known_or_none, gt_labels, truth, missed, scales)
 
 
 def _inside(boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
@@ -232,6 +245,8 @@ def _samples(shown: _Shown, class_names: Sequence[str] | None, notes: list[str])
         samples.append(_Sample("known defect", WHITE, dashed=True))
     if shown.missed.any():
         samples.append(_Sample("known defect, missed", MISSED, dashed=True))
+    if (shown.scales > 0).any():
+        samples.append(_Sample("haze along a side: how unsure the detector is of it"))
     return samples + [_Sample(note) for note in notes]
 
 

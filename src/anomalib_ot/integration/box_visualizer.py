@@ -151,6 +151,7 @@ def _detected(item: BoxItem, image: Image.Image) -> DetectedBoxes:
         labels=_array(item.pred_box_labels).astype(np.int64),
         gt_boxes=_array(item.gt_boxes).reshape(-1, 4) * factors if known else None,
         gt_labels=_array(item.gt_box_labels).astype(np.int64) if known else None,
+        scales=None if item.pred_box_scales is None else _array(item.pred_box_scales) * factors,
     )
 
 
