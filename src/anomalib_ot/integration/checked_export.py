@@ -20,6 +20,7 @@ from anomalib_ot.integration.exported_graph import (
     openvino_runtime,
     predict_of_onnx,
     quiet_export,
+    without_settled_choices,
 )
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.input_guard import check_fitted
@@ -188,7 +189,7 @@ class CheckedExport:
         with TemporaryDirectory() as folder:
             with quiet_export():
                 onnx_path = Path(super().to_onnx(folder, model_file_name, input_size, **ONNX_DEFAULTS | onnx_kwargs))
-            graph = precise = openvino.convert_model(onnx_path, **(ov_kwargs or {}))
+            graph = precise = without_settled_choices(openvino.convert_model(onnx_path, **(ov_kwargs or {})))
             manifest = base_manifest(self, [output.any_name for output in graph.outputs], input_size, precision)
             if precision == "INT8":
                 kept = float_operations(graph, onnx_path, self.integer_rooms)

@@ -14,7 +14,14 @@ from lightning_utilities.core.imports import module_available
 if TYPE_CHECKING:
     import openvino
 
-__all__ = ["UNCUT", "openvino_predict", "openvino_runtime", "predict_of_onnx", "quiet_export"]
+__all__ = [
+    "UNCUT",
+    "openvino_predict",
+    "openvino_runtime",
+    "predict_of_onnx",
+    "quiet_export",
+    "without_settled_choices",
+]
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}  # some CPUs take bfloat16 by default, which spoils scores
 # What exporters say of every model of ours, and nobody can act on.
@@ -55,6 +62,25 @@ def openvino_predict(graph: "openvino.Model | Path") -> Predict:
         return {name: np.array(found[index]) for index, name in enumerate(names)}
 
     return predict
+
+
+def without_settled_choices(graph: "openvino.Model") -> "openvino.Model":
+    """Take out of a graph, in place, the choices that its constants have made: only one branch is ever computed.
+
+    Anomalib's post-processor chooses by whether it has statistics and whether they have a range: in a trained
+    model that is settled, but costs a look at every pixel.
+    """
+    for choice in graph.get_ordered_ops():
+        if choice.get_type_name() != "Select" or choice.input_value(0).get_node().get_type_name() != "Constant":
+            continue
+        told = choice.input_value(0).get_node().get_data()
+        if told.all() or not told.any():
+            branch = choice.input_value(1 if told.all() else 2)
+            same = branch.get_element_type() == choice.get_output_element_type(0)
+            if same and branch.get_partial_shape() == choice.get_output_partial_shape(0):
+                choice.output(0).replace(branch)
+    graph.validate_nodes_and_infer_types()
+    return graph
 
 
 def _last_cut(graph: "openvino.Model", name: str) -> "openvino.Output | None":
