@@ -44,8 +44,8 @@ def register_same_padding() -> None:
         return timm.create_model("mobilenetv2_100", pretrained=pretrained, pad_type="same", **options)
 
 
-def folder(root: Path, name: str) -> "Folder":  # noqa: F821
-    """One of the sets as a datamodule, validated on its test images."""
+def folder(root: Path, name: str, normal_dir: str | Path = "train/good") -> "Folder":  # noqa: F821
+    """One of the sets as a datamodule, validated on its test images; `normal_dir` has the images to train on."""
     from anomalib.data import Folder
 
     defects = sorted(path.name for path in (root / "test").iterdir() if path.name != "good")
@@ -53,7 +53,7 @@ def folder(root: Path, name: str) -> "Folder":  # noqa: F821
     return Folder(
         name=name.replace("/", "_"),
         root=root,
-        normal_dir="train/good",
+        normal_dir=normal_dir,
         normal_test_dir="test/good",
         abnormal_dir=[f"test/{defect}" for defect in defects],
         mask_dir=[f"ground_truth/{defect}" for defect in defects] if has_masks else None,
