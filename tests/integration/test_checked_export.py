@@ -286,6 +286,16 @@ def test_integers_of_a_detector(detector, boxes, tmp_path):
     check_integers(operations(path), 8)
 
 
+def test_integers_as_far_as_accuracy_allows(prototypes, cloth, tmp_path):
+    kind = CompressionType.INT8_ACQ
+    path = engine(tmp_path).export(
+        prototypes[0], "openvino", tmp_path, compression_type=kind, datamodule=cloth, max_drop=0.5
+    )
+    assert read(path)["precision"] == "INT8"
+    assert read(path)["accuracy"]["int8"] >= read(path)["accuracy"]["fp32"] - 0.5
+    assert "FakeQuantize" in {operation.get_type_name() for operation in operations(path).get_ops()}
+
+
 def test_half_precision_with_suppression_by_transport(suppressed, boxes, tmp_path):
     path = suppressed.to_openvino(tmp_path, compression_type=CompressionType.FP16, datamodule=boxes)
     manifest = read(path)

@@ -1,6 +1,6 @@
 """Integer arithmetic where a network stands it: in backbone, pyramid and towers; transport and boxes keep floats."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +71,12 @@ class Samples:
         """Read one image as the graph takes it: (1, 3, H, W)."""
         return self.image(int(index))[None].numpy()
 
-    def judged(self, index: int, outputs: dict[str, Any]) -> ImageBatch:
-        """Make a batch of one image of what is true and what was found, for metrics."""
+    def judged(self, index: int, outputs: Mapping[Any, np.ndarray]) -> ImageBatch:
+        """Make a batch of one image, for metrics: what is true, and what was found by name, or by OpenVINO's output."""
         row = self.table.iloc[index]
         image = torch.zeros(1, 3, 1, 1)  # no metric looks at it
-        found = {name: torch.from_numpy(np.array(value)) for name, value in outputs.items()}
+        named = {key if isinstance(key, str) else key.any_name: value for key, value in outputs.items()}
+        found = {name: torch.from_numpy(np.array(value)) for name, value in named.items()}
         label = torch.tensor([int(row.label_index)])
         verdict = {"pred_score": found["pred_score"].flatten(), "pred_label": found["pred_label"].flatten().bool()}
         if "pred_boxes" not in found:
