@@ -104,8 +104,8 @@ class Samples:
 def float_operations(graph: "openvino.Model", onnx_path: Path, rooms: Sequence[str]) -> list[str]:
     """List the operations that keep floats: all but those of named modules, and what of these sees the image itself.
 
-    On magnetic tiles (ResNet-18, 40 training images) eight bits for all convolutions cost 2.1 points of image AUROC, for
-    all but the first one none, at nearly the same speed.
+    On magnetic tiles (ResNet-18, 40 training images) eight bits for all convolutions cost 2.1 points of image AUROC,
+    for all but the first one none, at nearly the same speed.
 
     Args:
         graph: The graph, converted from the ONNX file; its operations have the names that they have there.
