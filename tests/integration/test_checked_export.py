@@ -233,7 +233,8 @@ def test_boxes_are_compared_with_their_like(other, expected):
 def test_boxes_lost_are_no_agreement():
     found = {"images": 1, "score": 0.0, "boxes": 0.0, "boxes_compared": 6, "boxes_lost": 1, "runtime": "none"}
     with pytest.raises(ParityError, match="6 compared, 1 lost"):
-        parity.check_parity(found | {"tolerance": {"score": 1e-3, "boxes": 0.1}})
+        parity.check_parity(found | {"tolerance": {"score": 1e-3, "boxes": 0.1, "boxes_lost": 0.12}})
+    parity.check_parity(found | {"tolerance": {"score": 1e-3, "boxes": 0.1, "boxes_lost": 1.2}})
 
 
 def test_images_are_always_the_same_and_have_the_colours_asked_for():
