@@ -44,29 +44,16 @@ def register_same_padding() -> None:
         return timm.create_model("mobilenetv2_100", pretrained=pretrained, pad_type="same", **options)
 
 
-def run_one(job: dict) -> dict:
-    """Train and test one model on one set; the work of a child process."""
-    warnings.filterwarnings("ignore")
-    import torch
+def folder(root: Path, name: str, normal_dir: str | Path = "train/good") -> "Folder":  # noqa: F821
+    """One of the sets as a datamodule, validated on its test images; `normal_dir` has the images to train on."""
     from anomalib.data import Folder
-    from anomalib.engine import Engine
-    from anomalib.models import Patchcore
 
-    from anomalib_ot import OTPrototypes
-    from anomalib_ot.anomaly.members import make_members
-    from anomalib_ot.vision.backbone import load_weights
-
-    register_same_padding()
-    torch.manual_seed(0)
-    backbone, file, layers = BACKBONES[job["backbone"]]
-    weights = Path(job["weights"]) / file
-    root, size = Path(job["data"]) / job["set"], SETS[job["set"]]
     defects = sorted(path.name for path in (root / "test").iterdir() if path.name != "good")
     has_masks = (root / "ground_truth").is_dir()
-    datamodule = Folder(
-        name=job["set"].replace("/", "_"),
+    return Folder(
+        name=name.replace("/", "_"),
         root=root,
-        normal_dir="train/good",
+        normal_dir=normal_dir,
         normal_test_dir="test/good",
         abnormal_dir=[f"test/{defect}" for defect in defects],
         mask_dir=[f"ground_truth/{defect}" for defect in defects] if has_masks else None,
@@ -76,18 +63,48 @@ def run_one(job: dict) -> dict:
         num_workers=0,
         seed=0,
     )
+
+
+def build_patchcore(
+    backbone: str, layers: tuple, weights: Path, size: int, coreset: float, **parts: object
+) -> "Patchcore":  # noqa: F821
+    """Anomalib's Patchcore with local weights."""
+    from anomalib.models import Patchcore
+
+    from anomalib_ot.vision.backbone import load_weights
+
+    model = Patchcore(
+        backbone=backbone,
+        layers=layers,
+        pre_trained=False,
+        coreset_sampling_ratio=coreset,
+        pre_processor=Patchcore.configure_pre_processor((size, size)),
+        **parts,
+    )
+    extractor = model.model.feature_extractor
+    load_weights(extractor.feature_extractor, backbone, extractor.idx, weights)
+    return model
+
+
+def run_one(job: dict) -> dict:
+    """Train and test one model on one set; the work of a child process."""
+    warnings.filterwarnings("ignore")
+    import torch
+    from anomalib.engine import Engine
+
+    from anomalib_ot import OTPrototypes
+    from anomalib_ot.anomaly.members import make_members
+
+    register_same_padding()
+    torch.manual_seed(0)
+    backbone, file, layers = BACKBONES[job["backbone"]]
+    weights = Path(job["weights"]) / file
+    root, size = Path(job["data"]) / job["set"], SETS[job["set"]]
+    has_masks = (root / "ground_truth").is_dir()
+    datamodule = folder(root, job["set"])
     parts = {"evaluator": False, "visualizer": False, "post_processor": False}
     if job["model"] == "Patchcore":
-        model = Patchcore(
-            backbone=backbone,
-            layers=layers,
-            pre_trained=False,
-            coreset_sampling_ratio=job["coreset"],
-            pre_processor=Patchcore.configure_pre_processor((size, size)),
-            **parts,
-        )
-        extractor = model.model.feature_extractor
-        load_weights(extractor.feature_extractor, backbone, extractor.idx, weights)
+        model = build_patchcore(backbone, layers, weights, size, job["coreset"], **parts)
     else:
         options = dict(MODELS[job["model"]])
         if "passes" in options:

@@ -1,6 +1,7 @@
 """The `anomalib` command with OTPrototypes, as its users type it."""
 
 import csv
+import json
 import re
 import shutil
 import sys
@@ -144,6 +145,11 @@ def test_export(kind, file, anomalib, checkpoint, home):
         assert {"anomaly_map", "feature_map", "position_map", "matched_position"} < set(outputs)
     else:
         assert path.with_suffix(".bin").stat().st_size > 1000
+    assert json.loads((path.parent / "manifest.json").read_text())["model"] == "OTPrototypes"
+    said = " ".join((done.out + done.err).split())
+    assert ("score differs by up to" in said) == (kind != "torch")
+    for noise in ("[torch.onnx]", "Skipping constant", "Replaced initializer", "None output", "Traceback"):
+        assert noise not in said
 
 
 def test_benchmark_by_both_names(anomalib, fabric, trained, home):

@@ -28,6 +28,7 @@ from anomalib_ot.integration.checkpoints import (
 )
 from anomalib_ot.integration.input_checks import check_fraction
 from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.known_scores import ScoreKeeper
 from anomalib_ot.integration.sinkhorn_nms import CHECKPOINT_KEY, SinkhornNMS
 from anomalib_ot.vision.backbone import normalisation
 from anomalib_ot.vision.detections import Detections
@@ -61,6 +62,7 @@ class BoxModel(BoxTraining, CheckedExport):
     was given, what the checkpoint was trained with.
     """
 
+    export_kind = "boxes"
     own_entry: ClassVar[str]
     trained_by: ClassVar[Sequence[str]]
     model: nn.Module | None
@@ -150,7 +152,7 @@ class BoxModel(BoxTraining, CheckedExport):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return the pre-processor, the evaluator, the visualiser, and the guard of all input."""
-        return [*super().configure_callbacks(), BoxGuard()]
+        return [*super().configure_callbacks(), BoxGuard(), ScoreKeeper()]
 
     def train_dataloader(self) -> NoReturn:
         """Say that there is no data to train on; Lightning asks the model only if nothing else was given."""

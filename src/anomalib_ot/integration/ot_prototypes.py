@@ -26,6 +26,7 @@ from anomalib_ot.integration.fit_progress import fit_progress
 from anomalib_ot.integration.input_checks import check_datamodule
 from anomalib_ot.integration.input_error import InputError, install_short_errors
 from anomalib_ot.integration.input_guard import InputGuard
+from anomalib_ot.integration.known_scores import ScoreKeeper
 from anomalib_ot.integration.model_arguments import MODEL_ARGUMENTS, build_model, check_training_arguments
 from anomalib_ot.integration.processors import ExplainedPostProcessor, ExportablePreProcessor
 from anomalib_ot.integration.visualizer import ExplanationVisualizer
@@ -160,7 +161,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return the processors, the evaluator, the visualiser, and the guard of all input."""
-        return [*super().configure_callbacks(), InputGuard()]
+        return [*super().configure_callbacks(), InputGuard(), ScoreKeeper()]
 
     def on_fit_start(self) -> None:
         """Limit the passes; get the backbone's weights, unless the model or the checkpoint to resume from has them."""

@@ -77,6 +77,7 @@ class OTADetector(BoxModel, AnomalibModule):
     """
 
     own_entry = "model.head.level_scales"
+    integer_rooms = ("model.feature_extractor", "model.pyramid", "model.head.class_tower", "model.head.box_tower")
     trained_by = DETECTOR_ARGUMENTS
     model: DenseDetector | None
 

@@ -76,6 +76,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
     """
 
     own_entry = "model.head.proposal_boxes"
+    integer_rooms = ("model.feature_extractor", "model.pyramid")  # attention and filters per proposal keep floats
     trained_by = SPARSE_ARGUMENTS
     model: SparseDetector | None
 

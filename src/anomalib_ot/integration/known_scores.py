@@ -1,0 +1,59 @@
+"""How the image scores of the last validation were distributed: a machine at the line compares its own with them."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+__all__ = ["ScoreKeeper", "summarised_scores"]
+
+NUM_QUANTILES = 101  # 0 %, 1 %, ... 100 %
+
+
+def summarised_scores(scores: Tensor) -> dict[str, Any] | None:
+    """Summarise image scores (n,) as plain data.
+
+    Args:
+        scores: One score per image, of any scale.
+
+    Returns:
+        `count`, and 101 ascending `quantiles`; None without finite scores.
+
+    >>> summarised_scores(torch.tensor([0.0, 0.5, 1.0]))["quantiles"][50]
+    0.5
+    """
+    scores = scores[scores.isfinite()].double()
+    if not len(scores):
+        return None
+    quantiles = torch.quantile(scores, torch.linspace(0, 1, NUM_QUANTILES, dtype=torch.float64))
+    return {"count": len(scores), "quantiles": quantiles.tolist()}
+
+
+class ScoreKeeper(Callback):
+    """Keeps the distribution of the raw image scores of the last validation in the model's `known_scores`.
+
+    Of several processes each keeps that of its own images; a checkpoint has that of the first one.
+    """
+
+    def __init__(self) -> None:
+        self._scores: list[Tensor] = []
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        del trainer, pl_module
+        self._scores = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: object, **kwargs: object
+    ) -> None:
+        """Take the scores of a batch."""
+        del trainer, pl_module, args, kwargs
+        score = getattr(outputs, "pred_score", None)
+        if score is not None:
+            self._scores.append(torch.as_tensor(score).detach().flatten().float().cpu())
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand the model what was seen."""
+        if self._scores and not trainer.sanity_checking:
+            pl_module.known_scores = summarised_scores(torch.cat(self._scores))

@@ -1,0 +1,103 @@
+"""What an exported model says about itself: a small JSON file beside it, and the same text within the graph."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.post_processing import PostProcessor
+
+import anomalib_ot
+
+__all__ = ["MANIFEST", "RT_INFO", "base_manifest", "write_manifest", "write_manifest_into_onnx"]
+
+MANIFEST = "manifest.json"
+RT_INFO = "anomalib_ot"  # key of OpenVINO's rt_info, and of ONNX's metadata_props
+FORMAT = 1
+
+
+def base_manifest(model: Any, outputs: Sequence[str], input_size: Sequence[int] | None, precision: str) -> dict:
+    """Say what an exported model is; what was measured (`accuracy`, `parity`) is added by those who measure.
+
+    Args:
+        model: The model, an `OTPrototypes` or a detector.
+        outputs: Names of the graph's outputs, in its order.
+        input_size: Height and width that the graph takes, pixels; None where it takes any.
+        precision: "FP32", "FP16" or "INT8".
+
+    Returns:
+        Plain data, to be written as JSON.
+    """
+    image_threshold, pixel_threshold = _thresholds(model)
+    names = getattr(model, "class_names", None)
+    return {
+        "format": FORMAT,
+        "kind": model.export_kind,
+        "model": type(model).__name__,
+        "version": anomalib_ot.__version__,
+        "input": {
+            "size": None if input_size is None else [int(side) for side in input_size],
+            "layout": "NCHW",
+            "range": [0, 1],
+            "color": "RGB",
+        },
+        "outputs": list(outputs),
+        "class_names": None if names is None else list(names),
+        "image_threshold": image_threshold,
+        "pixel_threshold": pixel_threshold,
+        "precision": precision,
+        "inference_precision": "f32",
+        "scores": _exported_scores(model),
+        "accuracy": None,
+        "parity": None,
+    }
+
+
+def _thresholds(model: Any) -> tuple[float | None, float | None]:
+    """The thresholds that the graph's own labels and masks use, of its own scores; None where they mean nothing."""
+    if model.export_kind == "boxes":
+        return (model.image_threshold if model.has_own_scores else None), None
+    post = model.post_processor
+    if not isinstance(post, PostProcessor) or not post.enable_thresholding:
+        return None, None
+    found = []
+    for threshold, low in (("image", post.image_min), ("pixel", post.pixel_min)):
+        known = not post.enable_normalization or math.isfinite(float(low))  # without a validation scores are raw
+        found.append(float(getattr(post, f"normalized_{threshold}_threshold")) if known else None)
+    return found[0], found[1]
+
+
+def _exported_scores(model: Any) -> dict[str, Any] | None:
+    """Bring the raw scores of the last validation to the scale on which the graph gives them."""
+    known = model.known_scores
+    if known is None or not model.has_own_scores:
+        return None
+    if model.export_kind == "boxes" or model.post_processor is None:
+        return dict(known)
+    raw = torch.tensor(known["quantiles"], device=model.device)
+    processed = model.post_processor(InferenceBatch(pred_score=raw, pred_label=None, anomaly_map=None, pred_mask=None))
+    return dict(known) | {"quantiles": [round(float(value), 6) for value in processed.pred_score]}
+
+
+def as_text(manifest: Mapping[str, Any]) -> str:
+    """Write a manifest as JSON."""
+    return json.dumps(manifest, ensure_ascii=False, allow_nan=False)
+
+
+def write_manifest(manifest: Mapping[str, Any], model_path: Path) -> None:
+    """Write `manifest.json` beside an exported model."""
+    text = json.dumps(manifest, ensure_ascii=False, allow_nan=False, indent=1)
+    (model_path.parent / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def write_manifest_into_onnx(manifest: Mapping[str, Any], model_path: Path) -> None:
+    """Write a manifest into an ONNX file; the weights beside it stay as they are."""
+    import onnx
+
+    model = onnx.load(str(model_path), load_external_data=False)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = RT_INFO, as_text(manifest)
+    onnx.save(model, str(model_path))
