@@ -22,7 +22,8 @@ from anomalib_ot.imaging.samples import (
 __all__ = ["Frame", "FrameError", "Pixels", "network_input", "read_pixels"]
 
 CHANNELS = (1, 3, 4)
-UNIT = np.arange(EIGHT_BIT_MAX + 1, dtype=np.float32) / EIGHT_BIT_MAX  # looked up, a division by 255 is a third faster
+# Looked up: a third faster than arithmetic. Multiplied as torchvision does, a division differs in the last bit.
+UNIT = np.arange(EIGHT_BIT_MAX + 1, dtype=np.float32) * np.float32(1 / EIGHT_BIT_MAX)
 
 
 class FrameError(ValueError):

@@ -167,7 +167,7 @@ class Inspector:
                     yield self._finish(pending)
                 self._start(started)
                 pending.append(started)
-                while pending and _is_ready(pending[0]):
+                while pending and self._is_ready(pending[0]):
                     yield self._finish(pending)
             while pending:
                 yield self._finish(pending)
@@ -210,6 +210,17 @@ class Inspector:
                 self._free.append(frame.request)
                 frame.request, frame.result = None, broken(frame.name, _failed(error), _since(frame.taken))
 
+    def _is_ready(self, frame: _Pending) -> bool:
+        """Whether a frame needs no more waiting; a computation that failed does not."""
+        if frame.result is not None:
+            return True
+        try:
+            return frame.request.wait_for(0)
+        except RuntimeError as error:
+            self._free.append(frame.request)
+            frame.request, frame.result = None, broken(frame.name, _failed(error), _since(frame.taken))
+            return True
+
     def _finish(self, pending: deque[_Pending]) -> Result:
         """Wait for the first of the pending frames, and read what was computed."""
         frame = pending.popleft()
@@ -226,10 +237,6 @@ class Inspector:
         finally:
             self._free.append(frame.request)
         return replace(made, latency_ms=_since(frame.taken))
-
-
-def _is_ready(frame: _Pending) -> bool:
-    return frame.result is not None or frame.request.wait_for(0)
 
 
 def _since(moment: float) -> float:

@@ -32,6 +32,7 @@ class _Shown:
 
     number: int
     result: Result
+    is_kept: bool  # whether its picture stays when a newer frame comes
     drawn: bytes | None = None
 
     def summary(self) -> dict[str, Any]:
@@ -74,18 +75,22 @@ class Monitor:
         self._ended = ""
 
     def add(self, result: Result) -> None:
-        """Take a result; of many in a short time only some keep their picture."""
+        """Take a result. The last frame and the last defect have their picture, of those before them only some."""
         now, is_defect = self._clock(), result.verdict == DEFECT
-        view = None
-        if result.view is not None and now - self._pictured[is_defect] >= PICTURE_EVERY:
+        is_kept = result.view is not None and now - self._pictured[is_defect] >= PICTURE_EVERY
+        if is_kept:
             self._pictured[is_defect] = now
-            view = _small(result.view)
+            result = replace(result, view=_small(result.view))
         with self._lock:
-            shown = _Shown(sum(self._counts.values()) + 1, replace(result, view=view))
+            shown = _Shown(sum(self._counts.values()) + 1, result, is_kept)
+            former = [*list(self._history)[-1:], self._last_defect]
             self._counts[result.verdict] += 1
             self._history.append(shown)
-            if is_defect and (view is not None or self._last_defect is None):
+            if is_defect:
                 self._last_defect = shown
+            for one in former:
+                if one is not None and one is not self._last_defect and not one.is_kept:
+                    one.result, one.drawn = replace(one.result, view=None), None
             self._moments.append(now)
             self._forget(now)
             if result.error is None:
@@ -126,13 +131,13 @@ class Monitor:
         with self._lock:
             kept = [*self._history] + ([] if self._last_defect is None else [self._last_defect])
             shown = next((one for one in kept if one.number == number and one.result.view is not None), None)
-        if shown is None:
-            return None
-        if shown.drawn is None:
-            buffer = io.BytesIO()
-            draw_view(shown.result, self._manifest.pixel_threshold, PICTURE_SIDES).save(buffer, "JPEG", quality=QUALITY)
-            shown.drawn = buffer.getvalue()
-        return shown.drawn
+            result, drawn = (None, None) if shown is None else (shown.result, shown.drawn)
+        if result is None or drawn is not None:
+            return drawn
+        buffer = io.BytesIO()
+        draw_view(result, self._manifest.pixel_threshold, PICTURE_SIDES).save(buffer, "JPEG", quality=QUALITY)
+        shown.drawn = drawn = buffer.getvalue()
+        return drawn
 
     def _forget(self, now: float) -> None:
         """Drop the moments that speed is no longer counted from, but never the last."""

@@ -39,7 +39,7 @@ function tile(frame) {
   const item = document.createElement("li"), letter = document.createElement("span");
   item.className = frame.verdict + (frame.picture ? "" : " empty");
   item.title = WORDS[frame.verdict] + " " + frame.name + (frame.error ? ": " + frame.error : "");
-  item.dataset.number = frame.number;
+  item.dataset.number = frame.number; item.dataset.picture = frame.picture;
   if (frame.picture) {
     const image = document.createElement("img");
     image.src = "/frame/" + frame.number + ".jpg"; image.alt = "";
@@ -53,7 +53,10 @@ function tile(frame) {
 function history(frames) {
   const list = byId("history"), newest = frames.slice().reverse();
   const known = new Map([...list.children].map((item) => [Number(item.dataset.number), item]));
-  list.replaceChildren(...newest.map((frame) => known.get(frame.number) || tile(frame)));
+  list.replaceChildren(...newest.map((frame) => {
+    const item = known.get(frame.number);
+    return item && item.dataset.picture === String(frame.picture) ? item : tile(frame);
+  }));
 }
 
 function show(state) {
@@ -63,8 +66,7 @@ function show(state) {
   else if (state.age > STALE)
     band("wait", "WAITING", "", "no new frame for " + Math.round(state.age) + " s", "last: " + WORDS[last.verdict] + " " + last.name);
   else band(last.verdict, WORDS[last.verdict], last.score === null ? "" : "score " + number(last.score, 3), details(last), last.name);
-  const seen = state.history.filter((frame) => frame.picture).pop();
-  const shown = last && last.error ? null : seen;
+  const shown = last && last.picture ? last : null;
   picture("now", shown, last && last.error ? last.error : "No picture yet");
   set("now-caption", shown ? WORDS[shown.verdict] + " · " + base(shown.name) : "This frame");
   const bad = state.last_defect;

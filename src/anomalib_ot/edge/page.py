@@ -1,4 +1,4 @@
-"""The local web page of a running inspection; it serves what is in memory, three files of its own, and nothing else."""
+"""The local web page of a running inspection; it serves what is in memory, four files of its own, and nothing else."""
 
 import json
 import socket
@@ -19,6 +19,7 @@ ASSETS = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "

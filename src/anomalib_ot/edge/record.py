@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -39,12 +38,12 @@ class Record:
             if resume:
                 msg = "--resume goes on with a file; say which with --output FILE"
                 raise InspectError(msg)
-            self._file: IO[str] = sys.stdout
+            self._file: IO[bytes] | None = None
             return
         try:
             if self._path.is_file():
                 self._take_up(self._path, resume=resume)
-            self._file = self._path.open("a", encoding="ascii", newline="\n")
+            self._file = self._path.open("ab", buffering=0)
         except OSError as error:
             msg = f"--output is '{path}', which cannot be written ({error.strerror}); give another file"
             raise InspectError(msg) from error
@@ -57,7 +56,7 @@ class Record:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the file."""
-        if self._path is not None:
+        if self._file is not None:
             self._file.close()
 
     def write(self, result: Result, **more: str) -> None:
@@ -68,8 +67,13 @@ class Record:
             InspectError: If the file cannot take it, such as on a full disk.
         """
         try:
-            self._file.write(json.dumps(result.line() | more) + "\n")
-            self._file.flush()
+            line = json.dumps(result.line() | more) + "\n"
+            if self._file is None:
+                print(line, end="", flush=True)
+                return
+            rest = memoryview(line.encode("ascii"))
+            while rest:  # without a buffer: what is not on the disk is not kept for later either
+                rest = rest[self._file.write(rest) :]
         except BrokenPipeError:
             raise
         except OSError as error:
