@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threshold", type=float, help="score above which a frame is defective (default: the model's)")
     add("--expect", metavar="WxH[xBITS]", help="what every frame must be, such as 640x480 or 640x480x8")
     add("--device", default="CPU", help="device of OpenVINO (default CPU)")
-    add("--requests", type=int, metavar="N", help="frames computed at the same time (default: what is best)")
+    add("--requests", type=int, metavar="N", help="frames on their way at the same time (default: what is fastest)")
     add("--cache", metavar="FOLDER", help="keep the compiled model there, for a faster start")
     return parser
 
@@ -97,7 +97,7 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
         manifest = inspector.manifest
         frames = open_source(options.source, watch=options.watch, stop=stop)
         record = stack.enter_context(Record(options.output, resume=options.resume))
-        _say(f"{options.source} with {manifest.title} on {options.device}, {inspector.requests} at a time")
+        _say(f"{options.source} with {manifest.title} on {options.device}, up to {inspector.requests} frames at a time")
         notes = manifest.unknown(options.threshold)
         if record.done or record.damaged:
             notes.append(f"going on: {len(record.done)} frames have a line already, {record.damaged} lines are damaged")

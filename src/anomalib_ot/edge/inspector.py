@@ -45,8 +45,8 @@ class Inspector:
     Args:
         model: ``model.xml``, ``model.onnx``, or the folder of an export.
         device: Device of OpenVINO, such as ``"CPU"``, ``"GPU"`` or ``"AUTO"``.
-        requests: Frames computed at the same time, >= 1; None: as many as OpenVINO finds best for throughput. With 1
-            the model is compiled for the shortest latency.
+        requests: Frames on their way at the same time, >= 1; None: twice as many as OpenVINO computes at once, so that
+            the next one always waits ready. With 1 the model is compiled for the shortest latency.
         cache: Folder for compiled models, made if it is not there; a later start is faster. None: no cache.
         threshold: Score above which a frame is defective; None: that of the model.
         expect: What every frame must be, as ``"640x480"`` (width, height) or ``"640x480x8"`` (and bits); others are
@@ -103,7 +103,7 @@ class Inspector:
         except RuntimeError as error:
             msg = f"device {device!r} does not take the model {self.path} ({_first_line(error)}); try device CPU"
             raise InspectError(msg) from error
-        self.requests = best if requests is None else requests
+        self.requests = 2 * best if requests is None else requests
         self._free = [self._compiled.create_infer_request() for _ in range(self.requests)]
 
     def __enter__(self) -> "Inspector":
