@@ -163,6 +163,13 @@ def test_onnx_is_read_too(tmp_path):
     onnx.save(made, tmp_path / "model.onnx")
     with Inspector(tmp_path, threshold=0.5) as inspector:
         assert inspector.one(frame(0, 0.9)).verdict == "defect"
+        assert not inspector.manifest.is_written
+    entry = made.metadata_props.add()
+    entry.key, entry.value = "anomalib_ot", json.dumps(MANIFEST | {"model": "Inside"})
+    onnx.save(made, tmp_path / "model.onnx")
+    with Inspector(tmp_path) as inspector:
+        assert inspector.manifest.model == "Inside"
+        assert inspector.one(frame(0, 0.9)).verdict == "defect"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from anomalib_ot.edge.results import Result, broken, read_outputs
 __all__ = ["Inspector"]
 
 Image_ = str | os.PathLike | np.ndarray
-EMBEDDED = "anomalib_ot"  # where the graph holds its manifest
+EMBEDDED = (["anomalib_ot"], ["framework", "anomalib_ot"])  # where graphs of OpenVINO and of ONNX hold their manifest
 
 
 @dataclass
@@ -110,9 +109,7 @@ class Inspector:
         """Return itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Let go of the model."""
         self.close()
 
@@ -281,9 +278,8 @@ def _read_graph(core: openvino.Core, path: Path) -> openvino.Model:
 
 def _embedded(graph: openvino.Model) -> str | None:
     """The manifest that the graph carries, if any."""
-    if not graph.has_rt_info([EMBEDDED]):
-        return None
-    return str(graph.get_rt_info([EMBEDDED]).astype(str))
+    place = next((path for path in EMBEDDED if graph.has_rt_info(path)), None)
+    return None if place is None else str(graph.get_rt_info(place).astype(str))
 
 
 def _static_size(graph: openvino.Model) -> tuple[int, int] | None:

@@ -66,7 +66,7 @@ class Manifest:
             notes.append(
                 "no manifest.json beside the model: thresholds are those in the graph; export it again for more"
             )
-        elif self.image_threshold is None and threshold is None:
+        elif self.kind == "anomaly" and self.image_threshold is None and threshold is None:
             notes.append("the manifest has no image threshold: verdicts are unknown unless --threshold says one")
         if self.kind == "boxes" and self.image_threshold is None and threshold is None:
             notes.append("the threshold of a box is not known: a defective image shows every box that was found")

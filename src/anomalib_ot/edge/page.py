@@ -6,7 +6,6 @@ import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
-from types import TracebackType
 
 from anomalib_ot.edge.inspect_error import InspectError
 from anomalib_ot.edge.monitor import Monitor
@@ -63,9 +62,7 @@ class Page:
         """Return itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Stop serving."""
         self.close()
 

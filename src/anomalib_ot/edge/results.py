@@ -172,8 +172,8 @@ def _score(outputs: Mapping[str, np.ndarray]) -> float:
 def _verdict(outputs: Mapping[str, np.ndarray], manifest: Manifest, score: float, threshold: float | None) -> str:
     if threshold is not None:
         return DEFECT if score > threshold else GOOD
-    if manifest.is_written and manifest.image_threshold is None:
-        return UNKNOWN  # the graph compares with a threshold that was never found
+    if manifest.is_written and manifest.kind == "anomaly" and manifest.image_threshold is None:
+        return UNKNOWN  # the graph compares with a threshold that was never found; detectors always have one
     if "pred_label" in outputs:
         return DEFECT if bool(np.ravel(outputs["pred_label"])[0]) else GOOD
     if manifest.image_threshold is None:
