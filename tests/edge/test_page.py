@@ -190,6 +190,7 @@ def test_memory_is_bounded_and_the_last_frame_and_defect_have_pictures(bright):
     assert state["per_second"] == pytest.approx(100, rel=0.02)
     now[0] += 60
     assert monitor.state()["age"] == pytest.approx(60)
+    assert monitor.state()["per_second"] == 0
 
 
 def test_drift_of_other_scores_is_said(bright):

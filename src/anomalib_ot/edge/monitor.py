@@ -108,14 +108,15 @@ class Monitor:
         with self._lock:
             self._forget(now)
             latencies = list(self._latencies)
-            span = min(SPEED_OVER, now - self._moments[0]) if self._moments else 0.0
+            age = now - self._moments[-1] if self._moments else None
+            span = min(SPEED_OVER, now - self._moments[0]) if self._moments and age <= SPEED_OVER else 0.0
             made = {
                 "model": self._manifest.title,
                 "source": self._source,
                 "frames": sum(self._counts.values()),
                 "counts": dict(self._counts),
                 "per_second": len(self._moments) / span if span > 0 else 0.0,
-                "age": now - self._moments[-1] if self._moments else None,
+                "age": age,
                 "ended": self._ended,
                 "history": [shown.summary() for shown in self._history],
                 "last_defect": None if self._last_defect is None else self._last_defect.summary(),

@@ -81,7 +81,7 @@ function show(state) {
   byId("drift-card").className = "card " + drift.word.split(" ")[0];
   set("drift", DRIFT[drift.word] + (drift.distance === null ? "" : " (" + number(drift.distance, 2) + ")"));
   set("meaning", drift.meaning + (drift.distance === null ? ""
-    : " 0: all alike, 1: none. Last " + drift.frames + " frames; chance alone stays below " + number(drift.limit, 2) + "."));
+    : " (0: all alike, 1: none; by chance up to " + number(drift.limit, 2) + "; last " + drift.frames + " frames)"));
   history(state.history);
   set("source", "Source: " + state.source); set("model", "Model: " + state.model);
 }
