@@ -20,12 +20,12 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 from PIL import Image
 
 LEAST_GROWTH_MB, GROWTH = 8.0, 0.03  # memory is flat if it grows by less than the larger of both
+LEAST_SAMPLES = 40  # below, memory is not judged: the first seconds fill the page's history
 PAGE_TICK = 0.5
 
 
@@ -170,8 +170,12 @@ def _report(options, names, found, expected, broken, samples, status, said) -> i
     if status != int(any("error" in one for one in found)) or "Traceback" in said:
         wrong.append(f"the command ended with status {status}: {said[-300:]}")
     quarter = len(samples) // 4
-    early, late = (median(mb for _, mb in part) for part in (samples[quarter : 2 * quarter], samples[-quarter:]))
-    if late - early > max(LEAST_GROWTH_MB, GROWTH * early):
+    # The lower quartile: a picture that is drawn for the page comes and goes, a leak stays.
+    parts = (samples[quarter : 2 * quarter], samples[-quarter:])
+    early, late = (float(np.quantile([mb for _, mb in part], 0.25)) for part in parts)
+    if len(samples) < LEAST_SAMPLES:
+        print(f"{len(samples)} samples are too few to judge memory, {LEAST_SAMPLES} are needed: give more frames")
+    elif late - early > max(LEAST_GROWTH_MB, GROWTH * early):
         wrong.append(f"memory grew from {early:.1f} to {late:.1f} MB")
     count, seconds = len(found), samples[-1][0]
     errors = sum("error" in one for one in found)
