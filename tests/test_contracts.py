@@ -24,11 +24,32 @@ def test_imports_go_down_only():
     assert "0 broken" in done.stdout, "import-linter ran no contract"
 
 
-def test_framework_contract_covers_every_room_but_integration():
-    contract = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("Framework names live in")[2]
+def test_framework_contract_covers_every_room_but_integration_and_edge():
+    contract = (
+        (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("Framework names live in")[2].partition("[[")[0]
+    )
     (sources,) = re.findall(r"^source_modules = \[(.*)\]$", contract, flags=re.MULTILINE)
     rooms = {f"anomalib_ot.{path.parts[0].removesuffix('.py')}" for path in FILES}
-    assert set(re.findall(r'"(.+?)"', sources)) == rooms - {"anomalib_ot.__init__", "anomalib_ot.integration"}
+    assert set(re.findall(r'"(.+?)"', sources)) == rooms - {
+        f"anomalib_ot.{room}" for room in ("__init__", "integration", "edge")
+    }
+
+
+def test_inspect_loads_no_torch_and_nothing_of_the_floors():
+    # The whole command, as far as it goes without a model: all of its rooms are imported by then.
+    code = (
+        "import sys; sys.argv = ['anomalib-ot', 'inspect', 'no_model', 'no_source']; import anomalib_ot.__main__ as m\n"
+        "try: m.main()\nexcept SystemExit as end: print(end.code, *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, check=True)
+    status, *loaded = done.stdout.split()
+    assert status == "2"
+    assert "no_model does not exist" in done.stderr
+    assert {"openvino", "anomalib_ot.edge.page", "anomalib_ot.imaging.heat"} <= set(loaded)
+    heavy = {"torch", "torchvision", "anomalib", "lightning", "timm", "scipy", "sklearn", "cv2", "matplotlib", "rich"}
+    assert not heavy & set(loaded)
+    floors = {name for name in loaded if name.startswith("anomalib_ot.")}
+    assert {name.split(".")[1] for name in floors} == {"__main__", "edge", "imaging"}
 
 
 def test_transport_core_loads_no_framework():

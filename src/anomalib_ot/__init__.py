@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CocoBoxes": "anomalib_ot.integration.coco_boxes",
+    "Inspector": "anomalib_ot.edge.inspector",
     "MaskBoxes": "anomalib_ot.integration.mask_boxes",
     "OTADetector": "anomalib_ot.integration.ota_detector",
     "OTPrototypes": "anomalib_ot.integration.ot_prototypes",
@@ -22,6 +23,7 @@ _PUBLIC = {
 
 __all__ = [
     "CocoBoxes",
+    "Inspector",
     "MaskBoxes",
     "OTADetector",
     "OTPrototypes",

@@ -1,12 +1,19 @@
-"""``python -m anomalib_ot`` and the script ``anomalib-ot``: the ``anomalib`` command with this package's classes in it.
+"""The script ``anomalib-ot``: ``inspect`` for the box beside the line, else Anomalib's command with our classes in it.
 
 The plain ``anomalib`` command knows them too wherever the start-up hook runs. It does not run under ``python -S``, in a
 frozen application, or for a package that lies on ``PYTHONPATH``; this command works there as well.
 """
 
+import sys
+
 
 def main() -> None:
-    """Run the Anomalib command line on ``sys.argv``."""
+    """Run ``inspect``, which needs no Anomalib, or else the Anomalib command line, on ``sys.argv``."""
+    if sys.argv[1:2] == ["inspect"]:
+        from anomalib_ot.edge.command import run as inspect
+
+        sys.exit(inspect(sys.argv[2:]))
+
     from anomalib_ot.integration.cli import run
 
     run()

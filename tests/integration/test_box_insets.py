@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_ot.integration.box_drawing import WHITE, Mark
+from anomalib_ot.imaging.box_drawing import WHITE, Mark
 from anomalib_ot.integration.box_insets import INSET, SMALL, find_insets, inset_strip
 
 SIZE = (2446, 1000)

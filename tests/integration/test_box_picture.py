@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
+from anomalib_ot.imaging.box_drawing import CLASS_COLOURS, MISSED
 from anomalib_ot.integration import box_picture as module
-from anomalib_ot.integration.box_drawing import CLASS_COLOURS, MISSED
 from anomalib_ot.integration.box_picture import DetectedBoxes, box_picture, class_name
 from anomalib_ot.integration.header import Verdict
 

@@ -9,9 +9,9 @@ import torch
 from anomalib.data import ImageBatch
 from PIL import Image
 
+from anomalib_ot.imaging.box_drawing import CLASS_COLOURS
 from anomalib_ot.integration import box_visualizer as module
 from anomalib_ot.integration.box_batch import BoxBatch, BoxItem
-from anomalib_ot.integration.box_drawing import CLASS_COLOURS
 from anomalib_ot.integration.box_visualizer import BoxVisualizer
 from anomalib_ot.integration.deep_images import read_image_deep
 from anomalib_ot.integration.input_error import InputError

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from anomalib_ot.integration.causes import Arrow, CauseShares
+from anomalib_ot.imaging.causes import Arrow, CauseShares
+from anomalib_ot.imaging.heat import colour_bar, draw_outline, overlay
 from anomalib_ot.integration.header import AMOUNTS, DEFECT, GOOD, LOOKS, PLACE, UNKNOWN, Verdict, cause_lines, header
-from anomalib_ot.integration.panels import colour_bar, draw_arrows, draw_outline, overlay
+from anomalib_ot.integration.panels import draw_arrows
 from anomalib_ot.integration.picture import BAR_WIDTH, LEAST_CELL, TITLE_HEIGHT, explain_picture
 
 GAP = 14

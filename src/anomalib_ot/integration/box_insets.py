@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from anomalib_ot.integration.box_drawing import Mark, draw_marks
+from anomalib_ot.imaging.box_drawing import Mark, draw_marks
 from anomalib_ot.integration.header import GAP, INK, PAPER
 
 __all__ = ["INSET", "Inset", "find_insets", "inset_strip"]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from anomalib_ot.integration.box_drawing import DARK, MISSED, WHITE, Mark, class_colour, dashed_line, draw_marks
+from anomalib_ot.imaging.box_drawing import DARK, MISSED, WHITE, Mark, class_colour, dashed_line, draw_marks
 from anomalib_ot.integration.box_insets import INSET, Inset, find_insets, inset_strip
 from anomalib_ot.integration.header import FAINT, GAP, INK, PAPER, Verdict, header
 from anomalib_ot.integration.soft_edges import draw_soft_edges

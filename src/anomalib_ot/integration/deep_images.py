@@ -3,18 +3,15 @@
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
-import tifffile
 import torch
 from anomalib.data.datamodules.base.image import AnomalibDataModule
 from anomalib.data.utils import TestSplitMode, ValSplitMode
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import Compose, Identity, Resize, Transform
-from torchvision.transforms.v2.functional import to_dtype, to_image
+from torchvision.transforms.v2.functional import to_dtype
 
-from anomalib_ot.integration.images import DECODE_ERRORS, EIGHT_BIT_MAX, SIXTEEN_BIT_MAX, out_of_scale, sample_format
+from anomalib_ot.imaging.samples import UNREADABLE, out_of_scale, read_samples
 from anomalib_ot.integration.input_checks import dataset_image_paths
 from anomalib_ot.integration.input_error import InputError
 
@@ -39,39 +36,18 @@ def read_image_deep(path: str | Path) -> Tensor:
         InputError: If the file cannot be read, or holds values outside its scale.
     """
     try:
-        with Image.open(path) as image:
-            sample = sample_format(image)
-            if sample == "8":
-                return to_dtype(to_image(image.convert("RGB")), torch.float32, scale=True).as_subclass(Tensor)
-            values = _colour_samples(path, image.format) if sample == "16 colour" else np.asarray(image)
-    except (*DECODE_ERRORS, cv2.error, Image.DecompressionBombError) as error:
+        values, full = read_samples(path)
+    except (*UNREADABLE, ImportError) as error:
         msg = f"image {path} cannot be read ({' '.join(str(error).split())}); restore it or remove it"
         raise InputError(msg) from error
+    if values.dtype == np.uint8:
+        return to_dtype(torch.from_numpy(values.copy()).movedim(-1, 0).contiguous(), torch.float32, scale=True)
     problem = out_of_scale(values)
     if problem:
         msg = f"image {path} {problem}"
         raise InputError(msg)
-    full = SIXTEEN_BIT_MAX
-    if values.dtype.kind == "f":
-        full = 1 if values.max() <= 1 else EIGHT_BIT_MAX
     scaled = torch.from_numpy(values.astype(np.float32)) / full
     return scaled.expand(3, -1, -1).contiguous() if scaled.ndim == 2 else scaled.movedim(-1, 0).contiguous()
-
-
-def _colour_samples(path: str | Path, file_format: str | None) -> np.ndarray:
-    """Read several 16-bit channels as (H, W, 3) in the order red, green, blue."""
-    if file_format == "TIFF":
-        with tifffile.TiffFile(path) as tiff:
-            page = tiff.pages[0]
-            values = page.asarray()
-            if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
-                values = np.moveaxis(values, 0, -1)
-        return np.repeat(values[..., :1], 3, axis=-1) if values.shape[-1] == 2 else values[..., :3]
-    values = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
-    if values is None or values.dtype != np.uint16:
-        msg = "OpenCV does not read its 16-bit channels"
-        raise ValueError(msg)
-    return values[..., 2::-1]  # blue, green, red, and perhaps alpha
 
 
 def restore_deep_images(

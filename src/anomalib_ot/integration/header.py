@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from anomalib_ot.integration.causes import CauseShares
+from anomalib_ot.imaging.causes import CauseShares
 
 __all__ = ["Verdict", "badge", "cause_lines", "header"]
 

@@ -1,11 +1,8 @@
 """Decode every image once before the model sees any: find the broken ones, and those that 8 bits cannot hold."""
 
 import logging
-import math
 import os
-import struct
 import time
-import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,22 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from anomalib_ot.imaging.samples import (
+    UNREADABLE,
+    file_problem,
+    out_of_scale,
+    read_problem,
+    sample_format,
+    size_problem,
+)
 from anomalib_ot.integration.input_error import InputError
 
-__all__ = ["ImageReport", "check_images", "out_of_scale", "sample_format"]
+__all__ = ["ImageReport", "check_images"]
 
 logger = logging.getLogger(__name__)
 
-MIN_SIDE = 16  # pixels; less than one patch of any backbone
-SIXTEEN_BIT_MAX = 65535
-EIGHT_BIT_MAX = 255
 NUM_THREADS = 2
 PATIENCE = 1.0  # seconds of silence before the progress bar
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -106,28 +107,6 @@ def check_images(paths: Iterable[str | Path], description: str) -> ImageReport:
     return report
 
 
-def sample_format(image: Image.Image) -> str:
-    """Tell how an opened, not yet loaded image stores a sample.
-
-    Args:
-        image: As ``PIL.Image.open`` returns it; only its header is looked at.
-
-    Returns:
-        ``"float"``, ``"16"`` (one channel of 16 or 32 bits), ``"16 colour"`` (PNG and TIFF with several 16-bit
-        channels, which PIL cuts to 8), or ``"8"`` for everything that Anomalib's 8-bit reading gets right.
-    """
-    if image.mode == "F":
-        return "float"
-    if image.mode.startswith("I"):
-        return "16"
-    if image.mode in {"RGB", "RGBA", "LA"}:
-        if image.format == "TIFF" and max(image.tag_v2.get(258, (8,))) == 16:
-            return "16 colour"
-        if image.format == "PNG" and any(";16" in str(tile.args) for tile in image.tile):
-            return "16 colour"
-    return "8"
-
-
 def _key(name: str) -> tuple[str, int, int]:
     try:
         status = os.stat(name)
@@ -157,67 +136,24 @@ def _decode_all(names: list[str], description: str) -> dict[str, _Finding]:
 
 def _decode(name: str) -> _Finding:
     """Read one file to its last byte."""
-    if not os.path.exists(name):
-        return _Finding("does not exist; restore it or correct the path")
-    if os.path.isdir(name):
-        return _Finding("is a folder, not a file; remove it or rename it")
-    if os.path.getsize(name) == 0:
-        return _Finding("is empty (0 bytes); restore it or remove it")
+    problem = file_problem(name)
+    if problem:
+        return _Finding(problem)
     try:
         with Image.open(name) as image:
-            sample, (width, height) = sample_format(image), image.size
+            sample, size = sample_format(image), image.size
             image.load()
-            if min(width, height) < MIN_SIDE:
-                return _Finding(
-                    f"is tiny, {width} x {height} pixels; expected at least {MIN_SIDE} on each side: remove it"
-                )
+            problem = size_problem(*size)
+            if problem:
+                return _Finding(problem)
             values = np.asarray(image) if sample in {"16", "float"} else None
             mode = image.mode
-    except UnidentifiedImageError:
-        return _Finding(_unidentified(name))
-    except PermissionError:
-        return _Finding("may not be read (no permission); change its permissions")
-    except Image.DecompressionBombError as error:
-        return _Finding(f"has more pixels than Pillow opens ({error}); cut it into tiles")
-    except DECODE_ERRORS as error:
-        return _Finding(f"is cut off or damaged ({' '.join(str(error).split())}); restore it or remove it")
+    except UNREADABLE as error:
+        return _Finding(read_problem(name, error))
     if values is None:
         return _Finding(mode=mode, sample=sample)
     problem = out_of_scale(values)
     return _Finding(problem, mode, sample, greatest=0.0 if problem else float(values.max()))
-
-
-def _unidentified(name: str) -> str:
-    with open(name, "rb") as file:
-        head = file.read(256)
-    if head[:4] in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}:
-        return (
-            "is a TIFF of a kind that Pillow, and so Anomalib, cannot read (several float channels, 64 bits, unusual "
-            "compression or damage); save it with 8 or 16 bits"
-        )
-    text = "text, " if head and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head) else ""
-    return f"is {text}not an image, whatever its name says; replace it by the image or remove it"
-
-
-def out_of_scale(values: np.ndarray) -> str | None:
-    """Say what is wrong with the values of a 16-bit or float image, if anything is.
-
-    Args:
-        values: All samples of the image.
-
-    Returns:
-        The end of a sentence that begins with the file's name, or None.
-    """
-    low, high = float(values.min()), float(values.max())
-    if values.dtype.kind == "f":
-        if not (math.isfinite(low) and math.isfinite(high)):
-            return "holds NaN or infinite values; replace them"
-        limit, scale = EIGHT_BIT_MAX, "float values in [0, 1] or [0, 255]"
-    else:
-        limit, scale = SIXTEEN_BIT_MAX, "integers from 0 to 65535"
-    if low < 0 or high > limit:
-        return f"holds values from {low:g} to {high:g}; expected {scale}: save it on that scale"
-    return None
 
 
 def _check_one_float_scale(found: dict[str, _Finding], description: str) -> None:

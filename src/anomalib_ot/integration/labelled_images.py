@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from anomalib_ot.integration.images import DECODE_ERRORS
+from anomalib_ot.imaging.samples import DECODE_ERRORS
 from anomalib_ot.integration.input_error import InputError
 
 __all__ = ["Findings", "LabelledImage", "check_image_files", "clean_box", "image_sizes"]

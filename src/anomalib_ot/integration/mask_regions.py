@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from anomalib_ot.integration.images import DECODE_ERRORS
+from anomalib_ot.imaging.samples import DECODE_ERRORS
 from anomalib_ot.integration.input_error import InputError
 
 __all__ = ["mask_boxes", "read_mask"]

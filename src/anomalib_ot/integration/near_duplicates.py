@@ -14,7 +14,7 @@ from platformdirs import user_cache_path
 from rich.console import Console
 from rich.progress import Progress
 
-from anomalib_ot.integration.images import DECODE_ERRORS
+from anomalib_ot.imaging.samples import DECODE_ERRORS
 from anomalib_ot.integration.input_error import InputError
 
 __all__ = ["HASH_BITS", "image_hashes", "near_duplicate_groups"]

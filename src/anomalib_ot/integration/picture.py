@@ -5,9 +5,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from anomalib_ot.integration.causes import CauseShares, arrows, cause_shares, normal_level
+from anomalib_ot.imaging.causes import CauseShares, arrows, cause_shares, normal_level
+from anomalib_ot.imaging.heat import colour_bar, draw_outline, overlay
 from anomalib_ot.integration.header import FAINT, GAP, INK, PAPER, Verdict, header
-from anomalib_ot.integration.panels import colour_bar, draw_arrows, draw_outline, overlay
+from anomalib_ot.integration.panels import draw_arrows
 
 __all__ = ["Panel", "Verdict", "draw_colour_bar", "draw_panels", "explain_picture", "find_shares"]
 

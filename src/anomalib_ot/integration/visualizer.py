@@ -10,10 +10,10 @@ from anomalib.data import ImageBatch, ImageItem
 from anomalib.visualization import Visualizer
 from PIL import Image
 
-from anomalib_ot.integration.causes import arrows
+from anomalib_ot.imaging.causes import arrows
+from anomalib_ot.imaging.samples import sample_format
 from anomalib_ot.integration.deep_images import read_image_deep
 from anomalib_ot.integration.header import Verdict
-from anomalib_ot.integration.images import sample_format
 from anomalib_ot.integration.picture import explain_picture
 
 if TYPE_CHECKING:

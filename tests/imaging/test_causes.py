@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from anomalib_ot.integration.causes import arrows, bowed_line, cause_shares, normal_level
+from anomalib_ot.imaging.causes import arrows, bowed_line, cause_shares, normal_level
 
 
 def at_home(h: int, w: int) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_ot.integration.box_drawing import CLASS_COLOURS, DARK, WHITE, Mark, class_colour, draw_marks
+from anomalib_ot.imaging.box_drawing import CLASS_COLOURS, DARK, WHITE, Mark, class_colour, draw_marks
 
 GREY = (128, 128, 128)
 

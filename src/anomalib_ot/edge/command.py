@@ -1,0 +1,231 @@
+"""The command `anomalib-ot inspect`: a model, a source, lines of JSON, and what else was asked for."""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from anomalib_ot.edge.drawing import draw_result, picture_name
+from anomalib_ot.edge.drift import Drift
+from anomalib_ot.edge.frames import Frame
+from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.inspector import Inspector
+from anomalib_ot.edge.monitor import Monitor
+from anomalib_ot.edge.page import LOOPBACK, Page
+from anomalib_ot.edge.record import Record
+from anomalib_ot.edge.results import BROKEN, DEFECT, Result
+from anomalib_ot.edge.sources import open_source
+
+__all__ = ["run"]
+
+PORT = 8765
+TICK = 0.1  # seconds
+QUALITY = 90
+DONE, SOME_BROKEN, REFUSED = 0, 1, 2
+EPILOG = """exit status:
+  0  every frame was inspected, or SIGTERM or SIGINT (Ctrl-C) asked to end: the frames in hand are finished first
+  1  the source is at its end, and some frames could not be inspected; their lines have "error"
+  2  the model, the source or an argument is of no use, or results cannot be written; a line on stderr says why
+"""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status.
+
+    Args:
+        arguments: The words after `inspect`; None takes those of the command line.
+    """
+    options = _parser().parse_args(arguments)
+    stop = threading.Event()
+    with _signals(stop) as caught:
+        try:
+            return _inspect(options, stop, caught)
+        except InspectError as error:
+            _say(f"error: {error}")
+            return REFUSED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="anomalib-ot inspect",
+        description="Inspect frames with an exported model, without PyTorch: a line of JSON for each.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="model.xml, model.onnx, or the folder of an export")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="image, folder, pattern in quotes, video, number of a camera, or - for names on standard input",
+    )
+    add("--watch", action="store_true", help="wait for new files in the folder SOURCE, without end")
+    add("--output", metavar="FILE", help="append the lines to FILE instead of writing them to standard output")
+    add("--resume", action="store_true", help="go on with FILE: frames that have a line in it are left out")
+    add("--overlays", metavar="FOLDER", type=Path, help="write a picture of each frame, with heat map or boxes")
+    add("--only-defects", action="store_true", help="write pictures of defective frames only")
+    add(
+        "--page",
+        metavar="PORT",
+        type=int,
+        nargs="?",
+        const=PORT,
+        help=f"show a live page at http://127.0.0.1:PORT/ (default {PORT}; 0: any free port), until Ctrl-C",
+    )
+    add("--host", metavar="ADDRESS", help="address that the page listens on (default 127.0.0.1)")
+    add("--threshold", type=float, help="score above which a frame is defective (default: the model's)")
+    add("--expect", metavar="WxH[xBITS]", help="what every frame must be, such as 640x480 or 640x480x8")
+    add("--device", default="CPU", help="device of OpenVINO (default CPU)")
+    add("--requests", type=int, metavar="N", help="frames on their way at the same time (default: what is fastest)")
+    add("--cache", metavar="FOLDER", help="keep the compiled model there, for a faster start")
+    return parser
+
+
+def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[str]) -> int:
+    _check(options)
+    with ExitStack() as stack:
+        has_views = options.overlays is not None or options.page is not None
+        keywords = {"device": options.device, "requests": options.requests, "cache": options.cache}
+        keywords |= {"threshold": options.threshold, "expect": options.expect, "views": has_views}
+        inspector = stack.enter_context(Inspector(options.model, **keywords))
+        manifest = inspector.manifest
+        frames = open_source(options.source, watch=options.watch, stop=stop)
+        record = stack.enter_context(Record(options.output, resume=options.resume))
+        _say(f"{options.source} with {manifest.title} on {options.device}, up to {inspector.requests} frames at a time")
+        notes = manifest.unknown(options.threshold)
+        if record.done or record.damaged:
+            notes.append(f"going on: {len(record.done)} frames have a line already, {record.damaged} lines are damaged")
+        monitor = None
+        if options.page is not None:
+            monitor = Monitor(manifest, options.source)
+            page = stack.enter_context(Page(monitor, options.page, options.host or "127.0.0.1"))
+            notes.append(f"page at {page.address}")
+            if options.host is not None and options.host not in LOOPBACK:
+                notes.append(f"warning: whoever reaches {options.host} sees the page; it asks for no password")
+        for note in notes:
+            _say(note)
+
+        tally = _Tally(Drift(manifest.quantiles, manifest.count))
+        pictures = None if options.overlays is None else _Pictures(options.overlays, options.only_defects, manifest)
+        end = "the source is at its end"
+        try:
+            for result in inspector.stream(_not_done(frames, record.done)):
+                more = {} if pictures is None else pictures.write(result)
+                record.write(result, **more)
+                tally.add(result)
+                if monitor is not None:
+                    monitor.add(result)
+        except BrokenPipeError:
+            end = "nobody reads the results any more"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if caught:
+            end = f"asked to by {caught[0]}"
+        _say(tally.summary(end))
+        if pictures is not None and pictures.failed:
+            _say(f"warning: {pictures.failed} pictures could not be written, the last because: {pictures.reason}")
+        if monitor is not None and not stop.is_set():
+            monitor.end(end)
+            _say("the page stays until Ctrl-C")
+            while not stop.wait(TICK):
+                pass
+            return DONE if not tally.counts[BROKEN] else SOME_BROKEN
+        return SOME_BROKEN if tally.counts[BROKEN] and not caught else DONE
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse arguments that would do nothing."""
+    if options.only_defects and options.overlays is None:
+        msg = "--only-defects chooses among the pictures of --overlays FOLDER; give both or none"
+        raise InspectError(msg)
+    if options.host is not None and options.page is None:
+        msg = "--host is the address of the page; give --page, too"
+        raise InspectError(msg)
+
+
+def _not_done(frames: Iterator[Frame | None], done: set[str]) -> Iterator[Frame | None]:
+    for frame in frames:
+        if frame is None or frame.name not in done:
+            yield frame
+
+
+class _Tally:
+    """Counts what came, for the last line."""
+
+    def __init__(self, drift: Drift) -> None:
+        self.counts: Counter[str] = Counter()
+        self._drift = drift
+        self._start = time.perf_counter()
+
+    def add(self, result: Result) -> None:
+        self.counts[result.verdict] += 1
+        if result.error is None:
+            self._drift.add(result.score)
+
+    def summary(self, end: str) -> str:
+        frames = sum(self.counts.values())
+        parts = [f"{count} {'broken' if kind == BROKEN else kind}" for kind, count in sorted(self.counts.items())]
+        speed = frames / max(time.perf_counter() - self._start, 1e-9)
+        drift = self._drift.report()
+        said = f"; drift of the scores: {drift.word} ({drift.distance:.2f})" if drift.distance is not None else ""
+        return f"{frames} frames ({', '.join(parts) or 'none'}), {speed:.1f} in a second{said}; ended: {end}"
+
+
+class _Pictures:
+    """Writes pictures into a folder; what goes wrong with one is counted, and the inspection goes on."""
+
+    def __init__(self, folder: Path, only_defects: bool, manifest) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            msg = f"--overlays is '{folder}', which cannot be made a folder ({error.strerror}); give another"
+            raise InspectError(msg) from error
+        self._folder, self._only_defects = folder, only_defects
+        self._threshold = manifest.pixel_threshold
+        self.failed, self.reason = 0, ""
+
+    def write(self, result: Result) -> dict[str, str]:
+        """Write the picture of a result if it is wanted; return what its line says of it."""
+        if result.view is None or (self._only_defects and result.verdict != DEFECT):
+            return {}
+        name = picture_name(result.name)
+        try:
+            draw_result(result, self._threshold).save(self._folder / name, quality=QUALITY)
+        except OSError as error:
+            self.failed, self.reason = self.failed + 1, str(error)
+            return {}
+        return {"overlay": name}
+
+
+@contextmanager
+def _signals(stop: threading.Event) -> Iterator[list[str]]:
+    """Let SIGTERM and SIGINT ask for an end; the second of either ends at once. Yields the names of those that came."""
+    caught: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    former = {kind: signal.getsignal(kind) for kind in kinds}
+
+    def ask(kind: int, _frame: object) -> None:
+        caught.append(signal.Signals(kind).name)
+        stop.set()
+        for each in kinds:
+            signal.signal(each, signal.SIG_DFL)
+
+    for kind in kinds:
+        signal.signal(kind, ask)
+    try:
+        yield caught
+    finally:
+        for kind in kinds:
+            signal.signal(kind, former[kind])
+
+
+def _say(text: str) -> None:
+    print(f"anomalib-ot inspect: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,119 @@
+"""The picture of a result: the frame with its heat map or boxes, and the verdict above it."""
+
+import re
+import zlib
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from anomalib_ot.edge.results import Result
+from anomalib_ot.imaging.box_drawing import Mark, class_colour, draw_marks
+from anomalib_ot.imaging.heat import draw_outline, overlay
+
+__all__ = ["COLOURS", "WORDS", "draw_result", "draw_view", "picture_name"]
+
+COLOURS = {"good": (24, 128, 56), "defect": (198, 40, 40), "unknown": (98, 104, 116), "error": (176, 96, 0)}
+WORDS = {"good": "GOOD", "defect": "DEFECT", "unknown": "NO VERDICT", "error": "BROKEN FRAME"}
+WHITE = (255, 255, 255)
+LEAST_SIDE, MOST_SIDE = 480, 1600  # of the drawn frame: small frames are enlarged, labels stay legible
+THRESHOLD = 0.5  # of a normalised map: the colours of the heat map are made for it
+STRIP, MARGIN, TITLE, SMALL = 46, 12, 26, 15
+LONGEST_NAME = 80
+
+
+def draw_result(result: Result, pixel_threshold: float | None = None) -> Image.Image:
+    """Draw the frame of a result with a strip above it: verdict, score and name.
+
+    Args:
+        result: With a view.
+        pixel_threshold: Value of the map above which a pixel is defective; None: the map is taken as normalised.
+    """
+    drawn = draw_view(result, pixel_threshold)
+    made = Image.new("RGB", (drawn.width, drawn.height + STRIP), COLOURS[result.verdict])
+    made.paste(drawn, (0, STRIP))
+    pen, title, small = ImageDraw.Draw(made), ImageFont.load_default(TITLE), ImageFont.load_default(SMALL)
+    word = WORDS[result.verdict]
+    pen.text((MARGIN, STRIP // 2), word, WHITE, title, anchor="lm")
+    left = MARGIN + pen.textlength(word, title) + MARGIN
+    score = "" if result.score is None else f"score {result.score:.3f}"
+    if result.amounts_are_off:
+        score += ", one missing or too many"
+    pen.text((left, STRIP // 2), score, WHITE, small, anchor="lm")
+    left += pen.textlength(score, small) + 2 * MARGIN
+    name = _fitting(result.name, small, pen, made.width - MARGIN - left)
+    pen.text((made.width - MARGIN, STRIP // 2), name, WHITE, small, anchor="rm")
+    return made
+
+
+def draw_view(
+    result: Result, pixel_threshold: float | None = None, sides: tuple[int, int] = (LEAST_SIDE, MOST_SIDE)
+) -> Image.Image:
+    """Draw the heat map with the outline of what is above the threshold, or the boxes, on the frame.
+
+    Args:
+        result: With a view.
+        pixel_threshold: See `draw_result`.
+        sides: Least and most pixels of the longer side of the picture.
+
+    Raises:
+        ValueError: If the result keeps no view.
+    """
+    if result.view is None or result.size is None:
+        msg = f"the result of {result.name} has nothing to draw; make the inspector with views=True"
+        raise ValueError(msg)
+    picture = result.view.picture
+    longest = max(picture.size)
+    scale = min(max(longest, sides[0]), sides[1]) / longest
+    size = (max(1, round(scale * picture.width)), max(1, round(scale * picture.height)))
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.BILINEAR if scale > 1 else Image.Resampling.BOX)
+    if result.view.anomaly_map is not None:
+        return _heat(picture, result.view.anomaly_map, result.view.mask, pixel_threshold)
+    drawn = picture.copy()
+    stretch = np.array([size[0] / result.size[0], size[1] / result.size[1]] * 2)
+    marks = []
+    for found in result.boxes or ():
+        colour, inverted = class_colour(found.label)
+        box = tuple((np.array(found.box) * stretch).tolist())
+        marks.append(Mark(box, f"{_printable(found.name)} {found.score:.2f}", colour, inverted=inverted))
+    draw_marks(drawn, marks)
+    return drawn
+
+
+def picture_name(name: str) -> str:
+    """Return a file name for the picture of a frame: its own, made harmless, and a checksum that tells two apart.
+
+    Example:
+        >>> picture_name("../line 3/bolt_017.png")
+        'bolt_017-426f2258.jpg'
+    """
+    stem = re.split(r"[/\\]", name)[-1]
+    stem = re.sub(r"\.(?:png|jpe?g|tiff?|bmp|webp)$", "", stem, flags=re.IGNORECASE)
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)[-LONGEST_NAME:].lstrip(".-") or "frame"
+    return f"{plain}-{zlib.crc32(name.encode('utf-8', 'surrogateescape')):08x}.jpg"
+
+
+def _heat(
+    picture: Image.Image, values: np.ndarray, mask: np.ndarray | None, pixel_threshold: float | None
+) -> Image.Image:
+    if pixel_threshold is not None and pixel_threshold > 0:
+        values = values * (THRESHOLD / pixel_threshold)
+    drawn = overlay(picture, values)
+    if mask is None or not mask.any() or mask.all():
+        return drawn
+    return draw_outline(drawn, mask, WHITE)
+
+
+def _printable(text: str) -> str:
+    """What the font of Pillow can draw, or a question mark."""
+    return "".join(letter if letter.isprintable() and ord(letter) < 0x3000 else "?" for letter in text)
+
+
+def _fitting(name: str, font: ImageFont.FreeTypeFont, pen: ImageDraw.ImageDraw, width: float) -> str:
+    """The end of a name that fits: its beginning is the folder."""
+    name = _printable(name)
+    if pen.textlength(name, font) <= width:
+        return name
+    while name and pen.textlength("…" + name, font) > width:
+        name = name[1:]
+    return "…" + name if name else ""

@@ -1,0 +1,105 @@
+"""Whether the scores on the line are still those of the training."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Drift", "DriftReport", "score_distance"]
+
+LEAST = 30  # frames before anything is said
+CHANCE = 1.36  # the 95 % point of Kolmogorov's distribution
+STRONG = 0.5
+
+
+@dataclass(frozen=True)
+class DriftReport:
+    """What is said of the drift.
+
+    Args:
+        word: ``"unknown"``, ``"too few frames"``, ``"none"``, ``"some"`` or ``"strong"``.
+        meaning: The same in a sentence.
+        distance: See `score_distance`; None if not known.
+        limit: The distance that chance alone seldom exceeds (1 time in 20); None if not known.
+        frames: How many of the last frames were compared.
+    """
+
+    word: str
+    meaning: str
+    distance: float | None = None
+    limit: float | None = None
+    frames: int = 0
+
+
+def score_distance(scores: Sequence[float], quantiles: Sequence[float]) -> float:
+    """Return the Kolmogorov-Smirnov distance between scores and a distribution given by quantiles.
+
+    D = sup_x |F_n(x) - F(x)|: the largest difference between the shares of scores below x, here and there.
+
+    Args:
+        scores: At least one, in any order.
+        quantiles: At equal steps of probability from 0 to 1, growing.
+
+    Returns:
+        0 where both are alike, 1 where no score of one lies among those of the other.
+
+    References:
+        N. Smirnov, "Table for estimating the goodness of fit of empirical distributions", 1948.
+
+    Example:
+        >>> score_distance([0.1, 0.4, 0.6, 0.9], [0.0, 0.5, 1.0]), score_distance([2.0, 3.0], [0.0, 0.5, 1.0])
+        (0.15, 1.0)
+    """
+    known, at = np.asarray(quantiles, dtype=float), np.linspace(0, 1, len(quantiles))
+    values = np.unique(np.asarray(scores, dtype=float))
+    ordered = np.sort(np.asarray(scores, dtype=float))
+    # Both distribution functions just below and at each score; where quantiles are equal F jumps, as scores do.
+    below, upto = (np.searchsorted(ordered, values, side) / len(ordered) for side in ("left", "right"))
+    first, last = np.searchsorted(known, values, "left"), np.searchsorted(known, values, "right")
+    smooth = np.interp(values, known, at)
+    jumps = last - first > 1
+    low = np.where(jumps, at[np.minimum(first, len(at) - 1)], smooth)
+    high = np.where(jumps, at[np.maximum(last - 1, 0)], smooth)
+    found = max(np.abs(below - low).max(), np.abs(upto - high).max())
+    return float(round(found, 12))
+
+
+class Drift:
+    """Compares the scores of the last frames with those of the training.
+
+    Args:
+        quantiles: Of the scores of the training; None: not known, nothing can be said.
+        count: How many scores these are quantiles of.
+        window: How many of the last frames count.
+    """
+
+    def __init__(self, quantiles: Sequence[float] | None, count: int = 0, window: int = 500) -> None:
+        self._quantiles = quantiles
+        self._count = count
+        self._scores: deque[float] = deque(maxlen=window)
+
+    def add(self, score: float) -> None:
+        """Take the score of a frame."""
+        self._scores.append(score)
+
+    def report(self) -> DriftReport:
+        """Say how far the last scores are from those of the training."""
+        frames = len(self._scores)
+        if self._quantiles is None:
+            return DriftReport("unknown", "The model's export does not say which scores are usual.", frames=frames)
+        if frames < LEAST:
+            return DriftReport("too few frames", f"Compared from {LEAST} frames on.", frames=frames)
+        distance = score_distance(self._scores, self._quantiles)
+        limit = CHANCE * math.sqrt(1 / frames + (1 / self._count if self._count else 0))
+        if distance <= limit:
+            word, meaning = "none", "The scores are those of the training, as far as so many frames can tell."
+        elif distance < STRONG:
+            word, meaning = "some", "The scores are not those of the training: look at light, lens and material."
+        else:
+            word = "strong"
+            meaning = (
+                "Most scores are not those of the training: verdicts may be wrong. Check light, lens and material."
+            )
+        return DriftReport(word, meaning, distance, limit, frames)

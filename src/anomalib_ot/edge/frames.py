@@ -1,0 +1,150 @@
+"""One frame: from a file or an array to what the graph takes."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from anomalib_ot.imaging.samples import (
+    EIGHT_BIT_MAX,
+    SIXTEEN_BIT_MAX,
+    UNREADABLE,
+    Samples,
+    file_problem,
+    out_of_scale,
+    read_problem,
+    read_samples,
+    size_problem,
+)
+
+__all__ = ["Frame", "FrameError", "Pixels", "network_input", "read_pixels"]
+
+CHANNELS = (1, 3, 4)
+# Looked up: a third faster than arithmetic. Multiplied as torchvision does, a division differs in the last bit.
+UNIT = np.arange(EIGHT_BIT_MAX + 1, dtype=np.float32) * np.float32(1 / EIGHT_BIT_MAX)
+
+
+class FrameError(ValueError):
+    """A frame that cannot be inspected; the message is the end of a sentence that begins with its name."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame of a source.
+
+    Args:
+        name: What results call it; unique in a source, and the same when the source is read again.
+        image: A file, or an array (H, W), (H, W, 3) or (H, W, 4) in RGB order of uint8 or uint16.
+        problem: Why the source has no image here, as the end of a sentence that begins with the name; None: it has.
+    """
+
+    name: str
+    image: str | os.PathLike | np.ndarray | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The samples of a frame.
+
+    Args:
+        samples: As read, (H, W) or (H, W, 3), and the value that stands for 1.
+    """
+
+    samples: Samples
+
+    @property
+    def width(self) -> int:
+        """Width in pixels."""
+        return self.samples.values.shape[1]
+
+    @property
+    def height(self) -> int:
+        """Height in pixels."""
+        return self.samples.values.shape[0]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a sample: 8, 16 or 32."""
+        values = self.samples.values
+        return 16 if values.dtype.kind in "iu" and values.dtype.itemsize > 1 else 8 * values.dtype.itemsize
+
+    def unit(self) -> np.ndarray:
+        """Return the frame as (H, W, 3) or (H, W), float32, in [0, 1]."""
+        values, full = self.samples
+        return UNIT[values] if values.dtype == np.uint8 else values.astype(np.float32) / np.float32(full)
+
+    def picture(self) -> Image.Image:
+        """Return the frame as an RGB picture of 8 bits, for eyes."""
+        values, full = self.samples
+        if values.dtype != np.uint8:
+            values = (
+                (values.astype(np.float32) * (EIGHT_BIT_MAX / full)).round().clip(0, EIGHT_BIT_MAX).astype(np.uint8)
+            )
+        return Image.fromarray(np.ascontiguousarray(values)).convert("RGB")
+
+
+def read_pixels(image: str | os.PathLike | np.ndarray) -> Pixels:
+    """Read a frame as the training reads images, see `imaging.samples.read_samples`.
+
+    Args:
+        image: See `Frame`.
+
+    Raises:
+        FrameError: If it is missing, empty, cut off, damaged, no image, under 16 pixels on a side, outside its scale,
+            or an array of another shape or type.
+    """
+    samples = _of_array(image) if isinstance(image, np.ndarray) else _of_file(Path(image))
+    height, width = samples.values.shape[:2]
+    problem = size_problem(width, height)
+    if problem is None and samples.values.dtype != np.uint8:
+        problem = out_of_scale(samples.values)
+    if problem:
+        raise FrameError(problem)
+    return Pixels(samples)
+
+
+def network_input(pixels: Pixels, size: tuple[int, int] | None) -> np.ndarray:
+    """Return what the graph takes, (1, 3, H, W), float32, in [0, 1].
+
+    Args:
+        pixels: The frame.
+        size: (height, width) to resize to, bilinear and antialiased as in training; None: the graph takes any size.
+    """
+    unit = pixels.unit()
+    planes = [unit] if unit.ndim == 2 else [unit[..., channel] for channel in range(3)]
+    if size is not None and size != (pixels.height, pixels.width):
+        # One channel at a time as floats: Pillow rounds what has 8 bits to 8 bits again.
+        target = (size[1], size[0])
+        resize = Image.Resampling.BILINEAR
+        planes = [np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize(target, resize)) for plane in planes]
+    made = np.empty((1, 3, *planes[0].shape), dtype=np.float32)
+    for channel in range(3):
+        made[0, channel] = planes[min(channel, len(planes) - 1)]
+    return made
+
+
+def _of_file(path: Path) -> Samples:
+    problem = file_problem(path)
+    if problem:
+        raise FrameError(problem)
+    try:
+        return read_samples(path)
+    except ImportError as error:
+        msg = f"cannot be read: {error}"
+        raise FrameError(msg) from error
+    except UNREADABLE as error:
+        raise FrameError(read_problem(path, error)) from error
+
+
+def _of_array(values: np.ndarray) -> Samples:
+    fits = values.ndim == 2 or (values.ndim == 3 and values.shape[2] in CHANNELS)
+    if not fits or values.dtype not in (np.uint8, np.uint16):
+        expected = "expected (H, W) or (H, W, 3) of uint8 or uint16"
+        msg = f"is an array of shape {values.shape} and type {values.dtype}; {expected}"
+        raise FrameError(msg)
+    if values.ndim == 3:
+        values = values[..., 0] if values.shape[2] == 1 else values[..., :3]
+    return Samples(values, EIGHT_BIT_MAX if values.dtype == np.uint8 else SIXTEEN_BIT_MAX)

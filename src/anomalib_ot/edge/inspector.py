@@ -1,0 +1,287 @@
+"""The class behind `anomalib-ot inspect`: frames in, results out, in their order, several at a time."""
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+from PIL import Image
+
+from anomalib_ot.edge.expected import Expected
+from anomalib_ot.edge.frames import Frame, FrameError, network_input, read_pixels
+from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.manifest import Manifest, find_model, read_manifest
+from anomalib_ot.edge.results import Result, broken, read_outputs
+
+__all__ = ["Inspector"]
+
+Image_ = str | os.PathLike | np.ndarray
+EMBEDDED = (["anomalib_ot"], ["framework", "anomalib_ot"])  # where graphs of OpenVINO and of ONNX hold their manifest
+
+
+@dataclass
+class _Pending:
+    """A frame on its way: with a request that computes, or with a result because there is nothing to compute."""
+
+    name: str
+    taken: float
+    size: tuple[int, int] = (0, 0)
+    given: tuple[int, int] = (0, 0)
+    picture: Image.Image | None = None
+    request: Any = None
+    result: Result | None = None
+
+
+class Inspector:
+    """Inspects frames with an exported model; needs OpenVINO, NumPy and Pillow, and nothing of PyTorch.
+
+    Args:
+        model: ``model.xml``, ``model.onnx``, or the folder of an export.
+        device: Device of OpenVINO, such as ``"CPU"``, ``"GPU"`` or ``"AUTO"``.
+        requests: Frames on their way at the same time, >= 1; None: twice as many as OpenVINO computes at once, so that
+            the next one always waits ready. With 1 the model is compiled for the shortest latency.
+        cache: Folder for compiled models, made if it is not there; a later start is faster. None: no cache.
+        threshold: Score above which a frame is defective; None: that of the model.
+        expect: What every frame must be, as ``"640x480"`` (width, height) or ``"640x480x8"`` (and bits); others are
+            broken frames. None: any size is taken.
+        views: Whether results keep what there is to draw.
+
+    Raises:
+        InspectError: If the model cannot be read, or an argument is of no use.
+
+    Example:
+        >>> with Inspector("weights/openvino") as inspector:  # doctest: +SKIP
+        ...     inspector.one("bolt_017.png").verdict
+        ...     for result in inspector.stream(["bolt_018.png", "bolt_019.png"]):
+        ...         print(result.name, result.verdict, result.score)
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike,
+        *,
+        device: str = "CPU",
+        requests: int | None = None,
+        cache: str | os.PathLike | None = None,
+        threshold: float | None = None,
+        expect: str | None = None,
+        views: bool = False,
+    ) -> None:
+        if requests is not None and requests < 1:
+            msg = f"requests is {requests}; expected at least 1, or None for what is best"
+            raise InspectError(msg)
+        if threshold is not None and not math.isfinite(threshold):
+            msg = f"threshold is {threshold}; expected a number"
+            raise InspectError(msg)
+        self.path = find_model(model)
+        self.threshold = threshold
+        self.expected = None if expect is None else Expected.parse(expect)
+        self.views = views
+        core = openvino.Core()
+        if cache is not None:
+            core.set_property({"CACHE_DIR": str(_folder(cache))})
+        graph = _read_graph(core, self.path)
+        names = [output.any_name for output in graph.outputs]
+        self.manifest: Manifest = read_manifest(self.path, names, _embedded(graph))
+        self._size = self.manifest.size or _static_size(graph)
+        hints = {
+            "INFERENCE_PRECISION_HINT": self.manifest.inference_precision,
+            "PERFORMANCE_HINT": "LATENCY" if requests == 1 else "THROUGHPUT",
+        }
+        if device.upper() not in {"CPU", "GPU"}:
+            del hints["INFERENCE_PRECISION_HINT"]  # NPU, AUTO and HETERO do not all know it
+        try:
+            self._compiled = core.compile_model(graph, device, hints)
+            best = int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+        except RuntimeError as error:
+            msg = f"device {device!r} does not take the model {self.path} ({_first_line(error)}); try device CPU"
+            raise InspectError(msg) from error
+        self.requests = 2 * best if requests is None else requests
+        self._free = [self._compiled.create_infer_request() for _ in range(self.requests)]
+
+    def __enter__(self) -> "Inspector":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Let go of the model."""
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the model; after that nothing can be inspected. Further calls do nothing."""
+        self._free.clear()
+        self._compiled = None
+
+    def one(self, image: Image_ | Frame) -> Result:
+        """Inspect one frame now.
+
+        Args:
+            image: A file, an array (H, W) or (H, W, 3) in RGB order of uint8 or uint16, or a `Frame`.
+
+        Returns:
+            The result; a frame that cannot be read gives one with an error.
+        """
+        return next(iter(self.stream([image])))
+
+    def stream(self, images: Iterable[Image_ | Frame | None]) -> Iterator[Result]:
+        """Inspect frames, several at a time.
+
+        Args:
+            images: Files, arrays or frames; read as results are asked for, with at most `requests` ahead. None among
+                them says that nothing is there at the moment: what is on its way is finished then.
+
+        Yields:
+            One result for each frame, in the order of the frames. A frame that cannot be read or computed gives a
+            result with an error, and the next one is inspected.
+
+        Raises:
+            InspectError: If the inspector is closed, or another stream of it holds all requests.
+        """
+        if self._compiled is None:
+            msg = "this inspector is closed; make a new one"
+            raise InspectError(msg)
+        pending: deque[_Pending] = deque()
+        try:
+            for number, image in enumerate(images):
+                if image is None:
+                    while pending:
+                        yield self._finish(pending)
+                    continue
+                frame = image if isinstance(image, Frame) else Frame(_name(image, number), image)
+                started = self._prepare(frame)
+                while started.result is None and not self._free:
+                    if not pending:
+                        msg = (
+                            "another stream of this inspector is not at its end; finish it, or make a second inspector"
+                        )
+                        raise InspectError(msg)
+                    yield self._finish(pending)
+                self._start(started)
+                pending.append(started)
+                while pending and self._is_ready(pending[0]):
+                    yield self._finish(pending)
+            while pending:
+                yield self._finish(pending)
+        finally:  # whoever stops asking leaves requests behind that still compute
+            for left in pending:
+                if left.request is not None:
+                    left.request.cancel()
+                    self._free.append(left.request)
+
+    def _prepare(self, frame: Frame) -> _Pending:
+        """Read a frame; whatever is wrong with it becomes its result."""
+        made = _Pending(frame.name, time.perf_counter())
+        problem = frame.problem
+        if problem is None:
+            try:
+                pixels = read_pixels(frame.image)
+                problem = None if self.expected is None else self.expected.problem(pixels)
+                if problem is None:
+                    made.request = network_input(pixels, self._size)  # until a request is free
+                    made.size, (height, width) = (pixels.width, pixels.height), made.request.shape[-2:]
+                    made.given = (width, height)
+                    made.picture = pixels.picture() if self.views else None
+            except FrameError as error:
+                problem = str(error)
+            except MemoryError:
+                problem = "does not fit into memory; cut it into tiles"
+            except Exception as error:
+                problem = f"cannot be read ({type(error).__name__}: {_first_line(error)})"
+        if problem is not None:
+            made.request = None
+            made.result = broken(frame.name, problem, _since(made.taken))
+        return made
+
+    def _start(self, frame: _Pending) -> None:
+        if frame.result is None:
+            values, frame.request = frame.request, self._free.pop()
+            try:
+                frame.request.start_async({0: values})
+            except RuntimeError as error:
+                self._free.append(frame.request)
+                frame.request, frame.result = None, broken(frame.name, _failed(error), _since(frame.taken))
+
+    def _is_ready(self, frame: _Pending) -> bool:
+        """Whether a frame needs no more waiting; a computation that failed does not."""
+        if frame.result is not None:
+            return True
+        try:
+            return frame.request.wait_for(0)
+        except RuntimeError as error:
+            self._free.append(frame.request)
+            frame.request, frame.result = None, broken(frame.name, _failed(error), _since(frame.taken))
+            return True
+
+    def _finish(self, pending: deque[_Pending]) -> Result:
+        """Wait for the first of the pending frames, and read what was computed."""
+        frame = pending.popleft()
+        if frame.result is not None:
+            return frame.result
+        try:
+            frame.request.wait()
+            names = self.manifest.outputs
+            outputs = {name: frame.request.get_output_tensor(i).data for i, name in enumerate(names)}
+            keywords = {"picture": frame.picture, "size": frame.size, "given": frame.given}
+            made = read_outputs(outputs, self.manifest, name=frame.name, threshold=self.threshold, **keywords)
+        except RuntimeError as error:
+            made = broken(frame.name, _failed(error))
+        finally:
+            self._free.append(frame.request)
+        return replace(made, latency_ms=_since(frame.taken))
+
+
+def _since(moment: float) -> float:
+    return 1000 * (time.perf_counter() - moment)
+
+
+def _failed(error: RuntimeError) -> str:
+    return f"cannot be computed by the model ({_first_line(error)})"
+
+
+def _first_line(error: BaseException) -> str:
+    """The last line of an error of OpenVINO says what is wrong, the others where; all other errors have one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _name(image: Image_, number: int) -> str:
+    return f"array {number}" if isinstance(image, np.ndarray) else os.fspath(image)
+
+
+def _folder(cache: str | os.PathLike) -> Path:
+    folder = Path(cache)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"cache is '{folder}', which cannot be made a folder ({error.strerror}); give another"
+        raise InspectError(msg) from error
+    return folder
+
+
+def _read_graph(core: openvino.Core, path: Path) -> openvino.Model:
+    try:
+        graph = core.read_model(path)
+    except RuntimeError as error:
+        msg = f"the model {path} cannot be read ({_first_line(error)}); is {path.stem}.bin beside it? Export it again"
+        raise InspectError(msg) from error
+    if len(graph.inputs) != 1:
+        msg = f"the model {path} has {len(graph.inputs)} inputs; expected one, the image: export it with Anomalib"
+        raise InspectError(msg)
+    return graph
+
+
+def _embedded(graph: openvino.Model) -> str | None:
+    """The manifest that the graph carries, if any."""
+    place = next((path for path in EMBEDDED if graph.has_rt_info(path)), None)
+    return None if place is None else str(graph.get_rt_info(place).astype(str))
+
+
+def _static_size(graph: openvino.Model) -> tuple[int, int] | None:
+    height, width = list(graph.inputs[0].partial_shape)[-2:]
+    return (height.get_length(), width.get_length()) if height.is_static and width.is_static else None

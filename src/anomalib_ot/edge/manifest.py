@@ -1,0 +1,202 @@
+"""What an exported model says of itself: the file `manifest.json` beside it, the graph, or what its outputs tell."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anomalib_ot.edge.inspect_error import InspectError
+
+__all__ = ["Manifest", "find_model", "read_manifest"]
+
+FORMAT = 1
+SUFFIXES = (".xml", ".onnx")
+PLAIN_COLOUR = {"layout": "NCHW", "range": [0, 1], "color": "RGB"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of an exported model.
+
+    Args:
+        kind: ``"anomaly"`` (a map) or ``"boxes"``.
+        outputs: Names of the graph's outputs, in its order.
+        model: Class of the model, such as ``"OTPrototypes"``; "" if not known.
+        version: Version of the package that exported it; "" if not known.
+        size: (height, width) of the only size of images that the graph takes; None: any.
+        class_names: Of the labels of boxes; None: not known.
+        image_threshold: Score above which an image is defective, as the graph gives scores; None: not known.
+        pixel_threshold: Value of the map above which a pixel is; None: not known.
+        precision: Of the weights, such as ``"FP16"``; "" if not known.
+        inference_precision: The hint to compute with.
+        quantiles: 101 quantiles of the scores of the validation or training images; None: not known.
+        count: How many scores these are quantiles of.
+        is_written: Whether there was a manifest; without one the graph's own verdict has to be trusted.
+    """
+
+    kind: str
+    outputs: tuple[str, ...]
+    model: str = ""
+    version: str = ""
+    size: tuple[int, int] | None = None
+    class_names: tuple[str, ...] | None = None
+    image_threshold: float | None = None
+    pixel_threshold: float | None = None
+    precision: str = ""
+    inference_precision: str = "f32"
+    quantiles: tuple[float, ...] | None = None
+    count: int = 0
+    is_written: bool = False
+
+    @property
+    def title(self) -> str:
+        """Model, version and precision, as far as they are known, in a few words."""
+        return " ".join(word for word in (self.model, self.version, self.precision) if word) or "a model without a name"
+
+    def unknown(self, threshold: float | None = None) -> list[str]:
+        """List what the export does not say, and what follows from that; empty if it says all.
+
+        Args:
+            threshold: The user's own, if there is one: then the model's is not missed.
+        """
+        notes = []
+        if not self.is_written:
+            notes.append(
+                "no manifest.json beside the model: thresholds are those in the graph; export it again for more"
+            )
+        elif self.kind == "anomaly" and self.image_threshold is None and threshold is None:
+            notes.append("the manifest has no image threshold: verdicts are unknown unless --threshold says one")
+        if self.kind == "boxes" and self.image_threshold is None and threshold is None:
+            notes.append("the threshold of a box is not known: a defective image shows every box that was found")
+        if self.kind == "boxes" and self.class_names is None:
+            notes.append("names of classes are not known: boxes are numbered")
+        if self.quantiles is None:
+            notes.append("scores of the training are not known: drift cannot be told")
+        return notes
+
+
+def find_model(model: str | Path) -> Path:
+    """Return the file of a model, given the file or the folder that an export has made.
+
+    Args:
+        model: ``model.xml``, ``model.onnx``, their folder, or a folder above with one such file in it.
+
+    Raises:
+        InspectError: If there is no such file, or more than one.
+    """
+    path = Path(model)
+    if path.is_file():
+        if path.suffix.lower() in SUFFIXES:
+            return path
+        msg = f"the model {path} is no .xml or .onnx file: export it with --export_type openvino or onnx"
+        raise InspectError(msg)
+    if not path.is_dir():
+        msg = f"the model {path} does not exist; expected model.xml, model.onnx or the folder of an export"
+        raise InspectError(msg)
+    for pattern in ("*", "**/*"):
+        found = sorted(file for file in path.glob(pattern) if file.suffix.lower() in SUFFIXES and file.is_file())
+        plain = [file for file in found if file.stem == "model"] or found
+        exact = [file for file in plain if file.suffix == ".xml"] or plain  # the same model twice, perhaps
+        if len(exact) == 1:
+            return exact[0]
+        if exact:
+            msg = f"the folder {path} holds {len(exact)} models, {exact[0]} and {exact[1]} among them: name one"
+            raise InspectError(msg)
+    msg = f"the folder {path} holds no .xml or .onnx file; give the folder of an export, such as weights/openvino"
+    raise InspectError(msg)
+
+
+def read_manifest(path: Path, outputs: Sequence[str], embedded: str | None = None) -> Manifest:
+    """Read what stands beside a model or in it, or else tell the kind by the names of the outputs.
+
+    Args:
+        path: The file of the model.
+        outputs: Names of the graph's outputs, in its order.
+        embedded: The text of the manifest in the graph, if there is one; the file beside the model comes first.
+
+    Raises:
+        InspectError: If the manifest cannot be read, or the outputs are those of neither kind.
+    """
+    file = path.with_name("manifest.json")
+    if file.is_file():
+        manifest = _parse(file.read_text(encoding="utf-8"), str(file), outputs)
+    elif embedded:
+        manifest = _parse(embedded, f"the manifest inside {path}", outputs)
+    else:
+        manifest = Manifest(kind=_kind(outputs, path), outputs=tuple(outputs), class_names=_class_names(path))
+    needed = {"anomaly": ("pred_score", "anomaly_map"), "boxes": ("pred_boxes", "pred_box_scores", "pred_box_labels")}
+    missing = [name for name in needed[manifest.kind] if name not in outputs]
+    if missing:
+        msg = f"the model {path} has no output {missing[0]} but {', '.join(outputs)}: export it again"
+        raise InspectError(msg)
+    return manifest
+
+
+def _kind(outputs: Sequence[str], path: Path) -> str:
+    if "pred_boxes" in outputs:
+        return "boxes"
+    if "anomaly_map" in outputs:
+        return "anomaly"
+    msg = (
+        f"the model {path} has the outputs {', '.join(outputs)}; expected those of an Anomalib export, "
+        "anomaly_map or pred_boxes among them"
+    )
+    raise InspectError(msg)
+
+
+def _class_names(path: Path) -> tuple[str, ...] | None:
+    """The names that exports before the manifest have left beside the model."""
+    file = path.with_name("class_names.json")
+    return tuple(map(str, json.loads(file.read_text(encoding="utf-8")))) if file.is_file() else None
+
+
+def _parse(text: str, origin: str, outputs: Sequence[str]) -> Manifest:
+    try:
+        found: dict[str, Any] = json.loads(text)
+        if found["format"] != FORMAT:
+            msg = (
+                f"{origin} has format {found['format']}; expected {FORMAT}: update anomalib-ot, or export again with it"
+            )
+            raise InspectError(msg)
+        given, scores = found.get("input") or {}, found.get("scores") or {}
+        for key, value in PLAIN_COLOUR.items():
+            if given.get(key, value) != value:
+                msg = f"{origin} asks for input {key} {given[key]}; expected {value}: export the model again"
+                raise InspectError(msg)
+        quantiles = scores.get("quantiles")
+        return Manifest(
+            kind=_known_kind(found["kind"]),
+            outputs=tuple(outputs),
+            model=str(found.get("model") or ""),
+            version=str(found.get("version") or ""),
+            size=(int(given["size"][0]), int(given["size"][1])) if given.get("size") else None,
+            class_names=tuple(map(str, found["class_names"])) if found.get("class_names") else None,
+            image_threshold=_number(found.get("image_threshold")),
+            pixel_threshold=_number(found.get("pixel_threshold")),
+            precision=str(found.get("precision") or ""),
+            inference_precision=str(found.get("inference_precision") or "f32"),
+            quantiles=tuple(map(float, quantiles)) if quantiles else None,
+            count=int(scores.get("count") or 0),
+            is_written=True,
+        )
+    except InspectError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        msg = f"{origin} is damaged ({type(error).__name__}: {error}); export the model again"
+        raise InspectError(msg) from error
+
+
+def _known_kind(kind: object) -> str:
+    if kind not in ("anomaly", "boxes"):
+        msg = f"kind is {kind!r}, expected 'anomaly' or 'boxes'"
+        raise ValueError(msg)
+    return str(kind)
+
+
+def _number(value: object) -> float | None:
+    """A finite number, or None: thresholds that were never found are NaN in a graph."""
+    if value is None or not math.isfinite(float(value)):  # type: ignore[arg-type]
+        return None
+    return float(value)  # type: ignore[arg-type]

@@ -1,0 +1,215 @@
+"""What is said of a frame, and how it is read from the outputs of the graph."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from anomalib_ot.edge.manifest import Manifest
+from anomalib_ot.imaging.causes import CauseShares, cause_shares
+
+__all__ = ["FoundBox", "MapSummary", "Result", "View", "broken", "read_outputs"]
+
+GOOD, DEFECT, UNKNOWN, BROKEN = "good", "defect", "unknown", "error"
+
+
+@dataclass(frozen=True)
+class FoundBox:
+    """One box: left, top, right and bottom in pixels of the frame, its score and its class."""
+
+    box: tuple[float, float, float, float]
+    score: float
+    label: int
+    name: str
+
+
+@dataclass(frozen=True)
+class MapSummary:
+    """What is said of an anomaly map.
+
+    Args:
+        max: Its greatest value.
+        x: Where that is, from the left, in pixels of the frame.
+        y: Where that is, from the top.
+        area: Share of the frame above the pixel threshold, in [0, 1]; None: no threshold is known.
+    """
+
+    max: float
+    x: float
+    y: float
+    area: float | None
+
+
+@dataclass(frozen=True)
+class View:
+    """What there is to draw of a frame: the picture, and for an anomaly the map and the pixels above the threshold."""
+
+    picture: Image.Image
+    anomaly_map: np.ndarray | None = None
+    mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is said of one frame.
+
+    Args:
+        name: Of the frame.
+        verdict: ``"good"``, ``"defect"``, ``"unknown"`` (no threshold is known) or ``"error"`` (no image).
+        score: As the graph gives it.
+        size: (width, height) of the frame in pixels.
+        boxes: Above the threshold, best first; None for a model without boxes.
+        map: Summary of the anomaly map; None for a model without.
+        causes: Percent of the anomaly that looks wrong, and that is in the wrong place; None: not exported, or nothing
+            rises above what is normal.
+        transport_score: How unusual the amounts are; None: not exported. Where it makes a frame defective on its own,
+            something is missing or there is one too many, and the map shows nothing.
+        latency_ms: From the moment the frame was taken to this result.
+        error: What is wrong with the frame, as a sentence that begins with its name.
+        view: What there is to draw, where the inspector was asked to keep it.
+    """
+
+    name: str
+    verdict: str
+    score: float | None = None
+    size: tuple[int, int] | None = None
+    boxes: tuple[FoundBox, ...] | None = None
+    map: MapSummary | None = None
+    causes: CauseShares | None = None
+    transport_score: float | None = None
+    latency_ms: float = 0.0
+    error: str | None = None
+    view: View | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def amounts_are_off(self) -> bool:
+        """Whether the frame is defective though no pixel is: something is missing, or there is one too many."""
+        return (
+            self.verdict == DEFECT and self.transport_score is not None and self.map is not None and self.map.area == 0
+        )
+
+    def line(self) -> dict[str, Any]:
+        """Return what is written as a line of JSON; what does not apply is left out."""
+        made: dict[str, Any] = {"name": self.name, "verdict": self.verdict}
+        if self.error is not None:
+            return made | {"error": self.error, "latency_ms": round(self.latency_ms, 2)}
+        made |= {"score": _short(self.score), "size": self.size}
+        if self.boxes is not None:
+            made["boxes"] = [
+                {"box": [round(side, 1) for side in b.box], "score": _short(b.score), "label": b.label, "class": b.name}
+                for b in self.boxes
+            ]
+        if self.map is not None:
+            area = None if self.map.area is None else round(self.map.area, 6)
+            at = {"x": round(self.map.x, 1), "y": round(self.map.y, 1)}
+            made["map"] = {"max": _short(self.map.max), **at, "area": area}
+        if self.causes is not None:
+            made["causes"] = self.causes._asdict()
+        if self.transport_score is not None:
+            made["transport_score"] = _short(self.transport_score)
+        return made | {"latency_ms": round(self.latency_ms, 2)}
+
+
+def broken(name: str, problem: str, latency_ms: float = 0.0) -> Result:
+    """Return the result of a frame that cannot be inspected."""
+    return Result(name, BROKEN, latency_ms=latency_ms, error=f"{name} {problem}")
+
+
+def read_outputs(
+    outputs: Mapping[str, np.ndarray],
+    manifest: Manifest,
+    *,
+    name: str,
+    picture: Image.Image | None,
+    size: tuple[int, int],
+    given: tuple[int, int],
+    threshold: float | None,
+) -> Result:
+    """Read the outputs of the graph for one frame.
+
+    Args:
+        outputs: Arrays by name, each with a leading axis of one.
+        manifest: What is known of the model.
+        name: Of the frame.
+        picture: The frame to draw on, kept in the result's view; None keeps no view.
+        size: (width, height) of the frame.
+        given: (width, height) of what the graph was given; boxes are in its pixels.
+        threshold: The user's own threshold; None: the graph's.
+    """
+    score = _score(outputs)
+    if not math.isfinite(score):
+        return broken(name, f"gave the score {score}, no number: export the model again, or look at this frame")
+    verdict = _verdict(outputs, manifest, score, threshold)
+    if manifest.kind == "boxes":
+        least = manifest.image_threshold if threshold is None else threshold
+        if least is None:
+            least = math.inf if verdict == GOOD else -math.inf
+        scale = (size[0] / given[0], size[1] / given[1])
+        boxes = _boxes(outputs, manifest.class_names, least, scale)
+        view = None if picture is None else View(picture)
+        return Result(name, verdict, score, size, boxes=boxes, view=view)
+    values = np.asarray(outputs["anomaly_map"], dtype=np.float32)[0].reshape(outputs["anomaly_map"].shape[-2:])
+    mask = _mask(outputs, manifest, values)
+    causes = None
+    if "feature_map" in outputs and "position_map" in outputs:
+        causes = cause_shares(values, outputs["feature_map"][0, 0], outputs["position_map"][0, 0], mask)
+    view = None if picture is None else View(picture, values.copy(), None if mask is None else mask.copy())
+    transport = float(np.ravel(outputs["transport_score"])[0]) if "transport_score" in outputs else None
+    summary = _summary(values, mask, size)
+    return Result(name, verdict, score, size, map=summary, causes=causes, transport_score=transport, view=view)
+
+
+def _score(outputs: Mapping[str, np.ndarray]) -> float:
+    if "pred_score" in outputs:
+        return float(np.ravel(outputs["pred_score"])[0])
+    taken = outputs["pred_box_labels"][0] >= 0
+    return float(outputs["pred_box_scores"][0][taken].max(initial=0.0))
+
+
+def _verdict(outputs: Mapping[str, np.ndarray], manifest: Manifest, score: float, threshold: float | None) -> str:
+    if threshold is not None:
+        return DEFECT if score > threshold else GOOD
+    if manifest.is_written and manifest.kind == "anomaly" and manifest.image_threshold is None:
+        return UNKNOWN  # the graph compares with a threshold that was never found; detectors always have one
+    if "pred_label" in outputs:
+        return DEFECT if bool(np.ravel(outputs["pred_label"])[0]) else GOOD
+    if manifest.image_threshold is None:
+        return UNKNOWN
+    return DEFECT if score > manifest.image_threshold else GOOD
+
+
+def _boxes(
+    outputs: Mapping[str, np.ndarray], names: tuple[str, ...] | None, least: float, scale: tuple[float, float]
+) -> tuple[FoundBox, ...]:
+    boxes, scores, labels = (outputs[name][0] for name in ("pred_boxes", "pred_box_scores", "pred_box_labels"))
+    kept = [index for index in np.argsort(-scores, kind="stable") if labels[index] >= 0 and scores[index] > least]
+    stretch = np.array([*scale, *scale])
+    found = []
+    for index in kept:
+        label = int(labels[index])
+        name = names[label] if names is not None and label < len(names) else str(label)
+        found.append(FoundBox(tuple((boxes[index] * stretch).tolist()), float(scores[index]), label, name))
+    return tuple(found)
+
+
+def _mask(outputs: Mapping[str, np.ndarray], manifest: Manifest, values: np.ndarray) -> np.ndarray | None:
+    """The pixels above the pixel threshold; None if there is no threshold."""
+    if manifest.pixel_threshold is not None:
+        return values > manifest.pixel_threshold
+    if "pred_mask" in outputs and not manifest.is_written:
+        return np.asarray(outputs["pred_mask"])[0].reshape(values.shape).astype(bool)
+    return None
+
+
+def _summary(values: np.ndarray, mask: np.ndarray | None, size: tuple[int, int]) -> MapSummary:
+    row, column = np.unravel_index(int(values.argmax()), values.shape)
+    x, y = (column + 0.5) * size[0] / values.shape[1], (row + 0.5) * size[1] / values.shape[0]
+    return MapSummary(float(values.max()), float(x), float(y), None if mask is None else float(mask.mean()))
+
+
+def _short(value: float | None) -> float | None:
+    """Six digits: more than agree between two processors."""
+    return None if value is None else float(f"{value:.6g}")
