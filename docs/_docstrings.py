@@ -23,11 +23,7 @@ class Docstrings(griffe.Extension):
 
 
 def with_examples(text: str) -> str:
-    """Put the lines from a first `>>>` at the margin on under the heading "Examples".
-
-    >>> with_examples("One.\\n\\n>>> 1 + 1\\n2")
-    'One.\\n\\nExamples:\\n    >>> 1 + 1\\n    2'
-    """
+    """Put the lines from a first `>>>` at the margin on under the heading "Examples"."""
     lines = text.split("\n")
     first = next((number for number, line in enumerate(lines) if line.startswith(">>> ")), None)
     if first is None:
