@@ -34,7 +34,8 @@ SIDE = 128  # of a piece of cloth, pixels
 
 def save(picture: Image.Image, path: Path, colours: int = COLOURS) -> None:
     """Write a picture with a palette, which makes it small."""
-    picture.convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+    few = picture.convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
     print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
 
