@@ -57,7 +57,7 @@ def notebook_pictures(out: Path) -> None:
 
 
 def layouts(out: Path) -> None:
-    """Show where free and local prototypes lie after a training on cloth with a motif; filled: with a place of its own."""
+    """Show where free and local prototypes lie on cloth with a motif; filled: with a place of its own."""
     from anomalib.engine import Engine
 
     from anomalib_ot import OTPrototypes, SyntheticFabric
