@@ -9,13 +9,14 @@ UNFINISHED := $(VENV).unfinished
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint notebooks clean distclean
+.PHONY: help install demo test lint notebooks docs clean distclean
 
 help:
 	@echo "make demo       train, test and explain on synthetic fabric; results in results/demo"
 	@echo "make test       run every test"
 	@echo "make lint       check style, format and the direction of imports"
 	@echo "make notebooks  execute the notebooks"
+	@echo "make docs       build the user guide in results/site; every link is checked"
 	@echo "make install    only create the environment $(VENV) (the others do that first)"
 	@echo "make clean      remove results, builds and caches;  make distclean: the environment too"
 
@@ -37,6 +38,10 @@ notebooks: $(INSTALLED)
 	@for notebook in $(NOTEBOOKS); do \
 	    echo "$$notebook"; $(BIN)/jupyter-execute --kernel_name=python3 "$$notebook" || exit 1; \
 	done
+
+# The variable silences an advertisement, nothing else.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The stamp is made last, and bears the time of the beginning: an edit of pyproject.toml meanwhile is not lost.
 # An installation that was cut short leaves half-written packages that pip takes for whole ones: then begin again;
