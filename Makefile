@@ -39,7 +39,7 @@ notebooks: $(INSTALLED)
 	    echo "$$notebook"; $(BIN)/jupyter-execute --kernel_name=python3 "$$notebook" || exit 1; \
 	done
 
-# The variable silences an advertisement, nothing else.
+# The variable silences the theme's notice about its own future, nothing else.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

@@ -9,8 +9,6 @@ import textwrap
 from functools import wraps
 from importlib import import_module
 
-import anomalib.data
-import anomalib.models
 from jsonargparse import ArgumentParser
 
 import anomalib_ot
@@ -42,7 +40,9 @@ def short_argument_error(message: str, *, foreign: bool = False) -> str | None:
     problem = PROBLEM.search(message)
     if problem is None:
         unknown = re.search(r"Expected a dot import path string: (\w+)", message)
-        names = [*anomalib_ot.__all__, *(dir(anomalib.data) + dir(anomalib.models) if foreign else ())]
+        # Imported here, not above: whoever imports them first loads our models, which import this file.
+        hosts = [import_module(name) for name in ("anomalib.data", "anomalib.models")] if foreign else []
+        names = [*anomalib_ot.__all__, *(name for host in hosts for name in dir(host))]
         near = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.8) if unknown else []
         return f"{option} is {unknown[1]!r}, which is not known; did you mean {near[0]!r}?" if near else None
     path, reason = problem[1], textwrap.dedent(problem[2])
