@@ -1,11 +1,13 @@
 # Two commands for a fresh machine with Python, pip and make: `make demo` and `make test`.
 # Another Python: `make PYTHON=python3.12 demo`. Another place for the environment: `make VENV=/some/folder demo`.
+# More processes for the tests, 2 GB each: `make JOBS=8 test`.
 
 PYTHON ?= $(shell command -v python3 || command -v python)
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 UNFINISHED := $(VENV).unfinished
+JOBS ?= 2
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
 .DEFAULT_GOAL := help
@@ -25,8 +27,10 @@ install: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py --out results/demo
 
+# Two processes with one thread each take half the time of one with two: most tests are small. The files of one module
+# stay together, so that what they share is made once.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
