@@ -238,7 +238,7 @@ class Sized:
 @pytest.mark.parametrize(
     ("loader", "batches", "expected"),
     [(Sized(10), 3, 10), (Sized(10), 2, 8), (Sized(10), float("inf"), 10), ([Sized(10)], 3, None)],
-    ids=str,
+    ids=["fewer", "part of them", "all", "several loaders"],
 )
 def test_images_to_come(loader, batches, expected):
     trainer = type("Trainer", (), {"train_dataloader": loader, "num_training_batches": batches})
