@@ -101,7 +101,12 @@ def test_pictures_model_and_sheet_are_there_and_can_be_read(finished):
     assert {path.parent.name for path in pictures} <= DEFECTS | {"good"}
     assert Image.open(pictures[0]).width > 1000
     assert Image.open(out / "contact_sheet.png").width == 1200
-    assert {path.name for path in (out / "model").iterdir()} == {"model.xml", "model.bin", "model.ckpt"}
+    assert {path.name for path in (out / "model").iterdir()} == {
+        "model.xml",
+        "model.bin",
+        "manifest.json",
+        "model.ckpt",
+    }
     assert OTPrototypes.load_from_checkpoint(out / "model" / "model.ckpt").model.is_fitted
 
 

@@ -354,7 +354,7 @@ def test_two_processes_see_what_one_does(batches):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("fork")
+    context = torch.multiprocessing.get_context("spawn")  # a fork of a process with threads may crash
     queue = context.Queue()
     workers = [context.Process(target=evaluate_on_rank, args=(rank, port, shares[rank], queue)) for rank in range(2)]
     for worker in workers:

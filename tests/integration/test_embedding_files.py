@@ -139,7 +139,7 @@ def one_of_several(rank, world, folder):
 
 
 def test_two_processes_see_the_images_of_both(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may crash
     processes = [context.Process(target=one_of_several, args=(rank, 2, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
