@@ -4,15 +4,17 @@
     python benchmarks/sparse_rows.py --data ../shared/data --runs results/detectors
 
 Takes the checkpoints that the first command left and measures on each set's validation images: the negative
-log-likelihood and the part of the best component after each stage; mAP without and with greedy NMS; how many of the
-true sides lie as near as the scales of their boxes say; and, where there are good images, how many boxes they have when
-a part of the defects is found. Pictures: OUT/nms.png, OUT/calibration.png.
+log-likelihood and the part of the best component after each stage; mAP as it is, with greedy NMS and with Sinkhorn-NMS,
+its settings as benchmarks/nms_rows.py chose them for another detector; how many of the true sides lie as near as the
+scales of their boxes say; and, where there are good images, how many boxes they have when a part of the defects is
+found. Pictures: OUT/nms.png, OUT/calibration.png.
 """
 
 import argparse
 import json
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,10 +28,13 @@ from torchvision.ops import box_iou
 
 from anomalib_ot.detection.mixture import Mixture, floor_scales, mixture_losses
 from anomalib_ot.detection.sparse_mdod import SparseDecoding
-from anomalib_ot.vision.suppression import keep_all, suppress_duplicates
+from anomalib_ot.postprocess import sinkhorn_nms
+from anomalib_ot.vision.detections import Detections
+from anomalib_ot.vision.suppression import keep_all, suppress_duplicates, top_detections
 
 NOMINAL = torch.arange(0.05, 1, 0.05)  # parts of the true sides
 RECALLS = (0.3, 0.5, 0.7)
+NUM_CANDIDATES, NUM_DETECTIONS = 300, 100
 HIT = 0.3  # intersection over union from which on a defect counts as found, in the figures of good images
 
 
@@ -72,22 +77,36 @@ def look(run: dict, folder: Path, data: Path) -> Seen:
     return seen
 
 
-def detections(seen: Seen, threshold: float | None, least: float = 0.0) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Decode, with greedy NMS at this overlap or without any."""
-    suppress = keep_all if threshold is None else partial(suppress_duplicates, threshold=threshold)
-    decoding = SparseDecoding(suppress, least)
-    return [decoding(proposed, size).of_image(0) for proposed, size in zip(seen.proposed, seen.sizes, strict=True)]
+def transport(found: Detections, **settings: object) -> Detections:
+    """Remove duplicates by Sinkhorn-NMS."""
+    labels = found.labels.clamp(min=0)
+    return sinkhorn_nms(found.boxes, found.scores, labels, valid=found.valid, score_threshold=0.0, **settings)
 
 
-def precision(seen: Seen, threshold: float | None) -> dict[str, float]:
+def greedy(found: Detections, threshold: float) -> Detections:
+    """Remove duplicates by torchvision's NMS."""
+    return top_detections(found, suppress_duplicates(found, threshold), NUM_DETECTIONS)
+
+
+WAYS = {
+    "as it is": lambda found: top_detections(found, found.valid, NUM_DETECTIONS),
+    "greedy, 0.6": partial(greedy, threshold=0.6),
+    "select": partial(transport, decode="select"),
+    "merge": partial(transport, decode="merge"),
+    "merge by mass": partial(transport, decode="merge", threshold=0.7, slack_cost=0.6, entropy=None),
+}
+
+
+def precision(seen: Seen, way: Callable[[Detections], Detections]) -> dict[str, float]:
     """Compute COCO's figures."""
     metric = MeanAveragePrecision(backend="faster_coco_eval")
     metric.warn_on_many_detections = False
-    names = ("boxes", "scores", "labels")
-    metric.update(
-        [dict(zip(names, found, strict=True)) for found in detections(seen, threshold)],
-        [{"boxes": boxes, "labels": labels} for boxes, labels in zip(seen.boxes, seen.labels, strict=True)],
-    )
+    decoding = SparseDecoding(keep_all, 0.0, NUM_CANDIDATES, NUM_CANDIDATES)
+    for proposed, size, boxes, labels in zip(seen.proposed, seen.sizes, seen.boxes, seen.labels, strict=True):
+        found = way(decoding(proposed, size)).of_image(0)
+        metric.update(
+            [dict(zip(("boxes", "scores", "labels"), found, strict=True))], [{"boxes": boxes, "labels": labels}]
+        )
     return {name: float(value) for name, value in metric.compute().items() if name in ("map", "map_50", "map_75")}
 
 
@@ -124,7 +143,9 @@ def coverage(seen: Seen) -> Tensor:
 
 def on_good_images(seen: Seen) -> dict[float, float] | None:
     """Return the boxes per good image, where the threshold finds these parts of the defects; None without good ones."""
-    found = detections(seen, None)
+    decoding = SparseDecoding(keep_all, 0.0)
+    pairs = zip(seen.proposed, seen.sizes, strict=True)
+    found = [decoding(proposed, size).of_image(0) for proposed, size in pairs]
     good = [scores for (_, scores, _), boxes in zip(found, seen.boxes, strict=True) if not len(boxes)]
     if not good:
         return None
@@ -186,7 +207,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, nargs="+", default=[Path("results/detectors")])
     parser.add_argument("--out", type=Path, default=Path("results/sparse"))
-    parser.add_argument("--threshold", type=float, default=0.6, help="overlap (IoU) of greedy NMS")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     import matplotlib
@@ -205,8 +225,7 @@ def main() -> None:
     for folder, run in rows:
         seen = look(run, folder, arguments.data)
         name = f"{run['set']}: {run['model']}, {run['steps']} steps"
-        without, with_nms = precision(seen, None), precision(seen, arguments.threshold)
-        suppressed.append((name, without, with_nms))
+        suppressed.append((name, {way: precision(seen, call) for way, call in WAYS.items()}))
         if seen.is_mixture:
             nll, share = by_stage(seen)
             stages.append([name, *(f"{a:.2f} / {b:.3f}" for a, b in zip(nll, share, strict=True))])
@@ -219,17 +238,13 @@ def main() -> None:
         count = max(map(len, stages)) - 1
         head = ["NLL / part of the best component", *(f"stage {number + 1}" for number in range(count))]
         tables.append(markdown(head, stages))
-    head = ["run", "mAP / AP50 / AP75", f"with greedy NMS at {arguments.threshold}", "difference of mAP"]
     lines = [
-        [
-            name,
-            *(" / ".join(f"{value:.3f}" for value in figures.values()) for figures in (without, with_nms)),
-            f"{with_nms['map'] - without['map']:+.4f}",
-        ]
-        for name, without, with_nms in suppressed
+        [name, *(" / ".join(f"{value:.3f}" for value in figures.values()) for figures in ways.values())]
+        for name, ways in suppressed
     ]
-    tables.append(markdown(head, lines))
-    draw_nms([(name, a["map"], b["map"]) for name, a, b in suppressed], arguments.out / "nms.png")
+    tables.append(markdown(["mAP / AP50 / AP75", *WAYS], lines))
+    bars = [(name, ways["as it is"]["map"], ways["greedy, 0.6"]["map"]) for name, ways in suppressed]
+    draw_nms(bars, arguments.out / "nms.png")
     if curves:
         head = ["true sides within the nominal", *(f"{part:.2f}" for part in NOMINAL[1::4].tolist())]
         lines = [[name, *(f"{value:.2f}" for value in values[1::4].tolist())] for name, values in curves.items()]

@@ -57,6 +57,16 @@ def test_broken_frames_are_lines_and_the_status_says_so(inspect, bright, line, c
     assert f"{len(said)} broken" in err
 
 
+@pytest.mark.parametrize(
+    ("threshold", "said", "warned"), [(None, "above 0.5 is", False), (0.25, "above 0.25 is", False), (50, "50", True)]
+)
+def test_the_threshold_is_told_and_one_that_decides_nothing_too(inspect, bright, line, threshold, said, warned):
+    words = () if threshold is None else ("--threshold", threshold)
+    err = inspect(bright, line / "part_03.png", *words)[2]
+    assert said in err
+    assert ("scores were from 0 to 0.5 in the validation; 50 may decide nothing" in err) == warned
+
+
 def test_pictures_of_defects_only(inspect, bright, line, tmp_path):
     _, out, _ = inspect(bright, line, "--overlays", tmp_path / "pictures", "--only-defects")
     named = {found["overlay"]: found["verdict"] for found in lines(out) if "overlay" in found}

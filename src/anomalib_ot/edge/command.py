@@ -16,6 +16,7 @@ from anomalib_ot.edge.drift import Drift
 from anomalib_ot.edge.frames import Frame
 from anomalib_ot.edge.inspect_error import InspectError
 from anomalib_ot.edge.inspector import Inspector
+from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.edge.monitor import Monitor
 from anomalib_ot.edge.page import LOOPBACK, Page
 from anomalib_ot.edge.record import Record
@@ -98,7 +99,7 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
         frames = open_source(options.source, watch=options.watch, stop=stop)
         record = stack.enter_context(Record(options.output, resume=options.resume))
         _say(f"{options.source} with {manifest.title} on {options.device}, up to {inspector.requests} frames at a time")
-        notes = manifest.unknown(options.threshold)
+        notes = [*_threshold_notes(manifest, options.threshold), *manifest.unknown(options.threshold)]
         if record.done or record.damaged:
             notes.append(f"going on: {len(record.done)} frames have a line already, {record.damaged} lines are damaged")
         monitor = None
@@ -146,6 +147,21 @@ def _check(options: argparse.Namespace) -> None:
     if options.host is not None and options.page is None:
         msg = "--host is the address of the page; give --page, too"
         raise InspectError(msg)
+
+
+def _threshold_notes(manifest: Manifest, given: float | None) -> list[str]:
+    """Say which threshold decides, and whether one that was given can decide anything."""
+    threshold = manifest.image_threshold if given is None else given
+    if threshold is None:
+        return []
+    notes = [f"a score above {threshold:g} is a defect"]
+    if given is not None and manifest.quantiles and not manifest.quantiles[0] <= given <= manifest.quantiles[-1]:
+        low, high = manifest.quantiles[0], manifest.quantiles[-1]
+        scores = f"from {low:.3g} to {high:.3g} in the validation"
+        notes.append(f"warning: scores were {scores}; {given:g} may decide nothing")
+    elif given is not None and manifest.kind == "boxes" and not 0 <= given <= 1:
+        notes.append(f"warning: scores of boxes are from 0 to 1; {given:g} decides nothing")
+    return notes
 
 
 def _not_done(frames: Iterator[Frame | None], done: set[str]) -> Iterator[Frame | None]:

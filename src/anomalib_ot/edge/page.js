@@ -1,6 +1,6 @@
 "use strict";
 // Names of files reach the page as text nodes only: nothing of them is ever read as markup.
-const WORDS = { good: "GOOD", defect: "DEFECT", unknown: "NO VERDICT", error: "BROKEN FRAME" };
+const WORDS = { good: "GOOD", defect: "DEFECT", unknown: "NO VERDICT", error: "BROKEN" };
 const LETTERS = { good: "G", defect: "D", unknown: "?", error: "!" };
 const DRIFT = { unknown: "Unknown", "too few frames": "Too few", none: "None", some: "Some", strong: "Strong" };
 const EVERY = 500, STALE = 10; // milliseconds; seconds
