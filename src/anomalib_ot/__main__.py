@@ -14,6 +14,8 @@ def main() -> None:
 
         sys.exit(inspect(sys.argv[2:]))
 
+    if sys.argv[1:2] in ([], ["-h"], ["--help"]):
+        print("anomalib-ot inspect MODEL SOURCE: exported models on the line; anomalib-ot inspect --help\n", flush=True)
     from anomalib_ot.integration.cli import run
 
     run()
