@@ -169,6 +169,24 @@ def test_watch_takes_a_file_once_it_is_whole(bright, line, tmp_path):
     assert rest == ""
 
 
+def test_a_watched_folder_that_disappears_is_a_line_once_and_may_come_back(bright, line, tmp_path):
+    folder = tmp_path / "share"
+    folder.mkdir()
+    process = start(bright, folder, "--watch")
+    process.stderr.readline()
+    folder.rename(tmp_path / "away")
+    gone = process.stdout.readline()
+    (tmp_path / "away" / "part.png").write_bytes((line / "part_00.png").read_bytes())
+    time.sleep(1)  # several looks, and no second line
+    (tmp_path / "away").rename(folder)
+    found = lines(gone + process.stdout.readline())
+    process.terminate()
+    process.communicate(timeout=20)
+    assert (found[0]["name"], found[0]["verdict"]) == (str(folder), "error")
+    assert "is gone: no frame comes in until it is back" in found[0]["error"]
+    assert (found[1]["name"], found[1]["verdict"]) == (str(folder / "part.png"), "defect")
+
+
 def test_nobody_reads_any_more(bright, line):
     process = start(bright, "-")
     process.stdout.close()

@@ -107,6 +107,7 @@ class _Seen(NamedTuple):
 
 def _watched(folder: Path, stop: threading.Event) -> Iterator[Frame | None]:
     seen: dict[str, _Seen] = {}
+    is_gone = False
     for name, status in _scan(folder):  # what is there already was whole when it had not changed for a while
         age = max(0.0, time.time() - status.st_mtime)
         seen[name] = _Seen(status.st_size, status.st_mtime_ns, time.monotonic() - age, False)
@@ -119,8 +120,12 @@ def _watched(folder: Path, stop: threading.Event) -> Iterator[Frame | None]:
         yield None
         took = time.monotonic() - now
         _sleep(max(SCAN, took if len(seen) > 1000 else 0.0), stop)
-        if not folder.is_dir():
-            continue  # a network folder may come back
+        if not folder.is_dir():  # a network folder may come back
+            if not is_gone:
+                yield Frame(str(folder), None, problem="is gone: no frame comes in until it is back")
+            is_gone = True
+            continue
+        is_gone = False
         now, found = time.monotonic(), {}
         for name, status in _scan(folder):
             before = seen.get(name)
