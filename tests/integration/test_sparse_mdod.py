@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2 import Identity
 
 from anomalib_ot import CocoBoxes, SinkhornNMS, SparseMDOD
+from anomalib_ot.detection.mixture import mixture_losses
 from anomalib_ot.integration.coco_json import write_coco
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.sparse_arguments import OBJECTIVES, SPARSE_PRESETS
@@ -182,6 +183,19 @@ def test_sinkhorn_nms_trains_and_predicts_with_it(shapes, tmp_path):
     assert model.model.decoding.max_detections == 300
 
 
+def test_the_weight_of_mcm_rises_in_the_training(shapes, tmp_path, monkeypatch):
+    seen = []
+
+    def noting(*arguments, mcm_weight, **others):
+        seen.append(mcm_weight)
+        return mixture_losses(*arguments, mcm_weight=mcm_weight, **others)
+
+    monkeypatch.setattr("anomalib_ot.integration.sparse_mdod_model.mixture_losses", noting)
+    model = SparseMDOD(**SMALL | {"mcm_weight": 0.8, "mcm_rise": [0.25, 0.75]})
+    engine(tmp_path, max_epochs=4).fit(model, datamodule=data(shapes))
+    assert seen == pytest.approx([0, 0, 0, 0.2, 0.4, 0.6, 0.8, 0.8])
+
+
 def test_the_paper_preset_is_the_published_one():
     layers = ["layer1", "layer2", "layer3", "layer4"]
     model = SparseMDOD(backbone="resnet50", layers=layers, preset="paper", class_names=["a"] * 80, evaluator=False)
@@ -196,6 +210,7 @@ def test_the_paper_preset_is_the_published_one():
     assert float(head.outputs[0].mixture_and_class_logits.bias[0].detach()) == 0
     preset = model.preset
     assert (preset.domain, preset.mcm_weight, preset.presence_weight) == ("linear", 0.5, 0)
+    assert preset.mcm_rise == (0, 0)
     assert (preset.lr, preset.weight_decay, preset.clip) == (5e-5, 5e-5, 1.0)
     assert model.hparams["nms"] == "none"
 
@@ -236,6 +251,9 @@ def test_poisoned_weights_predict_nothing(trained, shapes, tmp_path):
         ({"channels": 20}, "channels is 20; expected a multiple of 8"),
         ({"coord_unit": 0.0}, "coord_unit is 0.0; expected a finite number of pixels above 0"),
         ({"mcm_weight": 1.5}, "mcm_weight is 1.5; expected a number from 0 to 1"),
+        ({"mcm_rise": [0.7, 0.3]}, r"mcm_rise is \[0.7, 0.3\]; expected two parts of the training"),
+        ({"mcm_rise": [0.5]}, r"mcm_rise is \[0.5\]; expected two parts of the training"),
+        ({"mcm_rise": [0.5, 1.5]}, r"mcm_rise is \[0.5, 1.5\]; expected two parts of the training"),
         ({"presence_weight": -1.0}, "presence_weight is -1.0; expected a finite number of at least 0"),
         ({"presence_weight": float("inf")}, "presence_weight is inf"),
         ({"backbone": "filter_bank"}, "filter_bank.*does not learn"),

@@ -160,6 +160,26 @@ def presence_loss(mixture_logits: Tensor, responsibilities: Tensor, images: Tens
     return F.binary_cross_entropy_with_logits(mixture_logits, targets, reduction="sum")
 
 
+def risen(weight: float, rise: Sequence[float], part: float) -> float:
+    """Return the weight of maximum component maximisation when a part of the training is done.
+
+    A proposal that another one beats gets no gradient of its boxes any more. Chosen from the first step on, the best
+    are those that began well; later, they are the best of many that have learned.
+
+    Args:
+        weight: The weight in the end.
+        rise: Parts of the training between which it rises linearly from 0; (0, 0), as published, is not at all.
+        part: Part of the training that is done, 0 to 1.
+
+    >>> [round(risen(0.5, (0.25, 0.75), part), 3) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    [0.0, 0.0, 0.25, 0.5, 0.5]
+    """
+    begin, end = rise
+    if part >= end:
+        return weight
+    return weight * max(part - begin, 0.0) / (end - begin)
+
+
 def mixture_losses(
     stages: Sequence[Mixture],
     boxes: Sequence[Tensor],

@@ -48,6 +48,11 @@ class BoxTraining:
         """Anomalib knows no supervised learning; this value is the one that gets in the way of nothing."""
         return LearningType.ONE_CLASS
 
+    @property
+    def trained_part(self) -> float:
+        """Which part of the training's optimiser steps is done, 0 to 1."""
+        return min(self.global_step / max(int(self.trainer.estimated_stepping_batches), 1), 1.0)
+
     def limit_epochs(self, epochs: int | None) -> int:
         """Limit a training whose trainer has no limit, and count its steps.
 
@@ -117,6 +122,6 @@ class BoxTraining:
                 batch.gt_boxes,
                 batch.gt_box_labels,
                 batch.image.shape[-2:],
-                self.global_step / max(int(self.trainer.estimated_stepping_batches), 1),
+                self.trained_part,
                 self.mean_over_devices,
             )

@@ -44,6 +44,7 @@ class SparsePreset:
         num_extra: Levels of the pyramid beyond the backbone's coarsest map.
         frozen_stages: Stages of the backbone that are not trained.
         mcm_weight: Weight of maximum component maximisation.
+        mcm_rise: Parts of the training between which it rises from 0 to that.
         presence_weight: Weight of learning from images without objects.
         dynamic_channels: Channels between the two dynamic convolutions.
         hidden_channels: Width of the feed-forward layers.
@@ -66,6 +67,7 @@ class SparsePreset:
     num_extra: int
     frozen_stages: int
     mcm_weight: float
+    mcm_rise: Sequence[float]
     presence_weight: float
     dynamic_channels: int
     hidden_channels: int
@@ -90,6 +92,7 @@ SPARSE_PRESETS = {
         num_extra=1,
         frozen_stages=1,
         mcm_weight=0.5,
+        mcm_rise=(0.3, 0.7),
         presence_weight=1.0,
         dynamic_channels=32,
         hidden_channels=512,
@@ -112,6 +115,7 @@ SPARSE_PRESETS = {
         num_extra=0,
         frozen_stages=2,
         mcm_weight=0.5,
+        mcm_rise=(0.0, 0.0),
         presence_weight=0.0,
         dynamic_channels=64,
         hidden_channels=2048,
@@ -156,6 +160,12 @@ def sparse_preset(preset: str, **overrides: float | Sequence[int] | None) -> Spa
         msg = f"coord_unit is {chosen.coord_unit}; expected a finite number of pixels above 0, such as 16"
         raise InputError(msg)
     check_fraction("mcm_weight", chosen.mcm_weight)
+    if len(chosen.mcm_rise) != 2 or not 0 <= chosen.mcm_rise[0] <= chosen.mcm_rise[1] <= 1:
+        msg = (
+            f"mcm_rise is {list(chosen.mcm_rise)}; expected two parts of the training, 0 to 1, the earlier one first, "
+            "such as [0.3, 0.7]"
+        )
+        raise InputError(msg)
     if not 0 <= chosen.presence_weight < float("inf"):
         msg = f"presence_weight is {chosen.presence_weight}; expected a finite number of at least 0"
         raise InputError(msg)

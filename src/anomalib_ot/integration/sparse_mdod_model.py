@@ -10,7 +10,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
 from torch import Tensor, nn
 
-from anomalib_ot.detection.mixture import mixture_losses
+from anomalib_ot.detection.mixture import mixture_losses, risen
 from anomalib_ot.detection.set_loss import MATCHERS, set_losses
 from anomalib_ot.detection.sparse_mdod import SparseDetector
 from anomalib_ot.integration.box_model import BoxModel
@@ -48,6 +48,8 @@ class SparseMDOD(BoxModel, AnomalibModule):
             of defects have others; where a device has one or two images per step, it may still be better.
         coord_unit: Pixels per unit of the box outputs; 1 as published, which takes long trainings; for "mixture".
         mcm_weight: Weight of the loss that leaves one proposal per object, 0 to 1; for "mixture".
+        mcm_rise: Parts of the training, 0 to 1, between which that weight rises from 0 to the whole; [0, 0], as
+            published, is the whole from the first step on; for "mixture".
         presence_weight: Weight of learning from good images, at least 0; 0, as published, learns nothing from them;
             for "mixture".
         nms: What removes duplicates in the network: "none", as published, or "hard".
@@ -98,6 +100,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
         frozen_norm: bool | None = None,
         coord_unit: float | None = None,
         mcm_weight: float | None = None,
+        mcm_rise: Sequence[float] | None = None,
         presence_weight: float | None = None,
         nms: str = "none",
         nms_threshold: float = 0.6,
@@ -129,7 +132,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
     def new_network(self, num_classes: int) -> SparseDetector:
         """Build an untrained network; the arguments may have come from a checkpoint."""
         names = ("channels", "num_stages", "proposals", "num_extra", "frozen_stages", "coord_unit", "mcm_weight")
-        names += ("presence_weight", "frozen_norm", "lr", "weight_decay")
+        names += ("mcm_rise", "presence_weight", "frozen_norm", "lr", "weight_decay")
         self.preset = sparse_preset(self.hparams["preset"], **{name: self.hparams[name] for name in names})
         names = ("backbone", "layers", "objective", "image_size", "nms_threshold", "score_threshold", "tile_size")
         arguments = {name: self.hparams[name] for name in (*names, "tile_overlap")} | self.suppression()
@@ -174,7 +177,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
             stages,
             boxes,
             labels,
-            mcm_weight=self.preset.mcm_weight,
+            mcm_weight=risen(self.preset.mcm_weight, self.preset.mcm_rise, self.trained_part),
             presence_weight=self.preset.presence_weight,
             domain=self.preset.domain,
         )
