@@ -33,6 +33,7 @@ MODELS = {
     "SparseMDOD, set loss by transport": {"objective": "sinkhorn"},
     "SparseMDOD, nothing from good images": {"objective": "mixture", "presence_weight": 0.0},
 }
+GOOD_BOARDS = "deeppcb_with_good_boards"
 DEFAULT_RUNS = [
     ("deeppcb", "OTADetector"),
     ("deeppcb", "torchvision FCOS"),
@@ -48,13 +49,42 @@ DEFAULT_RUNS = [
     ("deeppcb", "SparseMDOD, without MCM"),
     ("deeppcb", "SparseMDOD, set loss by transport"),
     ("neu_det", "SparseMDOD"),
+    (GOOD_BOARDS, "SparseMDOD"),
+    (GOOD_BOARDS, "SparseMDOD, nothing from good images"),
     ("magnetic_tile", "SparseMDOD"),
     ("magnetic_tile", "SparseMDOD, nothing from good images"),
 ]
 
 
-def data_of(name: str, data: Path, batch_size: int, crop_size: tuple[int, int] | None) -> "BoxDataModule":  # noqa: F821
-    """Make the datamodule of a set."""
+def with_good_boards(root: Path, work: Path) -> list[str]:
+    """Write COCO files of the boards and, as images without boxes, the faultless boards that they are copies of.
+
+    Returns:
+        The files of training and validation, whose file names start from `root`.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for part in ("train", "val"):
+        content = json.loads((root / "annotations" / f"instances_{part}.json").read_text())
+        good = [dict(image, id=image["id"] + 1_000_000) for image in content["images"]]
+        for image in good:
+            image["file_name"] = "templates/" + Path(image["template"]).name
+        for image in content["images"]:
+            image["file_name"] = "images/" + image["file_name"]
+        path = (work / f"{part}_with_good_boards.json").resolve()
+        path.write_text(json.dumps(content | {"images": content["images"] + good}))
+        paths.append(str(path))
+    return paths
+
+
+def data_of(
+    name: str,
+    data: Path,
+    batch_size: int,
+    crop_size: tuple[int, int] | None,
+    work: Path,
+) -> "BoxDataModule":  # noqa: F821
+    """Make the datamodule of a set; `work` is a folder for files that it needs."""
     from anomalib_ot import CocoBoxes, MaskBoxes
     from anomalib_ot.vision.augment import DefectAugmentation
 
@@ -62,6 +92,9 @@ def data_of(name: str, data: Path, batch_size: int, crop_size: tuple[int, int] |
     batches["train_augmentations"] = DefectAugmentation(crop_size=crop_size)
     if name == "magnetic_tile":
         return MaskBoxes(root=data / name, **batches)
+    if name == GOOD_BOARDS:
+        train_json, val_json = with_good_boards(data / "deeppcb", work)
+        return CocoBoxes(root=data / "deeppcb", train_json=train_json, val_json=val_json, **batches)
     return CocoBoxes(
         root=data / name,
         train_json="annotations/instances_train.json",
@@ -148,7 +181,7 @@ def run_one(job: dict) -> dict:
     seed_everything(job["seed"])
     torch.set_num_threads(job["threads"])
     crop = None if job["crop"] is None else (job["crop"], job["crop"])
-    datamodule = data_of(job["set"], Path(job["data"]), job["batch"], crop)
+    datamodule = data_of(job["set"], Path(job["data"]), job["batch"], crop, Path(job["work"]))
     arguments = MODELS[job["model"]]
     kind = torchvision_model() if arguments is None else SparseMDOD if "objective" in arguments else OTADetector
     arguments = dict(arguments or {}) | {"frozen_norm": job["frozen_norm"] or None}

@@ -60,7 +60,7 @@ def look(run: dict, folder: Path, data: Path) -> Seen:
     from anomalib_ot import SparseMDOD
 
     model = SparseMDOD.load_from_checkpoint(folder / run["checkpoint"]).eval()
-    datamodule = data_of(run["set"], data, 8, None)
+    datamodule = data_of(run["set"], data, 8, None, folder / "work")
     datamodule.image_size = tuple(model.hparams["image_size"])
     datamodule.setup()
     seen = Seen(run, [], [], [], [], [])
