@@ -78,13 +78,9 @@ def with_good_boards(root: Path, work: Path) -> list[str]:
 
 
 def data_of(
-    name: str,
-    data: Path,
-    batch_size: int,
-    crop_size: tuple[int, int] | None,
-    work: Path,
+    name: str, data: Path, batch_size: int, crop_size: tuple[int, int] | None, work: Path | None = None
 ) -> "BoxDataModule":  # noqa: F821
-    """Make the datamodule of a set; `work` is a folder for files that it needs."""
+    """Make the datamodule of a set; `work` is a folder for files that boards with good ones need."""
     from anomalib_ot import CocoBoxes, MaskBoxes
     from anomalib_ot.vision.augment import DefectAugmentation
 
