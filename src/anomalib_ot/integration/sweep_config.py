@@ -52,6 +52,9 @@ class SweepJob:
 class SweepLabels:
     """Short names of jobs: the classes, and as few arguments as tell the jobs of one class apart.
 
+    Models are told apart by all their arguments; data only where one model meets them, so that a model which needs
+    another batch size is compared on the same data. With several accelerators a model's name ends with its own.
+
     Args:
         jobs: All jobs of a sweep.
     """
@@ -61,6 +64,7 @@ class SweepLabels:
         for job in jobs:
             for part in ("model", "data"):
                 groups[part, _class_of(job, part)].append(job)
+        self._accelerators = {job.config["accelerator"] for job in jobs}
         self._telling = {(part, kind): _telling(group, part) for (part, kind), group in groups.items()}
 
     def of(self, job: SweepJob, part: str) -> str:
@@ -74,7 +78,8 @@ class SweepLabels:
         names = [name for name in self._telling[part, kind] if name in job.flat]
         if part == "data" and len(names) == 1:
             return str(job.flat[names[0]])
-        return " ".join([kind, *(f"{name.rpartition('.')[2]}={job.flat[name]}" for name in names)])
+        where = [f"({job.config['accelerator']})"] if part == "model" and len(self._accelerators) > 1 else []
+        return " ".join([kind, *(f"{name.rpartition('.')[2]}={job.flat[name]}" for name in names), *where])
 
 
 def read_configs(paths: Sequence[str | Path]) -> list[dict]:
@@ -126,12 +131,19 @@ def _telling(jobs: Sequence[SweepJob], part: str) -> list[str]:
     names = list(dict.fromkeys(name for job in jobs for name in job.flat if name.startswith(f"{part}.init_args.")))
 
     def told(chosen: Sequence[str]) -> int:
-        return len({tuple(str(job.flat.get(name)) for name in chosen) for job in jobs})
+        return len({(_rest(job, part), *(str(job.flat.get(name)) for name in chosen)) for job in jobs})
 
     chosen: list[str] = []
     while told(chosen) < told(names):
         chosen.append(max(names, key=lambda name: told([*chosen, name])))
     return chosen
+
+
+def _rest(job: SweepJob, part: str) -> str:
+    """What a job has besides its data; nothing besides a model."""
+    if part == "model":
+        return ""
+    return json.dumps({name: value for name, value in job.flat.items() if not name.startswith("data.")}, default=str)
 
 
 def _as_list(value: object) -> list:

@@ -23,11 +23,11 @@ COSTS = {
     "state_mb": ("state, MB", 1),
 }
 LESS_IS_BETTER = ("loss", "false_positives")
-NOTES = """Means over the data of each model ("data": how many have a result); best in bold, among models with results on the
-most data. Fit: training and validation, seconds. Latency: median of one image, from raw pixels to score and map,
-without reading the file. Peak memory: highest resident memory of the job's process, Python, PyTorch and Anomalib
-included. State: parameters and buffers of the trained model, backbone included. `pixel_AUPRO` is the area under the
-per-region overlap up to 30 % false positives, the PRO of the literature. F1 is at the thresholds of the validation.
+NOTES = """Means over the data of each model ("data": how many have a result); best in bold, of models with the most results.
+Fit: training and validation, seconds. Latency: median of one image, from raw pixels to score and map, without reading
+the file. Peak memory: highest resident memory of the job's process, Python, PyTorch and Anomalib included. State:
+parameters and buffers of the trained model, backbone included. `pixel_AUPRO` is the area under the per-region overlap
+up to 30 % false positives, the PRO of the literature. F1 is at the thresholds of the validation.
 """
 
 
