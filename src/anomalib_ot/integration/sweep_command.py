@@ -86,13 +86,13 @@ def _sweep(options: argparse.Namespace) -> int:
     with SweepRecord(options.out, configs, share.rank) as record:
         before = record.rows()
         todo = [job for job in share.part(jobs) if before.get(job.key, {}).get("status") != DONE]
-        # What others failed at before is open until they have tried again.
-        stale = {key: row["time"] for key, row in before.items() if row["status"] == FAILED}
+        # What failed when all processes were last started is open until it has been tried again.
+        former = {k: row["time"] for k, row in before.items() if row["status"] == FAILED and row["run"] != share.run}
         with SweepProgress(len(todo), share) as progress:
             progress.begin(len(jobs), sum(row["status"] == DONE for row in before.values()), options.processes)
             stopped = _run_all(todo, record, labels, progress, options.processes, share)
         rows = write_report(options.out, jobs, labels, record)
-        open_jobs = sum(job.key not in rows or stale.get(job.key) == rows[job.key]["time"] for job in jobs)
+        open_jobs = sum(job.key not in rows or former.get(job.key) == rows[job.key]["time"] for job in jobs)
         if not open_jobs:
             print_table(sweep_table(jobs, labels, rows))
         progress.end(rows, open_jobs, options.out, stopped)
@@ -139,7 +139,7 @@ def _run_all(
             for future in as_completed(futures):
                 row, job = future.result(), futures[future]
                 if row is not None:
-                    record.write({"key": job.key, **row, "config": job.flat})
+                    record.write({"key": job.key, **row, "run": share.run, "config": job.flat})
                     progress.add(labels.of(job, "model"), labels.of(job, "data"), row)
         except BaseException:
             stop.set()  # else the pool would first run all other jobs

@@ -18,6 +18,7 @@ __all__ = ["SweepJob", "SweepLabels", "read_configs", "sweep_jobs"]
 ACCELERATORS = ("cpu", "cuda")
 TOP = ("accelerator", "benchmark")
 PARTS = ("seed", "model", "data")
+CATEGORY = "data.init_args.category"  # names data even where it is the only one
 CLASS = ("class_path", "init_args")
 
 
@@ -53,7 +54,8 @@ class SweepLabels:
     """Short names of jobs: the classes, and as few arguments as tell the jobs of one class apart.
 
     Models are told apart by all their arguments; data only where one model meets them, so that a model which needs
-    another batch size is compared on the same data. With several accelerators a model's name ends with its own.
+    another batch size is compared on the same data. Categories are always named. With several accelerators a model's
+    name ends with its own.
 
     Args:
         jobs: All jobs of a sweep.
@@ -75,7 +77,8 @@ class SweepLabels:
             part: "model" or "data".
         """
         kind = _class_of(job, part)
-        names = [name for name in self._telling[part, kind] if name in job.flat]
+        names = self._telling[part, kind] or ([CATEGORY] if part == "data" else [])
+        names = [name for name in names if name in job.flat]
         if part == "data" and len(names) == 1:
             return str(job.flat[names[0]])
         where = [f"({job.config['accelerator']})"] if part == "model" and len(self._accelerators) > 1 else []

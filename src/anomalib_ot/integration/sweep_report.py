@@ -23,7 +23,7 @@ COSTS = {
     "state_mb": ("state, MB", 1),
 }
 LESS_IS_BETTER = ("loss", "false_positives")
-NOTES = """Means over the data of each model ("data": how many have a result); best in bold, of models with the most results.
+NOTES = """Means over the data of each model ("data": how many have a result); best in bold, of those with most results.
 Fit: training and validation, seconds. Latency: median of one image, from raw pixels to score and map, without reading
 the file. Peak memory: highest resident memory of the job's process, Python, PyTorch and Anomalib included. State:
 parameters and buffers of the trained model, backbone included. `pixel_AUPRO` is the area under the per-region overlap

@@ -17,6 +17,7 @@ Item = TypeVar("Item")
 LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 LAUNCHER_NAMES += ("GROUP_RANK", "GROUP_WORLD_SIZE")
 LAUNCHER_PREFIXES = ("ROLE_", "TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_", "PMIX_", "JSM_", "LSB_")
+RUN_NAMES = ("TORCHELASTIC_RUN_ID", "SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID")
 THREAD_NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -29,6 +30,7 @@ class SweepShare:
         world: Number of processes on all machines.
         local_rank: Number of this process on its machine.
         local_world: Number of processes on this machine.
+        run: What the launcher calls this start of all processes; empty where it says nothing.
 
     Example:
         >>> SweepShare.of_environment({"RANK": "1", "WORLD_SIZE": "2"}).part(["a", "b", "c", "d", "e"])
@@ -39,6 +41,7 @@ class SweepShare:
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
+    run: str = ""
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str]) -> SweepShare:
@@ -50,14 +53,15 @@ class SweepShare:
         Raises:
             InputError: If the variables are no numbers or do not fit together.
         """
+        run = next((environment[name] for name in RUN_NAMES if environment.get(name)), "")
         if "RANK" in environment or "WORLD_SIZE" in environment:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-            return cls(*_numbers(environment, names, (None, None, 0, 1)))
+            return cls(*_numbers(environment, names, (None, None, 0, 1)), run)
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
         rank, world, local = _numbers(environment, names, (0, 1, 0))
         names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP")
         number, count, first, step = _numbers(environment, names, (0, 1, 0, 1))
-        return cls((number - first) // max(step, 1) * world + rank, count * world, local)
+        return cls((number - first) // max(step, 1) * world + rank, count * world, local, run=run)
 
     def __post_init__(self) -> None:
         """Refuse a place that is none."""
