@@ -18,6 +18,7 @@ from anomalib_ot.integration import sweep_command
 from anomalib_ot.integration.fabric_folder import FabricFolder
 from anomalib_ot.integration.sweep_command import run
 from anomalib_ot.integration.sweep_config import SweepJob, read_configs, sweep_jobs
+from anomalib_ot.integration.sweep_report import markdown, read_sweep
 
 SMALL = {"backbone": "filter_bank", "layers": ["scale1"], "image_size": [64, 64], "num_prototypes": 8}
 FIGURES = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO")
@@ -157,6 +158,7 @@ def test_what_failed_and_what_is_not_there_is_said_in_one_line(home, resumed):
     page = (home / "out/table.md").read_text()
     assert "- Padim, cloth, seed 0: failed: RuntimeError: Unknown model (resnet99)" in page
     assert "| OTPrototypes alpha=0.0 | 1/2 |" in page
+    assert markdown(read_sweep(home / "out")) == page
     with (home / "out/results.csv").open() as file:
         assert [line["status"] for line in csv.DictReader(file)].count("skipped") == 3
     assert Image.open(home / "out/plots.png").size[0] > 500

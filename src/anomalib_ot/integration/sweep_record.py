@@ -15,7 +15,7 @@ try:
 except ImportError:  # Windows: two sweeps in one folder are not noticed there
     fcntl = None
 
-__all__ = ["DONE", "FAILED", "SKIPPED", "SweepRecord", "write_whole"]
+__all__ = ["CONFIG", "DONE", "FAILED", "SKIPPED", "SweepRecord", "read_rows", "write_whole"]
 
 CONFIG = "sweep.json"
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
@@ -71,16 +71,25 @@ class SweepRecord:
 
     def rows(self) -> dict[str, dict]:
         """Read the rows of all processes by key: the last of each job, a finished one before all others."""
-        found: dict[str, dict] = {}
-        for path in sorted(self.folder.glob("rows-*.jsonl")):
-            for line in path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n"):
-                    continue  # another process is writing it, or was killed
-                row = json.loads(line)
-                before = found.get(row["key"])
-                if before is None or _rank(row) >= _rank(before):
-                    found[row["key"]] = row
-        return found
+        return read_rows(self.folder)
+
+
+def read_rows(folder: Path) -> dict[str, dict]:
+    """Read the rows of a folder by key: the last of each job, a finished one before all others.
+
+    Args:
+        folder: That of a sweep, which may be going on.
+    """
+    found: dict[str, dict] = {}
+    for path in sorted(folder.glob("rows-*.jsonl")):
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                continue  # a process is writing it, or was killed
+            row = json.loads(line)
+            before = found.get(row["key"])
+            if before is None or _rank(row) >= _rank(before):
+                found[row["key"]] = row
+    return found
 
 
 def write_whole(path: Path, content: bytes) -> None:

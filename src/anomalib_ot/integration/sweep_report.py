@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from anomalib_ot.integration.sweep_config import SweepJob, SweepLabels
-from anomalib_ot.integration.sweep_record import DONE, SweepRecord, write_whole
+from anomalib_ot.integration.sweep_config import SweepJob, SweepLabels, sweep_jobs
+from anomalib_ot.integration.sweep_record import CONFIG, DONE, SweepRecord, read_rows, write_whole
 
-__all__ = ["SweepTable", "markdown", "print_table", "sweep_table", "write_report"]
+__all__ = ["SweepTable", "markdown", "print_table", "read_sweep", "sweep_table", "write_report"]
 
 # Heading, decimals; less is better in all of them.
 COSTS = {
@@ -109,6 +110,16 @@ def sweep_table(jobs: Sequence[SweepJob], labels: SweepLabels, rows: Mapping[str
     values = {where: statistics.fmean(found) for where, found in grouped.items()}
     models, datas = ([*dict.fromkeys(labels.of(job, part) for job in jobs)] for part in ("model", "data"))
     return SweepTable(models, datas, list(figures), values, problems)
+
+
+def read_sweep(folder: Path) -> SweepTable:
+    """Read the results of a sweep, finished or not.
+
+    Args:
+        folder: Its `--out`.
+    """
+    jobs = sweep_jobs(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    return sweep_table(jobs, SweepLabels(jobs), read_rows(folder))
 
 
 def write_report(folder: Path, jobs: Sequence[SweepJob], labels: SweepLabels, record: SweepRecord) -> dict[str, dict]:
