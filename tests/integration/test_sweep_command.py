@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from anomalib_ot.integration.sweep_command import run
 from anomalib_ot.integration.sweep_config import SweepJob, read_configs, sweep_jobs
 from anomalib_ot.integration.sweep_report import markdown, read_sweep
 
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "docs/howto/benchmark.md"
 SMALL = {"backbone": "filter_bank", "layers": ["scale1"], "image_size": [64, 64], "num_prototypes": 8}
 FIGURES = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO")
 COSTS = ("fit_duration", "test_duration", "latency_ms", "peak_mb", "state_mb")
@@ -227,6 +231,44 @@ def test_a_process_of_several_fails_only_when_all_is_done(tmp_path, ran, monkeyp
     assert "1 not yet" in capsys.readouterr().err
 
 
+def test_a_sweep_that_is_asked_to_end_leaves_the_rest_for_later(tmp_path, ran, monkeypatch, capsys):
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals come to the main thread only")
+    (tmp_path / "mvtec/cloth").mkdir(parents=True)
+    written(tmp_path, classes("One", "Two", "Three"), ["cloth"])
+    pretend = sweep_command._run_one
+
+    def asked(job, logs, environment, stop):
+        if job.flat["model.class_path"] == "Two":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return None if stop.wait(10) else pretend(job, logs, environment, stop)
+        return pretend(job, logs, environment, stop)
+
+    monkeypatch.setattr(sweep_command, "_run_one", asked)
+    assert sweep(tmp_path) == 130
+    assert "stopped: 1 done, 2 not yet" in capsys.readouterr().err
+    assert "| One | 1/1 |" in (tmp_path / "out/table.md").read_text()
+    monkeypatch.setattr(sweep_command, "_run_one", pretend)
+    assert sweep(tmp_path) == 0
+    assert [job.flat["model.class_path"] for job in ran] == ["One", "Two", "Three"]
+
+
+@pytest.mark.skipif(not GUIDE.is_file(), reason="this is not a checkout: no docs/ here")
+def test_the_guide_is_right(tmp_path):
+    text = GUIDE.read_text(encoding="utf-8")
+    (tmp_path / "benchmark.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1))
+    assert len(sweep_jobs(read_configs([tmp_path / "benchmark.yaml"]))) == 6
+    lines = [
+        line for line in text.replace("\\\n", " ").splitlines() if "benchmark --config" in line and "`" not in line
+    ]
+    assert len(lines) == 6
+    for line in lines:
+        words = line.partition(" benchmark ")[2].rstrip('"').split()
+        options = sweep_command._parser().parse_args(words)
+        if options.config[0].startswith("configs"):
+            assert read_configs([ROOT / path for path in options.config])
+
+
 def test_nothing_there_is_no_success(tmp_path, ran):
     written(tmp_path, classes("Good"), ["cloth"])
     assert sweep(tmp_path) == 1
@@ -249,8 +291,6 @@ def test_bad_arguments_are_one_line(tmp_path, ran, capsys, words, said):
 
 
 def test_a_process_that_dies_is_a_row(tmp_path, monkeypatch):
-    import threading
-
     job = SweepJob({"accelerator": "cpu", "seed": 0, "model": {"class_path": "A"}, "data": {"class_path": "B"}})
     monkeypatch.setattr(sweep_command.sys, "executable", "/bin/false")
     row = sweep_command._run_one(job, tmp_path / "logs", {}, threading.Event())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,15 +22,16 @@ class SweepProgress:
     Args:
         total: Jobs that this process will run.
         share: Its place among others; with several, each line says whose it is.
+        console: Where to; None: standard error.
     """
 
-    def __init__(self, total: int, share: SweepShare) -> None:
+    def __init__(self, total: int, share: SweepShare, console: Console | None = None) -> None:
         self._total, self._done, self._failed = total, 0, 0
         self._place = share
-        self._console = Console(stderr=True)
+        self._console = console or Console(stderr=True)
         columns = [TextColumn("jobs"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed")]
         columns += [TextColumn("time left"), TimeRemainingColumn()]
-        # Refreshed without a thread of its own only where it is not shown at all.
+        # On a terminal a thread keeps the time left going; elsewhere there is no bar at all.
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("", total=total, failed=0)
 
@@ -75,4 +75,4 @@ class SweepProgress:
         if self._console.is_terminal:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=self._console.file, flush=True)
