@@ -82,7 +82,7 @@ def test_the_report_is_made_of_the_rows_of_all_processes(tmp_path):
     lines = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(lines) == len(JOBS)
     assert {line["status"] for line in lines} == {"done", "failed"}
-    best = next(line for line in lines if line["label"] == "Patchcore" and line["on"] == "bottle")
+    best = next(line for line in lines if line["model_label"] == "Patchcore" and line["data_label"] == "bottle")
     assert (best["image_AUROC"], best["data.init_args.category"], best["seed"]) == ("0.99", "bottle", "0")
     assert not list(tmp_path.glob(".*"))
 

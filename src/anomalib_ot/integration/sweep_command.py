@@ -86,8 +86,8 @@ def _sweep(options: argparse.Namespace) -> int:
     with SweepRecord(options.out, configs, share.rank) as record:
         before = record.rows()
         todo = [job for job in share.part(jobs) if before.get(job.key, {}).get("status") != DONE]
-        # What failed when all processes were last started is open until it has been tried again.
-        former = {k: row["time"] for k, row in before.items() if row["status"] == FAILED and row["run"] != share.run}
+        # What had no result when all processes were last started is open until it has been tried again.
+        former = {k: row["time"] for k, row in before.items() if row["status"] != DONE and row["run"] != share.run}
         with SweepProgress(len(todo), share) as progress:
             progress.begin(len(jobs), sum(row["status"] == DONE for row in before.values()), options.processes)
             stopped = _run_all(todo, record, labels, progress, options.processes, share)

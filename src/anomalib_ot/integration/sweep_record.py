@@ -87,7 +87,7 @@ def read_rows(folder: Path) -> dict[str, dict]:
                 continue  # a process is writing it, or was killed
             row = json.loads(line)
             before = found.get(row["key"])
-            if before is None or _rank(row) >= _rank(before):
+            if before is None or _precedence(row) >= _precedence(before):
                 found[row["key"]] = row
     return found
 
@@ -99,7 +99,7 @@ def write_whole(path: Path, content: bytes) -> None:
     stage.replace(path)
 
 
-def _rank(row: dict) -> tuple[bool, float]:
+def _precedence(row: dict) -> tuple[bool, float]:
     return row["status"] == DONE, row["time"]
 
 

@@ -187,7 +187,7 @@ def _csv(jobs: Sequence[SweepJob], labels: SweepLabels, rows: Mapping[str, dict]
         row = rows.get(job.key)
         if row is None:
             continue
-        line = {"label": labels.of(job, "model"), "on": labels.of(job, "data"), "status": row["status"]}
+        line = {"model_label": labels.of(job, "model"), "data_label": labels.of(job, "data"), "status": row["status"]}
         line |= {"error": row.get("error", ""), "job_duration": row["seconds"], "threads": row.get("threads", "")}
         lines.append({**line, **row.get("figures", {}), **row.get("costs", {}), **job.flat})
     columns = dict.fromkeys(name for line in lines for name in line)
