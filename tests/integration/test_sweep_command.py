@@ -27,7 +27,7 @@ GUIDE = ROOT / "docs/howto/benchmark.md"
 SMALL = {"backbone": "filter_bank", "layers": ["scale1"], "image_size": [64, 64], "num_prototypes": 8}
 FIGURES = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO")
 COSTS = ("fit_duration", "test_duration", "latency_ms", "peak_mb", "state_mb")
-PATIENCE = 120  # seconds
+PATIENCE = 500  # seconds, on a machine with much else to do
 
 
 def written(folder: Path, models: list, categories: list[str], **more) -> Path:
@@ -73,17 +73,15 @@ def killed(home, environment):
         process = subprocess.Popen([sys.executable, *words], cwd=home, env=environment, stdout=said, stderr=said)
     until = time.monotonic() + PATIENCE
     children: list[int] = []
-    while time.monotonic() < until and process.poll() is None and not (children and rows.stat().st_size):
+    tasks = Path(f"/proc/{process.pid}/task")
+    while time.monotonic() < until and process.poll() is None:
         time.sleep(0.05)
-        if rows.is_file() and rows.stat().st_size:
-            children = [
-                int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            ]
-            children += [
-                int(pid)
-                for task in Path(f"/proc/{process.pid}/task").iterdir()
-                for pid in (task / "children").read_text().split()
-            ]
+        if not rows.is_file() or not rows.stat().st_size:
+            continue
+        if tasks.is_dir():  # the next job is about to begin; each thread has children of its own
+            children = [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+        if children or not tasks.is_dir():
+            break
     assert process.poll() is None, (home / "said.txt").read_text()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -109,13 +107,17 @@ def row_of(home, number):
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for the job's process in /proc")
 def test_no_job_outlives_a_sweep_that_was_killed(killed):
-    until = time.monotonic() + 20
-    running = [pid for pid in killed[1] if Path(f"/proc/{pid}").is_dir()]
-    while running and time.monotonic() < until:
-        time.sleep(0.1)
-        running = [pid for pid in running if Path(f"/proc/{pid}/cmdline").is_file()]
+    def runs(pid):
+        try:
+            return b"sweep_job" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return False
+
     assert killed[1]
-    assert not running
+    until = time.monotonic() + PATIENCE
+    while any(map(runs, killed[1])) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(runs, killed[1]))
 
 
 def test_what_was_done_is_kept_and_the_rest_is_done_by_two_processes(home, killed, resumed):
