@@ -1,4 +1,6 @@
-"""The script ``anomalib-ot``: ``inspect`` for the box beside the line, else Anomalib's command with our classes in it.
+"""The script ``anomalib-ot``: ``inspect``, ``benchmark``, else Anomalib's command with our classes in it.
+
+``inspect`` is for the box beside the line; ``benchmark`` reads Anomalib's benchmark files and can be gone on with.
 
 The plain ``anomalib`` command knows them too wherever the start-up hook runs. It does not run under ``python -S``, in a
 frozen application, or for a package that lies on ``PYTHONPATH``; this command works there as well.
@@ -8,14 +10,23 @@ import sys
 
 
 def main() -> None:
-    """Run ``inspect``, which needs no Anomalib, or else the Anomalib command line, on ``sys.argv``."""
+    """Run ``inspect``, which needs no Anomalib, ``benchmark``, or else the Anomalib command line, on ``sys.argv``."""
     if sys.argv[1:2] == ["inspect"]:
         from anomalib_ot.edge.command import run as inspect
 
         sys.exit(inspect(sys.argv[2:]))
 
+    if sys.argv[1:2] == ["benchmark"]:
+        from anomalib_ot.integration.sweep_command import run as benchmark
+
+        sys.exit(benchmark(sys.argv[2:]))
+
     if sys.argv[1:2] in ([], ["-h"], ["--help"]):
-        print("anomalib-ot inspect MODEL SOURCE: exported models on the line; anomalib-ot inspect --help\n", flush=True)
+        print("anomalib-ot inspect MODEL SOURCE: exported models on the line; anomalib-ot inspect --help")
+        print(
+            "anomalib-ot benchmark --config FILE --out DIR: resumable sweeps; anomalib-ot benchmark --help\n",
+            flush=True,
+        )
     from anomalib_ot.integration.cli import run
 
     run()
