@@ -101,7 +101,9 @@ class MapSmoother(nn.Module):
         kernel = torch.exp(-0.5 * (offsets / max(sigma, 1e-6)) ** 2)
         self.register_buffer("kernel", kernel / kernel.sum(), persistent=False)
 
-    def forward(self, maps: Sequence[Tensor], size: tuple[int, int], align_corners: Sequence[bool] = (False,)) -> Tensor:
+    def forward(
+        self, maps: Sequence[Tensor], size: tuple[int, int], align_corners: Sequence[bool] = (False,)
+    ) -> Tensor:
         """Sum `maps`, each (B, C, h, w) with a grid of its own, smoothed, as pixels (B, C, *size).
 
         Args:
