@@ -23,7 +23,7 @@ import numpy as np
 from real_data import BACKBONES, SETS, build_patchcore, folder, register_same_padding
 
 WAYS = {"FP32": None, "FP16": "fp16", "INT8": "int8_ptq"}
-ROUNDS, BATCH = 15, 8  # turns of each way; images per turn
+ROUNDS, BATCH = 11, 6  # turns of each way; images per turn
 STREAMS = 2
 BACKBONE = ("Convolution", "GroupConvolution", "MaxPool")  # operations of our graphs that only the backbone has
 PROFILED = 40  # images
