@@ -64,7 +64,7 @@ def test_the_threshold_is_told_and_one_that_decides_nothing_too(inspect, bright,
     words = () if threshold is None else ("--threshold", threshold)
     err = inspect(bright, line / "part_03.png", *words)[2]
     assert said in err
-    assert ("scores were from 0 to 0.5 in the validation; 50 may decide nothing" in err) == warned
+    assert ("scores were from 0 to 1 in the validation; 50 may decide nothing" in err) == warned
 
 
 def test_pictures_of_defects_only(inspect, bright, line, tmp_path):

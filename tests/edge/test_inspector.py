@@ -254,7 +254,7 @@ def test_a_narrow_part_leaves_room_for_the_name_of_its_file(bright):
     with Inspector(bright, views=True) as inspector:
         wide, narrow = (
             np.asarray(draw_result(inspector.one(Frame("line/bolt_of_lot_17_000123.png", frame(0, 0.3, size)))))
-            for size in ((64, 48), (8, 64))
+            for size in ((64, 48), (16, 128))
         )
     first, second = (picture[:46, -250:] for picture in (wide, narrow))
     assert narrow.shape[1] > 300  # the frame alone has 60 pixels
