@@ -25,6 +25,7 @@ def main() -> None:
     from anomalib.deploy import CompressionType
 
     import anomalib_ot
+    from anomalib_ot.integration import checked_export
     from anomalib_ot.integration.parity import torch_outputs
     from anomalib_ot.integration.quantisation import Judged, Samples, figure
 
@@ -34,12 +35,15 @@ def main() -> None:
     parser.add_argument("--model", default="OTADetector", choices=MODELS, help="what it is")
     parser.add_argument("--set", default="deeppcb", choices=["deeppcb", "neu_det", "magnetic_tile"])
     parser.add_argument("--images", type=int, default=100, help="test images at most, spread evenly")
+    parser.add_argument("--calibration", type=int, default=128, help="training images that integers are calibrated on")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("results/detector_export"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)
     torch.set_num_threads(args.threads)
+    checked_export.CALIBRATION_IMAGES = args.calibration
+    checked_export.ACCURACY_IMAGES = min(args.images, checked_export.ACCURACY_IMAGES)  # exports measure, too
     model = getattr(anomalib_ot, args.model).load_from_checkpoint(args.checkpoint).eval()
     datamodule = data_of(args.set, args.data, 8, None)
     datamodule.prepare_data()
@@ -56,7 +60,8 @@ def main() -> None:
     figures = {name: figure(Judged(run, samples)) for name, run in runs.items()}
     images = np.stack([samples.image(row).numpy() for row in range(min(len(samples), 16))])
     rates = speeds(ways, images)
-    print(f"{args.model} on {args.set}: {len(samples)} test images, {args.threads} threads")
+    counts = f"{len(samples)} test images, calibrated on {args.calibration}, {args.threads} threads"
+    print(f"{args.model} on {args.set}: {counts}")
     print("| way | images/s | to PyTorch | mAP |\n|---|---|---|---|")
     for name, rate in rates.items():
         found = figures[name.partition(",")[0]]

@@ -249,7 +249,7 @@ def test_pictures_show_the_verdict_and_keep_labels_in_sight(tmp_path):
 
 
 def test_a_narrow_part_leaves_room_for_the_name_of_its_file(bright):
-    from anomalib_ot.edge.drawing import COLOURS, draw_result
+    from anomalib_ot.edge.drawing import BESIDE, COLOURS, draw_result
 
     with Inspector(bright, views=True) as inspector:
         wide, narrow = (
@@ -259,7 +259,8 @@ def test_a_narrow_part_leaves_room_for_the_name_of_its_file(bright):
     first, second = (picture[:46, -250:] for picture in (wide, narrow))
     assert narrow.shape[1] > 300  # the frame alone has 60 pixels
     assert np.array_equal(first[:, -200:], second[:, -200:])  # the end of the caption is the same
-    assert tuple(narrow[-1, 0]) == COLOURS["good"]
+    assert tuple(narrow[45, 0]) == COLOURS["good"]
+    assert tuple(narrow[-1, 0]) == tuple(narrow[-1, -1]) == BESIDE  # the frame is in the middle
     assert narrow.shape[0] == 480 + 46
 
 

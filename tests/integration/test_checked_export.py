@@ -1,6 +1,7 @@
 """Exports of every model: compared with PyTorch, described by a manifest, smaller or faster where asked for."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -303,7 +304,23 @@ def test_integers_are_calibrated_and_measured(prototypes, cloth, tmp_path, caplo
     assert f"{len(samples)} validation images are few" in caplog.text
     assert manifest["parity"]["tolerance"] is None
     assert manifest["parity"]["map"] > 1e-5  # they do calculate with integers
+    check_documented(manifest)
     check_integers(operations(path), 3)
+
+
+def check_documented(manifest):
+    """The guide's table names every field of a manifest."""
+    guide = (Path(__file__).parents[2] / "docs" / "howto" / "export.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1] for row in guide.splitlines() if row.startswith("| `")]
+    named = {name for row in rows for name in re.findall("`([^`]+)`", row)}
+
+    def fields(data, prefix=""):
+        for name, value in data.items():
+            yield from fields(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+
+    found = set(fields(manifest))
+    assert {"scores.good.count", "accuracy.verdicts_changed", "parity.score"} <= found
+    assert sorted(found - named - {"parity.tolerance", "scores.good"}) == []
 
 
 def check_integers(graph, least):
@@ -345,6 +362,7 @@ def test_half_precision_with_suppression_by_transport(suppressed, boxes, tmp_pat
     path = suppressed.to_openvino(tmp_path, compression_type=CompressionType.FP16, datamodule=boxes)
     manifest = read(path)
     assert manifest["precision"] == "FP16"
+    check_documented(manifest)
     assert manifest["accuracy"]["fp16"] == pytest.approx(manifest["accuracy"]["fp32"], abs=0.02)
     assert 0 < manifest["parity"]["score"] < 0.02
     assert manifest["parity"]["boxes_compared"] > 0

@@ -15,7 +15,7 @@ __all__ = ["COLOURS", "WORDS", "draw_result", "draw_view", "picture_name"]
 
 COLOURS = {"good": (24, 128, 56), "defect": (198, 40, 40), "unknown": (98, 104, 116), "error": (176, 96, 0)}
 WORDS = {"good": "GOOD", "defect": "DEFECT", "unknown": "NO VERDICT", "error": "BROKEN FRAME"}
-WHITE = (255, 255, 255)
+WHITE, BESIDE = (255, 255, 255), (98, 104, 116)
 LEAST_SIDE, MOST_SIDE = 480, 1600  # of the drawn frame: small frames are enlarged, labels stay legible
 THRESHOLD = 0.5  # of a normalised map: the colours of the heat map are made for it
 STRIP, MARGIN, TITLE, SMALL = 46, 12, 26, 15
@@ -41,7 +41,8 @@ def draw_result(result: Result, pixel_threshold: float | None = None) -> Image.I
     # A narrow frame stands in the middle of a strip that is wide enough for the name of its file.
     own = small.getlength(_printable(re.split(r"[/\\]", result.name)[-1]) + "…/")
     width = max(drawn.width, min(math.ceil(left + own) + MARGIN, WIDEST_STRIP))
-    made = Image.new("RGB", (width, drawn.height + STRIP), COLOURS[result.verdict])
+    made = Image.new("RGB", (width, drawn.height + STRIP), BESIDE)
+    made.paste(COLOURS[result.verdict], (0, 0, width, STRIP))
     made.paste(drawn, ((width - drawn.width) // 2, STRIP))
     pen = ImageDraw.Draw(made)
     pen.text((MARGIN, STRIP // 2), word, WHITE, title, anchor="lm")
