@@ -214,8 +214,8 @@ def main() -> None:
     datamodule = folder(root, args.set, some_images(root / "train/good", args.out / "train", args.images))
     images, labels = pictures(datamodule, SETS[args.set])
     ways, figures, ours = {}, {}, None
-    for kind in args.models:
-        model = trained(kind, args, datamodule)
+    models = {kind: trained(kind, args, datamodule) for kind in args.models}  # before NNCF patches torch
+    for kind, model in models.items():
         if kind == "OTPrototypes":
             ways["OTPrototypes, PyTorch"] = torch_way(model, args.threads)
         for way in WAYS if kind == "OTPrototypes" else ("FP32",):
