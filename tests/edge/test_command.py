@@ -64,7 +64,7 @@ def test_the_threshold_is_told_and_one_that_decides_nothing_too(inspect, bright,
     words = () if threshold is None else ("--threshold", threshold)
     err = inspect(bright, line / "part_03.png", *words)[2]
     assert said in err
-    assert ("scores were from 0 to 0.5 in the validation; 50 may decide nothing" in err) == warned
+    assert ("scores were from 0 to 1 in the validation; 50 may decide nothing" in err) == warned
 
 
 def test_pictures_of_defects_only(inspect, bright, line, tmp_path):
@@ -92,11 +92,13 @@ def test_resume_cuts_a_half_line_and_does_the_rest(inspect, bright, line, clean,
     whole = output.read_bytes()
     rows = whole.splitlines(keepends=True)
     for length in (0, 10, len(rows[0]) - 1, len(rows[0]), len(whole) - 20):
+        is_half = length not in (0, len(rows[0]))
         output.write_bytes(whole[:length])
         status, _, err = inspect(bright, line, "--output", output, "--resume")
         assert status == 0
         assert without_latency(lines(output)) == without_latency(clean)
-    assert "going on: 11 frames have a line already" in err
+        assert ("its last line was only half written and was cut off" in err) == is_half
+    assert f"going on with {output}: 11 frames have a line in it and are left out; its last line" in err
 
 
 def test_a_file_that_ends_within_a_line_is_not_written_over(inspect, bright, line, tmp_path):
@@ -271,7 +273,8 @@ def test_a_camera_that_is_lost_comes_back(monkeypatch):
         ([".", "--only-defects"], "--overlays FOLDER"),
         ([".", "--host", "0.0.0.0"], "give --page, too"),
         (["x.png", "--watch"], "--watch waits for files in a folder"),
-        ([".", "--page", "99999"], "--page 99999 on 127.0.0.1 cannot be had"),
+        ([".", "--page", "80000"], "--page is 80000; expected a port from 0 (any free one) to 65535"),
+        ([".", "--page", "0", "--host", "not-a-host."], "--host is 'not-a-host.', which is no address of this machine"),
     ],
     ids=str,
 )

@@ -248,6 +248,22 @@ def test_pictures_show_the_verdict_and_keep_labels_in_sight(tmp_path):
         draw_result(inspector.one(frame(0)))
 
 
+def test_a_narrow_part_leaves_room_for_the_name_of_its_file(bright):
+    from anomalib_ot.edge.drawing import BESIDE, COLOURS, draw_result
+
+    with Inspector(bright, views=True) as inspector:
+        wide, narrow = (
+            np.asarray(draw_result(inspector.one(Frame("line/bolt_of_lot_17_000123.png", frame(0, 0.3, size)))))
+            for size in ((64, 48), (16, 128))
+        )
+    first, second = (picture[:46, -250:] for picture in (wide, narrow))
+    assert narrow.shape[1] > 300  # the frame alone has 60 pixels
+    assert np.array_equal(first[:, -200:], second[:, -200:])  # the end of the caption is the same
+    assert tuple(narrow[45, 0]) == COLOURS["good"]
+    assert tuple(narrow[-1, 0]) == tuple(narrow[-1, -1]) == BESIDE  # the frame is in the middle
+    assert narrow.shape[0] == 480 + 46
+
+
 def test_drift_tells_the_same_scores_from_others():
     quantiles = np.linspace(0, 1, 101).tolist()
     rng = np.random.default_rng(0)
@@ -262,8 +278,13 @@ def test_drift_tells_the_same_scores_from_others():
             drift.add(score)
         words[name] = drift.report().word
     assert words == {"same": "none", "some": "some", "strong": "strong"}
-    assert Drift(None).report().word == "unknown"
-    assert Drift(quantiles).report().word == "too few frames"
+    assert Drift(None, 0).report().word == "unknown"
+    assert Drift(quantiles, 30).report().word == "too few frames"
+    few = Drift(quantiles, 29)
+    for score in 2 + rng.random(400):
+        few.add(score)
+    assert few.report().word == "unknown"
+    assert "had 29 good images; the scores of 30 or more would tell" in few.report().meaning
     # All scores of the training equal, and so those on the line: alike, not far apart.
     drift = Drift([0.5] * 101, 50)
     for _ in range(40):

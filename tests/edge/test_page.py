@@ -151,7 +151,7 @@ def _own_address():
 
 def test_a_port_that_is_taken_is_refused(shown):
     page, monitor, _ = shown
-    with pytest.raises(InspectError, match="cannot be had"):
+    with pytest.raises(InspectError, match=r"^--page \d+ is in use; is another inspection running"):
         Page(monitor, urlsplit(page.address).port)
 
 

@@ -126,6 +126,12 @@ def test_names(words, pieces, anomalib, home):
 
 
 @pytest.mark.cli
+def test_an_unknown_kind_of_export(anomalib, small_model, home):
+    done = anomalib("export", *small_model, "--export_type", "tflite", cwd=home)
+    assert_refused(done, home, "--export_type is 'tflite'; expected openvino, onnx or torch")
+
+
+@pytest.mark.cli
 def test_the_installed_script_says_the_same(anomalib, small_model, small_data, home):
     words, code, pieces = ARGUMENTS["alpha"]
     assert_refused(anomalib.fresh("train", *small_model, *small_data, *words, cwd=home), home, *pieces, code=code)

@@ -1,6 +1,7 @@
 """Exports of every model: compared with PyTorch, described by a manifest, smaller or faster where asked for."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from lightning.pytorch import seed_everything
 import anomalib_ot
 from anomalib_ot import OTADetector, OTPrototypes, SinkhornNMS, SparseMDOD, SyntheticFabric, SyntheticFabricBoxes
 from anomalib_ot.integration import parity
+from anomalib_ot.integration.exported_graph import openvino_predict
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.known_scores import summarised_scores
 from anomalib_ot.integration.parity import ParityError, measured_parity, synthetic_images
+from anomalib_ot.integration.quantisation import Judged, Samples, verdicts_changed
 
 INT8 = CompressionType.INT8_PTQ
 NEVER = {"Loop", "If", "NonZero", "TensorIterator"}
@@ -152,6 +155,13 @@ def test_scores_are_those_of_the_validation_images_as_the_graph_gives_them(proto
     assert len(manifest["scores"]["quantiles"]) == 101
     found = [manifest["scores"]["quantiles"][at] for at in (0, 50, 100)]
     np.testing.assert_allclose(found, expected, atol=1e-4)
+    is_good = torch.tensor([not item.gt_label for item in cloth.val_data])
+    good = manifest["scores"]["good"]
+    assert good["count"] == is_good.sum() > 0
+    assert good["count"] < manifest["scores"]["count"]
+    with torch.no_grad():
+        highest = model(given).pred_score[is_good].max()
+    assert good["quantiles"][-1] == pytest.approx(float(highest), abs=1e-4)
     assert manifest["parity"] is None
     assert manifest["outputs"][0] == "pred_score"
 
@@ -159,8 +169,16 @@ def test_scores_are_those_of_the_validation_images_as_the_graph_gives_them(proto
 def test_scores_that_are_no_numbers_are_none():
     assert summarised_scores(torch.tensor([float("nan")])) is None
     assert summarised_scores(torch.tensor([1.0, float("inf"), 3.0])) == {
-        "count": 1 + 1, "quantiles": pytest.approx(np.linspace(1, 3, 101)),
+        "count": 1 + 1, "quantiles": pytest.approx(np.linspace(1, 3, 101)), "good": None,
     }  # fmt: skip
+
+
+def test_scores_of_good_images_are_kept_apart():
+    scores = torch.tensor([5.0, 1.0, 9.0, 3.0, float("nan")])
+    found = summarised_scores(scores, torch.tensor([1, 0, 1, 0, 0]))
+    assert (found["count"], found["quantiles"][-1]) == (4, 9.0)
+    assert found["good"] == {"count": 2, "quantiles": pytest.approx(np.linspace(1, 3, 101))}
+    assert summarised_scores(scores, torch.ones(5))["good"] is None
 
 
 def test_onnx_says_it_too_and_has_the_size_asked_for(sparse, tmp_path):
@@ -249,7 +267,22 @@ def test_images_are_always_the_same_and_have_the_colours_asked_for():
 # ---- compression
 
 
-def test_integers_are_calibrated_and_measured(prototypes, cloth, tmp_path):
+@pytest.mark.parametrize("form", ["onnx", "torch"])
+def test_only_openvino_is_compressed(sparse, tmp_path, form):
+    message = f"--compression_type is int8_ptq, which --export_type {form} cannot have; .*openvino"
+    with pytest.raises(InputError, match=message):
+        engine(tmp_path).export(sparse, form, tmp_path, compression_type=INT8)
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(sparse, tmp_path):
+    (tmp_path / "file").write_text("")
+    for export in (sparse.to_torch, sparse.to_onnx, sparse.to_openvino):
+        with pytest.raises(InputError, match=r"--export_root is '.*file.inner', which cannot be made a folder \(Not a"):
+            export(tmp_path / "file" / "inner")
+
+
+def test_integers_are_calibrated_and_measured(prototypes, cloth, tmp_path, caplog):
+    caplog.set_level("INFO")
     model, _ = prototypes
     path = model.to_openvino(tmp_path, compression_type=INT8, datamodule=cloth)
     manifest = read(path)
@@ -257,9 +290,37 @@ def test_integers_are_calibrated_and_measured(prototypes, cloth, tmp_path):
     assert manifest["precision"] == "INT8"
     assert (accuracy["metric"], accuracy["images"]) == ("image_AUROC", len(cloth.val_data))
     assert abs(accuracy["fp32"] - accuracy["int8"]) < 0.2
+    samples, precise = Samples(cloth, "val", 400), openvino_predict(model.to_openvino(tmp_path / "fp32"))
+    before, after = Judged(precise, samples), Judged(openvino_predict(path), samples)
+    flips = [
+        bool(one.pred_label) != bool(two.pred_label) for one, two in zip(before.batches, after.batches, strict=True)
+    ]
+    assert accuracy["verdicts_changed"] == sum(flips)
+    before.batches[0].pred_label = ~after.batches[0].pred_label
+    assert verdicts_changed(before, after) == sum(flips[1:]) + 1
+    assert (
+        f"{sum(flips)} of the {len(samples)} verdicts (good, defective) are others in int8 than in fp32" in caplog.text
+    )
+    assert f"{len(samples)} validation images are few" in caplog.text
     assert manifest["parity"]["tolerance"] is None
     assert manifest["parity"]["map"] > 1e-5  # they do calculate with integers
+    check_documented(manifest)
     check_integers(operations(path), 3)
+
+
+def check_documented(manifest):
+    """The guide's table names every field of a manifest."""
+    guide = (Path(__file__).parents[2] / "docs" / "howto" / "export.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1] for row in guide.splitlines() if row.startswith("| `")]
+    named = {name for row in rows for name in re.findall("`([^`]+)`", row)}
+
+    def fields(data, prefix=""):
+        for name, value in data.items():
+            yield from fields(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+
+    found = set(fields(manifest))
+    assert {"scores.good.count", "accuracy.verdicts_changed", "parity.score"} <= found
+    assert sorted(found - named - {"parity.tolerance", "scores.good"}) == []
 
 
 def check_integers(graph, least):
@@ -301,6 +362,7 @@ def test_half_precision_with_suppression_by_transport(suppressed, boxes, tmp_pat
     path = suppressed.to_openvino(tmp_path, compression_type=CompressionType.FP16, datamodule=boxes)
     manifest = read(path)
     assert manifest["precision"] == "FP16"
+    check_documented(manifest)
     assert manifest["accuracy"]["fp16"] == pytest.approx(manifest["accuracy"]["fp32"], abs=0.02)
     assert 0 < manifest["parity"]["score"] < 0.02
     assert manifest["parity"]["boxes_compared"] > 0

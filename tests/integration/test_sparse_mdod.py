@@ -180,6 +180,7 @@ def test_sinkhorn_nms_trains_and_predicts_with_it(shapes, tmp_path):
     assert "train_duplicate" in runner.trainer.callback_metrics
     (batch,) = engine(tmp_path).predict(model, datamodule=data(shapes, eval_batch_size=8))
     assert batch.pred_boxes.shape == (8, 100, 4)
+    assert (batch.pred_box_scales[batch.pred_box_scores > 0] > 0).all()  # sides stay as unsure as they were
     assert model.model.decoding.max_detections == 300
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from anomalib_ot.postprocess import sinkhorn_nms
 
-NAMES = ("boxes", "scores", "labels", "features", "valid")
+NAMES = ("boxes", "scores", "labels", "features", "valid", "scales")
 SIDE = 1000  # pixels of a scene
 
 
@@ -17,8 +17,8 @@ class Suppression(nn.Module):
         super().__init__()
         self.settings = settings
 
-    def forward(self, boxes: Tensor, scores: Tensor, labels: Tensor, features: Tensor, valid: Tensor):
-        return tuple(sinkhorn_nms(boxes, scores, labels, features, valid, **self.settings)[:3])
+    def forward(self, boxes: Tensor, scores: Tensor, labels: Tensor, features: Tensor, valid: Tensor, scales: Tensor):
+        return tuple(sinkhorn_nms(boxes, scores, labels, features, valid, scales=scales, **self.settings))
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,15 @@ def inputs(make_scenes):
     scenes = make_scenes(3, duplicates=6, background=20, jitter=0.05)
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(*scenes.scores.shape, 8, generator=generator)
-    return (*scenes.proposals, features, torch.rand(scenes.scores.shape, generator=generator) < 0.9)
+    valid = torch.rand(scenes.scores.shape, generator=generator) < 0.9
+    return (*scenes.proposals, features, valid, 1 + 20 * torch.rand(scenes.boxes.shape, generator=generator))
 
 
 def exported(model, inputs, path, form):
     two = tuple(values[:2] for values in inputs)
     if form == "openvino":
         return openvino.convert_model(model, example_input=two)
-    outputs = ("boxes_out", "scores_out", "labels_out")
+    outputs = ("boxes_out", "scores_out", "labels_out", "scales_out")
     torch.onnx.export(
         model,
         two,
@@ -51,9 +52,9 @@ def exported(model, inputs, path, form):
 
 
 def errors(model, graph, inputs, precision):
-    """Largest differences of boxes (in sides of the image) and scores, and differing labels, at several batch sizes."""
+    """Largest differences of boxes and scales (in sides of the image), scores and labels, at several batch sizes."""
     compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": precision})
-    worst = [0.0, 0.0, 0]
+    worst = [0.0, 0.0, 0, 0.0]
     for count in (3, 1):
         part = {name: values[:count] for name, values in zip(NAMES, inputs, strict=True)}
         with torch.no_grad():
@@ -63,7 +64,7 @@ def errors(model, graph, inputs, precision):
         found = [torch.from_numpy(found).clone() for found in compiled([part[name].numpy() for name in names]).values()]
         for index, (one, other) in enumerate(zip(found, expected, strict=True)):
             difference = (one.float() - other.float()).abs().max().item()
-            worst[index] = max(worst[index], difference / SIDE if index == 0 else difference)
+            worst[index] = max(worst[index], difference / SIDE if index in (0, 3) else difference)
     return worst
 
 
@@ -82,11 +83,12 @@ def errors(model, graph, inputs, precision):
 def test_openvino_gives_what_torch_gives(inputs, tmp_path, settings, form, record_property):
     model = Suppression(settings).eval()
     graph = exported(model, inputs, tmp_path / "nms.onnx", form)
-    boxes, scores, labels = errors(model, graph, inputs, "f32")
+    boxes, scores, labels, scales = errors(model, graph, inputs, "f32")
     assert boxes <= 1e-5
     assert scores <= 1e-5
     assert labels == 0
-    for name, error in zip(("boxes", "scores", "labels"), errors(model, graph, inputs, "bf16"), strict=True):
+    assert scales <= 1e-5
+    for name, error in zip(("boxes", "scores", "labels", "scales"), errors(model, graph, inputs, "bf16"), strict=True):
         record_property(f"bf16 {name}", error)
 
 

@@ -24,7 +24,9 @@ def test_odd_cases_give_finite_outputs_and_gradients(case):
     boxes, scores = boxes.requires_grad_(), scores.requires_grad_()
     labels = torch.zeros(2, number, dtype=torch.long)
     settings = replace(MERGE, max_regions=5, score="mean").softened(0.05)
-    regions = sinkhorn_regions(boxes, scores, labels, torch.zeros(2, number, 3), valid, settings)
+    regions = sinkhorn_regions(
+        boxes, scores, labels, torch.zeros(2, number, 3), valid, settings, scales=torch.ones(2, number, 4)
+    )
     assert regions.detections.boxes.shape == (2, 5, 4)
     (regions.boxes.sum() + regions.scores.sum() + regions.plan.sum()).backward()
     for values in (*regions, boxes.grad, scores.grad):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
-from anomalib_ot.vision.patches import MapSmoother, grid_positions, patch_embeddings, upsample
+from anomalib_ot.vision.patches import MapSmoother, grid_positions, patch_embeddings, upsample_weights
 
 
 def maps(*shape, seed=0):
@@ -66,21 +66,25 @@ def test_half_precision_features_become_float32():
     torch.testing.assert_close(embeddings, patch_embeddings([feature.float()], pooling=3)[0], rtol=0, atol=0)
 
 
+def smoothed(x, sigma):
+    return MapSmoother(sigma)([x], (x.shape[-2], x.shape[-1]))
+
+
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 1.5, 4.0])
 @pytest.mark.parametrize("size", [(40, 48), (5, 6), (1, 3)], ids=str)
 def test_smoothing_keeps_constants_and_bounds(sigma, size):
-    smoother = MapSmoother(sigma)
-    torch.testing.assert_close(smoother(torch.full((2, 2, *size), 0.7)), torch.full((2, 2, *size), 0.7))
+    constant = torch.full((2, 2, *size), 0.7)
+    torch.testing.assert_close(smoothed(constant, sigma), constant)
     x = maps(2, 2, *size)
-    assert smoother(x).shape == x.shape
-    assert smoother(x).min() >= x.min() - 1e-6
-    assert smoother(x).max() <= x.max() + 1e-6
+    assert smoothed(x, sigma).shape == x.shape
+    assert smoothed(x, sigma).min() >= x.min() - 1e-6
+    assert smoothed(x, sigma).max() <= x.max() + 1e-6
 
 
 def test_smoothing_spreads_a_point_evenly():
     point = torch.zeros(1, 1, 61, 61)
     point[0, 0, 30, 30] = 5.0
-    spread = MapSmoother(3.0)(point)
+    spread = smoothed(point, 3.0)
     torch.testing.assert_close(spread.sum(), torch.tensor(5.0))
     for mirrored in (spread.flip(2), spread.flip(3), spread.transpose(2, 3)):
         torch.testing.assert_close(spread, mirrored, rtol=0, atol=1e-7)
@@ -92,20 +96,19 @@ def test_smoothing_equals_scipy():
     x = maps(1, 2, 40, 50)
     exact = x[0].double().numpy()
     expected = np.stack([gaussian_filter(channel, 2.0, mode="mirror", truncate=4.0) for channel in exact])
-    torch.testing.assert_close(MapSmoother(2.0)(x)[0].double(), torch.from_numpy(expected), rtol=0, atol=1e-6)
+    torch.testing.assert_close(smoothed(x, 2.0)[0].double(), torch.from_numpy(expected), rtol=0, atol=1e-6)
 
 
 def test_smoothing_is_linear_and_keeps_channels_apart():
     x = maps(1, 2, 30, 30)
-    smoother = MapSmoother(2.0)
-    torch.testing.assert_close(smoother(x).sum(1), smoother(x.sum(1, keepdim=True)).squeeze(1))
-    alone = smoother(x * torch.tensor([1.0, 0.0]).view(1, 2, 1, 1))
+    torch.testing.assert_close(smoothed(x, 2.0).sum(1), smoothed(x.sum(1, keepdim=True), 2.0).squeeze(1))
+    alone = smoothed(x * torch.tensor([1.0, 0.0]).view(1, 2, 1, 1), 2.0)
     assert (alone[:, 1] == 0).all()
 
 
 def test_no_smoothing_is_the_same_map():
     x = maps(1, 1, 8, 8)
-    assert torch.equal(MapSmoother(0.0)(x), x)
+    assert torch.equal(smoothed(x, 0.0), x)
 
 
 @pytest.mark.parametrize("sigma", [-1.0, 100.0, float("nan")])
@@ -114,9 +117,23 @@ def test_smoothing_refuses(sigma):
         MapSmoother(sigma)
 
 
-def test_upsample_to_height_and_width():
-    x = torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]])
-    assert upsample(x, (4, 6)).shape == (1, 1, 4, 6)
-    corners = upsample(x, (5, 5), align_corners=True)[0, 0]
-    assert corners[::4, ::4].tolist() == [[0.0, 1.0], [2.0, 3.0]]
-    assert corners[2, 2] == pytest.approx(1.5)
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [(28, 224), (7, 100), (1, 9), (6, 6), (9, 1)], ids=str)
+def test_upsampling_is_torchs_bilinear_interpolation(size, align_corners):
+    x = maps(2, 3, size[0])
+    expected = F.interpolate(x, size=size[1], mode="linear", align_corners=align_corners)
+    torch.testing.assert_close(x @ upsample_weights(*size, align_corners).T, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("size", "mode"), [((64, 80), "reflect"), ((12, 40), "replicate")], ids=str)
+def test_maps_of_several_grids_are_upsampled_summed_and_smoothed(size, mode):
+    parts, corners = [maps(2, 2, 8, 10), maps(2, 2, 4, 5), maps(2, 2, 8, 10)], [False, False, True]
+    smoother = MapSmoother(3.0)
+    total = sum(
+        F.interpolate(part, size=size, mode="bilinear", align_corners=aligned)
+        for part, aligned in zip(parts, corners, strict=True)
+    )
+    padded = F.pad(total, (smoother.radius,) * 4, mode=mode)
+    kernel = smoother.kernel.expand(2, 1, 1, -1)
+    expected = F.conv2d(F.conv2d(padded, kernel, groups=2), kernel.transpose(2, 3), groups=2)
+    torch.testing.assert_close(smoother(parts, size, corners), expected, rtol=0, atol=5e-6)

@@ -13,7 +13,7 @@ from anomalib_ot.anomaly.prototypes import PatchScores, PrototypeBank
 from anomalib_ot.anomaly.scoring import TransportScore, image_score
 from anomalib_ot.anomaly.training_patches import Patches
 from anomalib_ot.ot.precision import full_precision
-from anomalib_ot.vision.patches import MapSmoother, patch_embeddings, upsample
+from anomalib_ot.vision.patches import MapSmoother, patch_embeddings
 
 Source = tuple[tuple[str, ...], int]
 Embedded = dict[Source, tuple[Tensor, tuple[int, int]]]
@@ -113,14 +113,16 @@ class PrototypesModel(nn.Module):
     def _local(self, embedded: Embedded, size: tuple[int, int]) -> Explained:
         grids = [grid for _, grid in embedded.values()]
         finest = max(grids, key=lambda grid: grid[0] * grid[1])
-        parts, matched = [], []
+        parts: dict[tuple[tuple[int, int], bool], Tensor] = {}  # what is brought to pixels alike is summed before
+        matched = []
         for bank in self.banks:
             embeddings, grid = embedded[bank.member.layers, bank.member.pooling]
             scores = bank(embeddings, grid)
-            maps = torch.stack([scores.feature, scores.position], dim=1).unflatten(2, grid)
-            parts.append(upsample(maps, size, bank.member.align_corners))
+            maps = torch.stack([scores.feature, scores.position], dim=1).unflatten(2, grid) / len(self.banks)
+            alike = grid, bank.member.align_corners
+            parts[alike] = parts[alike] + maps if alike in parts else maps
             matched.append(_on_grid(scores, grid, finest))
-        maps = self.smoother(torch.stack(parts).mean(0))
+        maps = self.smoother(list(parts.values()), size, [corners for _, corners in parts])
         feature_map, position_map = maps[:, :1], maps[:, 1:]
         anomaly_map = feature_map + position_map
         score = image_score(anomaly_map, self.score)

@@ -25,7 +25,7 @@ from anomalib_ot.edge.sources import open_source
 
 __all__ = ["run"]
 
-PORT = 8765
+PORT, LAST_PORT = 8765, 65535
 TICK = 0.1  # seconds
 QUALITY = 90
 DONE, SOME_BROKEN, REFUSED = 0, 1, 2
@@ -100,8 +100,8 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
         record = stack.enter_context(Record(options.output, resume=options.resume))
         _say(f"{options.source} with {manifest.title} on {options.device}, up to {inspector.requests} frames at a time")
         notes = [*_threshold_notes(manifest, options.threshold), *manifest.unknown(options.threshold)]
-        if record.done or record.damaged:
-            notes.append(f"going on: {len(record.done)} frames have a line already, {record.damaged} lines are damaged")
+        if options.resume:
+            notes.append(_resumed(record, options.output))
         monitor = None
         if options.page is not None:
             monitor = Monitor(manifest, options.source)
@@ -112,7 +112,7 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
         for note in notes:
             _say(note)
 
-        tally = _Tally(Drift(manifest.quantiles, manifest.count))
+        tally = _Tally(Drift(manifest.good_quantiles, manifest.good_count))
         pictures = None if options.overlays is None else _Pictures(options.overlays, options.only_defects, manifest)
         end = "the source is at its end"
         try:
@@ -147,6 +147,19 @@ def _check(options: argparse.Namespace) -> None:
     if options.host is not None and options.page is None:
         msg = "--host is the address of the page; give --page, too"
         raise InspectError(msg)
+    if options.page is not None and not 0 <= options.page <= LAST_PORT:
+        msg = f"--page is {options.page}; expected a port from 0 (any free one) to {LAST_PORT}"
+        raise InspectError(msg)
+
+
+def _resumed(record: Record, path: str) -> str:
+    """Say what there was to go on with."""
+    said = [f"going on with {path}: {len(record.done)} frames have a line in it and are left out"]
+    if record.cut:
+        said.append("its last line was only half written and was cut off")
+    if record.damaged:
+        said.append(f"{record.damaged} lines in it are damaged, and stay")
+    return "; ".join(said)
 
 
 def _threshold_notes(manifest: Manifest, given: float | None) -> list[str]:
@@ -188,7 +201,8 @@ class _Tally:
         parts = [f"{count} {'broken' if kind == BROKEN else kind}" for kind, count in sorted(self.counts.items())]
         speed = frames / max(time.perf_counter() - self._start, 1e-9)
         drift = self._drift.report()
-        said = f"; drift of the scores: {drift.word} ({drift.distance:.2f})" if drift.distance is not None else ""
+        said = f"; drift of the scores: {drift.word}"
+        said += "" if drift.distance is None else f" ({drift.distance:.2f})"
         return f"{frames} frames ({', '.join(parts) or 'none'}), {speed:.1f} in a second{said}; ended: {end}"
 
 

@@ -1,5 +1,6 @@
 """The picture of a result: the frame with its heat map or boxes, and the verdict above it."""
 
+import math
 import re
 import zlib
 
@@ -14,10 +15,11 @@ __all__ = ["COLOURS", "WORDS", "draw_result", "draw_view", "picture_name"]
 
 COLOURS = {"good": (24, 128, 56), "defect": (198, 40, 40), "unknown": (98, 104, 116), "error": (176, 96, 0)}
 WORDS = {"good": "GOOD", "defect": "DEFECT", "unknown": "NO VERDICT", "error": "BROKEN FRAME"}
-WHITE = (255, 255, 255)
+WHITE, BESIDE = (255, 255, 255), (98, 104, 116)
 LEAST_SIDE, MOST_SIDE = 480, 1600  # of the drawn frame: small frames are enlarged, labels stay legible
 THRESHOLD = 0.5  # of a normalised map: the colours of the heat map are made for it
 STRIP, MARGIN, TITLE, SMALL = 46, 12, 26, 15
+WIDEST_STRIP = 1000  # that a long name asks for, pixels
 LONGEST_NAME = 80
 
 
@@ -29,17 +31,22 @@ def draw_result(result: Result, pixel_threshold: float | None = None) -> Image.I
         pixel_threshold: Value of the map above which a pixel is defective; None: the map is taken as normalised.
     """
     drawn = draw_view(result, pixel_threshold)
-    made = Image.new("RGB", (drawn.width, drawn.height + STRIP), COLOURS[result.verdict])
-    made.paste(drawn, (0, STRIP))
-    pen, title, small = ImageDraw.Draw(made), ImageFont.load_default(TITLE), ImageFont.load_default(SMALL)
+    title, small = ImageFont.load_default(TITLE), ImageFont.load_default(SMALL)
     word = WORDS[result.verdict]
-    pen.text((MARGIN, STRIP // 2), word, WHITE, title, anchor="lm")
-    left = MARGIN + pen.textlength(word, title) + MARGIN
     score = "" if result.score is None else f"score {result.score:.3f}"
     if result.amounts_are_off:
         score += ", one missing or too many"
-    pen.text((left, STRIP // 2), score, WHITE, small, anchor="lm")
-    left += pen.textlength(score, small) + 2 * MARGIN
+    second = MARGIN + title.getlength(word) + MARGIN
+    left = second + small.getlength(score) + 2 * MARGIN
+    # A narrow frame stands in the middle of a strip that is wide enough for the name of its file.
+    own = small.getlength(_printable(re.split(r"[/\\]", result.name)[-1]) + "…/")
+    width = max(drawn.width, min(math.ceil(left + own) + MARGIN, WIDEST_STRIP))
+    made = Image.new("RGB", (width, drawn.height + STRIP), BESIDE)
+    made.paste(COLOURS[result.verdict], (0, 0, width, STRIP))
+    made.paste(drawn, ((width - drawn.width) // 2, STRIP))
+    pen = ImageDraw.Draw(made)
+    pen.text((MARGIN, STRIP // 2), word, WHITE, title, anchor="lm")
+    pen.text((second, STRIP // 2), score, WHITE, small, anchor="lm")
     name = _fitting(result.name, small, pen, made.width - MARGIN - left)
     pen.text((made.width - MARGIN, STRIP // 2), name, WHITE, small, anchor="rm")
     return made

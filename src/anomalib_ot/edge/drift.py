@@ -1,4 +1,4 @@
-"""Whether the scores on the line are still those of the training."""
+"""Whether the scores on the line are still those of good images."""
 
 import math
 from collections import deque
@@ -9,7 +9,7 @@ import numpy as np
 
 __all__ = ["Drift", "DriftReport", "score_distance"]
 
-LEAST = 30  # frames before anything is said
+LEAST = 30  # frames, and good validation images, before anything is said
 CHANCE = 1.36  # the 95 % point of Kolmogorov's distribution
 STRONG = 0.5
 
@@ -67,15 +67,15 @@ def score_distance(scores: Sequence[float], quantiles: Sequence[float]) -> float
 
 
 class Drift:
-    """Compares the scores of the last frames with those of the training.
+    """Compares the scores of the last frames with those of good validation images.
 
     Args:
-        quantiles: Of the scores of the training; None: not known, nothing can be said.
-        count: How many scores these are quantiles of.
+        quantiles: Of the scores of good validation images; None: not known, nothing can be said.
+        count: How many scores these are quantiles of; of fewer than 30 nothing is said.
         window: How many of the last frames count.
     """
 
-    def __init__(self, quantiles: Sequence[float] | None, count: int = 0, window: int = 500) -> None:
+    def __init__(self, quantiles: Sequence[float] | None, count: int, window: int = 500) -> None:
         self._quantiles = quantiles
         self._count = count
         self._scores: deque[float] = deque(maxlen=window)
@@ -85,21 +85,23 @@ class Drift:
         self._scores.append(score)
 
     def report(self) -> DriftReport:
-        """Say how far the last scores are from those of the training."""
+        """Say how far the last scores are from those of good validation images."""
         frames = len(self._scores)
         if self._quantiles is None:
-            return DriftReport("unknown", "The model's export does not say which scores are usual.", frames=frames)
+            meaning = "The model's export does not say which scores good images have."
+            return DriftReport("unknown", meaning, frames=frames)
+        if self._count < LEAST:
+            meaning = f"The validation had {self._count} good images; the scores of {LEAST} or more would tell."
+            return DriftReport("unknown", meaning, frames=frames)
         if frames < LEAST:
             return DriftReport("too few frames", f"Compared from {LEAST} frames on.", frames=frames)
         distance = score_distance(self._scores, self._quantiles)
-        limit = CHANCE * math.sqrt(1 / frames + (1 / self._count if self._count else 0))
+        limit = CHANCE * math.sqrt(1 / frames + 1 / self._count)
         if distance <= limit:
-            word, meaning = "none", "The scores are those of the training, as far as so many frames can tell."
+            word, meaning = "none", "The scores are those of good images, as far as so many frames can tell."
         elif distance < STRONG:
-            word, meaning = "some", "The scores are not those of the training: look at light, lens and material."
+            word, meaning = "some", "The scores are not those of good images: look at light, lens and material."
         else:
             word = "strong"
-            meaning = (
-                "Most scores are not those of the training: verdicts may be wrong. Check light, lens and material."
-            )
+            meaning = "Most scores are not those of good images: verdicts may be wrong. Check light, lens and material."
         return DriftReport(word, meaning, distance, limit, frames)

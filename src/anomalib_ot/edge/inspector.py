@@ -273,6 +273,10 @@ def _read_graph(core: openvino.Core, path: Path) -> openvino.Model:
     if len(graph.inputs) != 1:
         msg = f"the model {path} has {len(graph.inputs)} inputs; expected one, the image: export it with Anomalib"
         raise InspectError(msg)
+    shape = graph.inputs[0].partial_shape
+    if shape.rank.is_static and shape[0].is_dynamic:  # one frame at a time; OpenVINO then fuses what it else cannot
+        shape[0] = 1
+        graph.reshape(shape)
     return graph
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anomalib_ot.edge.drift import LEAST
 from anomalib_ot.edge.inspect_error import InspectError
 
 __all__ = ["Manifest", "find_model", "read_manifest"]
@@ -31,8 +32,9 @@ class Manifest:
         pixel_threshold: Value of the map above which a pixel is; None: not known.
         precision: Of the weights, such as ``"FP16"``; "" if not known.
         inference_precision: The hint to compute with.
-        quantiles: 101 quantiles of the scores of the validation or training images; None: not known.
-        count: How many scores these are quantiles of.
+        quantiles: 101 quantiles of the scores of the validation images; None: not known.
+        good_quantiles: The same of its good images alone; None: not known.
+        good_count: How many scores the latter are quantiles of.
         is_written: Whether there was a manifest; without one the graph's own verdict has to be trusted.
     """
 
@@ -47,7 +49,8 @@ class Manifest:
     precision: str = ""
     inference_precision: str = "f32"
     quantiles: tuple[float, ...] | None = None
-    count: int = 0
+    good_quantiles: tuple[float, ...] | None = None
+    good_count: int = 0
     is_written: bool = False
 
     @property
@@ -72,8 +75,13 @@ class Manifest:
             notes.append("the threshold of a box is not known: a defective image shows every box that was found")
         if self.kind == "boxes" and self.class_names is None:
             notes.append("names of classes are not known: boxes are numbered")
-        if self.quantiles is None:
-            notes.append("scores of the training are not known: drift cannot be told")
+        if self.good_quantiles is None:
+            notes.append("scores of good validation images are not known: drift cannot be told")
+        elif self.good_count < LEAST:
+            notes.append(
+                f"scores of {self.good_count} good validation images are known, drift cannot be told from fewer than "
+                f"{LEAST}: validate with more, and export again"
+            )
         return notes
 
 
@@ -165,7 +173,8 @@ def _parse(text: str, origin: str, outputs: Sequence[str]) -> Manifest:
             if given.get(key, value) != value:
                 msg = f"{origin} asks for input {key} {given[key]}; expected {value}: export the model again"
                 raise InspectError(msg)
-        quantiles = scores.get("quantiles")
+        good = scores.get("good") or {}
+        quantiles, good_quantiles = scores.get("quantiles"), good.get("quantiles")
         return Manifest(
             kind=_known_kind(found["kind"]),
             outputs=tuple(outputs),
@@ -178,7 +187,8 @@ def _parse(text: str, origin: str, outputs: Sequence[str]) -> Manifest:
             precision=str(found.get("precision") or ""),
             inference_precision=str(found.get("inference_precision") or "f32"),
             quantiles=tuple(map(float, quantiles)) if quantiles else None,
-            count=int(scores.get("count") or 0),
+            good_quantiles=tuple(map(float, good_quantiles)) if good_quantiles else None,
+            good_count=int(good.get("count") or 0),
             is_written=True,
         )
     except InspectError:

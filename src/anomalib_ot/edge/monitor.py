@@ -71,7 +71,7 @@ class Monitor:
         self._moments: deque[float] = deque()
         self._latencies: deque[float] = deque(maxlen=LATENCIES)
         self._pictured = {True: -PICTURE_EVERY, False: -PICTURE_EVERY}  # when, by whether it was a defect
-        self._drift = Drift(manifest.quantiles, manifest.count)
+        self._drift = Drift(manifest.good_quantiles, manifest.good_count)
         self._ended = ""
 
     def add(self, result: Result) -> None:

@@ -1,5 +1,6 @@
 """The local web page of a running inspection; it serves what is in memory, four files of its own, and nothing else."""
 
+import errno
 import json
 import socket
 import threading
@@ -41,7 +42,7 @@ class Page:
         address: Where a browser finds the page.
 
     Raises:
-        InspectError: If the port cannot be had.
+        InspectError: If the port or the address cannot be had.
     """
 
     def __init__(self, monitor: Monitor, port: int = 0, host: str = "127.0.0.1") -> None:
@@ -49,8 +50,7 @@ class Page:
         try:
             self._server = _Server((host, port), _Handler)
         except (OSError, OverflowError) as error:
-            msg = f"--page {port} on {host} cannot be had ({error}); is another inspection running? Give another port"
-            raise InspectError(msg) from error
+            raise InspectError(_refusal(host, port, error)) from error
         self._server.monitor, self._server.assets = monitor, assets
         self._server.hosts = None if host in ANYWHERE else LOOPBACK | {host.lower()}
         shown = "localhost" if host in ANYWHERE else f"[{host}]" if ":" in host else host
@@ -71,6 +71,17 @@ class Page:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _refusal(host: str, port: int, error: OSError | OverflowError) -> str:
+    """Say why a page cannot be had."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, socket.gaierror) or number == errno.EADDRNOTAVAIL:
+        hint = "expected 127.0.0.1, or 0.0.0.0 to let others look"
+        return f"--host is {host!r}, which is no address of this machine; {hint}"
+    if number == errno.EADDRINUSE:
+        return f"--page {port} is in use; is another inspection running? Give another port, or 0 for any free one"
+    return f"--page {port} on {host} cannot be had ({getattr(error, 'strerror', None) or error}); give another port"
 
 
 class _Server(ThreadingHTTPServer):

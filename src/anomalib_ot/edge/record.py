@@ -23,6 +23,7 @@ class Record:
 
     Attributes:
         done: Names of frames that need no inspection again.
+        cut: Whether the last line was not whole, and was cut off.
         damaged: Lines of the file that are no results; they stay where they are, and their frames are not in `done`.
 
     Raises:
@@ -31,7 +32,7 @@ class Record:
 
     def __init__(self, path: str | os.PathLike | None = None, *, resume: bool = False) -> None:
         self.done: set[str] = set()
-        self.damaged = 0
+        self.cut, self.damaged = False, 0
         self._path = None if path is None else Path(path)
         if self._path is None:
             if resume:
@@ -86,6 +87,7 @@ class Record:
                 raise InspectError(msg)
             with path.open("r+b") as file:
                 file.truncate(whole)
+            self.cut = True
         if resume:
             with path.open("rb") as file:
                 for line in file:

@@ -10,10 +10,16 @@ import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy.export import CompressionType
 from anomalib.post_processing import PostProcessor
-from lightning_utilities.core.imports import module_available
 from torch import Tensor
 
 from anomalib_ot.anomaly.model import Explained
+from anomalib_ot.integration.export_checks import (
+    CALIBRATED,
+    PRECISIONS,
+    check_export_root,
+    check_packages,
+    check_uncompressed,
+)
 from anomalib_ot.integration.exported_graph import (
     Predict,
     openvino_predict,
@@ -22,7 +28,6 @@ from anomalib_ot.integration.exported_graph import (
     quiet_export,
     without_settled_choices,
 )
-from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.input_guard import check_fitted
 from anomalib_ot.integration.known_scores import summarised_scores
 from anomalib_ot.integration.manifest import (
@@ -52,9 +57,8 @@ logger = logging.getLogger(__name__)
 SCORES = "anomalib_ot_scores"
 # Anomalib asks for 14, which torch cannot write: it tries, prints a page of traceback, and writes 18.
 ONNX_DEFAULTS = {"opset_version": 18, "verbose": False}
-PRECISIONS = {None: "FP32", CompressionType.FP16: "FP16"}
-CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
 CALIBRATION_IMAGES, ACCURACY_IMAGES, PROBES = 128, 400, 8
+FEW = 30  # images that no figure should be taken from
 
 
 class CheckedExport:
@@ -87,8 +91,14 @@ class CheckedExport:
     # ---- exports
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export to PyTorch; see Anomalib's `ExportMixin.to_torch`."""
+        """Export to PyTorch; see Anomalib's `ExportMixin.to_torch`.
+
+        Raises:
+            InputError: If the folder cannot be written, or a compression was asked for.
+        """
         check_fitted(self, "export")
+        check_uncompressed("torch")
+        check_export_root(export_root)
         path = super().to_torch(export_root, model_file_name)
         self.eval()
         names = torch_outputs(self, torch.zeros(1, 3, *self.hparams["image_size"]))
@@ -114,9 +124,12 @@ class CheckedExport:
             kwargs: See `torch.onnx.export`.
 
         Raises:
+            InputError: If the folder cannot be written, or a compression was asked for.
             ParityError: If it does not agree with PyTorch.
         """
         check_fitted(self, "export")
+        check_uncompressed("onnx")
+        check_export_root(export_root)
         import onnx
 
         with quiet_export():
@@ -168,13 +181,14 @@ class CheckedExport:
             check_parity: Whether the export is compared with PyTorch.
 
         Raises:
-            InputError: If a package is missing, or data for integers.
+            InputError: If a package is missing, data for integers, or the folder cannot be written.
             ParityError: If the export does not agree with PyTorch.
         """
         del task
         check_fitted(self, "export")
         kind = None if compression_type is None else CompressionType(compression_type)
-        _check_packages(kind, datamodule)
+        check_export_root(export_root)
+        check_packages(kind, datamodule)
         import openvino
 
         from anomalib_ot.integration.quantisation import Samples, compressed, float_operations
@@ -228,25 +242,14 @@ class CheckedExport:
         return parity
 
 
-def _check_packages(kind: CompressionType | None, datamodule: AnomalibDataModule | None) -> None:
-    """Check that there is what an export to OpenVINO needs."""
-    needed = ["openvino"] if kind in PRECISIONS else ["openvino", "nncf"]
-    missing = [name for name in needed if not module_available(name)]
-    if missing:
-        msg = f"this export needs the package {missing[0]}: pip install 'anomalib-ot[openvino]'"
-        raise InputError(msg)
-    if kind in CALIBRATED and datamodule is None:
-        msg = f"--compression_type {kind.value} needs images to calibrate with; name the data set (--data ...)"
-        raise InputError(msg)
-
-
 def _measured(precise: Predict, predict: Predict, samples: "Samples", manifest: dict[str, Any]) -> dict[str, Any]:
     """Measure what compression costs on validation images, tell it, and return the entries for the manifest."""
-    from anomalib_ot.integration.quantisation import Judged, accuracy_name, figure
+    from anomalib_ot.integration.quantisation import Judged, accuracy_name, figure, verdicts_changed
 
     name = manifest["precision"].lower()
     before, after = Judged(precise, samples), Judged(predict, samples)
     accuracy = {"metric": accuracy_name(after), "images": len(samples), "fp32": figure(before), name: figure(after)}
+    accuracy["verdicts_changed"] = verdicts_changed(before, after)
     if accuracy["fp32"] is None or accuracy[name] is None:
         logger.warning(
             "What %s costs is not known: %s means nothing on the validation images", name, accuracy["metric"]
@@ -254,8 +257,14 @@ def _measured(precise: Predict, predict: Predict, samples: "Samples", manifest: 
     else:
         told = (len(samples), accuracy["metric"], accuracy["fp32"], name, accuracy[name])
         logger.info("On %d validation images %s is %.4f in fp32 and %.4f in %s", *told[:3], told[4], told[3])
+    changed = accuracy["verdicts_changed"]
+    logger.info("%d of the %d verdicts (good, defective) are others in %s than in fp32", changed, len(samples), name)
+    if len(samples) < FEW:
+        logger.warning("%d validation images are few: what %s costs is known roughly at best", len(samples), name)
     scores = manifest["scores"]
-    return {"accuracy": accuracy, "scores": summarised_scores(after.scores) if scores is None else scores}
+    if scores is None:
+        scores = summarised_scores(after.scores, after.labels)
+    return {"accuracy": accuracy, "scores": scores}
 
 
 class ExplainedExport(CheckedExport):

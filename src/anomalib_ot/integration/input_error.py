@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -40,7 +41,7 @@ class _ShortErrors:
         self.former = former
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        message = _input_message_in(error) or _missing_images(error)
+        message = _input_message_in(error) or _missing_images(error) or _unknown_export(error)
         if message is None or os.environ.get(TRACEBACK_SWITCH) == "1":
             self.former(kind, error, trace)
             return
@@ -91,11 +92,21 @@ def _missing_images(error: BaseException) -> str | None:
     return f"--data is '{path}', which does not exist; expected an image, or a folder of images: {hint}"
 
 
+def _unknown_export(error: BaseException) -> str | None:
+    """Say which `--export_type` there are, if Anomalib's `ExportType` has refused one.
+
+    >>> _unknown_export(ValueError("'tflite' is not a valid ExportType"))
+    "--export_type is 'tflite'; expected openvino, onnx or torch"
+    """
+    refused = re.fullmatch(r"(.*) is not a valid ExportType", str(error))
+    return f"--export_type is {refused[1]}; expected openvino, onnx or torch" if refused else None
+
+
 def install_short_errors() -> None:
     """Let the Anomalib command line end with one line, and status 1, on an uncaught ``InputError``.
 
-    The same goes for images to predict that are not there, and, with status 2, for arguments of this package's classes
-    that the command line does not accept.
+    The same goes for images to predict that are not there, for an unknown kind of export, and, with status 2, for
+    arguments of this package's classes that the command line does not accept.
 
     Does nothing unless the program is that command line, that is, unless ``anomalib.cli.cli`` has put rich's
     traceback hook in place: scripts and notebooks keep their tracebacks. All other exceptions still go to rich.

@@ -11,18 +11,28 @@ __all__ = ["ScoreKeeper", "summarised_scores"]
 NUM_QUANTILES = 101  # 0 %, 1 %, ... 100 %
 
 
-def summarised_scores(scores: Tensor) -> dict[str, Any] | None:
+def summarised_scores(scores: Tensor, labels: Tensor | None = None) -> dict[str, Any] | None:
     """Summarise image scores (n,) as plain data.
 
     Args:
         scores: One score per image, of any scale.
+        labels: Whether images are defective (n,); None: not known.
 
     Returns:
-        `count`, and 101 ascending `quantiles`; None without finite scores.
+        `count`, 101 ascending `quantiles`, and `good`, the two of good images alone (None: there are none, or nobody
+        knows which these are); None without finite scores.
 
     >>> summarised_scores(torch.tensor([0.0, 0.5, 1.0]))["quantiles"][50]
     0.5
     """
+    everything = _summary(scores)
+    if everything is None:
+        return None
+    return everything | {"good": None if labels is None else _summary(scores[~labels.bool()])}
+
+
+def _summary(scores: Tensor) -> dict[str, Any] | None:
+    """Count finite scores and take their quantiles."""
     scores = scores[scores.isfinite()].double()
     if not len(scores):
         return None
@@ -38,22 +48,26 @@ class ScoreKeeper(Callback):
 
     def __init__(self) -> None:
         self._scores: list[Tensor] = []
+        self._labels: list[Tensor | None] = []
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
         del trainer, pl_module
-        self._scores = []
+        self._scores, self._labels = [], []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: object, **kwargs: object
     ) -> None:
-        """Take the scores of a batch."""
+        """Take the scores of a batch, and which of its images are good."""
         del trainer, pl_module, args, kwargs
         score = getattr(outputs, "pred_score", None)
         if score is not None:
             self._scores.append(torch.as_tensor(score).detach().flatten().float().cpu())
+            label = getattr(outputs, "gt_label", None)
+            self._labels.append(None if label is None else torch.as_tensor(label).flatten().cpu())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand the model what was seen."""
         if self._scores and not trainer.sanity_checking:
-            pl_module.known_scores = summarised_scores(torch.cat(self._scores))
+            labels = None if any(part is None for part in self._labels) else torch.cat(self._labels)
+            pl_module.known_scores = summarised_scores(torch.cat(self._scores), labels)

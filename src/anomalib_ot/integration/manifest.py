@@ -77,9 +77,18 @@ def _exported_scores(model: Any) -> dict[str, Any] | None:
         return None
     if model.export_kind == "boxes" or model.post_processor is None:
         return dict(known)
-    raw = torch.tensor(known["quantiles"], device=model.device)
-    processed = model.post_processor(InferenceBatch(pred_score=raw, pred_label=None, anomaly_map=None, pred_mask=None))
-    return dict(known) | {"quantiles": [round(float(value), 6) for value in processed.pred_score]}
+
+    def on_scale(summary: Mapping[str, Any]) -> dict[str, Any]:
+        raw = InferenceBatch(
+            pred_score=torch.tensor(summary["quantiles"], device=model.device),
+            pred_label=None,
+            anomaly_map=None,
+            pred_mask=None,
+        )
+        return dict(summary) | {"quantiles": [round(float(value), 6) for value in model.post_processor(raw).pred_score]}
+
+    good = known.get("good")  # checkpoints of before do not say
+    return on_scale(known) | {"good": None if good is None else on_scale(good)}
 
 
 def as_text(manifest: Mapping[str, Any]) -> str:

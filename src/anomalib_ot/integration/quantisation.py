@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import openvino
     from torchmetrics import Metric
 
-__all__ = ["Judged", "Samples", "accuracy_name", "compressed", "figure", "float_operations"]
+__all__ = ["Judged", "Samples", "accuracy_name", "compressed", "figure", "float_operations", "verdicts_changed"]
 
 HEAVY = ("Convolution", "GroupConvolution", "MatMul")
 ONNX_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch notes from which module an operation comes
@@ -218,6 +218,14 @@ class Judged:
     def labels(self) -> Tensor:
         """Whether the images are defective (n,), 0 or 1."""
         return torch.cat([batch.gt_label for batch in self.batches])
+
+
+def verdicts_changed(before: Judged, after: Judged) -> int:
+    """Count the images of which one says good and the other defective."""
+    return sum(
+        bool((one.pred_label != other.pred_label).any())
+        for one, other in zip(before.batches, after.batches, strict=True)
+    )
 
 
 def accuracy_name(judged: Judged) -> str:

@@ -147,11 +147,11 @@ class SinkhornNMS(PostProcessor):
         return [dict(zip(NAMES, result.of_image(image), strict=True)) for image in range(len(found))]
 
     def _suppress(self, found: Detections) -> Detections:
-        boxes, scores, labels = (part[:, : self.max_candidates] for part in found[:3])
-        result = sinkhorn_nms(
-            boxes, scores, labels.clamp(min=0), valid=labels != EMPTY, preset=self.preset, **self.settings
+        boxes, scores, labels, scales = (None if part is None else part[:, : self.max_candidates] for part in found)
+        valid = labels != EMPTY
+        return sinkhorn_nms(
+            boxes, scores, labels.clamp(min=0), valid=valid, scales=scales, preset=self.preset, **self.settings
         )
-        return Detections(result.boxes, result.scores, result.labels)
 
     # ---- training
 

@@ -26,6 +26,7 @@ class Regions(NamedTuple):
         plan: How much of each proposal is in each region (B, N, K); a valid proposal has 1 in all, with its slack.
         slack: How much of each proposal is in no region, background (B, N).
         weights: Weight of each proposal in each region (B, N, K); 1 in all for each region.
+        scales: How uncertain each side of the box is (B, K, 4), in its unit; None where proposals do not say.
     """
 
     boxes: Tensor
@@ -37,6 +38,7 @@ class Regions(NamedTuple):
     plan: Tensor
     slack: Tensor
     weights: Tensor
+    scales: Tensor | None = None
 
     @property
     def members(self) -> Tensor:
@@ -47,7 +49,7 @@ class Regions(NamedTuple):
     @property
     def detections(self) -> Detections:
         """The regions that are kept, best first, in K slots."""
-        found = Detections(self.boxes, self.scores, self.labels)
+        found = Detections(self.boxes, self.scores, self.labels, self.scales)
         return top_detections(found, self.keep, self.scores.shape[1])
 
     def aggregate(self, values: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ class Proposals(NamedTuple):
         labels: Class indices (B, N), int64.
         features: Features (B, N, D), as the boxes, or None.
         valid: Which of them exist (B, N), bool.
+        scales: How uncertain each side is (B, N, 4), as the boxes, or None.
     """
 
     boxes: Tensor
@@ -25,6 +26,7 @@ class Proposals(NamedTuple):
     labels: Tensor
     features: Tensor | None
     valid: Tensor
+    scales: Tensor | None = None
 
     def padded(self, least: int) -> "Proposals":
         """Return at least so many proposals per image; those that are added are not valid."""
@@ -38,11 +40,17 @@ class Proposals(NamedTuple):
             F.pad(self.labels, (0, missing)),
             features,
             F.pad(self.valid.to(torch.int64), (0, missing)) > 0,
+            None if self.scales is None else F.pad(self.scales, (0, 0, 0, missing)),
         )
 
 
 def check_proposals(
-    boxes: Tensor, scores: Tensor, labels: Tensor, features: Tensor | None, valid: Tensor | None
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    features: Tensor | None,
+    valid: Tensor | None,
+    scales: Tensor | None = None,
 ) -> Proposals:
     """Check proposals and widen them to float32, or float64 where the boxes are.
 
@@ -52,6 +60,7 @@ def check_proposals(
         labels: Class indices (B, N), integers.
         features: Features (B, N, D) or None.
         valid: Which of them exist (B, N), bool; None: all.
+        scales: How uncertain each side is (B, N, 4), or None.
 
     Raises:
         ValueError: If a shape or type does not fit; unless traced also if a valid proposal holds NaN or infinite
@@ -67,6 +76,9 @@ def check_proposals(
     if features is not None and (features.ndim != 3 or features.shape[:2] != boxes.shape[:2]):
         msg = f"features has the shape {tuple(features.shape)}; expected one per box, (B, N, D)"
         raise ValueError(msg)
+    if scales is not None and scales.shape != boxes.shape:
+        msg = f"scales has the shape {tuple(scales.shape)}; expected one per side of a box, {tuple(boxes.shape)}"
+        raise ValueError(msg)
     if labels.is_floating_point() or labels.dtype == torch.bool:
         msg = f"labels is {labels.dtype}; expected class indices, int64"
         raise ValueError(msg)
@@ -76,20 +88,22 @@ def check_proposals(
 
     boxes = widen(boxes)
     scores, labels = scores.to(boxes), labels.long()
-    features = None if features is None else features.to(boxes)
+    features, scales = (None if part is None else part.to(boxes) for part in (features, scales))
     if valid is None:
         valid = torch.ones_like(labels, dtype=torch.bool)
     else:
         boxes = boxes.masked_fill(~valid.unsqueeze(-1), 0)
         scores, labels = scores.masked_fill(~valid, 0), labels.masked_fill(~valid, 0)
-        features = None if features is None else features.masked_fill(~valid.unsqueeze(-1), 0)
+        features, scales = (
+            None if part is None else part.masked_fill(~valid.unsqueeze(-1), 0) for part in (features, scales)
+        )
     if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        _check_values(boxes, scores, features)
-    return Proposals(boxes, scores, labels, features, valid)
+        _check_values(boxes, scores, features, scales)
+    return Proposals(boxes, scores, labels, features, valid, scales)
 
 
-def _check_values(boxes: Tensor, scores: Tensor, features: Tensor | None) -> None:
-    for name, values in (("boxes", boxes), ("features", features)):
+def _check_values(boxes: Tensor, scores: Tensor, features: Tensor | None, scales: Tensor | None) -> None:
+    for name, values in (("boxes", boxes), ("features", features), ("scales", scales)):
         if values is not None and not values.isfinite().all():
             image, proposal = (~values.isfinite()).nonzero()[0, :2].tolist()
             msg = (

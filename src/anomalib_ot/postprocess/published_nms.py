@@ -67,6 +67,8 @@ def published_regions(
     features: Tensor | None = None,
     valid: Tensor | None = None,
     settings: PublishedNMSSettings | None = None,
+    *,
+    scales: Tensor | None = None,
 ) -> Regions:
     """Group proposals as the authors' code does: as many regions as confident proposals, unit mass each.
 
@@ -80,6 +82,7 @@ def published_regions(
         features: Features (B, N, D), any unit, or None.
         valid: Which proposals there are (B, N), bool; None: all.
         settings: How; None: the authors' settings.
+        scales: How uncertain each side is (B, N, 4), or None; a region sums them as it sums boxes.
 
     Returns:
         The regions; no proposal is gated.
@@ -92,7 +95,7 @@ def published_regions(
         2505.07040, and the authors' code.
     """
     settings = settings or PublishedNMSSettings()
-    found = check_proposals(boxes, scores, labels, features, valid)
+    found = check_proposals(boxes, scores, labels, features, valid, scales)
     count = found.boxes.shape[1]
     found = found.padded(settings.max_regions)
     with full_precision(found.boxes):
@@ -133,6 +136,7 @@ def published_regions(
             plan[:, :count],
             slack[:, :count],
             plan[:, :count],
+            None if found.scales is None else plan.transpose(-2, -1) @ found.scales,
         )
 
 

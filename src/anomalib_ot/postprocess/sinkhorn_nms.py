@@ -30,6 +30,7 @@ def sinkhorn_nms(
     features: Tensor | None = None,
     valid: Tensor | None = None,
     *,
+    scales: Tensor | None = None,
     preset: str = "sinkhorn",
     **settings: bool | float | str,
 ) -> Detections:
@@ -45,6 +46,8 @@ def sinkhorn_nms(
         labels: Their class indices (B, N).
         features: Their features (B, N, D), any unit, by which duplicates know each other; None: boxes alone.
         valid: Which of them exist (B, N), bool; None: all. What is not valid has no influence.
+        scales: How uncertain each side of the boxes is (B, N, 4): scales of Cauchy distributions, in the boxes' unit.
+            A detection has those of its box, see `sinkhorn_regions`. None: the detections have none.
         preset: "sinkhorn", or "paper": what the authors published, which does not suppress duplicates.
         settings: Fields of `SinkhornNMSSettings`, such as ``decode="merge"``; with the preset "paper" fields of
             `PublishedNMSSettings`.
@@ -69,16 +72,17 @@ def sinkhorn_nms(
             [ 0.,  0.,  0.,  0.]])
     """
     if preset == "paper":
-        return published_regions(boxes, scores, labels, features, valid, PublishedNMSSettings(**settings)).detections
+        published = PublishedNMSSettings(**settings)
+        return published_regions(boxes, scores, labels, features, valid, published, scales=scales).detections
     if preset != "sinkhorn":
         msg = f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}"
         raise ValueError(msg)
     chosen = SinkhornNMSSettings(**settings)
     if chosen.decode == "select" and chosen.score == "seed":  # what the seeds are decides alone
-        found = check_proposals(boxes, scores, labels, features, valid).padded(chosen.max_regions)
+        found = check_proposals(boxes, scores, labels, features, valid, scales).padded(chosen.max_regions)
         with full_precision(found.boxes):
             return _grow(found, chosen).detections
-    return sinkhorn_regions(boxes, scores, labels, features, valid, chosen).detections
+    return sinkhorn_regions(boxes, scores, labels, features, valid, chosen, scales=scales).detections
 
 
 def sinkhorn_regions(
@@ -88,12 +92,18 @@ def sinkhorn_regions(
     features: Tensor | None = None,
     valid: Tensor | None = None,
     settings: SinkhornNMSSettings | None = None,
+    *,
+    scales: Tensor | None = None,
 ) -> Regions:
     """Group proposals into regions; what `sinkhorn_nms` makes detections of, with the plan, for losses and masks.
 
     Seeds are the proposals that nothing better overlaps. The transport from proposals to the seeds' regions is exact
     for proposals; a region with gate m whose seed outranks n proposals is held to a mass of m (1 + n) by `rho`, and the
     slack takes whatever costs more than `slack_cost`.
+
+    A seed's box keeps its scales. A merged box `sum_i w_i b_i` has ``sum_i w_i scale_i``: a weighted mean of Cauchy
+    distributions, weights of sum 1, is one again, and these are its place and its scale, whether members err
+    independently or all alike. Many members therefore make no side surer than they are on average.
 
     Args:
         boxes: Boxes xyxy (B, N, 4), any unit.
@@ -102,6 +112,7 @@ def sinkhorn_regions(
         features: Features (B, N, D), any unit, or None.
         valid: Which proposals there are (B, N), bool; None: all.
         settings: How; None: the defaults.
+        scales: How uncertain each side of the boxes is (B, N, 4), or None.
 
     Returns:
         The regions, the best seed first; differentiable in boxes, scores and features.
@@ -114,7 +125,7 @@ def sinkhorn_regions(
         Comp. 2018.
     """
     settings = settings or SinkhornNMSSettings()
-    found = check_proposals(boxes, scores, labels, features, valid)
+    found = check_proposals(boxes, scores, labels, features, valid, scales)
     count = found.boxes.shape[1]
     padded = found.padded(settings.max_regions)
     with full_precision(found.boxes):
@@ -122,19 +133,30 @@ def sinkhorn_regions(
         plan, slack = (part[:, :count] for part in _transport(padded, seeds, settings))
         index = seeds.index.clamp(max=max(count - 1, 0))  # what was added is nobody's seed
         weights = member_weights(plan, index)
-        region_boxes, region_scores, region_labels = seeds.boxes, seeds.scores, seeds.labels
+        region_boxes, region_scores, region_labels, region_scales = (
+            seeds.boxes,
+            seeds.scores,
+            seeds.labels,
+            seeds.scales,
+        )
         if settings.score == "mean":
             region_scores = seeds.openness * (weights * found.scores.unsqueeze(-1)).sum(1)
         if settings.decode == "merge":
             if not settings.class_aware and count:
                 region_labels = heaviest_labels(weights, found.scores, found.labels)
             region_boxes = weights.transpose(-2, -1) @ found.boxes
+            if found.scales is not None:
+                region_scales = weights.transpose(-2, -1) @ found.scales
             if settings.entropy is not None and count:
                 weights, region_boxes = refine_boxes(
                     weights, found.boxes, found.scores, region_boxes, entropy=settings.entropy
                 )
+                if found.scales is not None:  # as the boxes: what no member decides about stays
+                    rest = 1 - weights.sum(1).unsqueeze(-1)
+                    region_scales = weights.transpose(-2, -1) @ found.scales + rest * region_scales
         keep = _kept(seeds.openness, region_scores, settings)
-    return Regions(region_boxes, region_scores, region_labels, keep, index, seeds.gate[:, :count], plan, slack, weights)
+    gate = seeds.gate[:, :count]
+    return Regions(region_boxes, region_scores, region_labels, keep, index, gate, plan, slack, weights, region_scales)
 
 
 class _Seeds(NamedTuple):
@@ -149,6 +171,7 @@ class _Seeds(NamedTuple):
         openness: Their gates (B, K).
         outranked: How many proposals each one outranks (B, K).
         gate: The gates of all proposals (B, N).
+        scales: Scales of their sides (B, K, 4), or None.
     """
 
     index: Tensor
@@ -159,11 +182,13 @@ class _Seeds(NamedTuple):
     openness: Tensor
     outranked: Tensor
     gate: Tensor
+    scales: Tensor | None
 
     @property
     def detections(self) -> Detections:
         """The seeds that are kept."""
-        return top_detections(Detections(self.boxes, self.scores, self.labels), self.keep, self.scores.shape[1])
+        found = Detections(self.boxes, self.scores, self.labels, self.scales)
+        return top_detections(found, self.keep, self.scores.shape[1])
 
 
 def _grow(found: Proposals, settings: SinkhornNMSSettings) -> _Seeds:
@@ -175,7 +200,8 @@ def _grow(found: Proposals, settings: SinkhornNMSSettings) -> _Seeds:
     scores = openness * found.scores.gather(1, index)
     keep = _kept(openness, scores, settings)
     outranked = outranks.sum(-1).gather(1, index)
-    return _Seeds(index, take(found.boxes, index), scores, labels, keep, openness, outranked, gate)
+    scales = None if found.scales is None else take(found.scales, index)
+    return _Seeds(index, take(found.boxes, index), scores, labels, keep, openness, outranked, gate, scales)
 
 
 def _kept(openness: Tensor, scores: Tensor, settings: SinkhornNMSSettings) -> Tensor:

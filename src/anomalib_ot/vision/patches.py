@@ -54,11 +54,39 @@ def grid_positions(grid_size: tuple[int, int], device: torch.device | None = Non
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).reshape(-1, 2)
 
 
-class MapSmoother(nn.Module):
-    """Gaussian smoothing of anomaly maps, reflecting at the border.
+def upsample_weights(in_size: int, out_size: int, align_corners: bool = False) -> Tensor:
+    """Return the matrix (out_size, in_size) of a bilinear interpolation of one axis, in float32.
+
+    Row `i` is `max(0, 1 - |j - c_i|)` around the place `c_i` of pixel `i` on the coarse axis; rows sum to 1.
 
     Args:
-        sigma: Standard deviation in pixels of the map, at least 0; 0 leaves maps as they are.
+        in_size: Length of the axis, patches.
+        out_size: Length wanted, pixels.
+        align_corners: Whether the outer pixels lie on the outer patches; else sides lie on sides.
+
+    >>> upsample_weights(2, 4)
+    tensor([[1.0000, 0.0000],
+            [0.7500, 0.2500],
+            [0.2500, 0.7500],
+            [0.0000, 1.0000]])
+    """
+    places = torch.arange(out_size, dtype=torch.float32)
+    if align_corners:
+        places = places * ((in_size - 1) / max(out_size - 1, 1))
+    else:
+        places = (places + 0.5) * (in_size / out_size) - 0.5
+    places = places.clamp(0, in_size - 1)
+    return (1 - (places[:, None] - torch.arange(in_size, dtype=torch.float32)).abs()).clamp(min=0.0)
+
+
+class MapSmoother(nn.Module):
+    """Brings maps of patches to pixels, bilinear, and smooths them with a Gaussian, reflecting at the border.
+
+    Both are linear, and act on one axis at a time: a small matrix for each axis does both, `R M C^T`. The cost is that
+    of the coarse map's rows, not of every pixel's neighbourhood.
+
+    Args:
+        sigma: Standard deviation in pixels of the map, at least 0; 0 does not smooth.
     """
 
     kernel: Tensor
@@ -73,18 +101,31 @@ class MapSmoother(nn.Module):
         kernel = torch.exp(-0.5 * (offsets / max(sigma, 1e-6)) ** 2)
         self.register_buffer("kernel", kernel / kernel.sum(), persistent=False)
 
-    def forward(self, maps: Tensor) -> Tensor:
-        """Smooth `maps` (B, C, H, W)."""
+    def forward(
+        self, maps: Sequence[Tensor], size: tuple[int, int], align_corners: Sequence[bool] = (False,)
+    ) -> Tensor:
+        """Sum `maps`, each (B, C, h, w) with a grid of its own, smoothed, as pixels (B, C, *size).
+
+        Args:
+            maps: The maps.
+            size: Height and width, pixels.
+            align_corners: How each of them is interpolated, see `upsample_weights`.
+        """
+        reflect = self.radius < min(size)
+        left, right = [], []
+        for part, corners in zip(maps, align_corners, strict=True):
+            left.append(self.weights(part.shape[-2], size[0], corners, reflect=reflect) @ part)
+            right.append(self.weights(part.shape[-1], size[1], corners, reflect=reflect))
+        return torch.cat(left, dim=-1) @ torch.cat(right, dim=-1).T  # one product sums over grids, too
+
+    def weights(self, in_size: int, out_size: int, align_corners: bool, *, reflect: bool) -> Tensor:
+        """Return the matrix (out_size, in_size) of one axis; `reflect` or repeat what lies beyond the border."""
+        device = self.kernel.device
+        weights = upsample_weights(in_size, out_size, align_corners).to(device)
         if self.radius == 0:
-            return maps
-        channels, height, width = maps.shape[1:]
-        rows = self.kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
-        columns = self.kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
-        mode = "reflect" if self.radius < min(height, width) else "replicate"
-        padded = F.pad(maps, (self.radius,) * 4, mode=mode)
-        return F.conv2d(F.conv2d(padded, rows, groups=channels), columns, groups=channels)
-
-
-def upsample(maps: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
-    """Bring maps (B, C, h, w) to `size` = (H, W) pixels, bilinear."""
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=align_corners)
+            return weights
+        last = out_size - 1
+        seen = torch.arange(out_size, device=device)[:, None] + torch.arange(-self.radius, self.radius + 1).to(device)
+        seen = last - (last - seen.abs()).abs() if reflect else seen.clamp(0, last)
+        smoothing = weights.new_zeros(out_size, out_size).scatter_add(1, seen, self.kernel.expand(out_size, -1))
+        return smoothing @ weights
