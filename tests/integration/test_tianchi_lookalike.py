@@ -12,7 +12,9 @@ from anomalib_ot.vision.fabric import render_fabric
 def test_the_contests_reader_finds_what_was_drawn(tmp_path):
     root = write_lookalike(tmp_path / "tianchi", num_per_fault=3, num_normal=4, image_size=(64, 96))
     content = TianchiFabric(root, num_workers=0, duplicate_distance=None).content
-    records = {record.image_path[-9:-4]: record for part in content[1:] for record in part}
+    records = {
+        record.image_path[-9:-4]: record for part in (content.train, content.val, content.test) for record in part
+    }
     assert sorted(records) == [*(f"d{number:04}" for number in range(12)), *(f"n{number:04}" for number in range(4))]
     for number, fault in enumerate([*FAULTS, *FAULTS, *FAULTS]):
         record, drawn = records[f"d{number:04}"], render_fabric(0, number, fault, (64, 96))
