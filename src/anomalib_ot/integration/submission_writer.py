@@ -26,8 +26,8 @@ class SubmissionWriter(FileWriter):
     """Write the boxes of tested or predicted images as the Tianchi fabric contest wants them handed in.
 
     The file is a JSON list with one object per box: `name` of the image file, `category` (the contest's number of the
-    class, from 1 on), `bbox` [left, top, right, bottom] in pixels of the file with two decimals, and `score`. Images
-    are in the order of their names.
+    class, from 1 on), `bbox` [left, top, right, bottom] in pixels of the file with two decimals, and `score`. Each has
+    a line of its own; images are in the order of their names.
 
     The contest calls an image defective if and only if its name occurs. So an image is left out, with all its boxes,
     unless one of them is above the model's `image_threshold`; of an image that is handed in all boxes are. The file is
@@ -44,10 +44,6 @@ class SubmissionWriter(FileWriter):
         >>> SubmissionWriter("results/submission.json").path.name
         'submission.json'
     """
-
-    def __init__(self, path: str | Path) -> None:
-        """Keep the path; see the class."""
-        super().__init__(path)
 
     def begin(self, pl_module: "AnomalibModule") -> None:
         """Look whether the model's classes are the contest's, in its order."""
@@ -88,7 +84,8 @@ class SubmissionWriter(FileWriter):
                 msg = f"{other} and {path} have one name, by which the contest knows an image; predict one folder alone"
                 raise InputError(msg)
         entries = [entry for name in sorted(path_of) for entry in found[path_of[name]]]
-        write_whole(self.path, json.dumps(entries, indent=1, ensure_ascii=False, allow_nan=False))
+        lines = ",\n".join(json.dumps(entry, ensure_ascii=False, allow_nan=False) for entry in entries)
+        write_whole(self.path, f"[\n{lines}\n]\n")
 
 
 def check_classes(class_names: Sequence[str] | None, model: str) -> None:
