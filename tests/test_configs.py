@@ -13,7 +13,7 @@ from anomalib.models import AnomalibModule
 from anomalib.utils.config import flatten_dict
 from omegaconf import OmegaConf
 
-from anomalib_ot import OTADetector, OTPrototypes, SyntheticFabric
+from anomalib_ot import OTADetector, OTPrototypes, SparseMDOD, SyntheticFabric, TianchiFabric
 from anomalib_ot.integration.cli import register_classes
 from anomalib_ot.integration.sweep_config import SweepLabels, read_configs, sweep_jobs
 from anomalib_ot.vision.augment import DefectAugmentation
@@ -48,7 +48,12 @@ def test_there_is_a_file_for_everything_the_readme_names():
     names |= {"sparse_mdod", "sparse_mdod_paper"}
     assert {path.stem for path in MODELS} == names
     assert {path.stem for path in DATA} == {"synthetic_fabric", "folder", "mvtec_ad", *BOXES}
-    assert {path.stem for path in BENCHMARKS} == {"ot_prototypes", "mvtec_ad", "mvtec_ad_efficient_ad"}
+    assert {path.stem for path in BENCHMARKS} == {
+        "ot_prototypes",
+        "mvtec_ad",
+        "mvtec_ad_efficient_ad",
+        "tianchi_fabric",
+    }
 
 
 @pytest.mark.parametrize("path", [*MODELS, *DATA], ids=lambda path: path.stem)
@@ -132,12 +137,19 @@ def test_the_models_are_what_their_names_say():
     assert not list(filters.feature_extractor.parameters())
 
 
-def test_a_benchmark_makes_its_jobs():
+def jobs_of(name: str) -> list:
+    """Make the jobs of a benchmark file as `anomalib benchmark` does, and hold them to what its table takes."""
     from anomalib.pipelines.benchmark.generator import BenchmarkJobGenerator
 
-    given = yaml.safe_load((CONFIGS / "benchmark/ot_prototypes.yaml").read_text(encoding="utf-8"))
+    given = yaml.safe_load((CONFIGS / "benchmark" / f"{name}.yaml").read_text(encoding="utf-8"))
     assert set(given) == {"accelerator", "benchmark"}
     jobs = list(BenchmarkJobGenerator(accelerator="cpu").generate_jobs(given["benchmark"], None))
+    assert all(job.flat_cfg.keys() == jobs[0].flat_cfg.keys() for job in jobs), "one table needs the same columns"
+    return jobs
+
+
+def test_the_benchmark_of_prototypes_makes_its_jobs():
+    jobs = jobs_of("ot_prototypes")
     assert {type(job.model) for job in jobs} == {OTPrototypes}
     assert {type(job.datamodule) for job in jobs} == {SyntheticFabric}
     settings = {(job.model.model.banks[0].member.alpha, job.model.model.transport_score is not None) for job in jobs}
@@ -152,7 +164,7 @@ def test_a_benchmark_suits_both_commands(path):
         described = OmegaConf.to_container(OmegaConf.create(job.config["model"]), resolve=True)
         kind = getattr(anomalib.models, described["class_path"].rpartition(".")[2])
         inspect.signature(kind).bind(**described["init_args"])
-        assert isinstance(get_datamodule(job.config["data"]), MVTecAD | SyntheticFabric)
+        assert isinstance(get_datamodule(job.config["data"]), MVTecAD | SyntheticFabric | TianchiFabric)
     # Anomalib's table takes the names of the first row and loses all rows if another has others.
     assert len({tuple(flatten_dict(job.config)) for job in jobs}) == 1
 
@@ -172,3 +184,12 @@ def test_mvtec_ad_is_judged_whole():
     told = {name.rpartition(".")[2]: value for name, value in paper.flat.items() if name.startswith("model.init_args.")}
     model = yaml.safe_load((CONFIGS / "model/ot_prototypes_paper.yaml").read_text())["init_args"]
     assert told == {**model, "visualizer": False}
+
+
+def test_the_benchmark_on_tianchi_makes_its_jobs():
+    jobs = jobs_of("tianchi_fabric")
+    assert {type(job.datamodule) for job in jobs} == {TianchiFabric}
+    ways = {(type(job.model), getattr(job.model.post_processor, "arguments", {}).get("decode")) for job in jobs}
+    assert ways == {(model, decode) for model in (OTADetector, SparseMDOD) for decode in (None, "select", "merge")}
+    assert {job.model.suppression()["nms"] for job in jobs if job.model.post_processor is None} == {"hard"}
+    assert {job.model.epochs for job in jobs} == {12}

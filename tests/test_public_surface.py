@@ -11,7 +11,11 @@ import pytest
 import anomalib_ot
 
 PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-CALLBACKS = {"RegionWriter", "SinkhornNMS"}  # named by dotted path; Anomalib has no entry points for them
+CALLBACKS = {
+    "RegionWriter",
+    "SinkhornNMS",
+    "SubmissionWriter",
+}  # named by dotted path; Anomalib has no entry points for them
 RUN_TIME = {"Inspector"}  # knows nothing of Anomalib
 
 
@@ -25,6 +29,7 @@ def test_inventory():
         "RegionWriter",
         "SinkhornNMS",
         "SparseMDOD",
+        "SubmissionWriter",
         "SyntheticFabric",
         "SyntheticFabricBoxes",
         "TianchiFabric",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 
@@ -84,6 +84,15 @@ def loader(batches: list[BoxBatch]) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(Batches(batches), batch_size=None)
 
 
+class Contest(LightningDataModule):
+    """The same batches as data of the contest."""
+
+    official_ids = (1, 2)
+
+    def test_dataloader(self) -> torch.utils.data.DataLoader:
+        return loader(TESTED)
+
+
 def trainer(tmp_path, **settings) -> Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     return Trainer(default_root_dir=tmp_path, **{"enable_checkpointing": False} | quiet | settings)
@@ -98,10 +107,15 @@ class TestDefaultEvaluator:
         assert logged["image_F1Score"] == pytest.approx(0.8)
         assert logged["false_positives_per_good_image"] == 0.5
 
-    def test_tianchi_is_opt_in(self, tmp_path):
-        model = Detector(default_evaluator(0.3, tianchi=True))
-        (logged,) = trainer(tmp_path).test(model, loader(TESTED), verbose=False)
+    def test_the_score_of_the_contest_is_logged_on_data_of_the_contest_only(self, tmp_path):
+        model = Detector(default_evaluator(0.3))
+        (logged,) = trainer(tmp_path).test(model, datamodule=Contest(), verbose=False)
+        assert set(logged) == TEST_NAMES | {"tianchi_score", "tianchi_accuracy", "tianchi_map"}
+        assert logged["tianchi_accuracy"] == 3 / 4
+        assert logged["tianchi_map"] == pytest.approx(0.5)
         assert logged["tianchi_score"] == pytest.approx(0.2 * 3 / 4 + 0.8 * 0.5)
+        (logged,) = trainer(tmp_path).test(model, loader(TESTED), verbose=False)
+        assert set(logged) == TEST_NAMES
 
     def test_the_threshold_arrives(self, tmp_path):
         (logged,) = trainer(tmp_path).test(Detector(default_evaluator(0.6)), loader(TESTED), verbose=False)
@@ -111,9 +125,9 @@ class TestDefaultEvaluator:
 
     @pytest.mark.parametrize(("own", "model", "expected"), [(None, 0.6, 0.0), (0.2, 0.6, 0.5), (None, 0.05, 1.0)])
     def test_without_one_of_its_own_it_is_the_models(self, tmp_path, capsys, own, model, expected):
-        detector = Detector(default_evaluator(own, tianchi=True))
+        detector = Detector(default_evaluator(own))
         detector.image_threshold = model
-        (logged,) = trainer(tmp_path).test(detector, loader(TESTED), verbose=False)
+        (logged,) = trainer(tmp_path).test(detector, datamodule=Contest(), verbose=False)
         assert logged["false_positives_per_good_image"] == expected
         right = {0.0: 4, 0.5: 3, 1.0: 2}[expected] / 4  # images rightly called good or defective
         assert logged["tianchi_score"] == pytest.approx(0.2 * right + 0.8 * 0.5)

@@ -17,6 +17,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from anomalib_ot.integration import box_record
 from anomalib_ot.integration.box_batch import BoxBatch
 from anomalib_ot.integration.box_metrics import (
+    TIANCHI_KEYS,
     CocoPrecision,
     FalsePositivesPerGoodImage,
     ImageAUROC,
@@ -63,8 +64,8 @@ def made_up_batch(seed: int, num_images: int = 4, *, good: tuple[int, ...] = (0,
     )
 
 
-def torchmetrics_values(batches: list[BoxBatch]) -> dict[str, Tensor]:
-    metric = MeanAveragePrecision(backend="faster_coco_eval")
+def torchmetrics_values(batches: list[BoxBatch], metric: MeanAveragePrecision | None = None) -> dict[str, Tensor]:
+    metric = metric or MeanAveragePrecision(backend="faster_coco_eval")
     for batch in batches:
         for i in range(len(batch.gt_boxes)):
             keep = batch.pred_box_labels[i] >= 0
@@ -81,7 +82,7 @@ def shared_metrics() -> list[AnomalibMetric]:
     record = BoxRecord()
     return [
         *(CocoPrecision(key, record=record) for key in ("map", "map_50", "map_75", "map_small", "map_medium")),
-        TianchiScore(record=record),
+        *(TianchiScore(key, record=record) for key in TIANCHI_KEYS),
         FalsePositivesPerGoodImage(record=record),
         RecallAtFalsePositives(record=record),
     ]
@@ -112,6 +113,16 @@ class TestCocoPrecision:
             record.update(batch)
         ours = np.mean(list(class_average_precisions(record.compute(), 0.5).values()))
         assert record.coco()["map_50"] == pytest.approx(ours, abs=0.02)
+
+    @pytest.mark.parametrize(("points", "gap"), [(10001, 5e-5), (101, 2e-3)])
+    def test_the_contests_map_as_torchmetrics_at_its_overlaps(self, batches, points, gap):
+        """VOC takes every recall that occurs, COCO 101 fixed ones: the finer its grid, the smaller the difference."""
+        recalls = np.linspace(0, 1, points).tolist()
+        judge = MeanAveragePrecision("xyxy", "bbox", [0.1, 0.3, 0.5], recalls, backend="faster_coco_eval")
+        expected = float(torchmetrics_values(batches, judge)["map"])
+        assert 0.5 < expected < 0.95
+        seen = values([TianchiScore("map", image_threshold=0.0)], batches)  # every image with a box is handed in
+        assert seen == {"tianchi_map": pytest.approx(expected, abs=gap)}
 
     def test_class_agnostic(self, batches):
         wrong = [copy.deepcopy(batch) for batch in batches]
@@ -285,7 +296,13 @@ class TestWithoutMeaning:
         assert RecallAtFalsePositives(2).name == "recall_at_2_false_positives"
 
     @pytest.mark.parametrize(
-        "build", [lambda: TianchiScore(1.5), lambda: FalsePositivesPerGoodImage(-1), lambda: RecallAtFalsePositives(-1)]
+        "build",
+        [
+            lambda: TianchiScore(image_threshold=1.5),
+            lambda: TianchiScore("mean"),
+            lambda: FalsePositivesPerGoodImage(-1),
+            lambda: RecallAtFalsePositives(-1),
+        ],
     )
     def test_bad_arguments(self, build):
         with pytest.raises(InputError, match="expected"):

@@ -12,8 +12,9 @@ from lightning.pytorch import Callback, seed_everything
 from PIL import Image
 from torchvision.ops import box_iou
 
-from anomalib_ot import CocoBoxes, OTADetector, OTPrototypes, SinkhornNMS, SyntheticFabric
+from anomalib_ot import CocoBoxes, OTADetector, OTPrototypes, SinkhornNMS, SparseMDOD, SyntheticFabric
 from anomalib_ot.integration.coco_json import write_coco
+from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.postprocess import masks_in_boxes
 from anomalib_ot.vision.detections import Detections
 
@@ -200,6 +201,38 @@ def test_arguments_of_a_post_processor_without_its_name(anomalib, tmp_path):
     assert done.code != 0
     assert done.error.startswith("anomalib-ot: error: --model.post_processor.decode is given, but not whose argument")
     assert done.error.endswith("name the class first: --model.post_processor SinkhornNMS")
+
+
+# ---- by a plain value of nms
+
+
+@pytest.mark.parametrize("decode", ["select", "merge"])
+def test_a_value_of_nms_is_short_for_a_post_processor(checkpoint, images, decode):
+    limits = {"score_threshold": 0.2, "max_detections": 20}
+    short = loaded(checkpoint, nms=f"sinkhorn_{decode}", nms_threshold=0.5, **limits)
+    named = SinkhornNMS(decode, threshold=0.5, **limits)
+    assert short.post_processor.arguments == named.arguments
+    equal(found_by(short, images), found_by(loaded(checkpoint, post_processor=named, **limits), images))
+
+
+def test_what_nms_was_short_for_is_kept_and_can_be_left_out(checkpoint, shapes, images, tmp_path):
+    runner = engine(tmp_path, max_epochs=41)
+    runner.fit(OTADetector(**SMALL, nms="sinkhorn_merge"), datamodule=data(shapes), ckpt_path=checkpoint)
+    path = runner.trainer.checkpoint_callback.best_model_path
+    assert loaded(path).post_processor.arguments == SinkhornNMS("merge").arguments
+    equal(
+        found_by(loaded(path, post_processor=False), images),
+        found_by(loaded(path, nms="hard", post_processor=False), images),
+    )
+    assert SparseMDOD(backbone_weights="random", nms="sinkhorn_select").hparams["nms"] == "none"
+
+
+def test_nms_and_a_post_processor_are_one_too_many():
+    for given in (False, SinkhornNMS()):
+        with pytest.raises(InputError, match="nms is 'sinkhorn_merge', which is short for a post_processor"):
+            OTADetector(**SMALL, nms="sinkhorn_merge", post_processor=given)
+    with pytest.raises(InputError, match="did you mean 'sinkhorn_merge'"):
+        OTADetector(**SMALL, nms="sinkhorn_merg")
 
 
 # ---- checkpoints

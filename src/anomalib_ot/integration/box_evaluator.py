@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from anomalib.metrics import AnomalibMetric, Evaluator
 from rich.console import Console
 from rich.table import Table
+from torch.nn import ModuleList
 
 from anomalib_ot.integration.box_metrics import (
     MODEL_THRESHOLD,
+    TIANCHI_KEYS,
     BoxMetric,
     CocoPrecision,
     FalsePositivesPerGoodImage,
@@ -40,6 +42,8 @@ class BoxEvaluator(Evaluator):
         score_threshold: Score above which a box counts as found or false in the table, in [0, 1]; None: the model's
             `image_threshold`, or .3 if it has none, which also the metrics use that have no threshold of their own.
         compute_on_cpu: Whether states are kept on the CPU, on a single device.
+        contest_metrics: Further metrics of test where the data are those of a contest, as `TianchiFabric` (they then
+            have `official_ids`).
 
     Raises:
         InputError: If `score_threshold` is not in [0, 1].
@@ -51,12 +55,15 @@ class BoxEvaluator(Evaluator):
         test_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
         score_threshold: float | None = None,
         compute_on_cpu: bool = True,
+        contest_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
     ) -> None:
         """Keep the metrics; see the class."""
         if score_threshold is not None:
             check_fraction("score_threshold", score_threshold)
         super().__init__(val_metrics, test_metrics, compute_on_cpu)
-        for metrics in (self.val_metrics, self.test_metrics):
+        self._always = list(self.test_metrics)
+        self._at_contests = list(self.validate_metrics(contest_metrics))
+        for metrics in (self.val_metrics, [*self._always, *self._at_contests]):
             record = _record(metrics)
             for metric in metrics:
                 if isinstance(metric, BoxMetric):
@@ -65,7 +72,9 @@ class BoxEvaluator(Evaluator):
         self.class_results: list[ClassResult] = []
 
     def setup(self, trainer: "Trainer", pl_module: "AnomalibModule", stage: str) -> None:
-        """Tell the metrics the model's threshold."""
+        """Choose the metrics of test by the data, and tell the metrics the model's threshold."""
+        is_contest = hasattr(getattr(trainer, "datamodule", None), "official_ids")
+        self.test_metrics = ModuleList([*self._always, *(self._at_contests if is_contest else [])])
         super().setup(trainer, pl_module, stage)
         for metric in (*self.val_metrics, *self.test_metrics):
             if isinstance(metric, BoxMetric):
@@ -89,17 +98,17 @@ class BoxEvaluator(Evaluator):
         return float(getattr(pl_module, "image_threshold", MODEL_THRESHOLD))
 
 
-def default_evaluator(score_threshold: float | None = None, *, tianchi: bool = False) -> BoxEvaluator:
+def default_evaluator(score_threshold: float | None = None) -> BoxEvaluator:
     """Make the evaluator of a detector.
 
     In validation it logs `map` and `map_50`; in test also `map_75`, `image_AUROC`, `image_F1Score` and
-    `false_positives_per_good_image`. Metrics that mean nothing on the images at hand, such as the AUROC without good
-    images, are left out with a warning; `map` and its kin are then -1.
+    `false_positives_per_good_image`, and on `TianchiFabric` `tianchi_score`, `tianchi_accuracy` and `tianchi_map`.
+    Metrics that mean nothing on the images at hand, such as the AUROC without good images, are left out with a warning;
+    `map` and its kin are then -1.
 
     Args:
         score_threshold: Score above which a box counts as a false positive on a good image and, for the contest,
             makes its image defective, in [0, 1]; None: the model's `image_threshold`, or .3 if it has none.
-        tianchi: Whether the test also logs `tianchi_score`.
 
     Returns:
         The evaluator, with metrics of its own.
@@ -116,10 +125,9 @@ def default_evaluator(score_threshold: float | None = None, *, tianchi: bool = F
         ImageF1Score(),
         FalsePositivesPerGoodImage(score_threshold),
     ]
-    if tianchi:
-        test_metrics.append(TianchiScore(score_threshold))
     val_metrics = [CocoPrecision(key) for key in ("map", "map_50")]
-    return BoxEvaluator(val_metrics, test_metrics, score_threshold)
+    contest_metrics = [TianchiScore(key, score_threshold) for key in TIANCHI_KEYS]
+    return BoxEvaluator(val_metrics, test_metrics, score_threshold, contest_metrics=contest_metrics)
 
 
 def _record(metrics: Iterable[AnomalibMetric]) -> BoxRecord | None:

@@ -16,7 +16,7 @@ from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.vision.detection_scores import (
     false_positives_per_good_image,
     recall_at_false_positives,
-    tianchi_score,
+    tianchi_figures,
 )
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MODEL_THRESHOLD = 0.3
+TIANCHI_KEYS = ("score", "accuracy", "map")
 COCO_KEYS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 
 
@@ -139,27 +140,33 @@ class CocoPrecision(BoxMetric):
 
 
 class TianchiScore(BoxMetric):
-    """Score of the Tianchi fabric contest, see `tianchi_score`; not reported without true boxes.
+    """Score of the Tianchi fabric contest or one of its parts, see `tianchi_figures`; not reported without true boxes.
 
     Args:
+        key: "score", "accuracy" (of the images) or "map" (of the boxes); the metric is called such as "tianchi_score".
         image_threshold: Score above which a box makes its image defective, in [0, 1]; None: the model's.
         record: The boxes, shared with other metrics; None: a record of its own.
 
     Raises:
-        InputError: If `image_threshold` is not in [0, 1].
+        InputError: If `key` is not known or `image_threshold` is not in [0, 1].
     """
 
-    def __init__(self, image_threshold: float | None = None, record: BoxRecord | None = None) -> None:
+    def __init__(
+        self, key: str = "score", image_threshold: float | None = None, record: BoxRecord | None = None
+    ) -> None:
         """Keep the threshold; see the class."""
+        check_known("key", key, TIANCHI_KEYS)
         if image_threshold is not None:
             check_fraction("image_threshold", image_threshold)
-        super().__init__("tianchi_score", record)
+        super().__init__(f"tianchi_{key}", record)
+        self.key = key
         self.image_threshold = image_threshold
 
     def measure(self, record: BoxRecord) -> float | None:
-        """Return the score."""
+        """Return the figure."""
         threshold = self.model_threshold if self.image_threshold is None else self.image_threshold
-        return tianchi_score(record.compute(), threshold)
+        figures = tianchi_figures(record.compute(), threshold)
+        return None if figures is None else getattr(figures, self.key)
 
 
 class FalsePositivesPerGoodImage(BoxMetric):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -26,7 +27,8 @@ from anomalib_ot.integration.checkpoints import (
     keep_what_was_trained,
     trained_arguments,
 )
-from anomalib_ot.integration.input_checks import check_fraction
+from anomalib_ot.integration.detector_arguments import SUPPRESSIONS
+from anomalib_ot.integration.input_checks import check_fraction, check_known
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.known_scores import ScoreKeeper
 from anomalib_ot.integration.sinkhorn_nms import CHECKPOINT_KEY, SinkhornNMS
@@ -34,6 +36,8 @@ from anomalib_ot.vision.backbone import normalisation
 from anomalib_ot.vision.detections import Detections
 
 NO_DATA = "no data to {}; name a data set with boxes (--data CocoBoxes --data.root ..., in Python datamodule=...)"
+
+SINKHORN_DECODES = {"sinkhorn_select": "select", "sinkhorn_merge": "merge"}  # values of `nms`, and what they decode
 
 
 class BoxPredictions(NamedTuple):
@@ -76,6 +80,7 @@ class BoxModel(BoxTraining, CheckedExport):
             InputError: If an argument is out of range or not known.
         """
         check_fraction("image_threshold", self.hparams["image_threshold"])
+        self._take_named_post_processor()
         if self.hparams["epochs"] is not None and self.hparams["epochs"] < 1:
             msg = f"epochs is {self.hparams['epochs']}; expected at least 1"
             raise InputError(msg)
@@ -114,6 +119,21 @@ class BoxModel(BoxTraining, CheckedExport):
         return self.model is not None and bool(self.trained)
 
     # ---- duplicates
+
+    def _take_named_post_processor(self) -> None:
+        """Build the `SinkhornNMS` that `nms` is short for; from then on all is as if it had been given."""
+        nms = self.hparams["nms"]
+        if nms is not None:
+            check_known("nms", nms, (*SUPPRESSIONS, *SINKHORN_DECODES))
+        if nms not in SINKHORN_DECODES:
+            return
+        if not self.takes_post_processor:
+            msg = f"nms is {nms!r}, which is short for a post_processor, and one is given, too; leave one of them out"
+            raise InputError(msg)
+        names = {"threshold": "nms_threshold", "score_threshold": "score_threshold", "max_detections": "max_detections"}
+        options = {name: self.hparams[own] for name, own in names.items()}
+        self.post_processor = SinkhornNMS(SINKHORN_DECODES[nms], **options)
+        self.hparams["nms"] = signature(type(self)).parameters["nms"].default
 
     def suppression(self) -> dict[str, Any]:
         """Say which `nms` the network has and how many detections it returns: raw ones for a `SinkhornNMS`."""

@@ -1,15 +1,13 @@
 """The COCO file of candidate boxes: what labelling tools import."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.file_writer import write_whole
 
-__all__ = ["CATEGORY", "Candidates", "check_folder", "write_candidates"]
+__all__ = ["CATEGORY", "Candidates", "write_candidates"]
 
 CATEGORY = {"id": 1, "name": "defect", "supercategory": "defect"}
 DECIMALS = 2  # of pixels
@@ -27,23 +25,6 @@ class Candidates(NamedTuple):
     size: tuple[int, int]
     boxes: list[list[float]]
     scores: list[float]
-
-
-def check_folder(path: Path) -> None:
-    """Make the folder of a file and try whether files can be written there.
-
-    Raises:
-        InputError: If they cannot, or the path is that of a folder.
-    """
-    if path.is_dir():
-        msg = f"path is {path}, a folder; expected a file to write, such as {path / 'candidates.json'}"
-        raise InputError(msg)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-"):
-            pass
-    except OSError as error:
-        raise _unwritable(path, error) from error
 
 
 def write_candidates(path: Path, images: Mapping[str, Candidates]) -> None:
@@ -69,16 +50,4 @@ def write_candidates(path: Path, images: Mapping[str, Candidates]) -> None:
             annotation |= {"area": round(bbox[2] * bbox[3], DECIMALS), "iscrowd": 0, "score": round(score, 6)}
             annotations.append(annotation)
     content = {"images": records, "annotations": annotations, "categories": [CATEGORY]}
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    draft = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> InputError:
-    reason = error.strerror or str(error)
-    return InputError(f"path is {path}, which cannot be written ({reason}); name a file in a folder of your own")
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))

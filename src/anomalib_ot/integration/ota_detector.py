@@ -53,6 +53,8 @@ class OTADetector(BoxModel, AnomalibModule):
         frozen_norm: Whether the backbone's batch norm keeps the statistics, scales and shifts that it came with. Images
             of defects have others; where a device has one or two images per step, it may still be better.
         nms: What removes duplicates in the network: "hard" or "none"; None: "hard", unless the post-processor does it.
+            "sinkhorn_select" and "sinkhorn_merge" are short for a `SinkhornNMS` as post-processor with that `decode`
+            and the thresholds here: for places that take plain values alone, such as files of `anomalib benchmark`.
         nms_threshold: Largest overlap (IoU) of two detections of one class, for `nms`.
         score_threshold: Least score of a detection.
         image_threshold: Score of a box that makes the image a defective one.

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,25 +10,24 @@ import torch
 from anomalib.data import ImageBatch
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from lightning.pytorch import Callback
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
-from anomalib_ot.integration.candidate_file import Candidates, check_folder, write_candidates
-from anomalib_ot.integration.input_error import InputError, install_short_errors
+from anomalib_ot.integration.candidate_file import Candidates, write_candidates
+from anomalib_ot.integration.file_writer import FileWriter
+from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.postprocess.regions import RegionSettings, find_regions
 
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
-    from lightning.pytorch import Trainer
 
 __all__ = ["RegionWriter", "SeenPart", "seen_part"]
 
 OTHER_VIEWS = ("Crop", "Pad", "Affine", "Perspective", "Rotat", "Flip")  # in names of transforms that move pixels
 
 
-class RegionWriter(Callback):
+class RegionWriter(FileWriter):
     """Write the odd regions of tested or predicted images as boxes to one COCO file.
 
     Works with the anomaly maps of any Anomalib model, and leaves the model's results as they are. All boxes have one
@@ -73,17 +73,13 @@ class RegionWriter(Callback):
         score: str = RegionSettings.score,
     ) -> None:
         """Check and keep the settings."""
-        super().__init__()
-        install_short_errors()
-        self.path = Path(path)
+        super().__init__(path)
         self.root = self.path.parent if root is None else Path(root)
         self.has_root = root is not None
         self.threshold = threshold
         self._options = {"extent": extent, "edge": edge, "reach": reach, "min_area": min_area}
         self._options |= {"gap": gap, "max_boxes": max_boxes, "score": score}
         self._settings(RegionSettings.threshold if threshold is None else threshold)
-        self._found: dict[str, Candidates] = {}
-        self._waiting: ImageBatch | None = None
 
     def _settings(self, threshold: float) -> RegionSettings:
         try:
@@ -91,58 +87,14 @@ class RegionWriter(Callback):
         except ValueError as error:
             raise InputError(str(error)) from error
 
-    def setup(self, trainer: "Trainer", pl_module: "AnomalibModule", stage: str) -> None:
-        """Look, before anything runs, whether the file can be written."""
-        del pl_module
-        if stage in ("test", "predict") and trainer.is_global_zero:
-            check_folder(self.path)
-
-    def on_test_start(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
-        """Begin with no boxes; learn the model's threshold and which part of a file it sees."""
-        del trainer
-        self._found.clear()
-        self._waiting = None
+    def begin(self, pl_module: "AnomalibModule") -> None:
+        """Learn the model's threshold and which part of a file it sees."""
         self._active = self._settings(model_threshold(pl_module) if self.threshold is None else self.threshold)
         pre_processor = getattr(pl_module, "pre_processor", None)
         self._part = seen_part(pre_processor.transform if isinstance(pre_processor, PreProcessor) else None)
 
-    on_predict_start = on_test_start
-
-    def on_test_batch_end(
-        self,
-        trainer: "Trainer",
-        pl_module: "AnomalibModule",
-        outputs: ImageBatch,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Let a batch wait: callbacks of the model, such as the one that normalises, come after those of the user."""
-        del trainer, pl_module, batch, batch_idx, dataloader_idx
-        self._collect_waiting()
-        self._waiting = outputs
-
-    on_predict_batch_end = on_test_batch_end
-
-    def on_test_epoch_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
-        """Write the file, in the first process."""
-        del pl_module
-        self._collect_waiting()
-        shares = [self._found]
-        if trainer.world_size > 1:
-            shares = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, self._found)
-        if trainer.is_global_zero:
-            write_candidates(self.path, {name: found for share in shares for name, found in share.items()})
-        self._found = {}
-
-    on_predict_epoch_end = on_test_epoch_end
-
-    def _collect_waiting(self) -> None:
-        """Find the boxes of the batch that waits, in pixels of its files."""
-        batch, self._waiting = self._waiting, None
-        if batch is None:
-            return
+    def records(self, batch: ImageBatch) -> dict[str, Candidates]:
+        """Find the boxes of a batch, in pixels of its files."""
         anomaly_map, paths = getattr(batch, "anomaly_map", None), getattr(batch, "image_path", None)
         if anomaly_map is None:
             msg = "RegionWriter needs anomaly maps, and this model gives none; use a model that localises"
@@ -156,12 +108,18 @@ class RegionWriter(Callback):
         except ValueError as error:
             msg = f"images {paths[0]} to {paths[-1]}: {error}"
             raise InputError(msg) from error
+        candidates = {}
         for index, path in enumerate(paths):
             with Image.open(path) as image:
                 size = image.size
             boxes, scores, _ = found.of_image(index)
             boxes = self._part.to_file(boxes.double(), (width, height), size)
-            self._found[self._name(path)] = Candidates(size, boxes.tolist(), scores.tolist())
+            candidates[self._name(path)] = Candidates(size, boxes.tolist(), scores.tolist())
+        return candidates
+
+    def write(self, found: Mapping[str, Candidates]) -> None:
+        """Write the file."""
+        write_candidates(self.path, found)
 
     def _name(self, path: str) -> str:
         """Return the name of an image in the file."""

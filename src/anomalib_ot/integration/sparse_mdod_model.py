@@ -53,6 +53,8 @@ class SparseMDOD(BoxModel, AnomalibModule):
         presence_weight: Weight of learning from good images, at least 0; 0, as published, learns nothing from them;
             for "mixture".
         nms: What removes duplicates in the network: "none", as published, or "hard".
+            "sinkhorn_select" and "sinkhorn_merge" are short for a `SinkhornNMS` as post-processor with that `decode`
+            and the thresholds here: for places that take plain values alone, such as files of `anomalib benchmark`.
         nms_threshold: Largest overlap (IoU) of two detections of one class.
         score_threshold: Least score of a detection; 0 as published.
         image_threshold: Score of a box that makes the image a defective one.

@@ -10,10 +10,11 @@ from anomalib_ot.vision.average_precision import EvaluatedBoxes, average_precisi
 __all__ = [
     "TIANCHI_IOUS",
     "ClassResult",
+    "TianchiFigures",
     "class_results",
     "false_positives_per_good_image",
     "recall_at_false_positives",
-    "tianchi_score",
+    "tianchi_figures",
 ]
 
 TIANCHI_IOUS = (0.1, 0.3, 0.5)
@@ -38,8 +39,22 @@ class ClassResult(NamedTuple):
     num_false: int
 
 
-def tianchi_score(data: EvaluatedBoxes, image_threshold: float) -> float | None:
-    r"""Compute the score of the Tianchi fabric contest.
+class TianchiFigures(NamedTuple):
+    """The score of the Tianchi fabric contest, and the two parts that it is made of; each in [0, 1].
+
+    Args:
+        score: `0.2 accuracy + 0.8 map`.
+        accuracy: Share of the images that are rightly called defective or good.
+        map: Mean over three overlaps (IoU .1, .3 and .5) of the mean average precision.
+    """
+
+    score: float
+    accuracy: float
+    map: float
+
+
+def tianchi_figures(data: EvaluatedBoxes, image_threshold: float) -> TianchiFigures | None:
+    r"""Compute the score of the Tianchi fabric contest, with its two parts.
 
     .. math::
         0.2 \, ACC + 0.8 \, (mAP_{.1} + mAP_{.3} + mAP_{.5}) / 3
@@ -55,7 +70,7 @@ def tianchi_score(data: EvaluatedBoxes, image_threshold: float) -> float | None:
         image_threshold: Score above which a box makes its image defective, in [0, 1].
 
     Returns:
-        The score, in [0, 1]; None without true boxes, where mAP means nothing.
+        The figures; None without true boxes, where mAP means nothing.
 
     References:
         Tianchi "Guangdong Industrial Intelligence Innovation Contest", fabric defect detection, 2019, rules of round 1,
@@ -64,10 +79,11 @@ def tianchi_score(data: EvaluatedBoxes, image_threshold: float) -> float | None:
     if not len(data.gt_boxes):
         return None
     called = np.bincount(data.images[data.scores > image_threshold], minlength=data.num_images) > 0
-    accuracy = (called == data.is_defective).mean()
+    accuracy = float((called == data.is_defective).mean())
     handed_in = data.predicted(called[data.images])
     means = [np.mean(list(class_average_precisions(handed_in, iou).values())) for iou in TIANCHI_IOUS]
-    return float(ACCURACY_SHARE * accuracy + (1 - ACCURACY_SHARE) * np.mean(means))
+    precision = float(np.mean(means))
+    return TianchiFigures(ACCURACY_SHARE * accuracy + (1 - ACCURACY_SHARE) * precision, accuracy, precision)
 
 
 def false_positives_per_good_image(data: EvaluatedBoxes, score_threshold: float) -> float | None:
