@@ -1,6 +1,7 @@
 """Reading checkpoints: what is wrong with a file, and what it decides about the model that takes it over."""
 
 import logging
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,11 +52,21 @@ def checked_reading(path: str | Path) -> Iterator[None]:
 
 def _check_file(path: Path) -> None:
     if not path.is_file():
-        msg = f"checkpoint {path} does not exist; expected what a training has written, such as {USUAL_PLACE}"
-        raise InputError(msg)
+        msg = f"checkpoint {path} does not exist; expected what a training has written, such as "
+        raise InputError(msg + (_of_another_run(path) or USUAL_PLACE))
     if not zipfile.is_zipfile(path):
         msg = f"checkpoint {path} is cut off or no checkpoint; take another one, such as {USUAL_PLACE}"
         raise InputError(msg)
+
+
+def _of_another_run(path: Path) -> str | None:
+    """Find the newest checkpoint of the same name in the runs beside this one; `latest` may be one that has failed."""
+    for depth, run in enumerate(path.parents):
+        if run.name == "latest" or re.fullmatch(r"v\d+", run.name):
+            inner = Path(*path.parts[len(path.parts) - 1 - depth :])
+            found = [beside / inner for beside in run.parent.glob("v*") if (beside / inner).is_file()]
+            return str(max(found, key=lambda file: file.stat().st_mtime)) if found else None
+    return None
 
 
 def install_checkpoint_check(trainer: Trainer) -> None:

@@ -161,8 +161,10 @@ def _anomaly_panel(base: Image.Image, anomaly_map: np.ndarray, pred_mask: np.nda
     if pred_mask is None:
         return Panel("Anomaly", "", drawn)
     if not pred_mask.any():
-        return Panel("Anomaly", "no pixel above the threshold", drawn)
-    return Panel("Anomaly", "white outline: above the threshold", draw_outline(drawn, pred_mask, PREDICTION_LINE))
+        return Panel("Anomaly", "no pixel above its threshold", drawn)
+    return Panel(
+        "Anomaly", "white outline: above the threshold of pixels", draw_outline(drawn, pred_mask, PREDICTION_LINE)
+    )
 
 
 def _position_panel(
