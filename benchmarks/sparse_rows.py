@@ -172,7 +172,7 @@ def draw_nms(rows: list[tuple[str, float, float]], path: Path) -> None:
     """Draw mAP without and with NMS, a pair of bars for each run."""
     from matplotlib import pyplot as plt
 
-    figure, panel = plt.subplots(figsize=(7, 3.6))
+    figure, panel = plt.subplots(figsize=(max(7, 1.6 * len(rows)), 3.6))
     for place, (_, without, with_nms) in enumerate(rows):
         for shift, value, colour in ((-0.18, without, "#4477aa"), (0.18, with_nms, "#cc6677")):
             panel.bar(place + shift, value, 0.34, color=colour)
@@ -191,14 +191,13 @@ def draw_calibration(curves: dict[str, Tensor], path: Path) -> None:
     """Draw which part of the true sides lies where, against what the scales say."""
     from matplotlib import pyplot as plt
 
-    figure, panel = plt.subplots(figsize=(4.4, 4.2))
+    figure, panel = plt.subplots(figsize=(4.4, 4.4 + 0.2 * len(curves)), layout="constrained")
     panel.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="exact")
     for name, values in curves.items():
         panel.plot(NOMINAL, values, marker="o", markersize=3, label=name)
     panel.set(xlabel="part of sides that the scales say", ylabel="part of true sides found", xlim=(0, 1), ylim=(0, 1))
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(fontsize=8, loc="outside lower center")
     figure.savefig(path, dpi=110)
 
 
