@@ -85,6 +85,18 @@ def test_lines_with_the_same_folder_and_name_do_not_overwrite_each_other(tmp_pat
     assert written(tmp_path / "rooted") == ["line1/bad/000.png", "line2/bad/000.png"]
 
 
+@pytest.mark.parametrize("end", ["on_test_end", "on_predict_end"])
+def test_it_says_where_the_pictures_are(tmp_path, caplog, end):
+    visualizer = ExplanationVisualizer(tmp_path / "out", panel_size=64)
+    with caplog.at_level("INFO"):
+        getattr(visualizer, end)(None, None)
+        assert not caplog.messages, "there are none"
+        batch = batch_of([write_image(tmp_path / "bad" / "000.png")])
+        visualizer.on_test_batch_end(trainer_at(tmp_path), SimpleNamespace(), batch, batch, 0)
+        getattr(visualizer, end)(None, None)
+    assert caplog.messages == [f"The pictures are in {tmp_path / 'out'}"]
+
+
 def test_names_are_unique_stable_and_below_the_folder(tmp_path):
     sources = ["/a/b/c.png", "/z/b/c.png", "/y/z/b/c.png", "/a/b/c.jpg", "/a/b/C.PNG", "/a/B/c.png", "c.png", "/c.png"]
     sources += ["/a/b/c.jpg.png", "/b/c.png", "/a/b/../b/d.png", None, None]

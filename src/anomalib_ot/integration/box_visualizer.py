@@ -137,6 +137,13 @@ class BoxVisualizer(Visualizer):
         """Write the pictures of a predicted batch."""
         self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
+    def on_test_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
+        """Say where the pictures are."""
+        del trainer, pl_module
+        self._names.tell()
+
+    on_predict_end = on_test_end
+
 
 def _detected(item: BoxItem, image: Image.Image) -> DetectedBoxes:
     """Bring the boxes from pixels of the file to those of the image that is drawn on, which may be the network's."""

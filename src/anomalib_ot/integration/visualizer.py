@@ -1,5 +1,6 @@
 """The callback that writes one explained picture per tested image."""
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 __all__ = ["ExplanationVisualizer", "PictureNames", "arrows", "explain_picture", "explanation_of", "shown_image"]
+
+logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Correlation between the file and what the network saw: resizing alone leaves at least .98 on fabric, tiles, cells,
@@ -112,6 +115,13 @@ class ExplanationVisualizer(Visualizer):
         """Write the pictures of a predicted batch."""
         self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
+    def on_test_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
+        """Say where the pictures are."""
+        del trainer, pl_module
+        self._names.tell()
+
+    on_predict_end = on_test_end
+
 
 def explanation_of(
     item: ImageItem, threshold: float = 0.5, name: str | None = None, transport_threshold: float | None = None
@@ -158,6 +168,7 @@ class PictureNames:
     def __init__(self) -> None:
         """Start with every name free."""
         self._owners: dict[str, str] = {}  # picture → source; keys casefolded, as some file systems ignore case
+        self._folder: Path | None = None  # of the last claim
 
     def claim(self, source: str | None, output_dir: Path, root: str | Path | None = None) -> Path:
         """Return the picture file of a source image.
@@ -170,6 +181,7 @@ class PictureNames:
         Returns:
             A path below `output_dir`; no other source gets it.
         """
+        self._folder = output_dir
         if source is None:
             number = 0
             while not self._take(path := output_dir / f"image_{number:06d}.png", f"unnamed {number}", renew=False):
@@ -189,6 +201,11 @@ class PictureNames:
         while not self._take(path := output_dir.joinpath(*parts[:-1], f"{file[:-4]}-{number}.png"), str(absolute)):
             number += 1
         return path
+
+    def tell(self) -> None:
+        """Log the folder of the pictures that were named last, if there are any."""
+        if self._folder is not None:
+            logger.info("The pictures are in %s", self._folder)
 
     def _take(self, path: Path, source: str, *, renew: bool = True) -> bool:
         """Take a picture file for a source; `renew` lets a source take its own file again."""
