@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from anomalib_ot.integration.file_writer import write_whole
+from anomalib_ot.integration.file_writer import write_text
 
 __all__ = ["CATEGORY", "Candidates", "write_candidates"]
 
@@ -50,4 +50,4 @@ def write_candidates(path: Path, images: Mapping[str, Candidates]) -> None:
             annotation |= {"area": round(bbox[2] * bbox[3], DECIMALS), "iscrowd": 0, "score": round(score, 6)}
             annotations.append(annotation)
     content = {"images": records, "annotations": annotations, "categories": [CATEGORY]}
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))

@@ -1,6 +1,5 @@
 """Callbacks that gather something from every tested or predicted image, and write it to one file, whole or not."""
 
-import os
 import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -12,12 +11,13 @@ from anomalib.data import ImageBatch
 from lightning.pytorch import Callback
 
 from anomalib_ot.integration.input_error import InputError, install_short_errors
+from anomalib_ot.integration.whole_file import write_whole
 
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
     from lightning.pytorch import Trainer
 
-__all__ = ["FileWriter", "check_folder", "write_whole"]
+__all__ = ["FileWriter", "check_folder", "write_text"]
 
 
 class FileWriter(Callback):
@@ -121,7 +121,7 @@ def check_folder(path: Path) -> None:
         raise _unwritable(path, error) from error
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all.
 
     Args:
@@ -131,12 +131,9 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         InputError: If the file cannot be written.
     """
-    draft = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        write_whole(path, text.encode())
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise _unwritable(path, error) from error
 
 

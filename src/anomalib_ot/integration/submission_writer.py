@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from anomalib.data import ImageBatch
 
-from anomalib_ot.integration.file_writer import FileWriter, write_whole
+from anomalib_ot.integration.file_writer import FileWriter, write_text
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.tianchi_classes import class_table
 
@@ -85,7 +85,7 @@ class SubmissionWriter(FileWriter):
                 raise InputError(msg)
         entries = [entry for name in sorted(path_of) for entry in found[path_of[name]]]
         lines = ",\n".join(json.dumps(entry, ensure_ascii=False, allow_nan=False) for entry in entries)
-        write_whole(self.path, f"[\n{lines}\n]\n")
+        write_text(self.path, f"[\n{lines}\n]\n")
 
 
 def check_classes(class_names: Sequence[str] | None, model: str) -> None:

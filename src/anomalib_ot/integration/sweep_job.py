@@ -16,7 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from anomalib_ot.integration.sweep_config import SweepJob
-from anomalib_ot.integration.sweep_record import DONE, FAILED, write_whole
+from anomalib_ot.integration.sweep_record import DONE, FAILED
+from anomalib_ot.integration.whole_file import write_whole
 
 __all__ = ["main", "measured"]
 

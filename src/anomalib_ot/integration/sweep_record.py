@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.whole_file import write_whole
 
 try:
     import fcntl
 except ImportError:  # Windows: two sweeps in one folder are not noticed there
     fcntl = None
 
-__all__ = ["CONFIG", "DONE", "FAILED", "SKIPPED", "SweepRecord", "read_rows", "write_whole"]
+__all__ = ["CONFIG", "DONE", "FAILED", "SKIPPED", "SweepRecord", "read_rows"]
 
 CONFIG = "sweep.json"
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
@@ -90,13 +91,6 @@ def read_rows(folder: Path) -> dict[str, dict]:
             if before is None or _precedence(row) >= _precedence(before):
                 found[row["key"]] = row
     return found
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old content or the new, and nothing between."""
-    stage = path.with_name(f".{path.name}.{os.getpid()}")
-    stage.write_bytes(content)
-    stage.replace(path)
 
 
 def _precedence(row: dict) -> tuple[bool, float]:

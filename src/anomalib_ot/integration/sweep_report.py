@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anomalib_ot.integration.sweep_config import SweepJob, SweepLabels, sweep_jobs
-from anomalib_ot.integration.sweep_record import CONFIG, DONE, SweepRecord, read_rows, write_whole
+from anomalib_ot.integration.sweep_record import CONFIG, DONE, SweepRecord, read_rows
+from anomalib_ot.integration.whole_file import write_whole
 
 __all__ = ["SweepTable", "markdown", "print_table", "read_sweep", "sweep_table", "write_report"]
 
