@@ -16,7 +16,8 @@ from torchvision.transforms.v2.functional import center_crop, normalize, resize,
 from anomalib_ot.integration.deep_images import read_image_deep
 from anomalib_ot.integration.explained_batch import ExplainedBatch
 from anomalib_ot.integration.header import Verdict
-from anomalib_ot.integration.visualizer import ExplanationVisualizer, PictureNames, explain_picture, shown_image
+from anomalib_ot.integration.picture_writer import PictureNames
+from anomalib_ot.integration.visualizer import ExplanationVisualizer, explain_picture, shown_image
 
 SIZE = 32
 

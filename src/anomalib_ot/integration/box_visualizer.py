@@ -1,31 +1,30 @@
 """The callback that writes one picture per tested image, with the boxes that a detector has found."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from anomalib.data import ImageBatch
-from anomalib.visualization import Visualizer
 from PIL import Image
 
 from anomalib_ot.integration.box_batch import BoxItem
 from anomalib_ot.integration.box_picture import DetectedBoxes, box_picture
 from anomalib_ot.integration.header import Verdict
 from anomalib_ot.integration.input_checks import check_fraction
-from anomalib_ot.integration.visualizer import PictureNames, shown_image
+from anomalib_ot.integration.picture_writer import PictureWriter
+from anomalib_ot.integration.visualizer import shown_image
 
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
-    from lightning.pytorch import Trainer
 
 __all__ = ["BoxVisualizer"]
 
 SCORE_THRESHOLD = 0.3
 
 
-class BoxVisualizer(Visualizer):
+class BoxVisualizer(PictureWriter):
     """Write a picture of each tested or predicted image: is it bad, where, and what is it; see `box_picture`.
 
     The pictures are drawn on the original file, in its own resolution, or on what the network saw of it if that was
@@ -51,13 +50,11 @@ class BoxVisualizer(Visualizer):
         self, output_dir: str | Path | None = None, score_threshold: float | None = None, size: int = 1280
     ) -> None:
         """Keep the settings; see the class."""
-        super().__init__()
+        super().__init__(output_dir)
         if score_threshold is not None:
             check_fraction("score_threshold", score_threshold)
-        self.output_dir = output_dir
         self.score_threshold = score_threshold
         self.size = size
-        self._names = PictureNames()
 
     def visualize(
         self,
@@ -102,47 +99,15 @@ class BoxVisualizer(Visualizer):
         )
         return box_picture(image, found, class_names, threshold, verdict=verdict, image_note=note, size=self.size)
 
-    def on_test_batch_end(
-        self,
-        trainer: "Trainer",
-        pl_module: "AnomalibModule",
-        outputs: ImageBatch | None,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Write the pictures of a tested batch; what the model returned counts, if it returned boxes."""
-        del batch_idx, dataloader_idx
-        predicted = outputs if getattr(outputs, "pred_boxes", None) is not None else batch
-        output_dir = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
-        root = getattr(getattr(trainer, "datamodule", None), "root", None)
-        class_names = getattr(pl_module, "class_names", None)
+    def items(self, outputs: ImageBatch | None, batch: ImageBatch) -> Iterable[BoxItem]:
+        """Return what the model returned, if it returned boxes, else the batch."""
+        return (outputs if getattr(outputs, "pred_boxes", None) is not None else batch).items
+
+    def picture(self, item: BoxItem, name: str | None, pl_module: "AnomalibModule") -> Image.Image:
+        """Draw an item with the classes and the threshold of its model."""
         threshold = getattr(pl_module, "image_threshold", None)
-        for item in predicted.items:
-            path = self._names.claim(item.image_path, output_dir, root)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            name = path.relative_to(output_dir).as_posix() if item.image_path is None else None
-            picture = self.visualize(item, class_names, SCORE_THRESHOLD if threshold is None else threshold, name)
-            picture.save(path, format="PNG")
-
-    def on_predict_batch_end(
-        self,
-        trainer: "Trainer",
-        pl_module: "AnomalibModule",
-        outputs: ImageBatch | None,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Write the pictures of a predicted batch."""
-        self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-
-    def on_test_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
-        """Say where the pictures are."""
-        del trainer, pl_module
-        self._names.tell()
-
-    on_predict_end = on_test_end
+        threshold = SCORE_THRESHOLD if threshold is None else threshold
+        return self.visualize(item, getattr(pl_module, "class_names", None), threshold, name)
 
 
 def _detected(item: BoxItem, image: Image.Image) -> DetectedBoxes:

@@ -1,14 +1,11 @@
 """The callback that writes one explained picture per tested image."""
 
-import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from anomalib.data import ImageBatch, ImageItem
-from anomalib.visualization import Visualizer
+from anomalib.data import ImageItem
 from PIL import Image
 
 from anomalib_ot.imaging.causes import arrows
@@ -16,14 +13,12 @@ from anomalib_ot.imaging.samples import sample_format
 from anomalib_ot.integration.deep_images import read_image_deep
 from anomalib_ot.integration.header import Verdict
 from anomalib_ot.integration.picture import explain_picture
+from anomalib_ot.integration.picture_writer import PictureWriter
 
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
-    from lightning.pytorch import Trainer
 
-__all__ = ["ExplanationVisualizer", "PictureNames", "arrows", "explain_picture", "explanation_of", "shown_image"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["ExplanationVisualizer", "arrows", "explain_picture", "explanation_of", "shown_image"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Correlation between the file and what the network saw: resizing alone leaves at least .98 on fabric, tiles, cells,
@@ -33,7 +28,7 @@ SAME_VIEW = 0.95
 DIM, WHITE = 0.5, 0.001
 
 
-class ExplanationVisualizer(Visualizer):
+class ExplanationVisualizer(PictureWriter):
     """Write a picture of each tested or predicted image: is it bad, where, and why.
 
     Models whose batches have no `feature_map` and `position_map` get two panels, the image and its anomaly map. The
@@ -52,11 +47,9 @@ class ExplanationVisualizer(Visualizer):
 
     def __init__(self, output_dir: str | Path | None = None, panel_size: int = 320, max_arrows: int = 8) -> None:
         """Keep the settings; see the class."""
-        super().__init__()
-        self.output_dir = output_dir
+        super().__init__(output_dir)
         self.panel_size = panel_size
         self.max_arrows = max_arrows
-        self._names = PictureNames()
 
     def visualize(
         self,
@@ -80,47 +73,12 @@ class ExplanationVisualizer(Visualizer):
         explanation = explanation_of(item, threshold, name, transport_threshold)
         return explain_picture(**explanation, panel_size=self.panel_size, max_arrows=self.max_arrows)
 
-    def on_test_batch_end(
-        self,
-        trainer: "Trainer",
-        pl_module: "AnomalibModule",
-        outputs: ImageBatch,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Write the pictures of a tested batch."""
-        del outputs, batch_idx, dataloader_idx
-        output_dir = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
-        root = getattr(getattr(trainer, "datamodule", None), "root", None)
+    def picture(self, item: ImageItem, name: str | None, pl_module: "AnomalibModule") -> Image.Image:
+        """Draw an item with the thresholds of its model."""
         # The host compares scores with this value, 1 - sensitivity, whether they are normalised or not.
         post_processor = getattr(pl_module, "post_processor", None)
         threshold = float(getattr(post_processor, "normalized_image_threshold", 0.5))
-        transport_threshold = getattr(post_processor, "transport_threshold", None)
-        for item in batch:
-            path = self._names.claim(item.image_path, output_dir, root)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            name = path.relative_to(output_dir).as_posix() if item.image_path is None else None
-            self.visualize(item, threshold, name, transport_threshold).save(path, format="PNG")
-
-    def on_predict_batch_end(
-        self,
-        trainer: "Trainer",
-        pl_module: "AnomalibModule",
-        outputs: ImageBatch,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Write the pictures of a predicted batch."""
-        self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-
-    def on_test_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
-        """Say where the pictures are."""
-        del trainer, pl_module
-        self._names.tell()
-
-    on_predict_end = on_test_end
+        return self.visualize(item, threshold, name, getattr(post_processor, "transport_threshold", None))
 
 
 def explanation_of(
@@ -146,74 +104,6 @@ def explanation_of(
     maps = ("anomaly_map", "feature_map", "position_map", "matched_position", "pred_mask", "gt_mask")
     arrays = {field: _array(getattr(item, field, None)) for field in maps}
     return {"image": image, **arrays, "verdict": verdict, "image_note": note}
-
-
-class PictureNames:
-    """Give each source image its own picture file for as long as this object lives.
-
-    The rule: a source below the data module's root keeps its path relative to the root. Any other source keeps its
-    folder and name, as Anomalib does. If that name belongs to another source already, one more parent folder is put
-    in front until it is free; if the path is used up, a number is put behind. `.png` follows the whole name, so that
-    `a.jpg` (→ `a.jpg.png`) and `a.png` differ. An image without a path is called `image_000000.png` and so on. The
-    same source gets the same name again. Processes do not share names; give each its own `output_dir`.
-
-    Example:
-        >>> names = PictureNames()
-        >>> names.claim("/x/line1/bad/000.png", Path("out")).as_posix()
-        'out/bad/000.png'
-        >>> names.claim("/x/line2/bad/000.png", Path("out")).as_posix()
-        'out/line2/bad/000.png'
-    """
-
-    def __init__(self) -> None:
-        """Start with every name free."""
-        self._owners: dict[str, str] = {}  # picture → source; keys casefolded, as some file systems ignore case
-        self._folder: Path | None = None  # of the last claim
-
-    def claim(self, source: str | None, output_dir: Path, root: str | Path | None = None) -> Path:
-        """Return the picture file of a source image.
-
-        Args:
-            source: Path of the image file, or None.
-            output_dir: Folder of the pictures.
-            root: Folder of the data set; None or a folder elsewhere has no effect.
-
-        Returns:
-            A path below `output_dir`; no other source gets it.
-        """
-        self._folder = output_dir
-        if source is None:
-            number = 0
-            while not self._take(path := output_dir / f"image_{number:06d}.png", f"unnamed {number}", renew=False):
-                number += 1
-            return path
-        absolute = Path(os.path.abspath(source))
-        parts = absolute.relative_to(absolute.anchor).parts
-        file = absolute.name if absolute.suffix.lower() == ".png" else f"{absolute.name}.png"
-        keep = 1
-        if root is not None and absolute.is_relative_to(os.path.abspath(root)):
-            keep = len(absolute.relative_to(os.path.abspath(root)).parts) - 1
-        for parents in range(min(keep, len(parts) - 1), len(parts)):
-            path = output_dir.joinpath(*parts[len(parts) - 1 - parents : -1], file)
-            if self._take(path, str(absolute)):
-                return path
-        number = 2
-        while not self._take(path := output_dir.joinpath(*parts[:-1], f"{file[:-4]}-{number}.png"), str(absolute)):
-            number += 1
-        return path
-
-    def tell(self) -> None:
-        """Log the folder of the pictures that were named last, if there are any."""
-        if self._folder is not None:
-            logger.info("The pictures are in %s", self._folder)
-
-    def _take(self, path: Path, source: str, *, renew: bool = True) -> bool:
-        """Take a picture file for a source; `renew` lets a source take its own file again."""
-        key = os.path.abspath(path).casefold()
-        if key in self._owners:
-            return renew and self._owners[key] == source
-        self._owners[key] = source
-        return True
 
 
 def shown_image(item: ImageItem) -> tuple[Image.Image, str]:
