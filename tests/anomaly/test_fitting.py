@@ -77,7 +77,7 @@ def test_transport_alone_finds_the_colours_from_a_random_start(colours, momentum
         num_prototypes=4,
         alpha=0.0,
         rho=None,
-        prototype_scale=False,
+        scale="largest",
         batch_images=12,
         passes=40,
         momentum=momentum,

@@ -19,7 +19,7 @@ OPTIONS = [
     {"feature_cost": "whitened"},
     {"feature_cost": "whitened", "num_prototypes": None, "num_global": 1},
     {"num_prototypes": None, "num_global": 2, "position_quantile": 0.5},
-    {"num_prototypes": None, "num_global": 0.5, "prototype_scale": False, "position_unit": None},
+    {"num_prototypes": None, "num_global": 0.5, "scale": "largest", "position_unit": None},
 ]
 
 

@@ -33,7 +33,7 @@ def test_paper_preset():
         assert (member.epsilon, member.rho, member.max_iters, member.tolerance) == (0.01, None, 100, 0.0)
         assert (member.momentum, member.passes, member.batch_images) == (0.95, 50, 64)
         assert (member.pooling, member.align_corners, member.calibrate) == (1, True, False)
-        assert (member.prototype_scale, member.position_quantile, member.position_unit) == (False, 0.0, None)
+        assert (member.scale, member.position_quantile, member.position_unit) == ("largest", 0.0, None)
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])

@@ -65,7 +65,7 @@ def test_a_transport_to_start_from_holds_no_matrices():
     assert found.potentials.g.shape == (5,)
 
 
-@pytest.mark.parametrize("options", [{}, {"position_unit": None, "prototype_scale": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"position_unit": None, "scale": "largest"}], ids=str)
 def test_positions_of_one_image_stand_for_those_of_all(options):
     bank, _ = fit(textured(), **options)
     x, positions = bank.encode(textured(3)).flatten(0, 1), Patches(textured(), GRID).positions

@@ -45,7 +45,7 @@ def assign(
 ) -> Assignment:
     """Assign patches to prototypes by entropic transport from equal masses.
 
-    Costs have one scale for all prototypes. Scales that the member leaves open (`prototype_scale` off, no
+    Costs have one scale for all prototypes. Scales that the member leaves open (`scale` "largest", no
     `position_unit`) are the maxima of this batch, as published.
 
     Args:
@@ -71,7 +71,7 @@ def assign(
         everywhere = positions.repeat(len(encoded) // len(positions), 1)
         support = nearest_support(encoded, everywhere, bank, neighbours, energy_unit=energy_unit)
         return _found(sparse_sinkhorn(support, **settings))
-    if member.prototype_scale:
+    if member.scale != "largest":
         feature = energy(bank, bank.feature_distance(encoded)) / energy_unit
     else:
         feature = bank.feature_distance(encoded)

@@ -10,7 +10,9 @@ from typing import Any
 
 FEATURE_COSTS = ("cosine", "euclidean", "whitened")
 STRUCTURES = ("learned", "fixed")
-STARTS = ("data", "random")
+STARTS = ("coverage", "k-means", "random")
+ASSIGNMENTS = ("nearest", "transport")
+SCALES = ("prototype", "typical", "largest")
 SOLVERS = ("sinkhorn", "pot")
 NONE_CHOOSES = (
     "num_prototypes",
@@ -27,6 +29,11 @@ PRESETS = ("default", "paper")
 PROTOTYPE_NUMBERS, FEWEST, MOST = 19_200, 80, 256
 
 
+# How local prototypes on a grid are fitted, whatever the preset does with free ones.
+GRIDS = {"start": "k-means", "assignment": "transport", "scale": "prototype", "passes": 3}
+COVERING = {"start": "coverage", "assignment": "nearest", "scale": "typical", "passes": 2}
+
+
 @dataclass(frozen=True)
 class Member:
     """One set of prototypes: where its features come from, how far apart things are, how it is fitted.
@@ -35,13 +42,20 @@ class Member:
         layers: Layers of the backbone whose features are concatenated, finest first.
         alpha: Weight of the position cost, 0 to 1; the feature cost has `1 - alpha`.
         feature_cost: "cosine", "euclidean" or "whitened" (Euclidean after decorrelating the features).
-        num_prototypes: Number of free prototypes, started by k-means: they settle wherever normal patches are. "auto"
-            takes 256 for narrow features, fewer for wide ones, 80 at least (see `automatic_number`).
+        num_prototypes: Number of free prototypes. "auto" follows the data: with `start="coverage"` twice as many from 256
+            on, as long as that brings patches of held-out images 3 % nearer; with k-means 256 for narrow features,
+            fewer for wide ones, 80 at least (see `automatic_number`).
+        max_prototypes: Bound of "auto" with `start="coverage"`, beside one prototype per 48 training patches.
         num_global: The published layout instead: this many full grids of local prototypes; below 1 a coarser grid of
             `floor(h * num_global)` x `floor(w * num_global)` cells. Give one of `num_prototypes` and `num_global`.
         structure: "learned" lets positions follow the patches they receive, "fixed" keeps the start positions.
-        start: Where prototypes start: "data" (k-means, or means per position), or "random" in [0, 1) as published.
-        prototype_scale: Divide each feature cost by the prototype's own typical cost; else by one number for all.
+        start: Where prototypes start: "coverage" (farthest points, greedy k-center), "k-means", or "random" in [0, 1) as
+            published. Grids start at the means per position with either of the first two.
+        assignment: How refinement assigns patches: to the "nearest" prototype, with free masses, or by entropic
+            "transport" with `epsilon` and `rho`.
+        order: The order p of the cost d^p that nearest assignment minimizes: 2 for k-means, larger for rare patches.
+        scale: What feature costs are divided by: each "prototype"'s own typical cost, one "typical" cost for all
+            (that of held-out images with `start="coverage"`), or the "largest" cost seen, as published.
         position_quantile: A prototype is at home within the radius that holds this part of its normal patches, and a
             patch pays for the way from there on; 0 counts from the prototype's position itself, as published.
         position_unit: The distance, in image sides, that costs as much as a typical feature cost; None takes the
@@ -73,10 +87,13 @@ class Member:
     alpha: float = 0.3
     feature_cost: str = "cosine"
     num_prototypes: int | str | None = "auto"
+    max_prototypes: int = 2048
     num_global: float | None = None
     structure: str = "learned"
-    start: str = "data"
-    prototype_scale: bool = True
+    start: str = "k-means"
+    assignment: str = "transport"
+    order: float = 2.0
+    scale: str = "prototype"
     position_quantile: float = 0.99
     position_unit: float | None = 0.1
     epsilon: float = 0.02
@@ -102,12 +119,14 @@ class Member:
         _check_known("feature_cost", self.feature_cost, FEATURE_COSTS)
         _check_known("structure", self.structure, STRUCTURES)
         _check_known("start", self.start, STARTS)
+        _check_known("assignment", self.assignment, ASSIGNMENTS)
+        _check_known("scale", self.scale, SCALES)
         _check_known("solver", self.solver, SOLVERS)
-        for name in ("prototype_scale", "align_corners", "calibrate", "warm_start"):
+        for name in ("align_corners", "calibrate", "warm_start"):
             if not isinstance(getattr(self, name), bool):
                 msg = f"{name}={getattr(self, name)!r}: expected true or false"
                 raise ValueError(msg)
-        for name in ("num_prototypes", "max_iters", "passes", "batch_images", "pooling"):
+        for name in ("num_prototypes", "max_prototypes", "max_iters", "passes", "batch_images", "pooling"):
             value = getattr(self, name)
             if name == "num_prototypes" and value == "auto":
                 continue
@@ -120,10 +139,10 @@ class Member:
                 raise ValueError(msg)
             self._check_number("neighbours", "of at least 1", lambda value: value >= 1)
         if self.neighbours is not None and (
-            self.solver == "pot" or not self.prototype_scale or self.position_unit is None
+            self.solver == "pot" or self.scale == "largest" or self.position_unit is None
         ):
             msg = (
-                f"neighbours={self.neighbours!r}: expected solver='sinkhorn', prototype_scale=true, a position_unit; "
+                f"neighbours={self.neighbours!r}: expected solver='sinkhorn', another scale than 'largest', a position_unit; "
                 "as POT and scales that are maxima of a batch need all pairs; leave neighbours out"
             )
             raise ValueError(msg)
@@ -131,6 +150,7 @@ class Member:
             self._check_number(name, "between 0 and 1", lambda value: 0 <= value <= 1)
         for name in (
             "num_prototypes",
+            "max_prototypes",
             "num_global",
             "max_iters",
             "batch_images",
@@ -141,6 +161,7 @@ class Member:
             self._check_number(name, "finite and above 0", lambda value: 0 < value < math.inf)
         for name in ("rho", "tolerance", "passes", "min_improvement"):
             self._check_number(name, "of at least 0", lambda value: value >= 0)
+        self._check_number("order", "of at least 1 and finite", lambda value: 1 <= value < math.inf)
         self._check_number("shrinkage", "above 0 and at most 1", lambda value: 0 < value <= 1)
         self._check_number("momentum", "from 0 to below 1, the part of the old prototype to keep", lambda m: 0 <= m < 1)
         self._check_number("pooling", "that is odd and at least 1", lambda value: value >= 1 and value % 2 == 1)
@@ -148,6 +169,12 @@ class Member:
             msg = (
                 f"num_prototypes={self.num_prototypes!r} and num_global={self.num_global!r}: give one of the two; "
                 "num_prototypes places prototypes freely, num_global lays out whole grids"
+            )
+            raise ValueError(msg)
+        if self.num_global is not None and self.assignment == "nearest":
+            msg = (
+                f"num_global={self.num_global!r} with assignment='nearest': local prototypes would leave their places; "
+                "expected assignment='transport'"
             )
             raise ValueError(msg)
         if self.num_global is not None and self.num_global >= 1 and self.num_global != int(self.num_global):
@@ -204,7 +231,8 @@ def make_members(
 ) -> list[Member]:
     """Build the members of a model.
 
-    "default": each layer alone with whitened features, and each but the deepest with cosine features as well.
+    "default": each layer alone, with Euclidean and with whitened features; prototypes that cover
+    (`start="coverage"`, nearest assignment of order 2).
     "paper": each layer alone with alpha 0 and 0.3, cosine cost, 16 grids of prototypes started at random, one balanced
     problem per 64 images, momentum 0.95, 50 passes.
 
@@ -246,7 +274,7 @@ def make_members(
             num_prototypes=None,
             num_global=16,
             start="random",
-            prototype_scale=False,
+            scale="largest",
             position_quantile=0.0,
             position_unit=None,
             epsilon=0.01,
@@ -264,11 +292,11 @@ def make_members(
         )
         built = [replace(published, layers=(layer,), alpha=alpha) for layer in layers for alpha in (0.0, 0.3)]
     else:
-        built = [Member(layers=(layer,), feature_cost="whitened") for layer in layers]
-        built += [Member(layers=(layer,), feature_cost="cosine") for layer in (layers[:-1] or layers)]
+        metrics = [(layer, cost) for layer in layers for cost in ("euclidean", "whitened")]
+        built = [Member(layers=(layer,), feature_cost=cost, **COVERING) for layer, cost in metrics]
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if "num_prototypes" in overrides:
         overrides.setdefault("num_global", None)
     elif "num_global" in overrides:
-        overrides["num_prototypes"] = None
+        overrides |= {"num_prototypes": None, **GRIDS}
     return [replace(member, **overrides) for member in built]

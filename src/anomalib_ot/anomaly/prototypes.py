@@ -49,6 +49,17 @@ class PatchScores(NamedTuple):
     matched: Tensor
 
 
+class Coverage(NamedTuple):
+    """What held-out images say: the number of prototypes, and the mean distance to the nearest of them.
+
+    `radii` are (number of prototypes, mean distance, its 99th percentile) for each number that was tried.
+    """
+
+    num_prototypes: int
+    typical: float
+    radii: list[tuple[int, float, float]]
+
+
 class PrototypeBank(nn.Module):
     """One member: prototypes, their positions, and the metric between patches and prototypes.
 
@@ -72,6 +83,7 @@ class PrototypeBank(nn.Module):
     def __init__(self, member: Member) -> None:
         super().__init__()
         self.member = member
+        self.coverage: Coverage | None = None  # what the fit measured on held-out images
         for name in self.SHAPED:
             self.register_buffer(name, torch.zeros(0))
         for name in self.SCALARS:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anomalib_ot.anomaly.assignment import Assignment, assign, images_per_problem
+from anomalib_ot.anomaly.coverage import refine_by_nearest
 from anomalib_ot.anomaly.prototypes import TINY, PrototypeBank
 from anomalib_ot.anomaly.scales import typical_energy
 from anomalib_ot.anomaly.support import choose_k
@@ -48,6 +49,8 @@ def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Repo
     member = bank.member
     if not member.passes:
         return math.nan
+    if member.assignment == "nearest":
+        return _refine_by_nearest(bank, encoded, report)
     generator = torch.Generator().manual_seed(seed)
     size = images_per_problem(member, encoded.per_image, bank.num_prototypes)
     steps = member.passes * math.ceil(encoded.num_images / size)
@@ -85,6 +88,20 @@ def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Repo
             member.max_iters,
         )
     return solved.mean_cost
+
+
+def _refine_by_nearest(bank: PrototypeBank, encoded: EncodedPatches, report: Report | None) -> float:
+    """Let every patch choose the nearest prototype, with free masses, and move prototypes once per pass."""
+    member, cost, last = bank.member, math.nan, math.nan
+    for done in range(1, member.passes + 1):
+        bank.prototypes, cost = refine_by_nearest(bank, encoded)
+        is_last = member.min_improvement is not None and last - cost <= member.min_improvement * last
+        if report is not None:
+            report(member.passes if is_last else done, member.passes)
+        if is_last:
+            break
+        last = cost
+    return cost
 
 
 def _neighbours(bank: PrototypeBank, encoded: EncodedPatches, energy_unit: float, size: int, seed: int) -> int | None:

@@ -16,6 +16,7 @@ from anomalib_ot.anomaly.training_patches import BLOCK_PATCHES, EncodedPatches, 
 QUANTILE_PATCHES = 2**20
 RESOLUTION = 0.01
 SMALLEST_SPREAD = 0.1
+RADIUS_PRIOR = 50  # patches
 
 
 def set_statistics(bank: PrototypeBank, patches: EncodedPatches, *, keep: bool = False) -> None:
@@ -133,14 +134,21 @@ class Nearest:
 def measure_scales(bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> None:
     """Measure the constants of the metric on the normal patches: `s`, `z`, `r` and `u`.
 
-    Where the member scales per prototype, `s_j` is the mean cost of its patches, drawn to the mean over all prototypes
+    Where the member has one typical scale, `s_j` is the mean cost of patches of images that were held out; where it scales per
+    prototype, `s_j` is the mean cost of its patches, drawn to the mean over all prototypes
     by a third of an average prototype's patches, and not below `smallest_cost`; else it is the largest cost seen. Free
     prototypes take the mean position of their patches. `r_j` is the quantile of the distance of its patches, `u` the
     unit, or the largest distance seen. Quantiles are those of 2^20 patches drawn with the seed, exact up to there.
     """
     member, count, device = bank.member, bank.num_prototypes, encoded.device
     nearest = Nearest.of(bank, encoded, seed)
-    if member.prototype_scale:
+    if member.scale == "typical":
+        mean = float(nearest.cost.sum()) / len(encoded)
+        typical = max(
+            mean if bank.coverage is None else bank.coverage.typical, smallest_cost(bank, nearest.typical_length)
+        )
+        scales = torch.full((count,), typical)
+    elif member.scale == "prototype":
         prior, mean = len(encoded) / count / 3, nearest.cost.sum() / len(encoded)
         scales = (nearest.cost + prior * mean) / (nearest.members + prior)
         scales = scales.clamp(min=smallest_cost(bank, nearest.typical_length))
@@ -156,6 +164,12 @@ def measure_scales(bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> N
         there = own[nearest.sampled[some] % encoded.per_image]
         away[some] = (there - theirs[nearest.sampled_index[some]]).norm(dim=1)
     tolerances = _group_quantile(away, nearest.sampled_index, count, member.position_quantile)
+    if (
+        member.scale == "typical" and member.position_quantile > 0
+    ):  # thousands of prototypes: few patches know each radius
+        known = nearest.members.float()
+        common = _quantiles(away, torch.tensor([member.position_quantile]))
+        tolerances = (known * tolerances + RADIUS_PRIOR * common) / (known + RADIUS_PRIOR)
     bank.position_tolerances = tolerances.to(device)
     farthest = max(float(bank.position_distance(encoded.positions).max()), TINY)
     bank.position_unit = torch.tensor(member.position_unit or farthest, device=device)
@@ -169,6 +183,9 @@ def measure_calibration(bank: PrototypeBank, encoded: EncodedPatches, seed: int)
     """
     bank.calibration = torch.ones((), device=encoded.device)
     if not bank.member.calibrate:
+        return
+    if bank.member.scale == "typical" and bank.coverage is not None:  # scores are in units of held-out patches already
+        bank.calibration = torch.tensor(max(1 - bank.member.alpha, SMALLEST_SPREAD), device=encoded.device)
         return
     alpha = bank.member.alpha
     away = alpha * bank.position_cost(encoded.positions)

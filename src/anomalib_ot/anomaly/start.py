@@ -1,13 +1,12 @@
 """Where prototypes start: from the data, or at random as published."""
 
-import logging
 import math
-from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from anomalib_ot.anomaly.coverage import import_faiss, start_by_coverage
 from anomalib_ot.anomaly.members import automatic_number
 from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
 from anomalib_ot.anomaly.training_patches import EncodedPatches, sample_numbers
@@ -22,7 +21,7 @@ CELL_BYTES = 2**26  # of patches that are held at a time to find the centres of 
 def start_prototypes(bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> None:
     """Set prototypes and positions before the first assignment.
 
-    Free prototypes are k-means centres; a grid of local prototypes starts at the mean of the patches of each cell,
+    Free prototypes are farthest points or k-means centres; a grid of local prototypes starts at the mean of the patches of each cell,
     several copies of it at the k-means centres of each cell. `start="random"` draws features uniformly from [0, 1).
     K-means takes a seeded sample of 1000 patches per prototype, and no more than these are read; means take all.
 
@@ -41,8 +40,12 @@ def start_prototypes(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
         copies = max(int(member.num_global), 1)
         count, named = copies * len(cells), f"num_global={member.num_global}"
     else:
-        automatic = member.num_prototypes == "auto"
-        count = automatic_number(encoded.width, len(encoded)) if automatic else int(member.num_prototypes)
+        if member.num_prototypes != "auto":
+            count = int(member.num_prototypes)
+        elif bank.coverage is not None:
+            count = bank.coverage.num_prototypes
+        else:
+            count = automatic_number(encoded.width, len(encoded))
         named = f"num_prototypes={member.num_prototypes}"
     if count > len(encoded):
         msg = (
@@ -54,6 +57,8 @@ def start_prototypes(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     if member.start == "random":
         prototypes = torch.rand(count, encoded.width, generator=generator)
+    elif cells is None and member.start == "coverage":
+        prototypes = start_by_coverage(bank, encoded, count, seed)
     elif cells is None:
         sample = encoded.rows(sample_numbers(len(encoded), POINTS_PER_PROTOTYPE * count, seed))
         prototypes = k_means(sample, count, seed, spherical=member.feature_cost == "cosine")
@@ -146,14 +151,6 @@ def spread_points(points: Tensor, count: int, seed: int) -> Tensor:
         drawn = torch.searchsorted(within, torch.rand((), dtype=torch.float64, generator=generator) * within[-1])
         chosen.append(min(int(drawn), len(sample) - 1))
     return sample[chosen]
-
-
-def import_faiss() -> ModuleType:
-    """Import FAISS when it is needed, as importing Anomalib's models loads this file; without its loader's chatter."""
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
-    import faiss
-
-    return faiss
 
 
 def _cell_centres(encoded: EncodedPatches, cell: Tensor, count: int, copies: int, seed: int) -> Tensor:
