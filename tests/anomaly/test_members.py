@@ -34,6 +34,8 @@ def test_paper_preset():
         assert (member.momentum, member.passes, member.batch_images) == (0.95, 50, 64)
         assert (member.pooling, member.align_corners, member.calibrate) == (1, True, False)
         assert (member.scale, member.position_quantile, member.position_unit) == ("largest", 0.0, None)
+        assert (member.structure, member.weight) == ("fixed", "prototypes")
+        assert (member.validation_split, member.drop_last) == (0.2, True)
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
@@ -109,6 +111,13 @@ def test_members_survive_a_configuration_file():
         ({"epsilon": "small"}, "epsilon='small'.*number"),
         ({"layers": "layer2"}, "layers='layer2'.*list"),
         ({"calibrate": "no"}, "calibrate='no'.*true or false"),
+        ({"drop_last": 1}, "drop_last=1.*true or false"),
+        ({"validation_split": 1.0}, "validation_split=1.0.*from 0 to below 1"),
+        ({"validation_split": -0.1}, "validation_split=-0.1.*from 0 to below 1"),
+        ({"validation_split": math.nan}, "validation_split=nan.*from 0 to below 1"),
+        ({"weight": 0}, "weight=0: expected a number finite and above 0, or 'prototypes'"),
+        ({"weight": math.inf}, "weight=inf: expected a number finite and above 0"),
+        ({"weight": "prototype"}, "weight='prototype': expected a number.*or 'prototypes'"),
     ],
     ids=str,
 )

@@ -99,6 +99,62 @@ def test_the_paper_makes_all_its_passes():
         assert member.max_problem_mb is None
 
 
+# ---- held-out images
+
+
+def test_the_pass_that_is_best_on_held_out_images_is_kept(monkeypatch):
+    costs = {1: [3.0], 2: [3.0, 1.0], 4: [3.0, 1.0, 2.0, 1.0]}
+    found = {}
+    for passes, given in costs.items():
+        told = iter(given)
+        monkeypatch.setattr(refinement, "_mean_cost", lambda *_, told=told: next(told))
+        found[passes] = fit(textured(), passes=passes, validation_split=0.25)
+    assert [cost for _, cost in found.values()] == [3.0, 1.0, 1.0]
+    one, two, four = (bank.state_dict() for bank, _ in found.values())
+    assert not torch.equal(one["prototypes"], two["prototypes"])
+    for name, value in two.items():
+        assert torch.equal(four[name], value), name
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_held_out_images_move_no_prototype(momentum, monkeypatch):
+    seen = []
+    monkeypatch.setattr(refinement, "_mean_cost", lambda *given: seen.append(given[2]) or 1.0)
+    options = {"validation_split": 0.25, "momentum": momentum, "passes": 1, "start": "random", "prototype_scale": False}
+    options |= {"structure": "fixed", "position_unit": 0.1, "feature_cost": "cosine", "position_quantile": 0.0}
+    embeddings = textured()
+    bank, _ = fit(embeddings, **options)
+    (problems,) = seen
+    held_out = torch.cat(problems)
+    assert len(held_out) == 6
+    changed = embeddings.clone()
+    changed[held_out] = changed[held_out].roll(1, dims=-1)
+    assert torch.equal(fit(changed, **options)[0].prototypes, bank.prototypes)
+    assert not torch.equal(fit(changed.roll(1, dims=0), **options)[0].prototypes, bank.prototypes)
+
+
+def test_the_cost_of_held_out_images_is_that_of_their_transport():
+    embeddings, options = textured(), {"passes": 2, "batch_images": 4, "momentum": 0.5, "warm_start": False}
+    options |= {"prototype_scale": False, "structure": "fixed", "position_unit": None, "tolerance": 0.0}
+    bank, cost = fit(embeddings, validation_split=0.25, **options)
+    held_out = torch.randperm(24, generator=torch.Generator().manual_seed(0))[:6]
+    positions = Patches(embeddings, GRID).positions
+    costs = [assign(bank, embeddings[some].flatten(0, 1), positions, 1.0).cost for some in held_out.split(4)]
+    assert cost == pytest.approx((4 * costs[0] + 2 * costs[1]) / 6, rel=1e-5)
+
+
+@pytest.mark.parametrize(("images", "steps"), [(10, 2), (8, 2), (3, 1)])
+def test_a_smaller_last_problem_is_dropped_unless_it_is_alone(images, steps):
+    told = []
+    fit(textured(images), passes=3, batch_images=4, drop_last=True, report=lambda *step: told.append(step))
+    assert told[-1] == (3 * steps, 3 * steps) == (len(told), len(told))
+
+
+def test_too_few_images_for_a_split_are_all_learned_from():
+    (one, _), (other, _) = (fit(textured(4), validation_split=split) for split in (0.0, 0.2))
+    assert torch.equal(one.prototypes, other.prototypes)
+
+
 # ---- POT as the solver
 
 

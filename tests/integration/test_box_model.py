@@ -11,7 +11,7 @@ from anomalib_ot.integration.coco_json import write_coco
 from anomalib_ot.integration.input_error import InputError
 
 SMALL = {
-    "backbone_weights": "random", "image_size": (64, 64), "channels": 32, "num_convs": 1, "num_extra": 0,
+    "pre_trained": False, "image_size": (64, 64), "channels": 32, "num_convs": 1, "num_extra": 0,
     "evaluator": False, "visualizer": False, "frozen_stages": 0,
 }  # fmt: skip
 

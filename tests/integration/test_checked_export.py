@@ -27,7 +27,7 @@ from anomalib_ot.integration.quantisation import Judged, Samples, verdicts_chang
 INT8 = CompressionType.INT8_PTQ
 NEVER = {"Loop", "If", "NonZero", "TensorIterator"}
 DETECTOR = {
-    "backbone_weights": "random", "image_size": (64, 64), "channels": 32, "frozen_stages": 0, "lr": 3e-3,
+    "pre_trained": False, "image_size": (64, 64), "channels": 32, "frozen_stages": 0, "lr": 3e-3,
     "visualizer": False, "evaluator": False, "score_threshold": 0.02, "max_detections": 20,
 }  # fmt: skip
 
@@ -63,7 +63,7 @@ def cloth(fabric):
 def prototypes(cloth, tmp_path_factory):
     """A model and its checkpoint."""
     folder = tmp_path_factory.mktemp("prototypes")
-    layers = {"layers": ["layer1", "layer2"], "backbone_weights": "random"}
+    layers = {"layers": ["layer1", "layer2"], "pre_trained": False}
     model = OTPrototypes(**layers, image_size=(64, 64), num_prototypes=8, visualizer=False, evaluator=False)
     runner = engine(folder)
     runner.fit(model, datamodule=cloth)

@@ -16,11 +16,11 @@ F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 SMALL = {"num_prototypes": 12, "image_size": (64, 96)}
 MODELS = {
     "filter_bank": {"backbone": "filter_bank", "layers": ["scale1", "scale2"], "transport_score": True, **SMALL},
-    "resnet18": {"layers": ["layer1", "layer2"], "backbone_weights": "random", "transport_score": True, **SMALL},
+    "resnet18": {"layers": ["layer1", "layer2"], "pre_trained": False, "transport_score": True, **SMALL},
     "vit": {
         "backbone": "vit_tiny_patch16_224",
         "layers": ["blocks.2", "blocks.5"],
-        "backbone_weights": "random",
+        "pre_trained": False,
         **SMALL,
     },
     "paper": {
@@ -53,7 +53,7 @@ def images(count, size, seed, foreign=False):
 def fitted(arguments):
     """Fit as the training does, and set thresholds as a validation does, without a trainer."""
     model = OTPrototypes(**arguments).eval()
-    fill_weights(model.model.feature_extractor, arguments.get("backbone_weights"), model.seed)
+    fill_weights(model.model.feature_extractor, model.backbone_weights, model.seed, pre_trained=model.pre_trained)
     seen = model.pre_processor.transform(images(6, (110, 90), 1))
     patches = {source: Patches(*found) for source, found in model.model.embed(seen).items()}
     model.model.fit(patches, tuple(seen.shape[-2:]), model.seed)
@@ -193,7 +193,7 @@ def test_layers_bear_their_names_in_whatever_order_they_are_given(backbone, laye
     found = []
     for order in (layers, layers[::-1]):
         extractor = build_extractor(backbone, order)
-        fill_weights(extractor, "random", 3)
+        fill_weights(extractor, None, 3, pre_trained=False)
         found.append(extractor(images(1, (64, 64), 1)))
     for layer in layers:
         assert torch.equal(found[0][layer], found[1][layer])
@@ -208,7 +208,7 @@ def test_layers_bear_their_names_in_whatever_order_they_are_given(backbone, laye
 def test_random_weights_are_seeded():
     first, again, other = (build_extractor("resnet18", ["layer1"]) for _ in range(3))
     for extractor, seed in ((first, 0), (again, 0), (other, 1)):
-        fill_weights(extractor, "random", seed)
+        fill_weights(extractor, None, seed, pre_trained=False)
     x = images(1, (64, 64), 1)
     assert torch.equal(first(x)["layer1"], again(x)["layer1"])
     assert not torch.equal(first(x)["layer1"], other(x)["layer1"])

@@ -19,7 +19,7 @@ from anomalib_ot.integration.input_error import InputError
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 SMALL = {
-    "backbone_weights": "random", "image_size": (96, 96), "channels": 32, "num_convs": 1, "num_extra": 1,
+    "pre_trained": False, "image_size": (96, 96), "channels": 32, "num_convs": 1, "num_extra": 1,
     "evaluator": False, "visualizer": False,
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from anomalib_ot.vision.detections import Detections
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 SMALL = {
-    "backbone_weights": "random", "image_size": (64, 64), "channels": 32, "num_convs": 1, "num_extra": 0,
+    "pre_trained": False, "image_size": (64, 64), "channels": 32, "num_convs": 1, "num_extra": 0,
     "visualizer": False, "lr": 3e-3, "frozen_stages": 0,
 }  # fmt: skip
 SHARP = {"max_candidates": 512, "settings": {"overlap_softness": 1e-6, "order_softness": 1e-8}}
@@ -224,7 +224,7 @@ def test_what_nms_was_short_for_is_kept_and_can_be_left_out(checkpoint, shapes, 
         found_by(loaded(path, post_processor=False), images),
         found_by(loaded(path, nms="hard", post_processor=False), images),
     )
-    assert SparseMDOD(backbone_weights="random", nms="sinkhorn_select").hparams["nms"] == "none"
+    assert SparseMDOD(pre_trained=False, nms="sinkhorn_select").hparams["nms"] == "none"
 
 
 def test_nms_and_a_post_processor_are_one_too_many():

@@ -104,7 +104,7 @@ def contest(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(contest, tmp_path_factory):
     """A detector that has seen one batch, so that it finds something everywhere, but nothing well."""
-    model = OTADetector(backbone="resnet18", backbone_weights="random", image_size=(64, 96), channels=16)
+    model = OTADetector(backbone="resnet18", pre_trained=False, image_size=(64, 96), channels=16)
     engine = Engine(default_root_dir=tmp_path_factory.mktemp("run"), max_steps=1, **QUIET)
     engine.fit(model, datamodule=TianchiFabric(contest, num_workers=0, duplicate_distance=None))
     return engine.trainer.checkpoint_callback.best_model_path

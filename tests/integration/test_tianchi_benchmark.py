@@ -22,7 +22,7 @@ def given(tmp_path_factory):
     register_classes()
     root = write_lookalike(tmp_path_factory.mktemp("contest"), num_per_fault=3, num_normal=12, image_size=(64, 96))
     given = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["benchmark"]
-    given["model"]["init_args"] |= {"image_size": [64, 96], "epochs": 1, "backbone_weights": "random"}
+    given["model"]["init_args"] |= {"image_size": [64, 96], "epochs": 1, "pre_trained": False}
     given["model"]["init_args"]["nms"] = {"grid": ["hard", "sinkhorn_merge"]}
     given["model"]["class_path"] = "anomalib_ot.OTADetector"
     given["data"]["init_args"] |= {"root": str(root), "num_workers": 0}
@@ -40,7 +40,7 @@ def test_the_jobs_run_and_make_one_table(given, tmp_path, monkeypatch):
 
 def test_a_class_below_init_args_stays_words(given):
     """Why the file has `nms`: Anomalib builds nothing below `init_args`."""
-    model = {"class_path": "anomalib_ot.OTADetector", "init_args": {"backbone_weights": "random"}}
+    model = {"class_path": "anomalib_ot.OTADetector", "init_args": {"pre_trained": False}}
     model["init_args"]["post_processor"] = {"class_path": "anomalib_ot.SinkhornNMS"}
     with pytest.raises(TypeError, match="Passed object should be"):
         next(BenchmarkJobGenerator(accelerator="cpu").generate_jobs({**given, "model": model}, None))

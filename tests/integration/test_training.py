@@ -30,7 +30,7 @@ def model(**changes) -> OTPrototypes:
 
 
 def network(**changes) -> OTPrototypes:
-    return model(**{"backbone": "resnet18", "layers": ["layer1", "layer2"], "backbone_weights": "random"} | changes)
+    return model(**{"backbone": "resnet18", "layers": ["layer1", "layer2"], "pre_trained": False} | changes)
 
 
 @pytest.fixture
@@ -354,16 +354,16 @@ def test_arguments_given_on_loading_win(fit):
 def test_a_checkpoint_needs_no_weights_and_no_hub(fit, data, engine, tmp_path, monkeypatch):
     weights = tmp_path / "resnet18.safetensors"
     save_file(timm.create_model("resnet18", pretrained=False).state_dict(), weights)
-    trained = network(backbone_weights=weights)
+    trained = network(pre_trained=True, backbone_weights=weights)
     used = fit(trained, max_epochs=1)
     checkpoint, before = written(used), used.test(model=trained, datamodule=data(), verbose=False)
     weights.unlink()
     fetch = "anomalib_ot.integration.ot_prototypes.fill_weights"
-    monkeypatch.setattr(fetch, lambda *_: pytest.fail("weights are looked for"))
+    monkeypatch.setattr(fetch, lambda *_, **__: pytest.fail("weights are looked for"))
     assert_equal(OTPrototypes.load_from_checkpoint(checkpoint), trained)
     unlike = OTPrototypes()
     assert engine().test(model=unlike, datamodule=data(), ckpt_path=checkpoint, verbose=False) == before
-    fit(network(backbone_weights=weights), checkpoint=checkpoint, max_epochs=2)
+    fit(network(pre_trained=True, backbone_weights=weights), checkpoint=checkpoint, max_epochs=2)
 
 
 def test_a_checkpoint_brings_its_size_to_the_data(fit, data, engine):

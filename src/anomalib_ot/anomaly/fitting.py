@@ -2,6 +2,8 @@
 
 import logging
 
+import torch
+
 from anomalib_ot.anomaly.coverage import measure_coverage
 from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.anomaly.refinement import Report, refine
@@ -33,13 +35,14 @@ def fit_bank(
         report: Called with (refinement steps done, steps in all).
 
     Returns:
-        Mean transport cost per unit of mass over the last pass (NaN without a pass).
+        Mean transport cost per unit of mass over the last pass (NaN without a pass); with a `validation_split`, that of
+        the held-out images to the prototypes that are kept.
 
     Raises:
         ValueError: If embeddings are not finite, there are fewer patches than prototypes, or an assignment is too large
             for `max_problem_mb` or for POT.
     """
-    encoded = EncodedPatches(bank, patches)
+    encoded, weight = EncodedPatches(bank, patches), bank.member.weight
     with full_precision(bank.prototypes):
         set_statistics(bank, encoded, keep=resume)
         bank.coverage = None
@@ -53,6 +56,8 @@ def fit_bank(
             measure_scales(bank, encoded, seed)
         if bank.member.passes or not resume:
             measure_calibration(bank, encoded, seed)
+    weight = bank.num_prototypes if weight == "prototypes" else weight
+    bank.weight = torch.tensor(float(weight), device=encoded.device)
     if bank.coverage is not None:
         tried = ", ".join(f"{count}: {mean:.4g}" for count, mean, _ in bank.coverage.radii)
         logger.info(

@@ -81,6 +81,12 @@ class Member:
         shrinkage: Part of the average variance mixed into the whitening, above 0 to 1.
         align_corners: How maps are upsampled (True as published).
         calibrate: Divide scores by their spread over the training patches, so that members are comparable.
+        weight: Weight of the member's map in the mean of all, above 0; "prototypes" takes the number of its prototypes,
+            as published.
+        validation_split: Part of the images, rounded down, that no prototype moves to, 0 to below 1. After each pass
+            their mean transport cost is measured, and the prototypes with the lowest one are kept, as published; 0
+            keeps the last ones. Start and scales are taken from all images.
+        drop_last: Leave the last assignment problem of a pass out if it has fewer images than the others, as published.
     """
 
     layers: tuple[str, ...]
@@ -112,6 +118,9 @@ class Member:
     shrinkage: float = 0.05
     align_corners: bool = False
     calibrate: bool = True
+    weight: float | str = 1.0
+    validation_split: float = 0.0
+    drop_last: bool = False
 
     def __post_init__(self) -> None:
         """Check every value where it enters."""
@@ -122,7 +131,7 @@ class Member:
         _check_known("assignment", self.assignment, ASSIGNMENTS)
         _check_known("scale", self.scale, SCALES)
         _check_known("solver", self.solver, SOLVERS)
-        for name in ("align_corners", "calibrate", "warm_start"):
+        for name in ("align_corners", "calibrate", "warm_start", "drop_last"):
             if not isinstance(getattr(self, name), bool):
                 msg = f"{name}={getattr(self, name)!r}: expected true or false"
                 raise ValueError(msg)
@@ -164,6 +173,9 @@ class Member:
         self._check_number("order", "of at least 1 and finite", lambda value: 1 <= value < math.inf)
         self._check_number("shrinkage", "above 0 and at most 1", lambda value: 0 < value <= 1)
         self._check_number("momentum", "from 0 to below 1, the part of the old prototype to keep", lambda m: 0 <= m < 1)
+        self._check_number("validation_split", "from 0 to below 1, a part of the images", lambda part: 0 <= part < 1)
+        if self.weight != "prototypes":
+            self._check_number("weight", "finite and above 0, or 'prototypes'", lambda value: 0 < value < math.inf)
         self._check_number("pooling", "that is odd and at least 1", lambda value: value >= 1 and value % 2 == 1)
         if (self.num_prototypes is None) == (self.num_global is None):
             msg = (
@@ -233,8 +245,9 @@ def make_members(
 
     "default": each layer alone, with Euclidean and with whitened features; prototypes that cover
     (`start="coverage"`, nearest assignment of order 2).
-    "paper": each layer alone with alpha 0 and 0.3, cosine cost, 16 grids of prototypes started at random, one balanced
-    problem per 64 images, momentum 0.95, 50 passes.
+    "paper": each layer alone with alpha 0 and 0.3, cosine cost, 16 grids of prototypes started at random that keep
+    their places, one balanced problem per 64 images, momentum 0.95, 50 passes of which the best on a fifth of the
+    images counts, maps weighted by the numbers of prototypes.
 
     Args:
         preset: "default" or "paper".
@@ -273,6 +286,7 @@ def make_members(
             layers=layers[:1],
             num_prototypes=None,
             num_global=16,
+            structure="fixed",
             start="random",
             scale="largest",
             position_quantile=0.0,
@@ -289,6 +303,9 @@ def make_members(
             pooling=1,
             align_corners=True,
             calibrate=False,
+            weight="prototypes",
+            validation_split=0.2,
+            drop_last=True,
         )
         built = [replace(published, layers=(layer,), alpha=alpha) for layer in layers for alpha in (0.0, 0.3)]
     else:
@@ -298,5 +315,7 @@ def make_members(
     if "num_prototypes" in overrides:
         overrides.setdefault("num_global", None)
     elif "num_global" in overrides:
-        overrides |= {"num_prototypes": None, **GRIDS}
+        overrides["num_prototypes"] = None
+        if preset == "default" and members is None:
+            overrides = {**GRIDS, **overrides}
     return [replace(member, **overrides) for member in built]

@@ -51,7 +51,7 @@ class PrototypesModel(nn.Module):
 
     Args:
         feature_extractor: Maps images (B, 3, H, W) to a dict of feature maps by layer name; frozen.
-        members: The members of the ensemble.
+        members: The members of the ensemble, whose maps are averaged by their weights.
         score: Image score, "mean_top1" or "max" of the map.
         smoothing: Standard deviation of the Gaussian over the map, pixels.
         transport_score: Whether the image-level transport score takes part in the image score.
@@ -113,12 +113,13 @@ class PrototypesModel(nn.Module):
     def _local(self, embedded: Embedded, size: tuple[int, int]) -> Explained:
         grids = [grid for _, grid in embedded.values()]
         finest = max(grids, key=lambda grid: grid[0] * grid[1])
+        weight = torch.stack([bank.weight for bank in self.banks]).sum()
         parts: dict[tuple[tuple[int, int], bool], Tensor] = {}  # what is brought to pixels alike is summed before
         matched = []
         for bank in self.banks:
             embeddings, grid = embedded[bank.member.layers, bank.member.pooling]
             scores = bank(embeddings, grid)
-            maps = torch.stack([scores.feature, scores.position], dim=1).unflatten(2, grid) / len(self.banks)
+            maps = torch.stack([scores.feature, scores.position], dim=1).unflatten(2, grid) * bank.weight / weight
             alike = grid, bank.member.align_corners
             parts[alike] = parts[alike] + maps if alike in parts else maps
             matched.append(_on_grid(scores, grid, finest))

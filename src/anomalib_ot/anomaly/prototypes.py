@@ -67,7 +67,8 @@ class PrototypeBank(nn.Module):
 
     with features `x`, positions `y` of patches, prototypes `p` at `z`, the prototype's typical feature cost `s`, the
     radius `r` within which it is at home, a unit of distance `u` and the calibration `q` of the member; all are
-    buffers, fixed at fit, so that a score never depends on the other patches of an image or a batch.
+    buffers, fixed at fit, so that a score never depends on the other patches of an image or a batch. So is `weight`,
+    that of the member's map in the mean of all.
 
     Args:
         member: What the bank is made of.
@@ -78,7 +79,7 @@ class PrototypeBank(nn.Module):
     """
 
     SHAPED = ("mean", "projection", "prototypes", "positions", "feature_scales", "position_tolerances")
-    SCALARS = ("position_unit", "calibration")
+    SCALARS = ("position_unit", "calibration", "weight")
 
     def __init__(self, member: Member) -> None:
         super().__init__()
@@ -90,7 +91,11 @@ class PrototypeBank(nn.Module):
             self.register_buffer(name, torch.ones(()))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        """Take the shapes of a checkpoint: the number of prototypes is known only after the fit."""
+        """Take the shapes of a checkpoint: the number of prototypes is known only after the fit.
+
+        Members of version 0.1 have no weight: all count alike.
+        """
+        state_dict.setdefault(prefix + "weight", torch.ones(()))
         take_saved_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,23 +28,27 @@ def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Repo
     of all patches: the order of images then has no influence. Positions of the copies of a grid stay one shared
     layout.
 
+    With a `validation_split`, that part of the images is held out, drawn with the seed, and what a pass has made of
+    the prototypes counts only if it lowers their mean transport cost.
+
     Passes end early once one lowers the mean transport cost by no more than `min_improvement` of it. A warning tells
     how many problems did not reach their tolerance, unless that is 0.
 
     Args:
         bank: The member; prototypes and positions are set.
         encoded: The patches.
-        seed: Seed of the order of images.
+        seed: Seed of the order of images, and of which are held out.
         report: Called with (steps done, steps in all); after an early end once more with all steps done.
 
     Returns:
-        Mean transport cost per unit of mass over the last pass (NaN without a pass).
+        Mean transport cost per unit of mass over the last pass (NaN without a pass); with a `validation_split`, that of
+        the held-out images to the prototypes that are kept.
 
     Raises:
         ValueError: If not even one image fits into `max_problem_mb`, or a problem is too large for POT.
 
     References:
-        R. Trombetta, C. Lartizien, 2025, section 3 (assignment and update).
+        R. Trombetta, C. Lartizien, 2025, section 3 (assignment and update); the authors' code (validation).
     """
     member = bank.member
     if not member.passes:
@@ -53,14 +57,17 @@ def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Repo
         return _refine_by_nearest(bank, encoded, report)
     generator = torch.Generator().manual_seed(seed)
     size = images_per_problem(member, encoded.per_image, bank.num_prototypes)
-    steps = member.passes * math.ceil(encoded.num_images / size)
+    held_out, others = _split(encoded.num_images, member.validation_split, generator)
+    steps = member.passes * len(_problems(others, size, drop_last=member.drop_last))
     copies = int(member.num_global) if member.num_global is not None and member.num_global >= 1 else 1
     energy_unit, solved, last = typical_energy(bank, encoded), Solved(), math.nan
     neighbours = _neighbours(bank, encoded, energy_unit, size, seed)
+    lowest, best = math.inf, None
     for _ in range(member.passes):
         solved.begin_pass()
         sums = Received.nothing(bank)
-        for images in torch.randperm(encoded.num_images, generator=generator).split(size):
+        order = others[torch.randperm(len(others), generator=generator)]
+        for images in _problems(order, size, drop_last=member.drop_last):
             x = encoded.images(images).flatten(0, 1)
             start = solved.start(moving=member.momentum is not None) if member.warm_start else None
             found = assign(bank, x, encoded.positions, energy_unit, start, neighbours)
@@ -73,6 +80,11 @@ def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Repo
                 report(solved.problems, steps)
         if member.momentum is None:
             sums.move(bank, 0.0, copies)
+        if len(held_out):
+            start = solved.start(moving=True) if member.warm_start else None
+            cost = _mean_cost(bank, encoded, held_out.split(size), energy_unit, start, neighbours)
+            if cost < lowest:
+                lowest, best = cost, (bank.prototypes, bank.positions)
         if member.min_improvement is not None and last - solved.mean_cost <= member.min_improvement * last:
             break
         last = solved.mean_cost
@@ -87,7 +99,41 @@ def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Repo
             member.tolerance,
             member.max_iters,
         )
-    return solved.mean_cost
+    if best is None:
+        return solved.mean_cost
+    bank.prototypes, bank.positions = best
+    return lowest
+
+
+def _split(num_images: int, part: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw a part of the images, rounded down; return their numbers and those of the others."""
+    count = int(part * num_images)
+    if not count:
+        return torch.arange(0), torch.arange(num_images)
+    drawn = torch.randperm(num_images, generator=generator)
+    return drawn[:count], drawn[count:]
+
+
+def _problems(images: Tensor, size: int, *, drop_last: bool) -> Sequence[Tensor]:
+    """Cut images into assignment problems of one size; a smaller rest is dropped if wanted and not all there is."""
+    problems = images.split(size)
+    return problems[:-1] if drop_last and len(problems) > 1 and len(problems[-1]) < size else problems
+
+
+def _mean_cost(
+    bank: PrototypeBank,
+    encoded: EncodedPatches,
+    problems: Sequence[Tensor],
+    energy_unit: float,
+    start: Transport | SparseTransport | None,
+    neighbours: int | None,
+) -> float:
+    """Return the mean transport cost per unit of mass of images that are assigned to prototypes as they are."""
+    total = 0.0
+    for images in problems:
+        x = encoded.images(images).flatten(0, 1)
+        total += len(images) * assign(bank, x, encoded.positions, energy_unit, start, neighbours).cost
+    return total / sum(map(len, problems))
 
 
 def _refine_by_nearest(bank: PrototypeBank, encoded: EncodedPatches, report: Report | None) -> float:

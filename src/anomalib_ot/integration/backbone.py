@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anomalib_ot.detection.detector import freeze_stages
+from anomalib_ot.integration.checkpoints import is_reading
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.vision.backbone import known_layers, load_weights
 from anomalib_ot.vision.filter_bank import SCALES, FilterBank
@@ -21,7 +22,7 @@ from anomalib_ot.vision.filter_bank import SCALES, FilterBank
 if TYPE_CHECKING:
     from anomalib.models.components.feature_extractors import TimmFeatureExtractor
 
-RANDOM = "random"
+OLD_RANDOM = "random"  # what version 0.1 took for pre_trained=False, and its checkpoints hold
 FILTER_BANK = "filter_bank"
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 PATIENCE = 5.0  # seconds for an answer of the hub
@@ -98,13 +99,50 @@ def build_pyramid_extractor(
     return extractor, list(extractor.out_dims), reductions
 
 
-def fill_weights(extractor: TimmFeatureExtractor | FilterBank, weights: str | Path | None, seed: int) -> None:
+def checked_weights(pre_trained: bool, backbone_weights: str | Path | None) -> tuple[bool, str | Path | None]:
+    """Check the two arguments that say which weights a backbone gets, and return them.
+
+    Args:
+        pre_trained: Whether it gets pretrained weights; else random ones.
+        backbone_weights: Path of a checkpoint with them; None for timm's from the hub. In checkpoints of version 0.1
+            "random" stands for random weights, and is returned as `pre_trained=False`.
+
+    Raises:
+        InputError: If `pre_trained` is no bool, is False beside a path, or the path is "random", the old spelling.
+    """
+    if not isinstance(pre_trained, bool):
+        msg = (
+            f"pre_trained is {str(pre_trained)!r}; expected true or false; the path of a file with weights goes into "
+            "backbone_weights"
+        )
+        raise InputError(msg)
+    if backbone_weights == OLD_RANDOM:
+        if not is_reading():
+            msg = (
+                "backbone_weights is 'random', which is no path of a file any more; use pre_trained=false for random "
+                "weights"
+            )
+            raise InputError(msg)
+        return False, None
+    if not pre_trained and backbone_weights is not None:
+        msg = (
+            f"pre_trained is False and backbone_weights is {str(backbone_weights)!r}; expected one of the two: leave "
+            "backbone_weights out for random weights, or pre_trained for those of the file"
+        )
+        raise InputError(msg)
+    return pre_trained, backbone_weights
+
+
+def fill_weights(
+    extractor: TimmFeatureExtractor | FilterBank, weights: str | Path | None, seed: int, *, pre_trained: bool = True
+) -> None:
     """Give a feature extractor its weights.
 
     Args:
         extractor: What to fill, in place.
-        weights: Path of a checkpoint; None for timm's pretrained weights from the hub; "random" for none at all.
+        weights: Path of a checkpoint; None for timm's pretrained weights from the hub.
         seed: Seed of random weights.
+        pre_trained: Whether weights are pretrained; else random, and `weights` is None. A filter bank has none.
 
     Raises:
         InputError: If the file is missing, unsafe, broken or of another model, or the hub cannot be reached.
@@ -119,7 +157,7 @@ def fill_weights(extractor: TimmFeatureExtractor | FilterBank, weights: str | Pa
     options = {"dynamic_img_size": True} if indices is None else {"features_only": True, "exportable": True}
     if indices is not None:
         options["out_indices"] = indices
-    if weights == RANDOM:
+    if not pre_trained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network.load_state_dict(timm.create_model(backbone, pretrained=False, **options).state_dict())

@@ -84,6 +84,7 @@ class BoxModel(BoxTraining, CheckedExport):
         if self.hparams["epochs"] is not None and self.hparams["epochs"] < 1:
             msg = f"epochs is {self.hparams['epochs']}; expected at least 1"
             raise InputError(msg)
+        self.pre_trained: bool = self.hparams["pre_trained"]
         self.backbone_weights = self.hparams["backbone_weights"]
         self.image_threshold: float = self.hparams["image_threshold"]
         self.epochs: int | None = self.hparams["epochs"]

@@ -32,7 +32,7 @@ class BoxTraining:
     def on_fit_start(self) -> None:
         """Get the backbone's weights, unless the model or the checkpoint to resume from has them."""
         if not self.trained:
-            fill_weights(self.model.feature_extractor, self.backbone_weights, self.seed)
+            fill_weights(self.model.feature_extractor, self.backbone_weights, self.seed, pre_trained=self.pre_trained)
 
     def on_fit_end(self) -> None:
         """Note what the training was resumed from, if anything; see `keep_what_was_trained`."""

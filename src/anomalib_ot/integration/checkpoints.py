@@ -5,6 +5,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,6 +19,7 @@ __all__ = [
     "check_own_checkpoint",
     "checked_reading",
     "install_checkpoint_check",
+    "is_reading",
     "keep_what_was_trained",
     "trained_arguments",
 ]
@@ -25,6 +27,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 USUAL_PLACE = "results/<model>/<data>/latest/weights/lightning/model.ckpt"
+_reading = ContextVar("reading", default=False)
 
 
 @contextmanager
@@ -39,6 +42,7 @@ def checked_reading(path: str | Path) -> Iterator[None]:
     """
     if "://" not in str(path):
         _check_file(Path(path))
+    before = _reading.set(True)
     try:
         yield
     except UnpicklingError as error:  # its text advises to run whatever the file contains: better not repeated
@@ -48,6 +52,13 @@ def checked_reading(path: str | Path) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         msg = f"checkpoint {path} cannot be read ({reason}); it is damaged, or not of this version: take another one"
         raise InputError(msg) from error
+    finally:
+        _reading.reset(before)
+
+
+def is_reading() -> bool:
+    """Whether a model is being built from a checkpoint, whose arguments may be those of an older version."""
+    return _reading.get()
 
 
 def _check_file(path: Path) -> None:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
 from anomalib_ot.anomaly.model import PrototypesModel, portions
-from anomalib_ot.integration.backbone import fill_weights
+from anomalib_ot.integration.backbone import checked_weights, fill_weights
 from anomalib_ot.integration.checked_export import ExplainedExport
 from anomalib_ot.integration.checkpoints import check_own_checkpoint, checked_reading, trained_arguments
 from anomalib_ot.integration.embedding_cache import EmbeddingCache
@@ -51,8 +51,10 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         backbone: Name of a timm model, convolutional or vision transformer; or "filter_bank", which needs no weights
             (its layers are scale1, scale2 and scale3).
         layers: Its layers to take features from, finest first.
-        backbone_weights: Path of a local checkpoint (.safetensors or .pth); None fetches timm's pretrained weights
-            from the Hugging Face hub; "random" uses none, for demonstrations.
+        pre_trained: Whether the backbone has pretrained weights; False: random ones, drawn with `seed`, for
+            demonstrations.
+        backbone_weights: Path of a local checkpoint (.safetensors or .pth) with them; None fetches timm's from the
+            Hugging Face hub.
         preset: "default", or "paper" for the published method.
         members: Explicit members instead of the preset's: a list of dicts with the arguments of
             `anomalib_ot.anomaly.members.Member`.
@@ -94,6 +96,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         self,
         backbone: str = "resnet18",
         layers: Sequence[str] = ("layer2", "layer3"),
+        pre_trained: bool = True,
         backbone_weights: str | Path | None = None,
         preset: str = "default",
         members: list[dict[str, Any]] | None = None,
@@ -116,6 +119,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         install_short_errors()
+        pre_trained, backbone_weights = checked_weights(pre_trained, backbone_weights)
         model = build_model(
             backbone=backbone,
             layers=layers,
@@ -140,6 +144,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
             visualizer=visualizer,
         )
         self.model = model
+        self.pre_trained = pre_trained
         self.backbone_weights = backbone_weights
         self.epochs = epochs
         self.seed = seed
@@ -169,7 +174,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         if self.trainer.max_epochs in UNLIMITED_EPOCHS:
             self.trainer.fit_loop.max_epochs = self.epochs
         if not self.model.is_fitted:
-            fill_weights(self.model.feature_extractor, self.backbone_weights, self.seed)
+            fill_weights(self.model.feature_extractor, self.backbone_weights, self.seed, pre_trained=self.pre_trained)
 
     def train_dataloader(self) -> NoReturn:
         """Say that there is no data to train on; Lightning asks the model only if nothing else was given."""

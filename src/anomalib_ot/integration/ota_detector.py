@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from anomalib_ot.detection.losses import dense_losses
 from anomalib_ot.detection.ota import DenseDetector
+from anomalib_ot.integration.backbone import checked_weights
 from anomalib_ot.integration.box_model import BoxModel
 from anomalib_ot.integration.box_processors import BoxPreProcessor
 from anomalib_ot.integration.detector_arguments import (
@@ -37,8 +38,9 @@ class OTADetector(BoxModel, AnomalibModule):
     Args:
         backbone: Name of a convolutional timm model.
         layers: Its layers to take features from, finest first; their strides double from one to the next.
-        backbone_weights: Path of a local checkpoint (.safetensors or .pth); None fetches timm's pretrained weights
-            from the Hugging Face hub; "random" uses none.
+        pre_trained: Whether the backbone has pretrained weights; False: random ones, drawn with `seed`.
+        backbone_weights: Path of a local checkpoint (.safetensors or .pth) with them; None fetches timm's from the
+            Hugging Face hub.
         preset: "default", or "paper" for the published network, points and recipe.
         assigner: "ota" (optimal transport), "simota" (its short cut) or "fcos" (geometry alone).
         assigner_args: Further arguments of the assigner by name; see `anomalib_ot.detection.assigner`.
@@ -87,6 +89,7 @@ class OTADetector(BoxModel, AnomalibModule):
         self,
         backbone: str = "resnet18",
         layers: Sequence[str] = ("layer2", "layer3"),
+        pre_trained: bool = True,
         backbone_weights: str | Path | None = None,
         preset: str = "default",
         assigner: str = "ota",
@@ -115,6 +118,7 @@ class OTADetector(BoxModel, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         install_short_errors()
+        pre_trained, backbone_weights = checked_weights(pre_trained, backbone_weights)
         if pre_processor is True:
             pre_processor = BoxPreProcessor.of(image_size, *normalisation(backbone))
         super().__init__(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from anomalib_ot.detection.mixture import mixture_losses, risen
 from anomalib_ot.detection.set_loss import MATCHERS, set_losses
 from anomalib_ot.detection.sparse_mdod import SparseDetector
+from anomalib_ot.integration.backbone import checked_weights
 from anomalib_ot.integration.box_model import BoxModel
 from anomalib_ot.integration.box_processors import BoxPreProcessor
 from anomalib_ot.integration.input_error import install_short_errors
@@ -31,8 +32,9 @@ class SparseMDOD(BoxModel, AnomalibModule):
     Args:
         backbone: Name of a convolutional timm model.
         layers: Its layers to take features from, finest first; their strides double from one to the next.
-        backbone_weights: Path of a local checkpoint (.safetensors or .pth); None fetches timm's pretrained weights
-            from the Hugging Face hub; "random" uses none.
+        pre_trained: Whether the backbone has pretrained weights; False: random ones, drawn with `seed`.
+        backbone_weights: Path of a local checkpoint (.safetensors or .pth) with them; None fetches timm's from the
+            Hugging Face hub.
         preset: "default", or "paper" for the published network, loss and recipe.
         objective: "mixture"; or Sparse R-CNN's loss on the same head, objects matched by "hungarian" or "sinkhorn".
         image_size: Height and width that images are resized to, pixels.
@@ -88,6 +90,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
         self,
         backbone: str = "resnet18",
         layers: Sequence[str] = ("layer1", "layer2", "layer3"),
+        pre_trained: bool = True,
         backbone_weights: str | Path | None = None,
         preset: str = "default",
         objective: str = "mixture",
@@ -120,6 +123,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         install_short_errors()
+        pre_trained, backbone_weights = checked_weights(pre_trained, backbone_weights)
         if pre_processor is True:
             pre_processor = BoxPreProcessor.of(image_size, *normalisation(backbone))
         super().__init__(
