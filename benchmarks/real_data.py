@@ -1,4 +1,4 @@
-"""OTPrototypes (default, with transport score, paper preset) beside Anomalib's Patchcore on real images.
+"""OTPrototypes (default, other ways to find prototypes, paper preset) beside Anomalib's Patchcore on real images.
 
     python benchmarks/real_data.py --data ../shared/data --weights ../shared/weights
 
@@ -16,17 +16,24 @@ import time
 import warnings
 from pathlib import Path
 
-SETS = {"magnetic_tile": 224, "aitex_fabric/fabric02_twill": 256, "elpv": 224}
+SETS = {"magnetic_tile": 224, "aitex_fabric/fabric02_twill": 256, "elpv": 224, "mvtec_screw": 256}
 BACKBONES = {
     "resnet18": ("resnet18", "resnet18_imagenet_layer123.safetensors", ("layer2", "layer3")),
     "mobilenetv2": ("mobilenetv2_100_same", "mobilenetv2_100_imagenet.safetensors", ("blocks.2", "blocks.4")),
+    "resnet50": ("resnet50", "resnet50_imagenet_layer123.safetensors", ("layer2", "layer3")),
+    "lite0": ("tf_efficientnet_lite0", "tf_efficientnet_lite0_imagenet.safetensors", ("blocks.2", "blocks.4")),
 }
 # The published 16 grids per layer need a cost matrix of 2.5 GB per problem, and 50 passes take hours on 2 cores: one
 # grid and 10 passes are what fits a small machine.
 MODELS = {
     "OTPrototypes": {},
     "OTPrototypes + transport score": {"transport_score": True},
-    "OTPrototypes without transport (k-means only)": {"passes": 0},
+    # How prototypes are found: what `start`, `order` and `assignment` of the default's members are set to.
+    "k-means": {"start": "k-means", "passes": 0},
+    "k-center": {"passes": 0},
+    "order 4": {"order": 4.0, "passes": 4},
+    "entropic, free masses": {"assignment": "transport", "rho": 0.0, "epsilon": 0.02},
+    "entropic, relaxed shares": {"assignment": "transport", "rho": 0.05, "epsilon": 0.02},
     "One grid per layer, means of each position": {"num_global": 1, "passes": 0},
     "One grid per layer, refined by transport": {"num_global": 1, "passes": 3},
     "OTPrototypes, preset paper (1 grid, 10 passes)": {"preset": "paper", "num_global": 1, "passes": 10},
@@ -107,12 +114,9 @@ def run_one(job: dict) -> dict:
         model = build_patchcore(backbone, layers, weights, size, job["coreset"], **parts)
     else:
         options = dict(MODELS[job["model"]])
-        if "passes" in options:
-            preset = options.get("preset", "default")
-            made = make_members(
-                preset, layers, passes=options.pop("passes"), num_global=options.pop("num_global", None)
-            )
-            options["members"] = [member.as_dict() for member in made]
+        if set(options) - {"transport_score", "preset", "num_global"}:
+            made = make_members(options.pop("preset", "default"), layers, **options)
+            options = {"members": [member.as_dict() for member in made]}
         model = OTPrototypes(
             backbone=backbone,
             layers=layers,

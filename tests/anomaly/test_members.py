@@ -15,8 +15,10 @@ def test_default_preset(layers):
     members = make_members("default", layers)
     assert all(len(member.layers) == 1 for member in members)
     found = [(member.layers[0], member.feature_cost) for member in members]
-    shallow = layers[:-1] or layers
-    assert found == [(layer, "whitened") for layer in layers] + [(layer, "cosine") for layer in shallow]
+    assert found == [(layer, cost) for layer in layers for cost in ("euclidean", "whitened")]
+    assert {(member.start, member.assignment, member.scale) for member in members} == {
+        ("coverage", "nearest", "typical")
+    }
 
 
 def test_paper_preset():
@@ -79,7 +81,7 @@ def test_members_survive_a_configuration_file():
         ({"position_quantile": 2}, "position_quantile=2.*between 0 and 1"),
         ({"feature_cost": "cosin"}, "feature_cost='cosin'.*did you mean 'cosine'"),
         ({"structure": "fix"}, "structure='fix'.*did you mean 'fixed'"),
-        ({"start": "rand"}, "start='rand'.*'data', 'random'"),
+        ({"start": "rand"}, "start='rand'.*'coverage', 'k-means', 'random'"),
         ({"num_prototypes": None}, "num_prototypes=None and num_global=None: give one"),
         ({"num_global": 2}, "num_prototypes='auto' and num_global=2: give one"),
         ({"num_prototypes": None, "num_global": 1.5}, "num_global=1.5.*whole number, or a fraction"),

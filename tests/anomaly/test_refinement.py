@@ -120,7 +120,7 @@ def test_the_pass_that_is_best_on_held_out_images_is_kept(monkeypatch):
 def test_held_out_images_move_no_prototype(momentum, monkeypatch):
     seen = []
     monkeypatch.setattr(refinement, "_mean_cost", lambda *given: seen.append(given[2]) or 1.0)
-    options = {"validation_split": 0.25, "momentum": momentum, "passes": 1, "start": "random", "prototype_scale": False}
+    options = {"validation_split": 0.25, "momentum": momentum, "passes": 1, "start": "random", "scale": "largest"}
     options |= {"structure": "fixed", "position_unit": 0.1, "feature_cost": "cosine", "position_quantile": 0.0}
     embeddings = textured()
     bank, _ = fit(embeddings, **options)
@@ -135,7 +135,7 @@ def test_held_out_images_move_no_prototype(momentum, monkeypatch):
 
 def test_the_cost_of_held_out_images_is_that_of_their_transport():
     embeddings, options = textured(), {"passes": 2, "batch_images": 4, "momentum": 0.5, "warm_start": False}
-    options |= {"prototype_scale": False, "structure": "fixed", "position_unit": None, "tolerance": 0.0}
+    options |= {"scale": "largest", "structure": "fixed", "position_unit": None, "tolerance": 0.0}
     bank, cost = fit(embeddings, validation_split=0.25, **options)
     held_out = torch.randperm(24, generator=torch.Generator().manual_seed(0))[:6]
     positions = Patches(embeddings, GRID).positions

@@ -65,9 +65,10 @@ def nearest_distance(points: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor
 
 
 class Barycenters:
-    """Weighted sums of the patches of each prototype: ``p_j <- sum d^(p-2) x / sum d^(p-2)`` over its patches.
+    """Weighted sums of the patches of each prototype: ``m_j = sum d^(p-2) x / sum d^(p-2)`` over its patches.
 
-    That is the step of Lloyd's algorithm for the cost ``d^p`` (a fixed-point step for p other than 2).
+    A step of Lloyd's algorithm for the cost ``d^p`` moves a prototype to `m_j`, or by ``1 / (p - 1)`` of the way for p
+    above 2 (iteratively reweighted least squares, damped as in Newton's method).
 
     Args:
         prototypes: Where they are now (K, D), on the CPU.
@@ -98,10 +99,12 @@ class Barycenters:
         self._patches += len(points)
 
     def moved(self) -> Tensor:
-        """Return the means (K, D); a prototype without patches stays."""
+        """Return the prototypes (K, D) after the step; one without patches stays."""
         alive = (self._weights > 0)[:, None]
         means = self._sums / self._weights.clamp(min=1e-300)[:, None]
-        return torch.where(alive, means.float(), self.prototypes)
+        step = 1 / max(self.order - 1, 1)  # whole steps diverge for p > 3
+        moved = self.prototypes + step * (means - self.prototypes) if step < 1 else means
+        return torch.where(alive, moved.float(), self.prototypes)
 
 
 def import_faiss() -> ModuleType:
@@ -121,8 +124,8 @@ def measure_coverage(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
     """Measure on held-out images how many prototypes the data ask for, and how far normal patches are then.
 
     A fifth of the images (32 at most) is held out. Farthest points of a sample of the others, moved once to the
-    barycenters of the sample, are compared: twice as many are taken as long as the mean distance of held-out patches falls by
-    at least 3 %, up to `max_prototypes` and to one prototype for every 48 training patches.
+    barycenters of the sample, are compared: twice as many are taken as long as the mean distance of held-out patches
+    falls by at least 3 %, up to `max_prototypes` and to one prototype for every 48 training patches.
 
     Args:
         bank: The member; it is not changed.

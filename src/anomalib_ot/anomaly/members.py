@@ -42,15 +42,15 @@ class Member:
         layers: Layers of the backbone whose features are concatenated, finest first.
         alpha: Weight of the position cost, 0 to 1; the feature cost has `1 - alpha`.
         feature_cost: "cosine", "euclidean" or "whitened" (Euclidean after decorrelating the features).
-        num_prototypes: Number of free prototypes. "auto" follows the data: with `start="coverage"` twice as many from 256
-            on, as long as that brings patches of held-out images 3 % nearer; with k-means 256 for narrow features,
-            fewer for wide ones, 80 at least (see `automatic_number`).
+        num_prototypes: Number of free prototypes. "auto" with `start="coverage"` follows the data: twice as many, from
+            256 on, as long as that brings patches of held-out images 3 % nearer; with k-means it takes 256 for narrow
+            features, fewer for wide ones, 80 at least (see `automatic_number`).
         max_prototypes: Bound of "auto" with `start="coverage"`, beside one prototype per 48 training patches.
         num_global: The published layout instead: this many full grids of local prototypes; below 1 a coarser grid of
             `floor(h * num_global)` x `floor(w * num_global)` cells. Give one of `num_prototypes` and `num_global`.
         structure: "learned" lets positions follow the patches they receive, "fixed" keeps the start positions.
-        start: Where prototypes start: "coverage" (farthest points, greedy k-center), "k-means", or "random" in [0, 1) as
-            published. Grids start at the means per position with either of the first two.
+        start: Where prototypes start: "coverage" (farthest points, greedy k-center), "k-means", or "random" in [0, 1)
+            as published. Grids start at the means per position with either of the first two.
         assignment: How refinement assigns patches: to the "nearest" prototype, with free masses, or by entropic
             "transport" with `epsilon` and `rho`.
         order: The order p of the cost d^p that nearest assignment minimizes: 2 for k-means, larger for rare patches.
@@ -151,8 +151,8 @@ class Member:
             self.solver == "pot" or self.scale == "largest" or self.position_unit is None
         ):
             msg = (
-                f"neighbours={self.neighbours!r}: expected solver='sinkhorn', another scale than 'largest', a position_unit; "
-                "as POT and scales that are maxima of a batch need all pairs; leave neighbours out"
+                f"neighbours={self.neighbours!r}: expected solver='sinkhorn', another scale than 'largest', a "
+                "position_unit; as POT and scales that are maxima of a batch need all pairs; leave neighbours out"
             )
             raise ValueError(msg)
         for name in ("alpha", "position_quantile"):
@@ -205,6 +205,12 @@ class Member:
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for checkpoints and configuration files."""
         return asdict(self) | {"layers": list(self.layers)}
+
+
+def default_members_0_1(layers: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the members of the default preset of version 0.1, whose checkpoints do not name them."""
+    metrics = [(layer, "whitened") for layer in layers] + [(layer, "cosine") for layer in (layers[:-1] or layers)]
+    return [{"layers": [layer], "feature_cost": cost} for layer, cost in metrics]
 
 
 def automatic_number(width: int, num_patches: int) -> int:

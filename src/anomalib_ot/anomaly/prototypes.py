@@ -118,8 +118,10 @@ class PrototypeBank(nn.Module):
         """Return D_f (..., K) of encoded embeddings (..., D)."""
         if self.member.feature_cost == "cosine":
             return (1 - unit(encoded) @ unit(self.prototypes).T).clamp(min=0.0)
-        squared = encoded.square().sum(-1, keepdim=True) - 2 * encoded @ self.prototypes.T
-        return (squared + self.prototypes.square().sum(-1)).clamp(min=TINY).sqrt()
+        center = self.prototypes.mean(0)  # far from the origin the squares below would cancel in float32
+        encoded, prototypes = encoded - center, self.prototypes - center
+        squared = encoded.square().sum(-1, keepdim=True) - 2 * encoded @ prototypes.T
+        return (squared + prototypes.square().sum(-1)).clamp(min=TINY).sqrt()
 
     def position_cost(self, positions: Tensor) -> Tensor:
         """Return max(|y - z| - r, 0) / u (..., K) of patch positions (..., 2)."""

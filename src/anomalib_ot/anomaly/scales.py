@@ -134,11 +134,12 @@ class Nearest:
 def measure_scales(bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> None:
     """Measure the constants of the metric on the normal patches: `s`, `z`, `r` and `u`.
 
-    Where the member has one typical scale, `s_j` is the mean cost of patches of images that were held out; where it scales per
-    prototype, `s_j` is the mean cost of its patches, drawn to the mean over all prototypes
-    by a third of an average prototype's patches, and not below `smallest_cost`; else it is the largest cost seen. Free
-    prototypes take the mean position of their patches. `r_j` is the quantile of the distance of its patches, `u` the
-    unit, or the largest distance seen. Quantiles are those of 2^20 patches drawn with the seed, exact up to there.
+    Where the member has one typical scale, `s_j` is the mean cost of patches of images that were held out, and radii
+    are drawn to the quantile of all patches by 50 patches. Where it scales per prototype, `s_j` is the mean cost of
+    its patches, drawn to the mean over all prototypes by a third of an average prototype's patches, and not below
+    `smallest_cost`; else it is the largest cost seen. Free prototypes take the mean position of their patches. `r_j` is
+    the quantile of the distance of its patches, `u` the unit, or the largest distance seen. Quantiles are those of 2^20
+    patches drawn with the seed, exact up to there.
     """
     member, count, device = bank.member, bank.num_prototypes, encoded.device
     nearest = Nearest.of(bank, encoded, seed)

@@ -21,9 +21,10 @@ CELL_BYTES = 2**26  # of patches that are held at a time to find the centres of 
 def start_prototypes(bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> None:
     """Set prototypes and positions before the first assignment.
 
-    Free prototypes are farthest points or k-means centres; a grid of local prototypes starts at the mean of the patches of each cell,
-    several copies of it at the k-means centres of each cell. `start="random"` draws features uniformly from [0, 1).
-    K-means takes a seeded sample of 1000 patches per prototype, and no more than these are read; means take all.
+    Free prototypes are farthest points or k-means centres; a grid of local prototypes starts at the mean of the patches
+    of each cell, several copies of it at the k-means centres of each cell. `start="random"` draws features uniformly
+    from [0, 1). K-means takes a seeded sample of 1000 patches per prototype, farthest points one of 20,000, and no more
+    than these are read; means take all.
 
     Args:
         bank: The member; prototypes and positions are set.

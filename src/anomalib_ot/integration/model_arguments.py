@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anomalib_ot.anomaly.members import PRESETS, Member, make_members
+from anomalib_ot.anomaly.members import PRESETS, Member, default_members_0_1, make_members
 from anomalib_ot.anomaly.model import PrototypesModel
 from anomalib_ot.anomaly.scoring import IMAGE_SCORES
 from anomalib_ot.integration.backbone import build_extractor
 from anomalib_ot.integration.input_checks import check_fraction, check_known
 from anomalib_ot.integration.input_error import InputError
 
-__all__ = ["MODEL_ARGUMENTS", "build_model", "check_precision", "check_training_arguments"]
+__all__ = ["MODEL_ARGUMENTS", "as_trained", "build_model", "check_precision", "check_training_arguments"]
 
 MIN_SIDE = 32
 
@@ -71,7 +71,7 @@ def build_model(
         msg = f"layers is {list(layers)}, which names a layer twice; name each once"
         raise InputError(msg)
     built = _members(preset, layers, members, alpha=alpha, num_prototypes=num_prototypes, num_global=num_global)
-    score = score if score is not None else ("max" if published else IMAGE_SCORES[0])
+    score = score if score is not None else "max"
     check_known("score", score, IMAGE_SCORES)
     if len(image_size) != 2 or min(image_size) < MIN_SIDE:
         msg = f"image_size is {list(image_size)}; expected height and width of at least {MIN_SIDE} pixels each"
@@ -88,6 +88,24 @@ def build_model(
         transport_score=transport_score,
         num_groups=num_groups,
     )
+
+
+def as_trained(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a checkpoint, with what version 0.1 left to its defaults said in full.
+
+    Its members had no weights, by which its checkpoints are known. Its members and its image score were others.
+    """
+    saved = dict(checkpoint.get("hyper_parameters", {}))
+    if "model.banks.0.weight" in checkpoint["state_dict"] or saved.get("preset", "default") != "default":
+        return saved
+    if saved.get("score") is None:
+        saved["score"] = "mean_top1"
+    if saved.get("members") is None and saved.get("layers"):
+        overrides = {name: saved[name] for name in ("alpha", "num_prototypes") if saved.get(name) is not None}
+        if saved.get("num_global") is not None:
+            overrides["num_global"] = saved["num_global"]
+        saved["members"] = [member | overrides for member in default_members_0_1(saved["layers"])]
+    return saved
 
 
 def check_training_arguments(epochs: int, max_cached_gb: float) -> None:

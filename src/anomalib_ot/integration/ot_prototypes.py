@@ -27,7 +27,7 @@ from anomalib_ot.integration.input_checks import check_datamodule
 from anomalib_ot.integration.input_error import InputError, install_short_errors
 from anomalib_ot.integration.input_guard import InputGuard
 from anomalib_ot.integration.known_scores import ScoreKeeper
-from anomalib_ot.integration.model_arguments import MODEL_ARGUMENTS, build_model, check_training_arguments
+from anomalib_ot.integration.model_arguments import MODEL_ARGUMENTS, as_trained, build_model, check_training_arguments
 from anomalib_ot.integration.processors import ExplainedPostProcessor, ExportablePreProcessor
 from anomalib_ot.integration.visualizer import ExplanationVisualizer
 from anomalib_ot.vision.backbone import normalisation
@@ -292,6 +292,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that was trained, whatever the arguments: its prototypes belong to no other."""
         check_own_checkpoint(checkpoint, "model.is_fitted", "OTPrototypes")
+        checkpoint["hyper_parameters"] = as_trained(checkpoint)
         trained = trained_arguments(checkpoint, self.hparams, MODEL_ARGUMENTS)
         if trained:
             self.hparams.update(trained)
