@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -120,3 +121,23 @@ def small_data(fabric: Path) -> list[str]:
     """Words for that data set."""
     data = "--data SyntheticFabric --data.num_train 6 --data.num_test_good 2 --data.num_per_defect 1"
     return [*data.split(), "--data.image_size", "[64,64]", "--data.root", str(fabric)]
+
+
+@pytest.fixture(scope="module")
+def converted_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Torch converts each model once; what is tested here comes after that."""
+    from anomalib.models.components import AnomalibModule
+
+    convert, kept = AnomalibModule.to_onnx, {}
+
+    def to_onnx(self, export_root, model_file_name="model", input_size=None, **kwargs):
+        key = (id(self), input_size)
+        if key not in kept:
+            path = convert(self, tmp_path_factory.mktemp("converted"), model_file_name, input_size, **kwargs)
+            kept[key] = path.parents[2], self  # holds the model, so that no other one gets its id
+        shutil.copytree(kept[key][0], export_root, dirs_exist_ok=True)
+        return next(Path(export_root).rglob("*.onnx"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AnomalibModule, "to_onnx", to_onnx)
+        yield

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 import torch
 from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
-from anomalib.models.components import AnomalibModule
 from lightning.pytorch import seed_everything
 
 import anomalib_ot
@@ -24,30 +22,14 @@ from anomalib_ot.integration.known_scores import summarised_scores
 from anomalib_ot.integration.parity import ParityError, measured_parity, synthetic_images
 from anomalib_ot.integration.quantisation import Judged, Samples, verdicts_changed
 
+pytestmark = pytest.mark.usefixtures("converted_once")
+
 INT8 = CompressionType.INT8_PTQ
 NEVER = {"Loop", "If", "NonZero", "TensorIterator"}
 DETECTOR = {
     "pre_trained": False, "image_size": (64, 64), "channels": 32, "frozen_stages": 0, "lr": 3e-3,
     "visualizer": False, "evaluator": False, "score_threshold": 0.02, "max_detections": 20,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def converted_once(tmp_path_factory):
-    """Torch converts each model once; what is tested here comes after that."""
-    convert, kept = AnomalibModule.to_onnx, {}
-
-    def to_onnx(self, export_root, model_file_name="model", input_size=None, **kwargs):
-        key = (id(self), input_size)
-        if key not in kept:
-            path = convert(self, tmp_path_factory.mktemp("converted"), model_file_name, input_size, **kwargs)
-            kept[key] = path.parents[2], self  # holds the model, so that no other one gets its id
-        shutil.copytree(kept[key][0], export_root, dirs_exist_ok=True)
-        return next(Path(export_root).rglob("*.onnx"))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AnomalibModule, "to_onnx", to_onnx)
-        yield
 
 
 def engine(folder, **arguments):

@@ -131,6 +131,7 @@ def test_train_and_predict_on_a_folder_with_the_default_workers(anomalib, small_
 @pytest.mark.parametrize(("kind", "file"), [("torch", "model.pt"), ("onnx", "model.onnx"), ("openvino", "model.xml")])
 def test_export(kind, file, anomalib, checkpoint, home):
     words = ["--model", "OTPrototypes", "--export_type", kind, "--export_root", "exported"]
+    words += ["--onnx_kwargs.export_explanation", "true"] if kind == "onnx" else []
     done = anomalib("export", *words, "--ckpt_path", checkpoint, cwd=home)
     assert done.code == 0, done.err
     (path,) = (home / "exported").rglob(file)
@@ -145,6 +146,7 @@ def test_export(kind, file, anomalib, checkpoint, home):
         assert {"anomaly_map", "feature_map", "position_map", "matched_position"} < set(outputs)
     else:
         assert path.with_suffix(".bin").stat().st_size > 1000
+        assert "feature_map" not in path.read_text()
     assert json.loads((path.parent / "manifest.json").read_text())["model"] == "OTPrototypes"
     said = " ".join((done.out + done.err).split())
     assert ("score differs by up to" in said) == (kind != "torch")

@@ -227,9 +227,25 @@ def rename_folder(content):
     content["images"][0]["file_name"] = "old/000.png"
 
 
+def shout(content):
+    for entry in content["images"]:
+        entry["file_name"] = entry["file_name"].upper()
+
+
+def reword(content):
+    for entry in content["images"][:7]:
+        entry["file_name"] = entry["file_name"].replace(".png", ".jpg")
+
+
 @pytest.mark.parametrize(
     ("edit", "arguments", "message"),
     [
+        (
+            shout,
+            {},
+            r"000\.PNG does not exist.* \(20 of its 20 images are missing\); there is .*images/000\.png, which",
+        ),
+        (reword, {}, r" \(7 of its 20 .*; there is .*000\.png, which differs in its ending or in capital letters"),
         (drop_boxes, {}, r"none of the 16 training images has a box \(the first is .*\.png\)"),
         (grow, {}, r"000\.png is 40 x 30 pixels, its annotations say 400 x 30"),
         (
@@ -241,7 +257,11 @@ def rename_folder(content):
         (None, {"image_dir": None}, r"it is in .*images: set --data\.image_dir to images"),
         (None, {"val_json": "val.json", "val_image_dir": "."}, r"set --data\.val_image_dir to images"),
         (None, {"train_json": "no.json"}, r"no\.json do not exist, where there is train\.json, val\.json"),
-        (None, {"val_split_ratio": 0.01}, "there is no validation image"),
+        (
+            None,
+            {"val_split_ratio": 0.01},
+            "there is no validation image in .*, the 20 there are .*: add images, or raise --data.val_split_ratio",
+        ),
         (None, {"group_pattern": "(x)"}, r"group_pattern is '\(x\)', which does not fit the image 000\.png"),
     ],
 )
@@ -251,6 +271,18 @@ def test_bad_data_is_refused(root, edit, arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         boards(root, **arguments).prepare_data()
     assert "\n" not in str(caught.value)
+
+
+def test_findings_are_told_before_data_is_refused(root, caplog):
+    def spoil(content):
+        content["images"] = content["images"][:3]
+        content["annotations"] = [entry | {"bbox": ["1", "2", "3", "4"]} for entry in content["annotations"][:3]]
+
+    change(root, "train.json", spoil)
+    with pytest.raises(ValueError, match=r"no training image in .* \(3 boxes without four .*correct what was found"):
+        boards(root).prepare_data()
+    assert "3 boxes without four finite numbers dropped" in caplog.text
+    assert "3 images left out for lack of a usable box" in caplog.text
 
 
 def test_bad_arguments_are_refused(tmp_path):

@@ -6,6 +6,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from anomalib_ot.integration.coco_json import read_coco, write_coco
 
@@ -101,11 +103,44 @@ def test_doubles_are_merged_and_counted(read):
     ]
 
 
-def test_one_file_under_two_ids_is_one_image(read):
-    file = read(coco([annotation(1), annotation(2, (1, 1, 5, 5), image_id=2)], [image(), image(2)]))
+@pytest.mark.parametrize("name", ["a.png", "./a.png", ".\\a.png"])
+def test_one_file_under_two_ids_is_one_image_unless_both_are_annotated(read, name):
+    file = read(coco([annotation(1, image_id=2), annotation(2, (1, 1, 5, 5), image_id=2)], [image(), image(2, name)]))
     assert len(file.images) == 1
     assert len(file.images[0].boxes) == 2
     assert len(file.warnings) == 1
+    with pytest.raises(ValueError, match=r"the image a\.png has annotations under the ids 1 and 2; .*two videos"):
+        read(coco([annotation(1), annotation(2, (1, 1, 5, 5), image_id=2)], [image(), image(2, name)]))
+
+
+UNIT = st.floats(0.01, 1.0)
+PIXELS = st.tuples(st.integers(0, 70), st.integers(0, 50), st.integers(2, 30), st.integers(2, 30))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(UNIT, UNIT, UNIT, UNIT), min_size=1, max_size=5), st.lists(PIXELS, max_size=9))
+def test_fractions_are_never_taken_as_pixels(read, parts, boxes):
+    content = coco([annotation(number, box) for number, box in enumerate([*parts, *boxes])])
+    if len(parts) > len(boxes):
+        with pytest.raises(ValueError, match=f"{len(parts)} of {len(parts) + len(boxes)} boxes lie within 0 to 1"):
+            read(content)
+    else:
+        file = read(content)
+        assert file.images[0].boxes == [(x, y, x + w, y + h) for x, y, w, h in boxes]
+        assert file.warnings[0].startswith(f"{len(parts)} box")
+        assert "in fractions of the image, not pixels, dropped" in file.warnings[0]
+
+
+@pytest.mark.parametrize("name", ["gr\u00f6\u00dfe.png", "a.png"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
+def test_other_encodings_are_named(tmp_path, encoding, name):
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(coco(images=[image(name=name)]), ensure_ascii=False), encoding)
+    if (encoding, name) == ("cp1252", "a.png"):  # which is UTF-8, too
+        assert read_coco(path).images[0].file_name == name
+        return
+    with pytest.raises(ValueError, match=r"boxes\.json are text in (UTF-16|another).*save the file again in UTF-8"):
+        read_coco(path)
 
 
 def test_categories_of_one_name_are_one_class(read):
@@ -142,6 +177,9 @@ REFUSED = {
     ),
     "unknown category": (coco([annotation(4, category_id=3)]), "annotation 4 (image a.png) has category_id 3"),
     "unknown image": (coco([annotation(4, image_id=3)]), "annotation 4 has image_id 3, which none of the 1 images"),
+    "image id as text": (coco([annotation(4, image_id="1")]), "there is 1, a number, where this is a text: write both"),
+    "image ids as texts": (coco([annotation(4)], [image("1")]), "there is '1', a text, where this is a number: write"),
+    "category as text": (coco([annotation(4, category_id="1")]), "there is 1, a number, where this is a text: write"),
     "image without name": (coco(images=[{"id": 1}]), "image 0 has id 1, file_name None"),
     "image without size": (coco(images=[{"id": 1, "file_name": "a.png"}]), "has width None and height None"),
     "image of no size": (coco(images=[image(width=0)]), "image a.png has width 0"),
@@ -159,7 +197,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(read, tmp_path, content, mes
     assert message in said
     assert str(tmp_path / "boxes.json") in said
     assert "\n" not in said
-    assert any(word in said for word in ("expected", "correct it", "remove it"))
+    assert any(word in said for word in ("expected", "correct it", "remove it", "write both"))
 
 
 def test_a_missing_file_is_refused_and_its_neighbours_are_named(tmp_path):

@@ -5,7 +5,8 @@ import openvino
 import pytest
 import torch
 import torch.nn.functional as F
-from anomalib.deploy import OpenVINOInferencer
+from anomalib.data import InferenceBatch
+from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 
 from anomalib_ot.anomaly.training_patches import Patches
 from anomalib_ot.integration.backbone import build_extractor, fill_weights
@@ -73,7 +74,7 @@ def fitted(arguments):
 
 @pytest.fixture(scope="module", params=MODELS)
 def exported(request, tmp_path_factory):
-    model = fitted(MODELS[request.param])
+    model = fitted({**MODELS[request.param], "export_explanation": True})
     folder = tmp_path_factory.mktemp(request.param)
     path = model.to_onnx(folder) if request.param == "filter_bank" else model.to_openvino(folder)
     core = openvino.Core()
@@ -146,22 +147,74 @@ def test_an_image_alone_and_in_a_batch_of_the_exported_model(exported):
         np.testing.assert_allclose(together[name][1:2], alone[name], rtol=0, atol=1e-5)
 
 
-def test_anomalibs_inferencer_reads_an_export_without_explanation(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)  # the inferencer makes a folder where it stands
-    model = fitted({**MODELS["filter_bank"], "export_explanation": False})
-    path = model.to_openvino(tmp_path)
-    # Anomalib's default opset makes torch print a page of traceback at every export, of an error that is none.
-    assert "Traceback" not in "".join(capfd.readouterr())
-    inferencer = OpenVINOInferencer(path, device="CPU", config=F32)
+@pytest.fixture(scope="module")
+def plain():
+    """A model as it comes by default."""
+    return fitted(MODELS["filter_bank"])
+
+
+def check_inferencer(inferencer, model, size):
     for seed, foreign in ((2, False), (3, True)):
-        given = images(1, (110, 90), seed, foreign)
-        out = inferencer.predict(given[0].permute(1, 2, 0).numpy())
+        given = images(1, size, seed, foreign)
+        is_torch = isinstance(inferencer, TorchInferencer)
+        out = inferencer.predict(given[0] if is_torch else given[0].permute(1, 2, 0).numpy())
         with torch.no_grad():
             expected = model(given)
-        assert bool(np.squeeze(out.pred_label)) is foreign
-        np.testing.assert_allclose(np.squeeze(out.pred_score), expected.pred_score.squeeze(), atol=1e-3)
-        np.testing.assert_allclose(np.squeeze(out.anomaly_map), expected.anomaly_map.squeeze(), atol=1e-3)
-        np.testing.assert_array_equal(np.squeeze(out.pred_mask).astype(bool), expected.pred_mask.squeeze().numpy())
+        found = {name: np.squeeze(np.asarray(getattr(out, name))) for name in expected._fields}
+        assert bool(found["pred_label"]) is bool(expected.pred_label)
+        for name in ("pred_score", "anomaly_map"):
+            np.testing.assert_allclose(found[name], getattr(expected, name).squeeze(), atol=1e-3)
+        edge = (expected.anomaly_map.squeeze() - 0.5).abs().numpy() < 1e-3
+        np.testing.assert_array_equal(found["pred_mask"][~edge], expected.pred_mask.squeeze().numpy()[~edge])
+
+
+def test_anomalibs_inferencers_read_what_is_exported_by_default(plain, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)  # the inferencer makes a folder where it stands
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    path = plain.to_openvino(tmp_path)
+    # Anomalib's default opset makes torch print a page of traceback at every export, of an error that is none.
+    assert "Traceback" not in "".join(capfd.readouterr())
+    check_inferencer(OpenVINOInferencer(path, device="CPU", config=F32), plain, (110, 90))
+    check_inferencer(TorchInferencer(plain.to_torch(tmp_path), device="cpu"), plain, (110, 90))
+
+
+@pytest.mark.usefixtures("converted_once")
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("filter_bank", (110, 90)), ("resnet18", (110, 90)), ("vit", (203, 317))],
+    ids=str,
+)
+def test_graphs_of_one_size_in_all_types(name, size, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = fitted(MODELS[name])
+    check_inferencer(OpenVINOInferencer(model.to_onnx(tmp_path, input_size=size), "CPU", F32), model, size)
+    for kind in (None, CompressionType.FP16):
+        path = model.to_openvino(tmp_path, input_size=size, compression_type=kind)
+        graph = openvino.Core().read_model(path)
+        assert list(graph.input(0).partial_shape)[2:] == list(size)
+        assert [output.any_name for output in graph.outputs] == list(InferenceBatch._fields)
+        if kind is None:
+            check_inferencer(OpenVINOInferencer(path, "CPU", F32), model, size)
+
+
+@pytest.mark.usefixtures("converted_once")
+def test_one_export_has_the_explanation_where_it_is_asked_for(plain, tmp_path):
+    path = plain.to_openvino(tmp_path, input_size=(64, 96), onnx_kwargs={"export_explanation": True})
+    names = [output.any_name for output in openvino.Core().read_model(path).outputs]
+    assert {"feature_map", "position_map", "matched_position"} < set(names)
+    assert plain.export_explanation is False
+
+
+def test_without_a_pre_processor_an_export_needs_a_size(tmp_path):
+    model = fitted(MODELS["filter_bank"])
+    model.pre_processor = None
+    for export in (model.to_onnx, model.to_openvino):
+        with pytest.raises(InputError, match=r"--input_size is not given.*as in training: --input_size \[64,96\]"):
+            export(tmp_path)
+    assert not list(tmp_path.iterdir())
+    path = model.to_openvino(tmp_path, input_size=(64, 96))
+    out = openvino.Core().compile_model(openvino.Core().read_model(path), "CPU", F32)(images(2, (64, 96), 3).numpy())
+    np.testing.assert_allclose(out["pred_score"], model(images(2, (64, 96), 3)).pred_score, atol=1e-3)
 
 
 @pytest.mark.parametrize("export", ["to_torch", "to_onnx", "to_openvino"])
@@ -177,7 +230,7 @@ def test_what_is_not_trained_is_not_exported(export, tmp_path):
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 160)], ids=str)
 def test_a_transformer_takes_any_image_size_that_its_patches_divide(size):
-    arguments = {**MODELS["vit"], "image_size": size}
+    arguments = {**MODELS["vit"], "image_size": size, "export_explanation": True}
     model = fitted(arguments)
     with torch.no_grad():
         out = model(images(2, (100, 100), 4))

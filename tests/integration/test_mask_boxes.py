@@ -147,6 +147,65 @@ def test_masks_without_image_are_told(root, caplog):
     assert "1 mask without image passed over" in caplog.text
 
 
+def test_images_of_deeper_folders_belong_to_their_kind(root, caplog):
+    for number in range(4):
+        save(root / "test/cut/cam1" / f"{number}.png", 500 + number)
+        save_mask(root / "ground_truth/cut/cam1" / f"{number}_mask.png", [(4, 4, 12, 12)])
+        save(root / "train/good/cam2" / f"{number}.png", 600 + number)
+    datamodule = tiles(root)
+    assert datamodule.class_names == ["cut", "dent", "scratch"]
+    found = records(datamodule)
+    assert len(found) == 31 + 8
+    assert found["test/cut/cam1/0.png"][1].boxes.tolist() == [[4, 4, 12, 12]]
+    assert found["train/good/cam2/0.png"][0] == "train"
+    assert not caplog.messages
+
+
+def test_what_is_passed_over_is_counted(root, caplog):
+    save(root / "test/.ipynb_checkpoints/0.png", 700)
+    save(root / "test/dent/.ipynb_checkpoints/0.png", 700)
+    save(root / "test/dent/._3.png", 700)
+    (root / "test/empty").mkdir()
+    for name in ("raw.cr2", "notes.txt", ".DS_Store"):
+        (root / "test/dent" / name).write_text("")
+    datamodule = tiles(root)
+    assert datamodule.class_names == ["dent", "scratch"]
+    for said in (
+        "2 hidden folders passed over, first: ",
+        "1 hidden image passed over (",
+        "2 files without the ending of an image passed over, first: ",
+        "1 folder of defects without an image passed over (",
+    ):
+        assert said in caplog.text
+
+
+def test_normal_images_may_lie_above_all_others(root):
+    for path in (root / "train/good").iterdir():
+        path.rename(root / path.name)
+    assert len(records(tiles(root, normal_dir="."))) == 31
+
+
+def test_empty_full_and_inverted_masks_are_counted(root, caplog):
+    masks = root / "ground_truth/dent"
+    save_mask(masks / "1_mask.png", [])
+    save_mask(masks / "2_mask.png", [(0, 0, 48, 32)])
+    for number in (4, 5):
+        with Image.open(masks / f"{number}_mask.png") as image:
+            Image.fromarray(255 - np.asarray(image)).save(masks / f"{number}_mask.png")
+    found = records(tiles(root))
+    assert "test/dent/1.png" not in found
+    assert found["test/dent/4.png"][1].boxes.tolist() == [[0, 0, 48, 32]]
+    assert "1 mask without a defect, its image left out (" in caplog.text
+    assert "1 mask covering the whole image (" in caplog.text
+    assert "2 masks covering most of the image (inverted?), first: " in caplog.text
+
+
+def test_a_folder_that_leads_back_into_itself_is_refused(root):
+    (root / "test/dent/again").symlink_to(root / "test/dent")
+    with pytest.raises(ValueError, match=r"folder .*again leads back to .*remove this link"):
+        tiles(root).prepare_data()
+
+
 def remove(path):
     def edit(root):
         shutil.rmtree(root / path) if (root / path).is_dir() else (root / path).unlink()

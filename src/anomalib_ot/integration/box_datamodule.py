@@ -106,9 +106,11 @@ class BoxDataModule(AnomalibDataModule):
         """The records of all subsets, read and checked at the first call."""
         if self._content is None:
             findings = Findings()
-            content = self._read(findings)
-            self._check(content, findings)
-            rank_zero_only(findings.log)(f"data {self.name}")
+            try:
+                content = self._read(findings)
+                self._check(content, findings)
+            finally:  # what was found is the reason for what is refused
+                rank_zero_only(findings.log)(f"data {self.name}")
             self._content = content
         return self._content
 
@@ -128,6 +130,16 @@ class BoxDataModule(AnomalibDataModule):
         Args:
             findings: Counts what is odd but can be used.
         """
+
+    def _cure_of_split(self, name: str) -> str:
+        """Say what fills a subset that the split has left empty."""
+        cures = ["add images"]
+        argument = {"validation": "val_split_ratio", "test": "test_split_ratio"}.get(name)
+        if argument is not None and hasattr(self, argument):
+            cures.append(f"raise --data.{argument}")
+        if getattr(self, "duplicate_distance", None) is not None:
+            cures.append("lower --data.duplicate_distance if near duplicates are kept together that are none")
+        return ", or ".join(cures)
 
     def _setup(self, _stage: str | None = None) -> None:
         self.train_data = BoxDataset(self.content.train, Split.TRAIN)
@@ -150,10 +162,23 @@ class BoxDataModule(AnomalibDataModule):
 
     def _check(self, content: BoxContent, findings: Findings) -> None:
         subsets = {"training": content.train, "validation": content.val, "test": content.test}
+        count = sum(map(len, subsets.values()))
         for name, records in subsets.items():
-            if not records:
-                msg = f"data {self.name}: there is no {name} image in {self.root}; expected at least one"
+            if records:
+                continue
+            if count:
+                msg = (
+                    f"data {self.name}: there is no {name} image in {self.root}, the {count} there are for the other "
+                    f"subsets; expected at least one: {self._cure_of_split(name)}"
+                )
                 raise InputError(msg)
+            reason = findings.warnings
+            told = f" ({reason[0]})" if reason else ""
+            msg = (
+                f"data {self.name}: there is no {name} image in {self.root}{told}; expected at least one: add images"
+                f"{', or correct what was found' if reason else ''}"
+            )
+            raise InputError(msg)
         if not any(len(record.boxes) for record in content.train):
             msg = (
                 f"data {self.name}: none of the {len(content.train)} training images has a box (the first is "

@@ -155,12 +155,14 @@ class CocoBoxes(BoxDataModule):
         folder = self._image_dir(subset)
         label_of = _labels_among(names, coco, json_path)
         argument = "image_dir" if self.image_dirs[subset] == self.image_dirs["train"] else f"{subset}_image_dir"
+        missing = [image.file_name for image in coco.images if not (folder / image.file_name).is_file()]
+        if missing:
+            said = f"image {folder / missing[0]} does not exist, but {json_path} lists it as {missing[0]!r}"
+            more = f" ({len(missing)} of its {len(coco.images)} images are missing)" if len(missing) > 1 else ""
+            raise InputError(f"{said}{more}; {self._cure_of_missing(folder, missing[0], argument)}")
         records = []
         for image in coco.images:
             path = folder / image.file_name
-            if not path.is_file():
-                said = f"image {path} does not exist, but {json_path} lists it as {image.file_name!r}"
-                raise InputError(f"{said}; {self._cure_of_missing(folder, image.file_name, argument)}")
             labels = [label_of[label] for label in image.labels]
             records.append(LabelledImage.of(str(path), (image.width, image.height), image.boxes, labels))
         return names, records
@@ -176,7 +178,18 @@ class CocoBoxes(BoxDataModule):
             bare = start / Path(file_name).name
             if bare.is_file():
                 return f"there is {bare}: correct the file_name, or --data.{argument}"
+        for place in (folder / file_name, *(start / file_name for start in (self.root, self.root / "images"))):
+            near = _namesake(place)
+            if near is not None:
+                return f"there is {near}, which differs in its ending or in capital letters: correct the file_name"
         return f"restore it, or set --data.{argument} to the folder that the names start from"
+
+
+def _namesake(path: Path) -> Path | None:
+    """Find a file of the same name up to capital letters, else one with another ending."""
+    entries = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    same = [entry for entry in entries if entry.name.lower() == path.name.lower()]
+    return next(iter(same + [entry for entry in entries if entry.stem.lower() == path.stem.lower()]), None)
 
 
 def _labels_among(class_names: Sequence[str], coco: CocoFile, json_path: Path) -> dict[int, int]:

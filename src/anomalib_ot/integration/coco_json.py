@@ -5,18 +5,18 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from anomalib_ot.integration.coco_corners import check_no_corners
+from anomalib_ot.integration.coco_fractions import are_fractions, check_no_fractions
+from anomalib_ot.integration.coco_lists import load_lists
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.labelled_images import Findings, clean_box
 
 __all__ = ["CocoFile", "CocoImage", "read_coco", "write_coco"]
-
-PARTS = ("images", "annotations", "categories")
 
 
 @dataclass
@@ -30,6 +30,7 @@ class CocoImage:
         boxes: Boxes xyxy, pixels, within the image.
         labels: Index of each box's class among the file's ``class_names``.
         dropped: How many of its boxes were dropped.
+        annotated_as: The id under which it has annotations.
     """
 
     file_name: str
@@ -38,6 +39,7 @@ class CocoImage:
     boxes: list[tuple[float, float, float, float]]
     labels: list[int]
     dropped: int = 0
+    annotated_as: int | float | str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
 
     Categories need not be numbered without gaps, ``iscrowd``, ``area``, ``score`` and ``segmentation`` are not needed,
     and images without annotations are negatives. Boxes are clipped to their image; those of negative size, zero area,
-    outside their image, without four finite numbers, or marked ``iscrowd`` are dropped; images and annotations that
-    come twice are merged: all with one warning per kind.
+    outside their image, without four finite numbers, in fractions of it where most are in pixels, or marked ``iscrowd``
+    are dropped; images and annotations that come twice are merged: all with one warning per kind.
 
     Args:
         path: The file.
@@ -72,11 +74,12 @@ def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
 
     Raises:
         InputError: If there is no such file, it is not JSON or not COCO, has no images or categories, an annotation
-            names an unknown image or category, one image comes with two sizes, or the boxes look like two corners.
+            names an unknown image or category, one image comes with two sizes or has annotations under two ids, or the
+            boxes look like two corners or like fractions of the image.
     """
     path = Path(path)
     findings = Findings() if findings is None else findings
-    content = _load(path)
+    content = load_lists(path)
     names, label_of = _categories(path, content["categories"], findings)
     image_of = _images(path, content["images"], findings)
     seen: dict[Any, tuple] = {}
@@ -84,6 +87,7 @@ def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
         _read_annotation(path, index, annotation, image_of, label_of, seen, findings)
     of_boxes = [image_of[annotation["image_id"]] for annotation in content["annotations"]]
     bboxes = [_numbers(annotation.get("bbox")) for annotation in content["annotations"]]
+    check_no_fractions(path, bboxes)
     check_no_corners(path, bboxes, [(image.width, image.height) for image in of_boxes])
     images = {id(image): image for image in image_of.values()}.values()
     for image in images:
@@ -91,41 +95,6 @@ def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
             findings.add("image", "left out for lack of a usable box", image.file_name)
     kept = [image for image in images if image.boxes or not image.dropped]
     return CocoFile(kept, names, findings.warnings)
-
-
-def _load(path: Path) -> dict[str, list]:
-    if not path.is_file():
-        near = sorted(path.parent.glob("*.json")) if path.parent.is_dir() else []
-        there = f", where there is {', '.join(entry.name for entry in near[:5])}" if near else ""
-        msg = f"annotations {path} do not exist{there}; expected a COCO file: correct the path"
-        raise InputError(msg)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        what = "are empty (0 bytes)" if path.stat().st_size == 0 else f"are not JSON ({error})"
-        msg = f"annotations {path} {what}; expected a COCO file: export it again"
-        raise InputError(msg) from error
-    if not isinstance(content, Mapping):
-        msg = f"annotations {path} hold a {_kind(content)}; expected a COCO file, an object with {', '.join(PARTS)}"
-        raise InputError(msg)
-    for part in PARTS:
-        if not isinstance(content.get(part), list):
-            came = "no" if part not in content else f"a {_kind(content[part])} as"
-            msg = f"annotations {path} have {came} {part!r}; expected a COCO file, with the lists {', '.join(PARTS)}"
-            raise InputError(msg)
-        for index, entry in enumerate(content[part]):
-            if not isinstance(entry, Mapping):
-                msg = f"annotations {path}: entry {index} of {part!r} is a {_kind(entry)}; expected an object"
-                raise InputError(msg)
-    for part in ("images", "categories"):
-        if not content[part]:
-            msg = f"annotations {path} have an empty list of {part}; expected at least one: export it with its {part}"
-            raise InputError(msg)
-    return content
-
-
-def _kind(value: object) -> str:
-    return {list: "list", dict: "object", str: "text", type(None): "null"}.get(type(value), type(value).__name__)
 
 
 def _categories(path: Path, entries: list[Mapping], findings: Findings) -> tuple[list[str], dict[Any, int]]:
@@ -175,7 +144,7 @@ def _images(path: Path, entries: list[Mapping], findings: Findings) -> dict[Any,
                 "of pixels: export it with image sizes"
             )
             raise InputError(msg)
-        image = CocoImage(name.replace("\\", "/"), int(width), int(height), [], [])
+        image = CocoImage(PurePosixPath(name.replace("\\", "/")).as_posix(), int(width), int(height), [], [])
         for known, what in ((by_id.get(key), f"id {key}"), (by_name.get(image.file_name), "file name")):
             if known is not None and not _same_image(known, image):
                 msg = (
@@ -205,19 +174,30 @@ def _read_annotation(
 ) -> None:
     """Add one annotation to its image."""
     key = entry.get("id", f"number {index}")
-    image = image_of.get(entry.get("image_id")) if isinstance(entry.get("image_id"), int | float | str) else None
+    image_id = entry.get("image_id")
+    image = image_of.get(image_id) if isinstance(image_id, int | float | str) else None
     if image is None:
+        cure = _cure_of_type(image_id, image_of) or "remove it or add its image"
         msg = (
-            f"annotations {path}: annotation {key} has image_id {entry.get('image_id')!r}, which none of the "
-            f"{len(image_of)} images has; remove it or add its image"
+            f"annotations {path}: annotation {key} has image_id {image_id!r}, which none of the "
+            f"{len(image_of)} images has; {cure}"
         )
         raise InputError(msg)
+    if image.annotated_as not in (None, image_id):
+        msg = (
+            f"annotations {path}: the image {image.file_name} has annotations under the ids {image.annotated_as!r} and "
+            f"{image_id!r}; expected one id per file: if these are different pictures of one name, such as frames of "
+            "two videos, put each video into a folder and name it in file_name, else give both the same image_id"
+        )
+        raise InputError(msg)
+    image.annotated_as = image_id
     category = entry.get("category_id")
     if not _is_id(category) or category not in label_of:
         known = ", ".join(str(key) for key in sorted(label_of))
+        cure = _cure_of_type(category, label_of) or "correct it or add the category"
         msg = (
             f"annotations {path}: annotation {key} (image {image.file_name}) has category_id {category!r}, which is "
-            f"not among the categories ({known}); correct it or add the category"
+            f"not among the categories ({known}); {cure}"
         )
         raise InputError(msg)
     bbox = entry.get("bbox")
@@ -235,12 +215,25 @@ def _read_annotation(
         image.dropped += 1
         return
     x, y, w, h = _numbers(bbox)
+    if are_fractions([(x, y, w, h)])[0]:
+        findings.add("box", "in fractions of the image, not pixels, dropped", where)
+        image.dropped += 1
+        return
     box = clean_box((x, y, x + w, y + h), (image.width, image.height), findings, where)
     if box is None:
         image.dropped += 1
         return
     image.boxes.append(box)
     image.labels.append(label_of[category])
+
+
+def _cure_of_type(key: object, known: Mapping[Any, object]) -> str | None:
+    """Say that an id is known, but as a number where it is a text here, or the other way round."""
+    twin = next((other for other in known if str(other) == str(key)), None)
+    if twin is None or key is None:
+        return None
+    here, there = ("text" if isinstance(each, str) else "number" for each in (key, twin))
+    return f"there is {twin!r}, a {there}, where this is a {here}: write both as numbers"
 
 
 def _numbers(bbox: object) -> list[float]:

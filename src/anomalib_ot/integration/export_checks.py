@@ -1,16 +1,21 @@
 """What has to be right before an export begins: packages, data, the folder, and arguments that would do nothing."""
 
 import sys
+from collections.abc import Sequence
 from os import W_OK, access
 from pathlib import Path
+from typing import Any
 
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy.export import CompressionType
 from lightning_utilities.core.imports import module_available
+from torchvision.transforms.v2 import Resize
 
 from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.processors import flat_transforms
+from anomalib_ot.vision.resize import AntialiasResize
 
-__all__ = ["CALIBRATED", "PRECISIONS", "check_export_root", "check_packages", "check_uncompressed"]
+__all__ = ["CALIBRATED", "PRECISIONS", "check_export_root", "check_input_size", "check_packages", "check_uncompressed"]
 
 PRECISIONS = {None: "FP32", CompressionType.FP16: "FP16"}
 CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
@@ -30,6 +35,27 @@ def check_export_root(export_root: Path | str) -> None:
         raise InputError(msg) from error
     if not access(path, W_OK):
         msg = f"--export_root is '{path}', which may not be written to; {cure}"
+        raise InputError(msg)
+
+
+def check_input_size(model: Any, input_size: Sequence[int] | None) -> None:
+    """Refuse a graph for images of any size if nothing in it brings them to one.
+
+    Args:
+        model: The model.
+        input_size: Height and width that the graph is to take, pixels; None: any.
+
+    Raises:
+        InputError: If there is no resize and no size.
+    """
+    transform = getattr(model.pre_processor, "export_transform", None)
+    parts = [] if transform is None else [*transform.modules(), *flat_transforms(transform)]
+    if input_size is None and not any(isinstance(part, AntialiasResize | Resize) for part in parts):
+        size = ",".join(str(int(side)) for side in model.hparams["image_size"])
+        msg = (
+            "--input_size is not given, and no pre-processor resizes (pre_processor is False or of your own); expected "
+            f"the height and width that images will have, as in training: --input_size [{size}]"
+        )
         raise InputError(msg)
 
 

@@ -6,13 +6,13 @@ from torchvision.transforms.v2 import Transform
 
 from anomalib_ot.integration.box_datamodule import BoxContent, BoxDataModule, check_ratio
 from anomalib_ot.integration.box_splits import check_distance, groups_by_sight, split_images
+from anomalib_ot.integration.image_search import find_images
 from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.integration.labelled_images import Findings, LabelledImage, image_sizes
-from anomalib_ot.integration.mask_regions import mask_boxes, read_mask
+from anomalib_ot.integration.mask_regions import mask_boxes, mask_oddity, read_mask
 
 __all__ = ["MaskBoxes"]
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 SINGLE = "defect"
 SUFFIXES = ("", "_mask")  # of a mask's stem; MVTec has the second
 
@@ -28,10 +28,10 @@ class MaskBoxes(BoxDataModule):
         root: Folder that the other paths start from.
         normal_dir: Images without defects for training. None: there are none.
         normal_test_dir: Further images without defects. None: there are none.
-        defect_dir: Folder with one folder per kind of defect; ``normal_test_dir`` may lie among them. If it holds
-            images itself, all are of one kind.
+        defect_dir: Folder with one folder per kind of defect, which may have folders below; ``normal_test_dir`` may
+            lie among them. If it holds images itself, all these are of one kind.
         mask_dir: Folder with the masks: in the same folders as their images, and of the same name up to the ending
-            and a suffix ``_mask``.
+            and a suffix ``_mask``. Everything but 0 is a defect, also class numbers and indices of a palette.
         single_class: Whether all defects are one class, ``defect``; else each folder is a class.
         min_area: Objects of fewer pixels are dropped.
         gap: Parts of a mask with at most so many empty pixels between them are one object.
@@ -117,12 +117,14 @@ class MaskBoxes(BoxDataModule):
         return self.root.name
 
     def _read(self, findings: Findings) -> BoxContent:
-        normal = [LabelledImage.of(path, size, [], []) for path, size in self._normal_images("normal_dir")]
-        divided = [LabelledImage.of(path, size, [], []) for path, size in self._normal_images("normal_test_dir")]
-        folders = self._defect_folders()
-        class_names = [SINGLE] if self.single_class else [folder.name for folder in folders]
-        for index, folder in enumerate(folders):
-            divided += self._defective_images(folder, 0 if self.single_class else index, findings)
+        normal = [LabelledImage.of(path, size, [], []) for path, size in self._normal_images("normal_dir", findings)]
+        divided = [
+            LabelledImage.of(path, size, [], []) for path, size in self._normal_images("normal_test_dir", findings)
+        ]
+        kinds = self._defect_kinds(findings)
+        class_names = [SINGLE] if self.single_class else [folder.name for folder in kinds]
+        for index, (folder, paths) in enumerate(kinds.items()):
+            divided += self._defective_images(folder, paths, 0 if self.single_class else index, findings)
 
         groups = groups_by_sight(self.duplicate_distance, [r.image_path for r in (*normal, *divided)], findings)
         if groups is not None:
@@ -144,45 +146,57 @@ class MaskBoxes(BoxDataModule):
             raise InputError(msg)
         return folder
 
-    def _normal_images(self, argument: str) -> list[tuple[str, tuple[int, int]]]:
+    def _other_folders(self, *own: str) -> list[Path]:
+        """List the folders of the other arguments: what lies there is read for them alone."""
+        names = {"normal_dir", "normal_test_dir", "defect_dir", "mask_dir"}.difference(own)
+        return [self.root / Path(getattr(self, name)).expanduser() for name in names if getattr(self, name) is not None]
+
+    def _normal_images(self, argument: str, findings: Findings) -> list[tuple[str, tuple[int, int]]]:
         if getattr(self, argument) is None:
             return []
-        paths = [str(path) for path in _images_in(self._folder(argument))]
+        folder = self._folder(argument)
+        paths = [str(path) for path in find_images(folder, findings, without=self._other_folders(argument))]
         if not paths:
-            msg = f"{argument} is '{self._folder(argument)}', which holds no image; add images, or set it to null"
+            msg = f"{argument} is '{folder}', which holds no image; add images, or set it to null"
             raise InputError(msg)
         return list(zip(paths, image_sizes(paths), strict=True))
 
-    def _defect_folders(self) -> list[Path]:
-        """List the folders of defective images, one per kind of defect."""
+    def _defect_kinds(self, findings: Findings) -> dict[Path, list[Path]]:
+        """List the folders of defective images, one per kind of defect, each with its images."""
         top = self._folder("defect_dir")
-        normal = {self.root / Path(d).expanduser() for d in (self.normal_dir, self.normal_test_dir) if d is not None}
-        folders = [folder for folder in sorted(top.iterdir()) if folder.is_dir() and folder not in normal]
-        folders = [folder for folder in folders if _images_in(folder)]
-        if _images_in(top):
-            folders.append(top)
-        if not folders:
+        own = find_images(top, findings, deep=False)
+        others = self._other_folders("defect_dir")
+        known = {folder.resolve() for folder in others}
+        kinds = {}
+        for folder in sorted(top.iterdir()):
+            if folder.is_dir() and not folder.name.startswith(".") and folder.resolve() not in known:
+                kinds[folder] = find_images(folder, findings, without=others)
+                if not kinds[folder]:
+                    findings.add("folder", "of defects without an image passed over", str(folder))
+        kinds[top] = own
+        kinds = {folder: paths for folder, paths in kinds.items() if paths}
+        if not kinds:
             msg = f"defect_dir is '{top}', which holds no defective image; expected one folder per kind of defect"
             raise InputError(msg)
-        return folders
+        return kinds
 
-    def _defective_images(self, folder: Path, label: int, findings: Findings) -> list[LabelledImage]:
+    def _defective_images(self, folder: Path, paths: list[Path], label: int, findings: Findings) -> list[LabelledImage]:
         """Read the masks of one kind of defect."""
-        mask_dir = self._folder("mask_dir")
-        if folder != self._folder("defect_dir"):
+        mask_dir, is_top = self._folder("mask_dir"), folder == self._folder("defect_dir")
+        if not is_top:
             mask_dir = mask_dir / folder.name
         if not mask_dir.is_dir():
             msg = f"there is no folder {mask_dir} with the masks of {folder}; add it, or correct --data.mask_dir"
             raise InputError(msg)
-        masks: dict[str, list[Path]] = {}
-        for mask in _images_in(mask_dir):
-            masks.setdefault(mask.stem, []).append(mask)
+        masks: dict[Path, list[Path]] = {}
+        for mask in find_images(mask_dir, findings, deep=not is_top):
+            masks.setdefault(mask.relative_to(mask_dir).with_suffix(""), []).append(mask)
         records, used = [], set()
-        paths = _images_in(folder)
         for path, size in zip(paths, image_sizes([str(path) for path in paths]), strict=True):
-            found = [mask for suffix in SUFFIXES for mask in masks.get(path.stem + suffix, ())]
+            place = path.relative_to(folder).with_suffix("")
+            found = [mask for suffix in SUFFIXES for mask in masks.get(place.with_name(place.name + suffix), ())]
             if len(found) != 1:
-                came = f"the masks {', '.join(map(str, found))}" if found else f"no mask in {mask_dir}"
+                came = f"the masks {', '.join(map(str, found))}" if found else f"no mask in {mask_dir / place.parent}"
                 msg = f"image {path} has {came}; expected one named {path.stem}.png or {path.stem}_mask.png"
                 raise InputError(msg)
             used.add(found[0])
@@ -194,6 +208,11 @@ class MaskBoxes(BoxDataModule):
                     "expected the same size, is it the mask of another image?"
                 )
                 raise InputError(msg)
+            odd = mask_oddity(mask)
+            if odd:
+                findings.add("mask", f"{odd}{'' if mask.any() else ', its image left out'}", str(found[0]))
+                if not mask.any():
+                    continue
             boxes = mask_boxes(mask, self.min_area, self.gap)
             if boxes:
                 records.append(LabelledImage.of(str(path), size, boxes, [label] * len(boxes)))
@@ -203,11 +222,3 @@ class MaskBoxes(BoxDataModule):
         for mask in sorted({mask for same in masks.values() for mask in same} - used):
             findings.add("mask", "without image passed over", str(mask))
         return records
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in EXTENSIONS and path.name[0] != "." and path.is_file()
-    )

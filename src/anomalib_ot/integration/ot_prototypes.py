@@ -76,7 +76,8 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
             they are removed after the fit. None: no files.
         seed: Makes two trainings on the same data equal.
         export_explanation: Whether exported models have the outputs `feature_map`, `position_map`, `matched_position`
-            (and `transport_score`); without them Anomalib's own `OpenVINOInferencer` reads the export.
+            (and `transport_score`), which `anomalib-ot inspect` names causes by; with them Anomalib's own
+            `OpenVINOInferencer` and `TorchInferencer` do not read the export.
         pre_processor: Anomalib pre-processor, or whether to use the default.
         post_processor: Anomalib post-processor, or whether to use the default.
         evaluator: Anomalib evaluator, or whether to use the default.
@@ -112,7 +113,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         max_cached_gb: float = 4.0,
         cache_dir: str | Path | None = None,
         seed: int = 0,
-        export_explanation: bool = True,
+        export_explanation: bool = False,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,

@@ -53,13 +53,16 @@ class AntialiasResize(nn.Module):
         height, width = images.shape[-2:]
         rows = resize_weights(height, self.size[0], images.device).to(images.dtype)
         columns = resize_weights(width, self.size[1], images.device).to(images.dtype)
-        # Columns first: of a graph with a fixed input size OpenVINO makes one operation of a product with constants on
-        # its right and the normalisation of channels that follows, and then cannot compile it (2026.4).
+        # As (B C, H, W): of a graph with a fixed input size OpenVINO makes one operation of a product with constants
+        # and the normalization of channels that follows, takes columns for channels, and cannot compile it (2026.4).
+        planes = images.reshape(-1, height, width)
         # Autocast would round pixels. It is asked first, so that an exported graph bears no trace of it.
         if torch.is_autocast_enabled(images.device.type):
             with torch.autocast(images.device.type, enabled=False):
-                return rows @ (images @ columns.T)
-        return rows @ (images @ columns.T)
+                resized = rows @ (planes @ columns.T)
+        else:
+            resized = rows @ (planes @ columns.T)
+        return resized.reshape(*images.shape[:-2], *self.size)
 
     def extra_repr(self) -> str:
         """Show the size in the module's repr."""
