@@ -6,14 +6,18 @@ import signal
 import sys
 import threading
 import time
+import traceback
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from PIL import Image
 
 from anomalib_ot.edge.drawing import draw_result, picture_name
 from anomalib_ot.edge.drift import Drift
-from anomalib_ot.edge.frames import Frame
+from anomalib_ot.edge.frames import MAX_PIXELS, Frame
 from anomalib_ot.edge.inspect_error import InspectError
 from anomalib_ot.edge.inspector import Inspector
 from anomalib_ot.edge.manifest import Manifest
@@ -27,12 +31,14 @@ __all__ = ["run"]
 
 PORT, LAST_PORT = 8765, 65535
 TICK = 0.1  # seconds
+MOST_MEGAPIXELS = 1000
 QUALITY = 90
-DONE, SOME_BROKEN, REFUSED = 0, 1, 2
+DONE, SOME_BROKEN, REFUSED, CRASHED = 0, 1, 2, 3
 EPILOG = """exit status:
   0  every frame was inspected, or SIGTERM or SIGINT (Ctrl-C) asked to end: the frames in hand are finished first
   1  the source is at its end, and some frames could not be inspected; their lines have "error"
   2  the model, the source or an argument is of no use, or results cannot be written; a line on stderr says why
+  3  a defect of this program: the last line on stderr names it, the lines above say where; lines of results are whole
 """
 
 
@@ -44,12 +50,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     stop = threading.Event()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # --max-megapixels decides, in the frame's line
     with _signals(stop) as caught:
         try:
             return _inspect(options, stop, caught)
         except InspectError as error:
             _say(f"error: {error}")
             return REFUSED
+        except Exception as error:
+            _say(traceback.format_exc(), is_text=True)
+            _say(f"error: {type(error).__name__}: {error}; this is a defect of anomalib-ot: report it with these lines")
+            return CRASHED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", metavar="ADDRESS", help="address that the page listens on (default 127.0.0.1)")
     add("--threshold", type=float, help="score above which a frame is defective (default: the model's)")
     add("--expect", metavar="WxH[xBITS]", help="what every frame must be, such as 640x480 or 640x480x8")
+    add(
+        "--max-megapixels",
+        type=float,
+        metavar="N",
+        default=MAX_PIXELS / 1e6,
+        help="frames with more million pixels are broken ones, and are not decoded (default %(default)g)",
+    )
     add("--device", default="CPU", help="device of OpenVINO (default CPU)")
     add("--requests", type=int, metavar="N", help="frames on their way at the same time (default: what is fastest)")
     add("--cache", metavar="FOLDER", help="keep the compiled model there, for a faster start")
@@ -94,6 +112,7 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
         has_views = options.overlays is not None or options.page is not None
         keywords = {"device": options.device, "requests": options.requests, "cache": options.cache}
         keywords |= {"threshold": options.threshold, "expect": options.expect, "views": has_views}
+        keywords |= {"max_pixels": int(options.max_megapixels * 1e6)}
         inspector = stack.enter_context(Inspector(options.model, **keywords))
         manifest = inspector.manifest
         frames = open_source(options.source, watch=options.watch, stop=stop)
@@ -141,6 +160,9 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse arguments that would do nothing."""
+    if not 0 < options.max_megapixels <= MOST_MEGAPIXELS:  # NaN, too
+        msg = f"--max-megapixels is {options.max_megapixels:g}; expected a number above 0, up to {MOST_MEGAPIXELS}"
+        raise InspectError(msg)
     if options.only_defects and options.overlays is None:
         msg = "--only-defects chooses among the pictures of --overlays FOLDER; give both or none"
         raise InspectError(msg)
@@ -226,8 +248,8 @@ class _Pictures:
         name = picture_name(result.name)
         try:
             draw_result(result, self._threshold).save(self._folder / name, quality=QUALITY)
-        except OSError as error:
-            self.failed, self.reason = self.failed + 1, str(error)
+        except Exception as error:  # no picture is worth a line
+            self.failed, self.reason = self.failed + 1, str(error) or type(error).__name__
             return {}
         return {"overlay": name}
 
@@ -257,5 +279,14 @@ def _signals(stop: threading.Event) -> Iterator[list[str]]:
             signal.signal(kind, former[kind])
 
 
-def _say(text: str) -> None:
-    print(f"anomalib-ot inspect: {text}", file=sys.stderr, flush=True)
+def _say(text: str, *, is_text: bool = False) -> None:
+    """Write one line to standard error: a name of a file or a model cannot make two of it, nor move the cursor."""
+    if sys.stderr is None:  # closed by whoever started us; print would take standard output instead
+        return
+    shown = text if is_text else f"anomalib-ot inspect: {_printable(text)}"
+    with suppress(OSError, ValueError):  # nobody reads it: the results matter more
+        print(shown, file=sys.stderr, flush=True)
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -14,7 +14,7 @@ import openvino
 from PIL import Image
 
 from anomalib_ot.edge.expected import Expected
-from anomalib_ot.edge.frames import Frame, FrameError, network_input, read_pixels
+from anomalib_ot.edge.frames import MAX_PIXELS, Frame, FrameError, network_input, read_pixels
 from anomalib_ot.edge.inspect_error import InspectError
 from anomalib_ot.edge.manifest import Manifest, find_model, read_manifest
 from anomalib_ot.edge.results import Result, broken, read_outputs
@@ -22,6 +22,8 @@ from anomalib_ot.edge.results import Result, broken, read_outputs
 __all__ = ["Inspector"]
 
 Image_ = str | os.PathLike | np.ndarray
+OUTPUTS = ("pred_score", "pred_label", "anomaly_map", "pred_mask", "feature_map", "position_map", "transport_score")
+OUTPUTS += ("pred_boxes", "pred_box_scores", "pred_box_labels")
 EMBEDDED = (["anomalib_ot"], ["framework", "anomalib_ot"])  # where graphs of OpenVINO and of ONNX hold their manifest
 
 
@@ -51,6 +53,7 @@ class Inspector:
         expect: What every frame must be, as ``"640x480"`` (width, height) or ``"640x480x8"`` (and bits); others are
             broken frames. None: any size is taken.
         views: Whether results keep what there is to draw.
+        max_pixels: A frame with more is a broken one; files are not decoded then.
 
     Raises:
         InspectError: If the model cannot be read, or an argument is of no use.
@@ -72,6 +75,7 @@ class Inspector:
         threshold: float | None = None,
         expect: str | None = None,
         views: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         if requests is not None and requests < 1:
             msg = f"requests is {requests}; expected at least 1, or None for what is best"
@@ -83,13 +87,14 @@ class Inspector:
         self.threshold = threshold
         self.expected = None if expect is None else Expected.parse(expect)
         self.views = views
+        self._max_pixels = max_pixels
         core = openvino.Core()
         if cache is not None:
             core.set_property({"CACHE_DIR": str(_folder(cache))})
         graph = _read_graph(core, self.path)
-        names = [output.any_name for output in graph.outputs]
+        names = [_output_name(output.names, number) for number, output in enumerate(graph.outputs)]
         self.manifest: Manifest = read_manifest(self.path, names, _embedded(graph))
-        self._size = self.manifest.size or _static_size(graph)
+        self._size = _input_size(graph, self.manifest, self.path)
         hints = {
             "INFERENCE_PRECISION_HINT": self.manifest.inference_precision,
             "PERFORMANCE_HINT": "LATENCY" if requests == 1 else "THROUGHPUT",
@@ -180,7 +185,7 @@ class Inspector:
         problem = frame.problem
         if problem is None:
             try:
-                pixels = read_pixels(frame.image)
+                pixels = read_pixels(frame.image, self._max_pixels)
                 problem = None if self.expected is None else self.expected.problem(pixels)
                 if problem is None:
                     made.request = network_input(pixels, self._size)  # until a request is free
@@ -229,7 +234,7 @@ class Inspector:
             outputs = {name: frame.request.get_output_tensor(i).data for i, name in enumerate(names)}
             keywords = {"picture": frame.picture, "size": frame.size, "given": frame.given}
             made = read_outputs(outputs, self.manifest, name=frame.name, threshold=self.threshold, **keywords)
-        except RuntimeError as error:
+        except Exception as error:  # whatever a graph gives, its frame has a line and the next one is inspected
             made = broken(frame.name, _failed(error))
         finally:
             self._free.append(frame.request)
@@ -240,7 +245,7 @@ def _since(moment: float) -> float:
     return 1000 * (time.perf_counter() - moment)
 
 
-def _failed(error: RuntimeError) -> str:
+def _failed(error: Exception) -> str:
     return f"cannot be computed by the model ({_first_line(error)})"
 
 
@@ -273,11 +278,22 @@ def _read_graph(core: openvino.Core, path: Path) -> openvino.Model:
     if len(graph.inputs) != 1:
         msg = f"the model {path} has {len(graph.inputs)} inputs; expected one, the image: export it with Anomalib"
         raise InspectError(msg)
-    shape = graph.inputs[0].partial_shape
+    shape, kind = graph.inputs[0].partial_shape, graph.inputs[0].element_type
+    is_image = shape.rank.is_static and len(shape) == 4 and (shape[1].is_dynamic or shape[1].get_length() == 3)
+    if not is_image or kind != openvino.Type.f32:
+        msg = (
+            f"the model {path} takes {kind.get_type_name()} {shape}; expected f32 [?,3,?,?], an image: export it again"
+        )
+        raise InspectError(msg)
     if shape.rank.is_static and shape[0].is_dynamic:  # one frame at a time; OpenVINO then fuses what it else cannot
         shape[0] = 1
         graph.reshape(shape)
     return graph
+
+
+def _output_name(names: set[str], number: int) -> str:
+    """The name of an output that means something to us; a graph may have given it several, or none."""
+    return min(names & set(OUTPUTS)) if names & set(OUTPUTS) else min(names, default=f"output {number}")
 
 
 def _embedded(graph: openvino.Model) -> str | None:
@@ -286,6 +302,14 @@ def _embedded(graph: openvino.Model) -> str | None:
     return None if place is None else str(graph.get_rt_info(place).astype(str))
 
 
-def _static_size(graph: openvino.Model) -> tuple[int, int] | None:
-    height, width = list(graph.inputs[0].partial_shape)[-2:]
-    return (height.get_length(), width.get_length()) if height.is_static and width.is_static else None
+def _input_size(graph: openvino.Model, manifest: Manifest, path: Path) -> tuple[int, int] | None:
+    """(height, width) that frames are resized to; None: the graph takes any."""
+    sides = list(graph.inputs[0].partial_shape)[-2:]
+    if manifest.size is None:
+        return tuple(side.get_length() for side in sides) if all(side.is_static for side in sides) else None
+    for side, said in zip(sides, manifest.size, strict=True):
+        if side.is_static and side.get_length() != said:
+            height, width = manifest.size
+            msg = f"the manifest of {path} says {height} x {width} pixels, and its graph takes {sides}: export it again"
+            raise InspectError(msg)
+    return manifest.size

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO
 
 from anomalib_ot.edge.inspect_error import InspectError
-from anomalib_ot.edge.results import Result
+from anomalib_ot.edge.results import Result, broken
 
 __all__ = ["Record"]
 
@@ -65,7 +65,7 @@ class Record:
             InspectError: If the file cannot take it, such as on a full disk.
         """
         try:
-            line = json.dumps(result.line() | more) + "\n"
+            line = _line(result, more)
             if self._file is None:
                 print(line, end="", flush=True)
                 return
@@ -95,6 +95,15 @@ class Record:
                         self.done.add(str(json.loads(line)["name"]))
                     except (ValueError, KeyError, TypeError):
                         self.damaged += 1
+
+
+def _line(result: Result, more: dict[str, str]) -> str:
+    """A line of strict JSON: NaN and Infinity are none, and whoever reads the lines stops at them."""
+    try:
+        return json.dumps(result.line() | more, allow_nan=False) + "\n"
+    except ValueError as error:
+        problem = broken(result.name, f"has a result that is no JSON ({error}); export the model again")
+        return json.dumps(problem.line(), allow_nan=False) + "\n"
 
 
 def _whole_bytes(path: Path) -> int:
