@@ -31,13 +31,13 @@ __all__ = ["run"]
 
 PORT, LAST_PORT = 8765, 65535
 TICK = 0.1  # seconds
-MOST_MEGAPIXELS = 1000
+MOST_MEGAPIXELS, MOST_SECONDS = 1000, 3600
 QUALITY = 90
 DONE, SOME_BROKEN, REFUSED, CRASHED = 0, 1, 2, 3
 EPILOG = """exit status:
   0  every frame was inspected, or SIGTERM or SIGINT (Ctrl-C) asked to end: the frames in hand are finished first
   1  the source is at its end, and some frames could not be inspected; their lines have "error"
-  2  the model, the source or an argument is of no use, or results cannot be written; a line on stderr says why
+  2  the model, the source or an argument is of no use, or nobody takes the results; a line on stderr says why
   3  a defect of this program: the last line on stderr names it, the lines above say where; lines of results are whole
 """
 
@@ -51,6 +51,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     stop = threading.Event()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # --max-megapixels decides, in the frame's line
+    _keep_standard_descriptors()
     with _signals(stop) as caught:
         try:
             return _inspect(options, stop, caught)
@@ -80,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--watch", action="store_true", help="wait for new files in the folder SOURCE, without end")
     add("--output", metavar="FILE", help="append the lines to FILE instead of writing them to standard output")
     add("--resume", action="store_true", help="go on with FILE: frames that have a line in it are left out")
+    add(
+        "--sync",
+        metavar="SECONDS",
+        type=float,
+        default=1.0,
+        help="a line is on the disk after SECONDS at the latest (default 1); 0: before the next line",
+    )
     add("--overlays", metavar="FOLDER", type=Path, help="write a picture of each frame, with heat map or boxes")
     add("--only-defects", action="store_true", help="write pictures of defective frames only")
     add(
@@ -116,7 +124,7 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
         inspector = stack.enter_context(Inspector(options.model, **keywords))
         manifest = inspector.manifest
         frames = open_source(options.source, watch=options.watch, stop=stop)
-        record = stack.enter_context(Record(options.output, resume=options.resume))
+        record = stack.enter_context(Record(options.output, resume=options.resume, sync=options.sync, say=_say))
         _say(f"{options.source} with {manifest.title} on {options.device}, up to {inspector.requests} frames at a time")
         notes = [*_threshold_notes(manifest, options.threshold), *manifest.unknown(options.threshold)]
         if options.resume:
@@ -133,22 +141,23 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
 
         tally = _Tally(Drift(manifest.good_quantiles, manifest.good_count))
         pictures = None if options.overlays is None else _Pictures(options.overlays, options.only_defects, manifest)
-        end = "the source is at its end"
+        end, is_lost = "the source is at its end", False
         try:
-            for result in inspector.stream(_not_done(frames, record.done)):
+            for result in inspector.stream(_not_done(frames, record)):
                 more = {} if pictures is None else pictures.write(result)
                 record.write(result, **more)
                 tally.add(result)
                 if monitor is not None:
                     monitor.add(result)
         except BrokenPipeError:
-            end = "nobody reads the results any more"
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            end, is_lost = "nobody reads the results any more", True
         if caught:
             end = f"asked to by {caught[0]}"
         _say(tally.summary(end))
         if pictures is not None and pictures.failed:
             _say(f"warning: {pictures.failed} pictures could not be written, the last because: {pictures.reason}")
+        if is_lost:
+            return REFUSED
         if monitor is not None and not stop.is_set():
             monitor.end(end)
             _say("the page stays until Ctrl-C")
@@ -163,6 +172,9 @@ def _check(options: argparse.Namespace) -> None:
     if not 0 < options.max_megapixels <= MOST_MEGAPIXELS:  # NaN, too
         msg = f"--max-megapixels is {options.max_megapixels:g}; expected a number above 0, up to {MOST_MEGAPIXELS}"
         raise InspectError(msg)
+    if not 0 <= options.sync <= MOST_SECONDS:
+        msg = f"--sync is {options.sync:g}; expected seconds from 0 to {MOST_SECONDS}"
+        raise InspectError(msg)
     if options.only_defects and options.overlays is None:
         msg = "--only-defects chooses among the pictures of --overlays FOLDER; give both or none"
         raise InspectError(msg)
@@ -176,7 +188,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _resumed(record: Record, path: str) -> str:
     """Say what there was to go on with."""
-    said = [f"going on with {path}: {len(record.done)} frames have a line in it and are left out"]
+    said = [f"going on with {path}: {record.count} frames have a line in it and are left out"]
     if record.cut:
         said.append("its last line was only half written and was cut off")
     if record.damaged:
@@ -199,9 +211,9 @@ def _threshold_notes(manifest: Manifest, given: float | None) -> list[str]:
     return notes
 
 
-def _not_done(frames: Iterator[Frame | None], done: set[str]) -> Iterator[Frame | None]:
+def _not_done(frames: Iterator[Frame | None], record: Record) -> Iterator[Frame | None]:
     for frame in frames:
-        if frame is None or frame.name not in done:
+        if frame is None or not record.has(frame):
             yield frame
 
 
@@ -277,6 +289,15 @@ def _signals(stop: threading.Event) -> Iterator[list[str]]:
     finally:
         for kind in kinds:
             signal.signal(kind, former[kind])
+
+
+def _keep_standard_descriptors() -> None:
+    """Let no file get the number of a standard stream that is closed: what libraries print would land in it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def _say(text: str, *, is_text: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from anomalib_ot.imaging.samples import (
     size_problem,
 )
 
-__all__ = ["MAX_PIXELS", "Frame", "FrameError", "Pixels", "network_input", "read_pixels"]
+__all__ = ["MAX_PIXELS", "Frame", "FrameError", "Pixels", "changed_at", "network_input", "read_pixels"]
 
 CHANNELS = (1, 3, 4)
 MAX_PIXELS = 50_000_000  # more would take gigabytes before the network has seen any; 14 bytes for each on the way there
@@ -86,6 +87,18 @@ class Pixels:
                 (values.astype(np.float32) * (EIGHT_BIT_MAX / full)).round().clip(0, EIGHT_BIT_MAX).astype(np.uint8)
             )
         return Image.fromarray(np.ascontiguousarray(values)).convert("RGB")
+
+
+def changed_at(image: str | os.PathLike | np.ndarray | None) -> str | None:
+    """Return when a file was last changed, in UTC and to the microsecond; None if it is none, or is not there."""
+    if image is None or isinstance(image, np.ndarray):
+        return None
+    try:
+        changed = os.stat(image).st_mtime_ns
+        moment = datetime.fromtimestamp(changed // 10**9, timezone.utc)
+    except (OSError, ValueError, OverflowError):
+        return None
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{changed // 1000 % 10**6:06d}Z"
 
 
 def read_pixels(image: str | os.PathLike | np.ndarray, max_pixels: int = MAX_PIXELS) -> Pixels:

@@ -14,7 +14,7 @@ import openvino
 from PIL import Image
 
 from anomalib_ot.edge.expected import Expected
-from anomalib_ot.edge.frames import MAX_PIXELS, Frame, FrameError, network_input, read_pixels
+from anomalib_ot.edge.frames import MAX_PIXELS, Frame, FrameError, changed_at, network_input, read_pixels
 from anomalib_ot.edge.inspect_error import InspectError
 from anomalib_ot.edge.manifest import Manifest, find_model, read_manifest
 from anomalib_ot.edge.results import Result, broken, read_outputs
@@ -33,6 +33,7 @@ class _Pending:
 
     name: str
     taken: float
+    changed: str | None = None
     size: tuple[int, int] = (0, 0)
     given: tuple[int, int] = (0, 0)
     picture: Image.Image | None = None
@@ -181,7 +182,7 @@ class Inspector:
 
     def _prepare(self, frame: Frame) -> _Pending:
         """Read a frame; whatever is wrong with it becomes its result."""
-        made = _Pending(frame.name, time.perf_counter())
+        made = _Pending(frame.name, time.perf_counter(), changed_at(frame.image))
         problem = frame.problem
         if problem is None:
             try:
@@ -227,7 +228,7 @@ class Inspector:
         """Wait for the first of the pending frames, and read what was computed."""
         frame = pending.popleft()
         if frame.result is not None:
-            return frame.result
+            return replace(frame.result, changed=frame.changed)
         try:
             frame.request.wait()
             names = self.manifest.outputs
@@ -238,7 +239,7 @@ class Inspector:
             made = broken(frame.name, _failed(error))
         finally:
             self._free.append(frame.request)
-        return replace(made, latency_ms=_since(frame.taken))
+        return replace(made, changed=frame.changed, latency_ms=_since(frame.taken))
 
 
 def _since(moment: float) -> float:

@@ -69,6 +69,7 @@ class Result:
             rises above what is normal.
         transport_score: How unusual the amounts are; None: not exported. Where it makes a frame defective on its own,
             something is missing or there is one too many, and the map shows nothing.
+        changed: When the file was last changed, in UTC; None for an array, or a file that is not there.
         latency_ms: From the moment the frame was taken to this result.
         error: What is wrong with the frame, as a sentence that begins with its name.
         view: What there is to draw, where the inspector was asked to keep it.
@@ -83,6 +84,7 @@ class Result:
     map: MapSummary | None = None
     causes: CauseShares | None = None
     transport_score: float | None = None
+    changed: str | None = None
     latency_ms: float = 0.0
     error: str | None = None
     view: View | None = field(default=None, repr=False, compare=False)
@@ -98,7 +100,7 @@ class Result:
         """Return what is written as a line of JSON; what does not apply is left out."""
         made: dict[str, Any] = {"name": self.name, "verdict": self.verdict}
         if self.error is not None:
-            return made | {"error": self.error, "latency_ms": round(self.latency_ms, 2)}
+            return made | {"error": self.error} | self._circumstances()
         made |= {"score": _short(self.score), "size": self.size}
         if self.boxes is not None:
             made["boxes"] = [
@@ -115,7 +117,14 @@ class Result:
             made["causes"] = self.causes._asdict()
         if self.transport_score is not None:
             made["transport_score"] = _short(self.transport_score)
-        return made | {"latency_ms": round(self.latency_ms, 2)}
+        return made | self._circumstances()
+
+    def _circumstances(self) -> dict[str, Any]:
+        """When and how it was inspected."""
+        made: dict[str, Any] = {"latency_ms": round(self.latency_ms, 2)}
+        if self.changed is not None:
+            made["changed"] = self.changed
+        return made
 
 
 def broken(name: str, problem: str, latency_ms: float = 0.0) -> Result:

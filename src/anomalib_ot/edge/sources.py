@@ -46,6 +46,9 @@ def open_source(source: str, *, watch: bool = False, stop: threading.Event | Non
     if watch and not os.path.isdir(source):
         msg = f"--watch waits for files in a folder; '{source}' is none"
         raise InspectError(msg)
+    if source == "-" and sys.__stdin__ is None:
+        msg = "the source is -, and standard input is closed; open it, or name files"
+        raise InspectError(msg)
     if source == "-":
         return _until(stop, _named_on_stdin())
     if os.path.isdir(source):
@@ -168,7 +171,7 @@ def _read_stdin(chunks: "queue.Queue[bytes]") -> None:
     chunk = b"."
     while chunk:
         try:
-            chunk = os.read(sys.__stdin__.fileno() if sys.__stdin__ else 0, CHUNK)
+            chunk = os.read(sys.__stdin__.fileno(), CHUNK)
         except OSError:
             chunk = b""
         chunks.put(chunk)
