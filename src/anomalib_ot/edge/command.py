@@ -17,11 +17,12 @@ from PIL import Image
 
 from anomalib_ot.edge.drawing import draw_result, picture_name
 from anomalib_ot.edge.drift import Drift
-from anomalib_ot.edge.frames import MAX_PIXELS, Frame
+from anomalib_ot.edge.frames import Frame
 from anomalib_ot.edge.inspect_error import InspectError
 from anomalib_ot.edge.inspector import Inspector
 from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.edge.monitor import Monitor
+from anomalib_ot.edge.options import check_options, read_options
 from anomalib_ot.edge.page import LOOPBACK, Page
 from anomalib_ot.edge.record import Record
 from anomalib_ot.edge.results import BROKEN, DEFECT, Result
@@ -29,17 +30,9 @@ from anomalib_ot.edge.sources import open_source
 
 __all__ = ["run"]
 
-PORT, LAST_PORT = 8765, 65535
 TICK = 0.1  # seconds
-MOST_MEGAPIXELS, MOST_SECONDS = 1000, 3600
 QUALITY = 90
 DONE, SOME_BROKEN, REFUSED, CRASHED = 0, 1, 2, 3
-EPILOG = """exit status:
-  0  every frame was inspected, or SIGTERM or SIGINT (Ctrl-C) asked to end: the frames in hand are finished first
-  1  the source is at its end, and some frames could not be inspected; their lines have "error"
-  2  the model, the source or an argument is of no use, or nobody takes the results; a line on stderr says why
-  3  a defect of this program: the last line on stderr names it, the lines above say where; lines of results are whole
-"""
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +41,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The words after `inspect`; None takes those of the command line.
     """
-    options = _parser().parse_args(arguments)
+    options = read_options(arguments)
     stop = threading.Event()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # --max-megapixels decides, in the frame's line
     _keep_standard_descriptors()
@@ -64,58 +57,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
             return CRASHED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="anomalib-ot inspect",
-        description="Inspect frames with an exported model, without PyTorch: a line of JSON for each.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="model.xml, model.onnx, or the folder of an export")
-    add(
-        "source",
-        metavar="SOURCE",
-        help="image, folder, pattern in quotes, video, number of a camera, or - for names on standard input",
-    )
-    add("--watch", action="store_true", help="wait for new files in the folder SOURCE, without end")
-    add("--output", metavar="FILE", help="append the lines to FILE instead of writing them to standard output")
-    add("--resume", action="store_true", help="go on with FILE: frames that have a line in it are left out")
-    add(
-        "--sync",
-        metavar="SECONDS",
-        type=float,
-        default=1.0,
-        help="a line is on the disk after SECONDS at the latest (default 1); 0: before the next line",
-    )
-    add("--overlays", metavar="FOLDER", type=Path, help="write a picture of each frame, with heat map or boxes")
-    add("--only-defects", action="store_true", help="write pictures of defective frames only")
-    add(
-        "--page",
-        metavar="PORT",
-        type=int,
-        nargs="?",
-        const=PORT,
-        help=f"show a live page at http://127.0.0.1:PORT/ (default {PORT}; 0: any free port), until Ctrl-C",
-    )
-    add("--host", metavar="ADDRESS", help="address that the page listens on (default 127.0.0.1)")
-    add("--threshold", type=float, help="score above which a frame is defective (default: the model's)")
-    add("--expect", metavar="WxH[xBITS]", help="what every frame must be, such as 640x480 or 640x480x8")
-    add(
-        "--max-megapixels",
-        type=float,
-        metavar="N",
-        default=MAX_PIXELS / 1e6,
-        help="frames with more million pixels are broken ones, and are not decoded (default %(default)g)",
-    )
-    add("--device", default="CPU", help="device of OpenVINO (default CPU)")
-    add("--requests", type=int, metavar="N", help="frames on their way at the same time (default: what is fastest)")
-    add("--cache", metavar="FOLDER", help="keep the compiled model there, for a faster start")
-    return parser
-
-
 def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[str]) -> int:
-    _check(options)
+    check_options(options)
     with ExitStack() as stack:
         has_views = options.overlays is not None or options.page is not None
         keywords = {"device": options.device, "requests": options.requests, "cache": options.cache}
@@ -123,7 +66,8 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
         keywords |= {"max_pixels": int(options.max_megapixels * 1e6)}
         inspector = stack.enter_context(Inspector(options.model, **keywords))
         manifest = inspector.manifest
-        frames = open_source(options.source, watch=options.watch, stop=stop)
+        told = {"watch": options.watch, "skip": options.overlays, "stalled_after": options.stalled_after}
+        frames = open_source(options.source, stop=stop, **told)
         record = stack.enter_context(Record(options.output, resume=options.resume, sync=options.sync, say=_say))
         _say(f"{options.source} with {manifest.title} on {options.device}, up to {inspector.requests} frames at a time")
         notes = [*_threshold_notes(manifest, options.threshold), *manifest.unknown(options.threshold)]
@@ -165,25 +109,6 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
                 pass
             return DONE if not tally.counts[BROKEN] else SOME_BROKEN
         return SOME_BROKEN if tally.counts[BROKEN] and not caught else DONE
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Refuse arguments that would do nothing."""
-    if not 0 < options.max_megapixels <= MOST_MEGAPIXELS:  # NaN, too
-        msg = f"--max-megapixels is {options.max_megapixels:g}; expected a number above 0, up to {MOST_MEGAPIXELS}"
-        raise InspectError(msg)
-    if not 0 <= options.sync <= MOST_SECONDS:
-        msg = f"--sync is {options.sync:g}; expected seconds from 0 to {MOST_SECONDS}"
-        raise InspectError(msg)
-    if options.only_defects and options.overlays is None:
-        msg = "--only-defects chooses among the pictures of --overlays FOLDER; give both or none"
-        raise InspectError(msg)
-    if options.host is not None and options.page is None:
-        msg = "--host is the address of the page; give --page, too"
-        raise InspectError(msg)
-    if options.page is not None and not 0 <= options.page <= LAST_PORT:
-        msg = f"--page is {options.page}; expected a port from 0 (any free one) to {LAST_PORT}"
-        raise InspectError(msg)
 
 
 def _resumed(record: Record, path: str) -> str:

@@ -1,6 +1,7 @@
 """One frame: from a file or an array to what the graph takes."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -40,11 +41,16 @@ class Frame:
         name: What results call it; unique in a source, and the same when the source is read again.
         image: A file, or an array (H, W), (H, W, 3) or (H, W, 4) in RGB order of uint8 or uint16.
         problem: Why the source has no image here, as the end of a sentence that begins with the name; None: it has.
+        taken: When the camera gave it, as `time.perf_counter` counts; None: when it is asked for.
+        retry: Asked when the file cannot be read: whether the source gives it again later, so that no result is made
+            of it now. None: it does not.
     """
 
     name: str
     image: str | os.PathLike | np.ndarray | None
     problem: str | None = None
+    taken: float | None = None
+    retry: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -11,8 +11,9 @@ from PIL import Image
 from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.imaging.causes import CauseShares, cause_shares
 
-__all__ = ["FoundBox", "MapSummary", "Result", "View", "broken", "read_outputs"]
+__all__ = ["FoundBox", "MapSummary", "Result", "Stamp", "View", "broken", "read_outputs"]
 
+HASH = 16  # letters of a checksum in a line: two models of one line never share them by chance
 MOST_BOXES = 1000  # in a line; how many more there are is said
 GOOD, DEFECT, UNKNOWN, BROKEN = "good", "defect", "unknown", "error"
 
@@ -44,6 +45,22 @@ class MapSummary:
     area: float | None
 
 
+class Stamp(NamedTuple):
+    """What decided, so that an audit can follow a line.
+
+    Args:
+        model: Model, version and precision.
+        model_sha256: Of the model's files.
+        manifest_sha256: Of the manifest; "" without one.
+        threshold: Score above which a frame is defective; None: not known.
+    """
+
+    model: str
+    model_sha256: str
+    manifest_sha256: str
+    threshold: float | None
+
+
 @dataclass(frozen=True)
 class View:
     """What there is to draw of a frame: the picture, and for an anomaly the map and the pixels above the threshold."""
@@ -69,6 +86,8 @@ class Result:
             rises above what is normal.
         transport_score: How unusual the amounts are; None: not exported. Where it makes a frame defective on its own,
             something is missing or there is one too many, and the map shows nothing.
+        time: When the frame was taken, in UTC; "" if not known.
+        stamp: What decided.
         changed: When the file was last changed, in UTC; None for an array, or a file that is not there.
         latency_ms: From the moment the frame was taken to this result.
         error: What is wrong with the frame, as a sentence that begins with its name.
@@ -84,6 +103,8 @@ class Result:
     map: MapSummary | None = None
     causes: CauseShares | None = None
     transport_score: float | None = None
+    time: str = ""
+    stamp: Stamp | None = None
     changed: str | None = None
     latency_ms: float = 0.0
     error: str | None = None
@@ -122,8 +143,14 @@ class Result:
     def _circumstances(self) -> dict[str, Any]:
         """When and how it was inspected."""
         made: dict[str, Any] = {"latency_ms": round(self.latency_ms, 2)}
+        if self.time:
+            made["time"] = self.time
         if self.changed is not None:
             made["changed"] = self.changed
+        if self.stamp is not None:
+            made |= {"threshold": self.stamp.threshold, "model": self.stamp.model}
+            made["model_sha256"] = self.stamp.model_sha256[:HASH]
+            made["manifest_sha256"] = self.stamp.manifest_sha256[:HASH] or None
         return made
 
 
