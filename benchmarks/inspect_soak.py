@@ -187,7 +187,7 @@ def _report(options, names, found, expected, broken, samples, status, said) -> i
 
 
 def _plain(found: dict) -> dict:
-    return {key: value for key, value in found.items() if key != "latency_ms"}
+    return {key: value for key, value in found.items() if key not in ("latency_ms", "time")}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ imports the module of its group on the way (``anomalib.engine`` and ``anomalib.c
 import sys
 
 GROUPS = ("anomalib.models", "anomalib.data")
+_told = set()  # problems that were warned of: a distribution that cannot be read concerns both groups
 
 
 class _Finder:
@@ -63,31 +64,35 @@ def register(module):
         module: The module ``anomalib.models`` or ``anomalib.data``, executed to its end.
 
     Warns:
-        RuntimeWarning: If an entry point cannot be loaded. Anomalib and the other plugins go on without it, and asking
-            for the attribute raises the cause.
+        RuntimeWarning: Once, if entry points cannot be read or loaded, or a plugin wants to exit. Anomalib and the
+            other plugins go on without them, and asking for the attribute raises the cause. Where warnings are errors
+            it is a line on standard error: a plugin must not break the import of Anomalib.
     """
-    from importlib.metadata import entry_points
-
-    entries = {entry.name: entry for entry in entry_points(group=module.__name__)}
+    problems = []
+    entries = _entries(module.__name__, problems)
     for entry in entries.values():
-        if _is_importing(entry.module):
+        if _is_importing(_module_name(entry)):
             continue  # that import led here; its class exists when it ends
         try:
             entry.load()
-        except Exception as error:
-            import warnings
-
-            msg = (
-                f"Anomalib plugin {entry.name!r} ({entry.value}) could not be loaded, so {module.__name__} goes on "
-                f"without it: {error!r}. Update or uninstall the distribution that brings it."
-            )
-            warnings.warn(msg, RuntimeWarning, stacklevel=2)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit, too
+            problems.append(f"plugin {entry.name!r} ({entry.value}) could not be loaded: {error!r}")
+    problems = [problem for problem in problems if problem not in _told]
+    _told.update(problems)
+    if problems:
+        _warn(f"Anomalib {'; '.join(problems)}. {module.__name__} goes on; update or uninstall what brings them.")
 
     fallback = getattr(module, "__getattr__", None)
 
     def module_getattr(name):
         if name in entries:
-            return entries[name].load()
+            try:
+                return entries[name].load()
+            except SystemExit as error:
+                msg = f"plugin {name!r} ({entries[name].value}) wants to exit: {error!r}"
+                raise ImportError(msg) from error
         if fallback is not None:
             return fallback(name)
         msg = f"module {module.__name__!r} has no attribute {name!r}"
@@ -97,7 +102,43 @@ def register(module):
 
     allowed_modules = getattr(module, "ALLOWED_MODULES", None)
     if isinstance(allowed_modules, set):
-        allowed_modules.update(entry.module.partition(".")[0] for entry in entries.values())
+        allowed_modules.update(_module_name(entry).partition(".")[0] for entry in entries.values())
+
+
+def _entries(group, problems):
+    """Return the entry points of a group by name; distributions whose own cannot be read are told to ``problems``."""
+    from importlib.metadata import distributions, entry_points
+
+    try:
+        return {entry.name: entry for entry in entry_points(group=group)}
+    except Exception:  # one unreadable file spoils that; the others are read one by one, which is slower
+        found, seen = {}, set()
+    for distribution in distributions():
+        name = "?"
+        try:
+            name = distribution.metadata["Name"]
+            if name not in seen:  # the first on the path is the one that is imported
+                found.update((entry.name, entry) for entry in distribution.entry_points if entry.group == group)
+        except Exception as error:
+            problems.append(f"plugins of the distribution {name} could not be read ({error!r})")
+        seen.add(name)
+    return found
+
+
+def _module_name(entry):
+    """Name the module of an entry point, whatever its value looks like."""
+    return entry.value.partition(":")[0].strip()
+
+
+def _warn(msg):
+    """Warn, or say it on standard error where warnings are errors."""
+    import warnings
+
+    try:
+        warnings.warn(msg, RuntimeWarning, stacklevel=3)
+    except RuntimeWarning:
+        if sys.stderr is not None:
+            print(f"RuntimeWarning: {msg}", file=sys.stderr)
 
 
 def _is_importing(name):

@@ -119,7 +119,7 @@ def lines(path_or_text):
 
 
 def without_latency(found):
-    return [{key: value for key, value in line.items() if key != "latency_ms"} for line in found]
+    return [{key: value for key, value in line.items() if key not in ("latency_ms", "time")} for line in found]
 
 
 def start(*words, **keywords):

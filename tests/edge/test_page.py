@@ -7,6 +7,8 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
+import time
 from importlib.resources import files
 from urllib.parse import urlsplit
 
@@ -17,9 +19,9 @@ from anomalib_ot.edge.frames import Frame
 from anomalib_ot.edge.inspect_error import InspectError
 from anomalib_ot.edge.inspector import Inspector
 from anomalib_ot.edge.monitor import HISTORY, Monitor
-from anomalib_ot.edge.page import ASSETS, Page
+from anomalib_ot.edge.page import ASSETS, FRESH, MOST_OPEN, Pace, Page
 
-from .conftest import frame, start
+from .conftest import frame, start, wait_until
 
 EVIL = "line/<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">.png"
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
@@ -113,7 +115,21 @@ def test_files_of_the_page_name_no_other_server_and_build_no_markup():
         )
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8765", "127.0.0.1.evil.example", ""])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:8765",
+        "127.0.0.1.evil.example",
+        "",
+        "[::1]x.evil.com",
+        "[::1].evil.com:80",
+        "127.0.0.1:x",
+        "[127.0.0.1",
+        "evil@localhost",
+        "localhost:1:2",
+    ],
+)
 def test_a_foreign_name_bent_to_this_address_is_refused(shown, host):
     answer, body = get(shown[0], "/state", Host=host)
     assert answer.status == 403
@@ -203,6 +219,70 @@ def test_drift_of_other_scores_is_said(bright):
     assert drift["word"] == "strong"
     assert drift["distance"] == pytest.approx(1)
     assert 0 < drift["limit"] < 0.25
+
+
+# ---- under load
+
+
+def test_its_own_names_are_answered(shown):
+    for host in ("localhost", "LOCALHOST:8765", "127.0.0.1:1", "[::1]:8765", "[::1]"):
+        assert get(shown[0], "/state", Host=host)[0].status == 200
+
+
+def test_slow_clients_shut_nobody_out(shown):
+    port = urlsplit(shown[0].address).port
+    slow = []
+    try:
+        for _ in range(MOST_OPEN + 40):
+            slow.append(socket.create_connection(("127.0.0.1", port), timeout=30))
+            slow[-1].sendall(b"GET / HTTP/1.1\r\nX: ")
+        assert get(shown[0], "/state")[0].status == 200
+        assert slow[0].recv(1) == b""  # the oldest had to go
+        wait_until(lambda: threading.active_count() < MOST_OPEN + 20)
+    finally:
+        for one in slow:
+            one.close()
+
+
+def test_a_request_has_a_deadline(shown, monkeypatch):
+    monkeypatch.setattr("anomalib_ot.edge.page.DEADLINE", 0.05)
+    with socket.create_connection(("127.0.0.1", urlsplit(shown[0].address).port), timeout=30) as slow:
+        slow.sendall(b"GET / HTTP/1.1\r\n")
+        assert slow.recv(1) == b""  # long before the 10 seconds of a silent client
+
+
+def test_all_pages_share_one_state_and_are_asked_to_take_turns(shown):
+    page, monitor, _ = shown
+    plain, asked = monitor.state, []
+    monitor.state = lambda: asked.append(1) or plain()
+    server = page._server
+    began = time.monotonic()
+    waits = [server.state()[1] for _ in range(200)]
+    took = time.monotonic() - began
+    assert len(asked) <= 1 + took / FRESH
+    assert waits[0] == 500
+    assert 500 + 199 * 20 - 1000 * took - 1 <= waits[-1] <= 500 + 199 * 20
+
+
+def test_the_pace_allows_a_burst_and_then_so_many_in_a_second():
+    now = [0.0]
+    pace = Pace(10, 3, clock=lambda: now[0])
+    assert [pace.delay() for _ in range(5)] == pytest.approx([0, 0, 0, 0.1, 0.2])
+    now[0] = 10
+    assert pace.delay() == 0
+
+
+def test_the_last_defect_stays_with_its_picture_and_age(bright):
+    now = [0.0]
+    with Inspector(bright, views=True) as inspector:
+        monitor = Monitor(inspector.manifest, "x", clock=lambda: now[0])
+        monitor.add(inspector.one(Frame("bad", frame(0, 0.9))))
+        for number in range(2 * HISTORY):
+            now[0] += 1
+            monitor.add(inspector.one(Frame(str(number), frame(number))))
+    state = monitor.state()
+    assert (state["last_defect"]["name"], state["defect_age"]) == ("bad", 2 * HISTORY)
+    assert monitor.picture(state["last_defect"]["number"]) is not None
 
 
 # ---- in a browser

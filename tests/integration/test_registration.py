@@ -153,7 +153,7 @@ assert [type(finder).__module__ for finder in before].count("_anomalib_ot_startu
 # --- import orders and names: one process imports the heavy packages once, and forks for each scenario ------
 
 DRIVER = """
-import json, os, sys, traceback, warnings
+import io, json, os, sys, traceback, warnings
 import kornia, lightning.pytorch, timm  # heavy, and none of them imports Anomalib
 scenarios, check, report = json.load(sys.stdin)
 outcomes = {}
@@ -164,8 +164,10 @@ for name, code in scenarios.items():
         try:
             assert not {"anomalib.data", "anomalib_ot"} & set(sys.modules)
             warnings.simplefilter("error", RuntimeWarning)
+            sys.stderr = io.StringIO()  # where the hook goes with what it must not raise
             exec(code, {})
             exec(check, {})
+            assert "RuntimeWarning: Anomalib" not in sys.stderr.getvalue(), sys.stderr.getvalue()
         except BaseException:
             outcome = traceback.format_exc()
         os.write(writer, outcome[-20_000:].encode())
@@ -244,6 +246,38 @@ else:
     raise AssertionError("a broken plugin was found")
 """
 
+# A plugin that exits, an entry point without sense, and entry points that cannot be read: each is told once.
+ODD = """
+import sys, warnings
+sys.path[:0] = ["odd"]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", RuntimeWarning)
+    import anomalib.models
+said = [str(item.message) for item in caught if "Anomalib" in str(item.message)]
+for words in (
+    "'Exits' (exits:Exits) could not be loaded: SystemExit(",
+    "'Senseless' (!!) could not be loaded",
+    "of the distribution unreadable-plugin could not be read",
+):
+    assert sum(words in one for one in said) == 1, (words, said)
+assert len(said) == 2, said  # one for each group
+try:
+    anomalib.models.Exits
+except ImportError:
+    pass
+else:
+    raise AssertionError("a plugin that exits was found")
+"""
+
+STRICT = """
+import io, sys, warnings
+sys.path[:0] = ["odd"]
+warnings.simplefilter("error", RuntimeWarning)
+import anomalib.models
+assert sys.stderr.getvalue().count("RuntimeWarning: Anomalib") == 2, sys.stderr.getvalue()
+sys.stderr = io.StringIO()
+"""
+
 NO_HOOK = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if type(finder).__module__ != "_anomalib_ot_startup"]
@@ -275,6 +309,8 @@ SCENARIOS = {
     ),
     "names": NAMES,
     "broken foreign plugin": BROKEN,
+    "odd foreign plugins": ODD,
+    "odd foreign plugins where warnings are errors": STRICT,
 }
 # A user may import any of our modules first; the hook then runs in the middle of that import.
 SCENARIOS |= {
@@ -292,6 +328,17 @@ def outcomes(installed):
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-plugin\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[anomalib.models]\nBroken = no_such_plugin:Broken\n")
+    plugins = {
+        "odd_plugin": "[anomalib.models]\nExits = exits:Exits\nSenseless = !!\n",
+        "unreadable_plugin": "[anomalib.models]\nno equals sign\n\xff",
+    }
+    for name, text in plugins.items():
+        metadata = installed.folder / "odd" / f"{name}-1.0.dist-info"
+        metadata.mkdir(parents=True)
+        said = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0\n"
+        (metadata / "METADATA").write_text(said)
+        (metadata / "entry_points.txt").write_bytes(text.encode("latin-1"))
+    (installed.folder / "odd" / "exits.py").write_text("import sys\nsys.exit(3)\n")
     report = installed.folder / "outcomes.json"
     installed.ask(DRIVER, input=json.dumps([SCENARIOS, CHECK, str(report)]))
     return json.loads(report.read_text())

@@ -6,10 +6,14 @@ import signal
 import sys
 import threading
 import time
+import traceback
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from PIL import Image
 
 from anomalib_ot.edge.drawing import draw_result, picture_name
 from anomalib_ot.edge.drift import Drift
@@ -18,6 +22,7 @@ from anomalib_ot.edge.inspect_error import InspectError
 from anomalib_ot.edge.inspector import Inspector
 from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.edge.monitor import Monitor
+from anomalib_ot.edge.options import check_options, read_options
 from anomalib_ot.edge.page import LOOPBACK, Page
 from anomalib_ot.edge.record import Record
 from anomalib_ot.edge.results import BROKEN, DEFECT, Result
@@ -25,15 +30,9 @@ from anomalib_ot.edge.sources import open_source
 
 __all__ = ["run"]
 
-PORT, LAST_PORT = 8765, 65535
 TICK = 0.1  # seconds
 QUALITY = 90
-DONE, SOME_BROKEN, REFUSED = 0, 1, 2
-EPILOG = """exit status:
-  0  every frame was inspected, or SIGTERM or SIGINT (Ctrl-C) asked to end: the frames in hand are finished first
-  1  the source is at its end, and some frames could not be inspected; their lines have "error"
-  2  the model, the source or an argument is of no use, or results cannot be written; a line on stderr says why
-"""
+DONE, SOME_BROKEN, REFUSED, CRASHED = 0, 1, 2, 3
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -42,62 +41,34 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The words after `inspect`; None takes those of the command line.
     """
-    options = _parser().parse_args(arguments)
+    options = read_options(arguments)
     stop = threading.Event()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # --max-megapixels decides, in the frame's line
+    _keep_standard_descriptors()
     with _signals(stop) as caught:
         try:
             return _inspect(options, stop, caught)
         except InspectError as error:
             _say(f"error: {error}")
             return REFUSED
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="anomalib-ot inspect",
-        description="Inspect frames with an exported model, without PyTorch: a line of JSON for each.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="model.xml, model.onnx, or the folder of an export")
-    add(
-        "source",
-        metavar="SOURCE",
-        help="image, folder, pattern in quotes, video, number of a camera, or - for names on standard input",
-    )
-    add("--watch", action="store_true", help="wait for new files in the folder SOURCE, without end")
-    add("--output", metavar="FILE", help="append the lines to FILE instead of writing them to standard output")
-    add("--resume", action="store_true", help="go on with FILE: frames that have a line in it are left out")
-    add("--overlays", metavar="FOLDER", type=Path, help="write a picture of each frame, with heat map or boxes")
-    add("--only-defects", action="store_true", help="write pictures of defective frames only")
-    add(
-        "--page",
-        metavar="PORT",
-        type=int,
-        nargs="?",
-        const=PORT,
-        help=f"show a live page at http://127.0.0.1:PORT/ (default {PORT}; 0: any free port), until Ctrl-C",
-    )
-    add("--host", metavar="ADDRESS", help="address that the page listens on (default 127.0.0.1)")
-    add("--threshold", type=float, help="score above which a frame is defective (default: the model's)")
-    add("--expect", metavar="WxH[xBITS]", help="what every frame must be, such as 640x480 or 640x480x8")
-    add("--device", default="CPU", help="device of OpenVINO (default CPU)")
-    add("--requests", type=int, metavar="N", help="frames on their way at the same time (default: what is fastest)")
-    add("--cache", metavar="FOLDER", help="keep the compiled model there, for a faster start")
-    return parser
+        except Exception as error:
+            _say(traceback.format_exc(), is_text=True)
+            _say(f"error: {type(error).__name__}: {error}; this is a defect of anomalib-ot: report it with these lines")
+            return CRASHED
 
 
 def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[str]) -> int:
-    _check(options)
+    check_options(options)
     with ExitStack() as stack:
         has_views = options.overlays is not None or options.page is not None
         keywords = {"device": options.device, "requests": options.requests, "cache": options.cache}
         keywords |= {"threshold": options.threshold, "expect": options.expect, "views": has_views}
+        keywords |= {"max_pixels": int(options.max_megapixels * 1e6)}
         inspector = stack.enter_context(Inspector(options.model, **keywords))
         manifest = inspector.manifest
-        frames = open_source(options.source, watch=options.watch, stop=stop)
-        record = stack.enter_context(Record(options.output, resume=options.resume))
+        told = {"watch": options.watch, "skip": options.overlays, "stalled_after": options.stalled_after}
+        frames = open_source(options.source, stop=stop, **told)
+        record = stack.enter_context(Record(options.output, resume=options.resume, sync=options.sync, say=_say))
         _say(f"{options.source} with {manifest.title} on {options.device}, up to {inspector.requests} frames at a time")
         notes = [*_threshold_notes(manifest, options.threshold), *manifest.unknown(options.threshold)]
         if options.resume:
@@ -114,22 +85,23 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
 
         tally = _Tally(Drift(manifest.good_quantiles, manifest.good_count))
         pictures = None if options.overlays is None else _Pictures(options.overlays, options.only_defects, manifest)
-        end = "the source is at its end"
+        end, is_lost = "the source is at its end", False
         try:
-            for result in inspector.stream(_not_done(frames, record.done)):
+            for result in inspector.stream(_not_done(frames, record)):
                 more = {} if pictures is None else pictures.write(result)
                 record.write(result, **more)
                 tally.add(result)
                 if monitor is not None:
                     monitor.add(result)
         except BrokenPipeError:
-            end = "nobody reads the results any more"
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            end, is_lost = "nobody reads the results any more", True
         if caught:
             end = f"asked to by {caught[0]}"
         _say(tally.summary(end))
         if pictures is not None and pictures.failed:
             _say(f"warning: {pictures.failed} pictures could not be written, the last because: {pictures.reason}")
+        if is_lost:
+            return REFUSED
         if monitor is not None and not stop.is_set():
             monitor.end(end)
             _say("the page stays until Ctrl-C")
@@ -139,22 +111,9 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
         return SOME_BROKEN if tally.counts[BROKEN] and not caught else DONE
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Refuse arguments that would do nothing."""
-    if options.only_defects and options.overlays is None:
-        msg = "--only-defects chooses among the pictures of --overlays FOLDER; give both or none"
-        raise InspectError(msg)
-    if options.host is not None and options.page is None:
-        msg = "--host is the address of the page; give --page, too"
-        raise InspectError(msg)
-    if options.page is not None and not 0 <= options.page <= LAST_PORT:
-        msg = f"--page is {options.page}; expected a port from 0 (any free one) to {LAST_PORT}"
-        raise InspectError(msg)
-
-
 def _resumed(record: Record, path: str) -> str:
     """Say what there was to go on with."""
-    said = [f"going on with {path}: {len(record.done)} frames have a line in it and are left out"]
+    said = [f"going on with {path}: {record.count} frames have a line in it and are left out"]
     if record.cut:
         said.append("its last line was only half written and was cut off")
     if record.damaged:
@@ -177,9 +136,9 @@ def _threshold_notes(manifest: Manifest, given: float | None) -> list[str]:
     return notes
 
 
-def _not_done(frames: Iterator[Frame | None], done: set[str]) -> Iterator[Frame | None]:
+def _not_done(frames: Iterator[Frame | None], record: Record) -> Iterator[Frame | None]:
     for frame in frames:
-        if frame is None or frame.name not in done:
+        if frame is None or not record.has(frame):
             yield frame
 
 
@@ -226,8 +185,8 @@ class _Pictures:
         name = picture_name(result.name)
         try:
             draw_result(result, self._threshold).save(self._folder / name, quality=QUALITY)
-        except OSError as error:
-            self.failed, self.reason = self.failed + 1, str(error)
+        except Exception as error:  # no picture is worth a line
+            self.failed, self.reason = self.failed + 1, str(error) or type(error).__name__
             return {}
         return {"overlay": name}
 
@@ -257,5 +216,23 @@ def _signals(stop: threading.Event) -> Iterator[list[str]]:
             signal.signal(kind, former[kind])
 
 
-def _say(text: str) -> None:
-    print(f"anomalib-ot inspect: {text}", file=sys.stderr, flush=True)
+def _keep_standard_descriptors() -> None:
+    """Let no file get the number of a standard stream that is closed: what libraries print would land in it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+def _say(text: str, *, is_text: bool = False) -> None:
+    """Write one line to standard error: a name of a file or a model cannot make two of it, nor move the cursor."""
+    if sys.stderr is None:  # closed by whoever started us; print would take standard output instead
+        return
+    shown = text if is_text else f"anomalib-ot inspect: {_printable(text)}"
+    with suppress(OSError, ValueError):  # nobody reads it: the results matter more
+        print(shown, file=sys.stderr, flush=True)
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

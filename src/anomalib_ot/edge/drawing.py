@@ -21,6 +21,7 @@ THRESHOLD = 0.5  # of a normalised map: the colours of the heat map are made for
 STRIP, MARGIN, TITLE, SMALL = 46, 12, 26, 15
 WIDEST_STRIP = 1000  # that a long name asks for, pixels
 LONGEST_NAME = 80
+MOST_DRAWN = 100  # boxes; more hide the frame
 
 
 def draw_result(result: Result, pixel_threshold: float | None = None) -> Image.Image:
@@ -79,9 +80,10 @@ def draw_view(
     drawn = picture.copy()
     stretch = np.array([size[0] / result.size[0], size[1] / result.size[1]] * 2)
     marks = []
-    for found in result.boxes or ():
+    edges = [*result.size, *result.size]  # a box that reaches far beyond the frame is drawn as far as the frame goes
+    for found in (result.boxes or ())[:MOST_DRAWN]:
         colour, inverted = class_colour(found.label)
-        box = tuple((np.array(found.box) * stretch).tolist())
+        box = tuple((np.clip(found.box, 0, edges) * stretch).tolist())
         marks.append(Mark(box, f"{_printable(found.name)} {found.score:.2f}", colour, inverted=inverted))
     draw_marks(drawn, marks)
     return drawn

@@ -1,7 +1,9 @@
 """One frame: from a file or an array to what the graph takes."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,10 @@ from anomalib_ot.imaging.samples import (
     size_problem,
 )
 
-__all__ = ["Frame", "FrameError", "Pixels", "network_input", "read_pixels"]
+__all__ = ["MAX_PIXELS", "Frame", "FrameError", "Pixels", "changed_at", "network_input", "read_pixels"]
 
 CHANNELS = (1, 3, 4)
+MAX_PIXELS = 50_000_000  # more would take gigabytes before the network has seen any; 14 bytes for each on the way there
 # Looked up: a third faster than arithmetic. Multiplied as torchvision does, a division differs in the last bit.
 UNIT = np.arange(EIGHT_BIT_MAX + 1, dtype=np.float32) * np.float32(1 / EIGHT_BIT_MAX)
 
@@ -38,11 +41,16 @@ class Frame:
         name: What results call it; unique in a source, and the same when the source is read again.
         image: A file, or an array (H, W), (H, W, 3) or (H, W, 4) in RGB order of uint8 or uint16.
         problem: Why the source has no image here, as the end of a sentence that begins with the name; None: it has.
+        taken: When the camera gave it, as `time.perf_counter` counts; None: when it is asked for.
+        retry: Asked when the file cannot be read: whether the source gives it again later, so that no result is made
+            of it now. None: it does not.
     """
 
     name: str
     image: str | os.PathLike | np.ndarray | None
     problem: str | None = None
+    taken: float | None = None
+    retry: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,10 +79,11 @@ class Pixels:
         values = self.samples.values
         return 16 if values.dtype.kind in "iu" and values.dtype.itemsize > 1 else 8 * values.dtype.itemsize
 
-    def unit(self) -> np.ndarray:
-        """Return the frame as (H, W, 3) or (H, W), float32, in [0, 1]."""
+    def unit(self, channel: int) -> np.ndarray:
+        """Return a channel of the frame (0 to 2; of a gray one always the same) as (H, W), float32, in [0, 1]."""
         values, full = self.samples
-        return UNIT[values] if values.dtype == np.uint8 else values.astype(np.float32) / np.float32(full)
+        plane = values if values.ndim == 2 else values[..., channel]
+        return UNIT[plane] if plane.dtype == np.uint8 else plane.astype(np.float32) / np.float32(full)
 
     def picture(self) -> Image.Image:
         """Return the frame as an RGB picture of 8 bits, for eyes."""
@@ -86,19 +95,34 @@ class Pixels:
         return Image.fromarray(np.ascontiguousarray(values)).convert("RGB")
 
 
-def read_pixels(image: str | os.PathLike | np.ndarray) -> Pixels:
+def changed_at(image: str | os.PathLike | np.ndarray | None) -> str | None:
+    """Return when a file was last changed, in UTC and to the microsecond; None if it is none, or is not there."""
+    if image is None or isinstance(image, np.ndarray):
+        return None
+    try:
+        changed = os.stat(image).st_mtime_ns
+        moment = datetime.fromtimestamp(changed // 10**9, timezone.utc)
+    except (OSError, ValueError, OverflowError):
+        return None
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{changed // 1000 % 10**6:06d}Z"
+
+
+def read_pixels(image: str | os.PathLike | np.ndarray, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Read a frame as the training reads images, see `imaging.samples.read_samples`.
 
     Args:
         image: See `Frame`.
+        max_pixels: A file with more is refused before it is decoded.
 
     Raises:
-        FrameError: If it is missing, empty, cut off, damaged, no image, under 16 pixels on a side, outside its scale,
-            or an array of another shape or type.
+        FrameError: If it is missing, empty, cut off, damaged, no image of a kind that is read, under 16 pixels on a
+            side, too large, outside its scale, or an array of another shape or type.
     """
-    samples = _of_array(image) if isinstance(image, np.ndarray) else _of_file(Path(image))
+    samples = _of_array(image) if isinstance(image, np.ndarray) else _of_file(Path(image), max_pixels)
     height, width = samples.values.shape[:2]
     problem = size_problem(width, height)
+    if problem is None and width * height > max_pixels:
+        problem = f"has {width} x {height} pixels; expected at most {max_pixels / 1e6:g} million: cut it into tiles"
     if problem is None and samples.values.dtype != np.uint8:
         problem = out_of_scale(samples.values)
     if problem:
@@ -113,25 +137,27 @@ def network_input(pixels: Pixels, size: tuple[int, int] | None) -> np.ndarray:
         pixels: The frame.
         size: (height, width) to resize to, bilinear and antialiased as in training; None: the graph takes any size.
     """
-    unit = pixels.unit()
-    planes = [unit] if unit.ndim == 2 else [unit[..., channel] for channel in range(3)]
-    if size is not None and size != (pixels.height, pixels.width):
-        # One channel at a time as floats: Pillow rounds what has 8 bits to 8 bits again.
-        target = (size[1], size[0])
-        resize = Image.Resampling.BILINEAR
-        planes = [np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize(target, resize)) for plane in planes]
-    made = np.empty((1, 3, *planes[0].shape), dtype=np.float32)
+    made = np.empty((1, 3, *(size or (pixels.height, pixels.width))), dtype=np.float32)
+    is_gray = pixels.samples.values.ndim == 2
     for channel in range(3):
-        made[0, channel] = planes[min(channel, len(planes) - 1)]
+        if channel > 0 and is_gray:
+            made[0, channel] = made[0, 0]
+            continue
+        plane = pixels.unit(channel)
+        if made.shape[-2:] != plane.shape:
+            # One channel at a time as floats: Pillow rounds what has 8 bits to 8 bits again.
+            target = Image.fromarray(np.ascontiguousarray(plane))
+            plane = np.asarray(target.resize((made.shape[-1], made.shape[-2]), Image.Resampling.BILINEAR))
+        made[0, channel] = plane
     return made
 
 
-def _of_file(path: Path) -> Samples:
+def _of_file(path: Path, max_pixels: int) -> Samples:
     problem = file_problem(path)
     if problem:
         raise FrameError(problem)
     try:
-        return read_samples(path)
+        return read_samples(path, max_pixels)
     except ImportError as error:
         msg = f"cannot be read: {error}"
         raise FrameError(msg) from error

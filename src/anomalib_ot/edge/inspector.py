@@ -2,10 +2,13 @@
 
 import math
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,16 @@ import openvino
 from PIL import Image
 
 from anomalib_ot.edge.expected import Expected
-from anomalib_ot.edge.frames import Frame, FrameError, network_input, read_pixels
+from anomalib_ot.edge.frames import MAX_PIXELS, Frame, FrameError, changed_at, network_input, read_pixels
+from anomalib_ot.edge.graph import embedded, file_sha256, first_line, input_size, output_name, read_graph
 from anomalib_ot.edge.inspect_error import InspectError
 from anomalib_ot.edge.manifest import Manifest, find_model, read_manifest
-from anomalib_ot.edge.results import Result, broken, read_outputs
+from anomalib_ot.edge.results import Result, Stamp, broken, read_outputs
 
 __all__ = ["Inspector"]
 
+TICK = 0.1  # seconds between two looks whether there is still something to wait for
 Image_ = str | os.PathLike | np.ndarray
-EMBEDDED = (["anomalib_ot"], ["framework", "anomalib_ot"])  # where graphs of OpenVINO and of ONNX hold their manifest
 
 
 @dataclass
@@ -31,6 +35,10 @@ class _Pending:
 
     name: str
     taken: float
+    time: str
+    changed: str | None = None
+    is_unread: bool = False
+    values: np.ndarray | None = None
     size: tuple[int, int] = (0, 0)
     given: tuple[int, int] = (0, 0)
     picture: Image.Image | None = None
@@ -40,6 +48,8 @@ class _Pending:
 
 class Inspector:
     """Inspects frames with an exported model; needs OpenVINO, NumPy and Pillow, and nothing of PyTorch.
+
+    Several threads may use one inspector: whoever finds no request free waits for one.
 
     Args:
         model: ``model.xml``, ``model.onnx``, or the folder of an export.
@@ -51,6 +61,7 @@ class Inspector:
         expect: What every frame must be, as ``"640x480"`` (width, height) or ``"640x480x8"`` (and bits); others are
             broken frames. None: any size is taken.
         views: Whether results keep what there is to draw.
+        max_pixels: A frame with more is a broken one; files are not decoded then.
 
     Raises:
         InspectError: If the model cannot be read, or an argument is of no use.
@@ -72,6 +83,7 @@ class Inspector:
         threshold: float | None = None,
         expect: str | None = None,
         views: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         if requests is not None and requests < 1:
             msg = f"requests is {requests}; expected at least 1, or None for what is best"
@@ -83,13 +95,14 @@ class Inspector:
         self.threshold = threshold
         self.expected = None if expect is None else Expected.parse(expect)
         self.views = views
+        self._max_pixels = max_pixels
         core = openvino.Core()
         if cache is not None:
             core.set_property({"CACHE_DIR": str(_folder(cache))})
-        graph = _read_graph(core, self.path)
-        names = [output.any_name for output in graph.outputs]
-        self.manifest: Manifest = read_manifest(self.path, names, _embedded(graph))
-        self._size = self.manifest.size or _static_size(graph)
+        graph = read_graph(core, self.path)
+        names = [output_name(output.names, number) for number, output in enumerate(graph.outputs)]
+        self.manifest: Manifest = read_manifest(self.path, names, embedded(graph))
+        self._size = input_size(graph, self.manifest, self.path)
         hints = {
             "INFERENCE_PRECISION_HINT": self.manifest.inference_precision,
             "PERFORMANCE_HINT": "LATENCY" if requests == 1 else "THROUGHPUT",
@@ -100,10 +113,14 @@ class Inspector:
             self._compiled = core.compile_model(graph, device, hints)
             best = int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         except RuntimeError as error:
-            msg = f"device {device!r} does not take the model {self.path} ({_first_line(error)}); try device CPU"
+            msg = f"device {device!r} does not take the model {self.path} ({first_line(error)}); try device CPU"
             raise InspectError(msg) from error
         self.requests = 2 * best if requests is None else requests
+        decides = self.manifest.image_threshold if threshold is None else threshold
+        self._stamp = Stamp(self.manifest.title, file_sha256(self.path), self.manifest.sha256, decides)
         self._free = [self._compiled.create_infer_request() for _ in range(self.requests)]
+        self._holders: dict[int, int] = {}  # by request, the thread whose stream has it
+        self._change = threading.Condition()
 
     def __enter__(self) -> "Inspector":
         """Return itself."""
@@ -115,8 +132,10 @@ class Inspector:
 
     def close(self) -> None:
         """Let go of the model; after that nothing can be inspected. Further calls do nothing."""
-        self._free.clear()
-        self._compiled = None
+        with self._change:
+            self._free.clear()
+            self._compiled = None
+            self._change.notify_all()
 
     def one(self, image: Image_ | Frame) -> Result:
         """Inspect one frame now.
@@ -141,7 +160,7 @@ class Inspector:
             result with an error, and the next one is inspected.
 
         Raises:
-            InspectError: If the inspector is closed, or another stream of it holds all requests.
+            InspectError: If the inspector is closed, or other streams of the same thread hold all requests.
         """
         if self._compiled is None:
             msg = "this inspector is closed; make a new one"
@@ -155,14 +174,12 @@ class Inspector:
                     continue
                 frame = image if isinstance(image, Frame) else Frame(_name(image, number), image)
                 started = self._prepare(frame)
-                while started.result is None and not self._free:
-                    if not pending:
-                        msg = (
-                            "another stream of this inspector is not at its end; finish it, or make a second inspector"
-                        )
-                        raise InspectError(msg)
-                    yield self._finish(pending)
-                self._start(started)
+                if started.is_unread and frame.retry is not None and frame.retry():
+                    continue
+                if started.result is None:
+                    while (request := self._take(may_wait=not pending)) is None:
+                        yield self._finish(pending)
+                    self._start(started, request)
                 pending.append(started)
                 while pending and self._is_ready(pending[0]):
                     yield self._finish(pending)
@@ -172,40 +189,76 @@ class Inspector:
             for left in pending:
                 if left.request is not None:
                     left.request.cancel()
-                    self._free.append(left.request)
+                    with suppress(RuntimeError):
+                        left.request.wait()
+                    self._give(left.request)
+
+    def _take(self, *, may_wait: bool) -> Any:
+        """Take a free request; wait for one only if nothing of this stream is on its way, so that nobody waits in vain.
+
+        Returns:
+            The request; None if there is none and `may_wait` is false.
+        """
+        me = threading.get_ident()
+        with self._change:
+            while not self._free:
+                if self._compiled is None:
+                    break
+                if not may_wait:
+                    return None
+                if all(holder == me for holder in self._holders.values()):
+                    msg = "another stream of this inspector is not at its end; finish it, or make a second inspector"
+                    raise InspectError(msg)
+                self._change.wait(TICK)
+            if self._compiled is None:
+                msg = "this inspector was closed; make a new one"
+                raise InspectError(msg)
+            request = self._free.pop()
+            self._holders[id(request)] = me
+            return request
+
+    def _give(self, request: Any) -> None:
+        with self._change:
+            self._holders.pop(id(request), None)
+            self._free.append(request)
+            self._change.notify()
 
     def _prepare(self, frame: Frame) -> _Pending:
         """Read a frame; whatever is wrong with it becomes its result."""
-        made = _Pending(frame.name, time.perf_counter())
+        taken = time.perf_counter() if frame.taken is None else frame.taken
+        made = _Pending(frame.name, taken, _utc(taken), changed_at(frame.image))
         problem = frame.problem
         if problem is None:
             try:
-                pixels = read_pixels(frame.image)
+                pixels = read_pixels(frame.image, self._max_pixels)
                 problem = None if self.expected is None else self.expected.problem(pixels)
                 if problem is None:
-                    made.request = network_input(pixels, self._size)  # until a request is free
-                    made.size, (height, width) = (pixels.width, pixels.height), made.request.shape[-2:]
+                    made.values = network_input(pixels, self._size)
+                    made.size, (height, width) = (pixels.width, pixels.height), made.values.shape[-2:]
                     made.given = (width, height)
                     made.picture = pixels.picture() if self.views else None
             except FrameError as error:
-                problem = str(error)
+                problem, made.is_unread = str(error), True
             except MemoryError:
                 problem = "does not fit into memory; cut it into tiles"
             except Exception as error:
-                problem = f"cannot be read ({type(error).__name__}: {_first_line(error)})"
+                made.is_unread = True
+                problem = f"cannot be read ({type(error).__name__}: {first_line(error)})"
         if problem is not None:
-            made.request = None
             made.result = broken(frame.name, problem, _since(made.taken))
         return made
 
-    def _start(self, frame: _Pending) -> None:
-        if frame.result is None:
-            values, frame.request = frame.request, self._free.pop()
-            try:
-                frame.request.start_async({0: values})
-            except RuntimeError as error:
-                self._free.append(frame.request)
-                frame.request, frame.result = None, broken(frame.name, _failed(error), _since(frame.taken))
+    def _start(self, frame: _Pending, request: Any) -> None:
+        values, frame.values, frame.request = frame.values, None, request
+        try:
+            request.start_async({0: values})
+        except Exception as error:
+            self._fail(frame, error)
+
+    def _fail(self, frame: _Pending, error: Exception) -> None:
+        """Make an error of the frame, and its request free."""
+        self._give(frame.request)
+        frame.request, frame.result = None, broken(frame.name, _failed(error), _since(frame.taken))
 
     def _is_ready(self, frame: _Pending) -> bool:
         """Whether a frame needs no more waiting; a computation that failed does not."""
@@ -214,40 +267,40 @@ class Inspector:
         try:
             return frame.request.wait_for(0)
         except RuntimeError as error:
-            self._free.append(frame.request)
-            frame.request, frame.result = None, broken(frame.name, _failed(error), _since(frame.taken))
+            self._fail(frame, error)
             return True
 
     def _finish(self, pending: deque[_Pending]) -> Result:
         """Wait for the first of the pending frames, and read what was computed."""
         frame = pending.popleft()
+        known = {"time": frame.time, "changed": frame.changed, "stamp": self._stamp}
         if frame.result is not None:
-            return frame.result
+            return replace(frame.result, **known)
         try:
             frame.request.wait()
             names = self.manifest.outputs
             outputs = {name: frame.request.get_output_tensor(i).data for i, name in enumerate(names)}
             keywords = {"picture": frame.picture, "size": frame.size, "given": frame.given}
             made = read_outputs(outputs, self.manifest, name=frame.name, threshold=self.threshold, **keywords)
-        except RuntimeError as error:
+        except Exception as error:  # whatever a graph gives, its frame has a line and the next one is inspected
             made = broken(frame.name, _failed(error))
         finally:
-            self._free.append(frame.request)
-        return replace(made, latency_ms=_since(frame.taken))
+            self._give(frame.request)
+        return replace(made, latency_ms=_since(frame.taken), **known)
 
 
 def _since(moment: float) -> float:
     return 1000 * (time.perf_counter() - moment)
 
 
-def _failed(error: RuntimeError) -> str:
-    return f"cannot be computed by the model ({_first_line(error)})"
+def _utc(taken: float) -> str:
+    """The moment that `time.perf_counter` called so, in UTC."""
+    moment = datetime.now(timezone.utc) - timedelta(seconds=time.perf_counter() - taken)
+    return f"{moment:%Y-%m-%dT%H:%M:%S.%f}Z"
 
 
-def _first_line(error: BaseException) -> str:
-    """The last line of an error of OpenVINO says what is wrong, the others where; all other errors have one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _failed(error: Exception) -> str:
+    return f"cannot be computed by the model ({first_line(error)})"
 
 
 def _name(image: Image_, number: int) -> str:
@@ -262,30 +315,3 @@ def _folder(cache: str | os.PathLike) -> Path:
         msg = f"cache is '{folder}', which cannot be made a folder ({error.strerror}); give another"
         raise InspectError(msg) from error
     return folder
-
-
-def _read_graph(core: openvino.Core, path: Path) -> openvino.Model:
-    try:
-        graph = core.read_model(path)
-    except RuntimeError as error:
-        msg = f"the model {path} cannot be read ({_first_line(error)}); is {path.stem}.bin beside it? Export it again"
-        raise InspectError(msg) from error
-    if len(graph.inputs) != 1:
-        msg = f"the model {path} has {len(graph.inputs)} inputs; expected one, the image: export it with Anomalib"
-        raise InspectError(msg)
-    shape = graph.inputs[0].partial_shape
-    if shape.rank.is_static and shape[0].is_dynamic:  # one frame at a time; OpenVINO then fuses what it else cannot
-        shape[0] = 1
-        graph.reshape(shape)
-    return graph
-
-
-def _embedded(graph: openvino.Model) -> str | None:
-    """The manifest that the graph carries, if any."""
-    place = next((path for path in EMBEDDED if graph.has_rt_info(path)), None)
-    return None if place is None else str(graph.get_rt_info(place).astype(str))
-
-
-def _static_size(graph: openvino.Model) -> tuple[int, int] | None:
-    height, width = list(graph.inputs[0].partial_shape)[-2:]
-    return (height.get_length(), width.get_length()) if height.is_static and width.is_static else None

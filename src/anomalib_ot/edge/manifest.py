@@ -1,18 +1,19 @@
 """What an exported model says of itself: the file `manifest.json` beside it, the graph, or what its outputs tell."""
 
-import json
-import math
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from anomalib_ot.edge import fields
 from anomalib_ot.edge.drift import LEAST
 from anomalib_ot.edge.inspect_error import InspectError
 
 __all__ = ["Manifest", "find_model", "read_manifest"]
 
 FORMAT = 1
+HINT = {"inference_precision": "f32"}  # where nothing is said
+PRECISIONS = ("f32", "f16", "bf16", "undefined")
 SUFFIXES = (".xml", ".onnx")
 PLAIN_COLOUR = {"layout": "NCHW", "range": [0, 1], "color": "RGB"}
 
@@ -36,6 +37,7 @@ class Manifest:
         good_quantiles: The same of its good images alone; None: not known.
         good_count: How many scores the latter are quantiles of.
         is_written: Whether there was a manifest; without one the graph's own verdict has to be trusted.
+        sha256: Of the manifest as it was read; "" without one.
     """
 
     kind: str
@@ -52,6 +54,7 @@ class Manifest:
     good_quantiles: tuple[float, ...] | None = None
     good_count: int = 0
     is_written: bool = False
+    sha256: str = ""
 
     @property
     def title(self) -> str:
@@ -128,8 +131,8 @@ def read_manifest(path: Path, outputs: Sequence[str], embedded: str | None = Non
         InspectError: If the manifest cannot be read, or the outputs are those of neither kind.
     """
     file = path.with_name("manifest.json")
-    if file.is_file():
-        manifest = _parse(file.read_text(encoding="utf-8"), str(file), outputs)
+    if file.exists():
+        manifest = _parse(fields.read_text(file), str(file), outputs)
     elif embedded:
         manifest = _parse(embedded, f"the manifest inside {path}", outputs)
     else:
@@ -157,56 +160,47 @@ def _kind(outputs: Sequence[str], path: Path) -> str:
 def _class_names(path: Path) -> tuple[str, ...] | None:
     """The names that exports before the manifest have left beside the model."""
     file = path.with_name("class_names.json")
-    return tuple(map(str, json.loads(file.read_text(encoding="utf-8")))) if file.is_file() else None
+    if not file.exists():
+        return None
+    try:
+        return fields.names(fields.strict_json(fields.read_text(file)))
+    except fields.DAMAGE as error:
+        raise InspectError(fields.damaged(str(file), error)) from error
 
 
 def _parse(text: str, origin: str, outputs: Sequence[str]) -> Manifest:
     try:
-        found: dict[str, Any] = json.loads(text)
-        if found["format"] != FORMAT:
-            msg = (
-                f"{origin} has format {found['format']}; expected {FORMAT}: update anomalib-ot, or export again with it"
-            )
+        found = fields.strict_json(text)
+        if not isinstance(found, dict):
+            msg = f"a {type(found).__name__}, expected an object"
+            raise TypeError(msg)
+        if type(found["format"]) is not int or found["format"] != FORMAT:
+            said = f"{origin} has format {fields.short(repr(found['format']))}; expected {FORMAT}"
+            msg = f"{said}: update anomalib-ot, or export again with it"
             raise InspectError(msg)
-        given, scores = found.get("input") or {}, found.get("scores") or {}
+        given, scores = (fields.table(found, key) for key in ("input", "scores"))
         for key, value in PLAIN_COLOUR.items():
             if given.get(key, value) != value:
-                msg = f"{origin} asks for input {key} {given[key]}; expected {value}: export the model again"
+                said = f"{origin} asks for input {key} {fields.short(given[key])}; expected {value}"
+                msg = f"{said}: export the model again"
                 raise InspectError(msg)
-        good = scores.get("good") or {}
-        quantiles, good_quantiles = scores.get("quantiles"), good.get("quantiles")
+        good = fields.table(scores, "good")
         return Manifest(
-            kind=_known_kind(found["kind"]),
+            kind=fields.one_of(found, "kind", ("anomaly", "boxes")),
             outputs=tuple(outputs),
-            model=str(found.get("model") or ""),
-            version=str(found.get("version") or ""),
-            size=(int(given["size"][0]), int(given["size"][1])) if given.get("size") else None,
-            class_names=tuple(map(str, found["class_names"])) if found.get("class_names") else None,
-            image_threshold=_number(found.get("image_threshold")),
-            pixel_threshold=_number(found.get("pixel_threshold")),
-            precision=str(found.get("precision") or ""),
-            inference_precision=str(found.get("inference_precision") or "f32"),
-            quantiles=tuple(map(float, quantiles)) if quantiles else None,
-            good_quantiles=tuple(map(float, good_quantiles)) if good_quantiles else None,
-            good_count=int(good.get("count") or 0),
+            model=fields.word(found, "model"),
+            version=fields.word(found, "version"),
+            size=fields.size(given.get("size")),
+            class_names=None if found.get("class_names") is None else fields.names(found["class_names"]),
+            image_threshold=fields.number(found, "image_threshold"),
+            pixel_threshold=fields.number(found, "pixel_threshold"),
+            precision=fields.word(found, "precision"),
+            inference_precision=fields.one_of(HINT | found, "inference_precision", PRECISIONS),
+            quantiles=fields.quantiles(scores),
+            good_quantiles=fields.quantiles(good),
+            good_count=fields.count(good),
             is_written=True,
+            sha256=hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
         )
-    except InspectError:
-        raise
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        msg = f"{origin} is damaged ({type(error).__name__}: {error}); export the model again"
-        raise InspectError(msg) from error
-
-
-def _known_kind(kind: object) -> str:
-    if kind not in ("anomaly", "boxes"):
-        msg = f"kind is {kind!r}, expected 'anomaly' or 'boxes'"
-        raise ValueError(msg)
-    return str(kind)
-
-
-def _number(value: object) -> float | None:
-    """A finite number, or None: thresholds that were never found are NaN in a graph."""
-    if value is None or not math.isfinite(float(value)):  # type: ignore[arg-type]
-        return None
-    return float(value)  # type: ignore[arg-type]
+    except fields.DAMAGE as error:
+        raise InspectError(fields.damaged(origin, error)) from error

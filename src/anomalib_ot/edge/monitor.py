@@ -33,6 +33,7 @@ class _Shown:
     number: int
     result: Result
     is_kept: bool  # whether its picture stays when a newer frame comes
+    moment: float
     drawn: bytes | None = None
 
     def summary(self) -> dict[str, Any]:
@@ -82,7 +83,7 @@ class Monitor:
             self._pictured[is_defect] = now
             result = replace(result, view=_small(result.view))
         with self._lock:
-            shown = _Shown(sum(self._counts.values()) + 1, result, is_kept)
+            shown = _Shown(sum(self._counts.values()) + 1, result, is_kept, now)
             former = [*list(self._history)[-1:], self._last_defect]
             self._counts[result.verdict] += 1
             self._history.append(shown)
@@ -119,6 +120,7 @@ class Monitor:
                 "age": age,
                 "ended": self._ended,
                 "history": [shown.summary() for shown in self._history],
+                "defect_age": None if self._last_defect is None else now - self._last_defect.moment,
                 "last_defect": None if self._last_defect is None else self._last_defect.summary(),
                 "drift": asdict(self._drift.report()),
             }

@@ -9,6 +9,11 @@ const set = (id, text) => { const node = byId(id); if (node.textContent !== text
 const number = (value, digits) => value === null || value === undefined ? "–" : value.toFixed(digits);
 const base = (name) => name.split(/[\\/]/).pop();
 
+function ago(seconds) {
+  if (seconds < 90) return Math.round(seconds) + " s ago";
+  return seconds < 5400 ? Math.round(seconds / 60) + " min ago" : Math.round(seconds / 3600) + " h ago";
+}
+
 function band(kind, word, score, detail, name) {
   byId("band").className = kind;
   set("word", word); set("score", score); set("detail", detail); set("name", name);
@@ -71,7 +76,8 @@ function show(state) {
   set("now-caption", shown ? WORDS[shown.verdict] + " · " + base(shown.name) : "This frame");
   const bad = state.last_defect;
   picture("defect", bad && bad.picture ? bad : null, bad ? bad.name : "None so far");
-  set("defect-caption", bad ? "Last defect · " + base(bad.name) : "Last defect");
+  set("defect-caption", bad ? "Last defect, " + ago(state.defect_age) + " · " + base(bad.name) : "Last defect");
+  byId("defect-figure").className = bad ? "found" : "";
   set("frames", String(state.frames));
   set("counts", ["good", "defect", "error", "unknown"].filter((kind) => counts[kind])
     .map((kind) => counts[kind] + " " + WORDS[kind].toLowerCase()).join(", "));
@@ -87,13 +93,15 @@ function show(state) {
 }
 
 async function follow() {
+  let wait = EVERY; // the more pages look, the longer each is asked to wait
   try {
     const answer = await fetch("/state", { cache: "no-store" });
     if (!answer.ok) throw new Error(answer.status);
     show(await answer.json());
+    wait = Math.max(EVERY, Number(answer.headers.get("Poll-After")) || EVERY);
   } catch (error) {
     band("lost", "NO CONNECTION", "", "the inspection does not answer", "");
   }
-  setTimeout(follow, EVERY);
+  setTimeout(follow, wait);
 }
 follow();

@@ -2,8 +2,12 @@
 
 import errno
 import json
+import re
 import socket
 import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -21,6 +25,11 @@ ASSETS = {
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^][:/@\s]+)(?::[0-9]{1,5})?")
+MOST_OPEN = 48  # connections; a newer one takes the place of the oldest, so slow clients shut nobody out
+DEADLINE = 10  # seconds for a whole request and its answer
+RATE, BURST = 100, 60  # requests in a second, and at once: whoever asks more waits, the inspection does not
+FRESH, LEAST_POLL, APART = 0.2, 0.5, 0.02  # seconds: age of the shared state, between two looks of a page, of any two
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -84,17 +93,83 @@ def _refusal(host: str, port: int, error: OSError | OverflowError) -> str:
     return f"--page {port} on {host} cannot be had ({getattr(error, 'strerror', None) or error}); give another port"
 
 
+class Pace:
+    """Says how long to wait so that no more than so many come in a second, apart from a few at once.
+
+    Args:
+        rate: In a second.
+        burst: At once.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate, self._burst, self._clock = rate, burst, clock
+        self._left, self._at = burst, clock()
+
+    def delay(self) -> float:
+        """Count one, and return the seconds to wait before it."""
+        now = self._clock()
+        self._left = min(self._burst, self._left + (now - self._at) * self._rate) - 1
+        self._at = now
+        return max(0.0, -self._left / self._rate)
+
+
 class _Server(ThreadingHTTPServer):
     """The server with what its handlers show; a thread for each connection, none of which keeps the program alive."""
 
     daemon_threads = True
+    request_queue_size = 128
     monitor: Monitor
     assets: dict[str, tuple[bytes, str]]
     hosts: frozenset[str] | None
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._open: dict[socket.socket, float] = {}  # since when, the oldest first
+        self._guard = threading.Lock()
+        self._pace, self._snapshot = Pace(RATE, BURST), b""
+        self._made = self._next_poll = -FRESH
         super().__init__(address, handler)
+
+    def process_request(self, request: socket.socket, client_address: object) -> None:
+        """Answer in a thread; wait here first if there were too many requests, and make room if too many are open."""
+        time.sleep(self._pace.delay())
+        with self._guard:
+            if len(self._open) >= MOST_OPEN:
+                self._hang_up(next(iter(self._open)))
+            self._open[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        """Close a connection."""
+        with self._guard:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Hang up on whoever takes too long; called several times in a second."""
+        with self._guard:
+            for request, since in list(self._open.items()):
+                if time.monotonic() - since < DEADLINE:
+                    break
+                self._hang_up(request)
+
+    def _hang_up(self, request: socket.socket) -> None:
+        """Let the thread of a connection find it closed; the thread cleans up."""
+        self._open.pop(request, None)
+        with suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
+
+    def state(self) -> tuple[bytes, int]:
+        """The state, shared by all who ask within a moment, and the milliseconds after which to ask again."""
+        with self._guard:
+            now = time.monotonic()
+            self._next_poll = max(now + LEAST_POLL, self._next_poll + APART)
+            wait = int(1000 * (self._next_poll - now))
+            if now - self._made >= FRESH:
+                self._snapshot = json.dumps(self.monitor.state(), allow_nan=False).encode("ascii")
+                self._made = now
+            return self._snapshot, wait
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing: a browser that goes away in the middle of an answer is no news."""
@@ -105,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     server: _Server
     server_version, sys_version = "anomalib-ot", ""
-    timeout = 10  # seconds for a client that says nothing
+    timeout = DEADLINE
 
     def do_GET(self) -> None:
         """Answer one request."""
@@ -116,8 +191,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path in self.server.assets:
             self._answer(HTTPStatus.OK, *self.server.assets[path])
         elif path == "/state":
-            body = json.dumps(self.server.monitor.state()).encode("ascii")
-            self._answer(HTTPStatus.OK, body, "application/json")
+            body, wait = self.server.state()
+            self._answer(HTTPStatus.OK, body, "application/json", {"Poll-After": str(wait)})
         else:
             self._frame(path)
 
@@ -135,13 +210,12 @@ class _Handler(BaseHTTPRequestHandler):
         """Whether the browser means this server: a foreign page whose name was bent to this address does not."""
         if self.server.hosts is None:
             return True
-        host = self.headers.get("Host", "").lower()
-        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-        return name in self.server.hosts
+        found = HOST.fullmatch(self.headers.get("Host", "").lower())
+        return found is not None and found[1].strip("[]") in self.server.hosts
 
-    def _answer(self, status: HTTPStatus, body: bytes, kind: str) -> None:
+    def _answer(self, status: HTTPStatus, body: bytes, kind: str, more: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in HEADERS.items():
+        for name, value in (HEADERS | (more or {})).items():
             self.send_header(name, value)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))

@@ -2,15 +2,17 @@
 
 import json
 import os
+import sys
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import IO
 
+from anomalib_ot.edge.frames import Frame, changed_at
 from anomalib_ot.edge.inspect_error import InspectError
-from anomalib_ot.edge.results import Result
+from anomalib_ot.edge.output_file import OutputFile, whole_bytes, write_all
+from anomalib_ot.edge.results import Result, broken
 
 __all__ = ["Record"]
-
-BLOCK = 65536
 
 
 class Record:
@@ -18,94 +20,140 @@ class Record:
 
     Args:
         path: The file, made if it is not there; None: standard output.
-        resume: Go on with what is in the file: a last line that is not whole is cut off, and `done` has the names of
-            the frames of the others. Without it, a file that ends within a line is refused.
+        resume: Go on with what is in the file: a last line that is not whole is cut off, and frames with a line are
+            done. Without it, a file that ends within a line is refused.
+        sync: See `OutputFile`.
+        say: Told what happens to the file, in a line.
 
     Attributes:
-        done: Names of frames that need no inspection again.
+        count: Frames that have a line, and need no inspection again.
         cut: Whether the last line was not whole, and was cut off.
-        damaged: Lines of the file that are no results; they stay where they are, and their frames are not in `done`.
+        damaged: Lines of the file that are no results; they stay where they are, and their frames are not done.
 
     Raises:
-        InspectError: If the file cannot be written, ends within a line, or there is nothing to resume from.
+        InspectError: If the file or standard output cannot be written, the file ends within a line or is written by
+            another process, or there is nothing to resume from.
     """
 
-    def __init__(self, path: str | os.PathLike | None = None, *, resume: bool = False) -> None:
-        self.done: set[str] = set()
+    def __init__(
+        self,
+        path: str | os.PathLike | None = None,
+        *,
+        resume: bool = False,
+        sync: float = 1.0,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._done: dict[str, str | None] = {}
         self.cut, self.damaged = False, 0
         self._path = None if path is None else Path(path)
+        self._file: OutputFile | None = None
         if self._path is None:
             if resume:
                 msg = "--resume goes on with a file; say which with --output FILE"
                 raise InspectError(msg)
-            self._file: IO[bytes] | None = None
+            if sys.stdout is None:
+                msg = "standard output is closed, so that results would be lost; open it, or give --output FILE"
+                raise InspectError(msg)
             return
+        self._file = OutputFile(self._path, sync, say)  # locked before anything is cut off
         try:
             if self._path.is_file():
-                self._take_up(self._path, resume=resume)
-            self._file = self._path.open("ab", buffering=0)
+                self._take_up(self._path, self._file, resume=resume)
         except OSError as error:
-            msg = f"--output is '{path}', which cannot be written ({error.strerror}); give another file"
+            self._file.close()
+            msg = f"--output is '{path}', which cannot be read and written ({error.strerror}); give another file"
             raise InspectError(msg) from error
+        except InspectError:
+            self._file.close()
+            raise
+
+    @property
+    def count(self) -> int:
+        """How many frames are done."""
+        return len(self._done)
+
+    def has(self, frame: Frame) -> bool:
+        """Whether a frame has a line already. A file that was changed since then is another frame."""
+        key = _key(frame.name)
+        if key not in self._done:
+            return False
+        known, now = self._done[key], changed_at(frame.image)
+        return known is None or now is None or known == now
 
     def __enter__(self) -> "Record":
         """Return itself."""
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """Close the file."""
-        if self._file is not None:
+    def __exit__(self, kind: object, *exception: object) -> None:
+        """Close the file; what does not get onto the disk is an error, unless another is on its way."""
+        if self._file is None:
+            return
+        try:
             self._file.close()
+        except OSError as error:
+            if kind is None:
+                raise self._refusal(error) from error
 
     def write(self, result: Result, **more: str) -> None:
         """Write a result, with more fields if given.
 
         Raises:
-            BrokenPipeError: If nobody reads standard output any more.
+            BrokenPipeError: If nobody reads standard output, or the pipe, any more.
             InspectError: If the file cannot take it, such as on a full disk.
         """
+        line = _line(result, more)
         try:
-            line = json.dumps(result.line() | more) + "\n"
-            if self._file is None:
+            if self._file is not None:
+                self._file.write(line.encode("ascii"))
+            elif sys.stdout is sys.__stdout__:
+                write_all(sys.stdout.fileno(), line.encode("ascii"))
+            else:  # a notebook's, or a test's
                 print(line, end="", flush=True)
-                return
-            rest = memoryview(line.encode("ascii"))
-            while rest:  # without a buffer: what is not on the disk is not kept for later either
-                rest = rest[self._file.write(rest) :]
         except BrokenPipeError:
             raise
         except OSError as error:
-            where = self._path or "standard output"
-            msg = f"{where} cannot be written ({error.strerror}); make room, then go on with --resume"
-            raise InspectError(msg) from error
+            raise self._refusal(error) from error
 
-    def _take_up(self, path: Path, *, resume: bool) -> None:
-        whole = _whole_bytes(path)
+    def _refusal(self, error: OSError) -> InspectError:
+        where = self._path or "standard output"
+        return InspectError(f"{where} cannot be written ({error.strerror}); make room, then go on with --resume")
+
+    def _take_up(self, path: Path, file: OutputFile, *, resume: bool) -> None:
+        whole = whole_bytes(path)
         if whole < path.stat().st_size:
             if not resume:
                 msg = f"--output is '{path}', whose last line is not whole; --resume cuts it off and goes on"
                 raise InspectError(msg)
-            with path.open("r+b") as file:
-                file.truncate(whole)
+            file.cut(whole)
             self.cut = True
         if resume:
-            with path.open("rb") as file:
-                for line in file:
+            with path.open("rb") as lines:
+                for line in lines:
                     try:
-                        self.done.add(str(json.loads(line)["name"]))
-                    except (ValueError, KeyError, TypeError):
+                        found = json.loads(line)
+                        self._done[_key(str(found["name"]))] = found.get("changed")
+                    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                         self.damaged += 1
 
 
-def _whole_bytes(path: Path) -> int:
-    """Length of a file up to the end of its last whole line."""
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - BLOCK)
-            file.seek(start)
-            at = file.read(end - start).rfind(b"\n")
-            if at >= 0:
-                return start + at + 1
-            end = start
-    return 0
+@lru_cache(maxsize=4096)
+def _folder(name: str) -> str:
+    return os.path.realpath(name)
+
+
+def _key(name: str) -> str:
+    """One key for all names of a file: relative or absolute, with detours or through links of folders."""
+    folder, base = os.path.split(name)
+    try:
+        return os.path.join(_folder(folder), base)
+    except ValueError:  # a zero byte
+        return name
+
+
+def _line(result: Result, more: dict[str, str]) -> str:
+    """A line of strict JSON: NaN and Infinity are none, and whoever reads the lines stops at them."""
+    try:
+        return json.dumps(result.line() | more, allow_nan=False) + "\n"
+    except ValueError as error:
+        problem = broken(result.name, f"has a result that is no JSON ({error}); export the model again")
+        return json.dumps(problem.line(), allow_nan=False) + "\n"

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -11,8 +11,10 @@ from PIL import Image
 from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.imaging.causes import CauseShares, cause_shares
 
-__all__ = ["FoundBox", "MapSummary", "Result", "View", "broken", "read_outputs"]
+__all__ = ["FoundBox", "MapSummary", "Result", "Stamp", "View", "broken", "read_outputs"]
 
+HASH = 16  # letters of a checksum in a line: two models of one line never share them by chance
+MOST_BOXES = 1000  # in a line; how many more there are is said
 GOOD, DEFECT, UNKNOWN, BROKEN = "good", "defect", "unknown", "error"
 
 
@@ -43,6 +45,22 @@ class MapSummary:
     area: float | None
 
 
+class Stamp(NamedTuple):
+    """What decided, so that an audit can follow a line.
+
+    Args:
+        model: Model, version and precision.
+        model_sha256: Of the model's files.
+        manifest_sha256: Of the manifest; "" without one.
+        threshold: Score above which a frame is defective; None: not known.
+    """
+
+    model: str
+    model_sha256: str
+    manifest_sha256: str
+    threshold: float | None
+
+
 @dataclass(frozen=True)
 class View:
     """What there is to draw of a frame: the picture, and for an anomaly the map and the pixels above the threshold."""
@@ -61,12 +79,16 @@ class Result:
         verdict: ``"good"``, ``"defect"``, ``"unknown"`` (no threshold is known) or ``"error"`` (no image).
         score: As the graph gives it.
         size: (width, height) of the frame in pixels.
-        boxes: Above the threshold, best first; None for a model without boxes.
+        boxes: Above the threshold, best first, at most 1000; None for a model without boxes.
+        more_boxes: How many there are beyond those.
         map: Summary of the anomaly map; None for a model without.
         causes: Percent of the anomaly that looks wrong, and that is in the wrong place; None: not exported, or nothing
             rises above what is normal.
         transport_score: How unusual the amounts are; None: not exported. Where it makes a frame defective on its own,
             something is missing or there is one too many, and the map shows nothing.
+        time: When the frame was taken, in UTC; "" if not known.
+        stamp: What decided.
+        changed: When the file was last changed, in UTC; None for an array, or a file that is not there.
         latency_ms: From the moment the frame was taken to this result.
         error: What is wrong with the frame, as a sentence that begins with its name.
         view: What there is to draw, where the inspector was asked to keep it.
@@ -77,9 +99,13 @@ class Result:
     score: float | None = None
     size: tuple[int, int] | None = None
     boxes: tuple[FoundBox, ...] | None = None
+    more_boxes: int = 0
     map: MapSummary | None = None
     causes: CauseShares | None = None
     transport_score: float | None = None
+    time: str = ""
+    stamp: Stamp | None = None
+    changed: str | None = None
     latency_ms: float = 0.0
     error: str | None = None
     view: View | None = field(default=None, repr=False, compare=False)
@@ -95,13 +121,15 @@ class Result:
         """Return what is written as a line of JSON; what does not apply is left out."""
         made: dict[str, Any] = {"name": self.name, "verdict": self.verdict}
         if self.error is not None:
-            return made | {"error": self.error, "latency_ms": round(self.latency_ms, 2)}
+            return made | {"error": self.error} | self._circumstances()
         made |= {"score": _short(self.score), "size": self.size}
         if self.boxes is not None:
             made["boxes"] = [
                 {"box": [round(side, 1) for side in b.box], "score": _short(b.score), "label": b.label, "class": b.name}
                 for b in self.boxes
             ]
+            if self.more_boxes:
+                made["more_boxes"] = self.more_boxes
         if self.map is not None:
             area = None if self.map.area is None else round(self.map.area, 6)
             at = {"x": round(self.map.x, 1), "y": round(self.map.y, 1)}
@@ -110,7 +138,20 @@ class Result:
             made["causes"] = self.causes._asdict()
         if self.transport_score is not None:
             made["transport_score"] = _short(self.transport_score)
-        return made | {"latency_ms": round(self.latency_ms, 2)}
+        return made | self._circumstances()
+
+    def _circumstances(self) -> dict[str, Any]:
+        """When and how it was inspected."""
+        made: dict[str, Any] = {"latency_ms": round(self.latency_ms, 2)}
+        if self.time:
+            made["time"] = self.time
+        if self.changed is not None:
+            made["changed"] = self.changed
+        if self.stamp is not None:
+            made |= {"threshold": self.stamp.threshold, "model": self.stamp.model}
+            made["model_sha256"] = self.stamp.model_sha256[:HASH]
+            made["manifest_sha256"] = self.stamp.manifest_sha256[:HASH] or None
+        return made
 
 
 def broken(name: str, problem: str, latency_ms: float = 0.0) -> Result:
@@ -139,34 +180,85 @@ def read_outputs(
         given: (width, height) of what the graph was given; boxes are in its pixels.
         threshold: The user's own threshold; None: the graph's.
     """
-    score = _score(outputs)
-    if not math.isfinite(score):
-        return broken(name, f"gave the score {score}, no number: export the model again, or look at this frame")
-    verdict = _verdict(outputs, manifest, score, threshold)
-    if manifest.kind == "boxes":
-        least = manifest.image_threshold if threshold is None else threshold
-        if least is None:
-            least = math.inf if verdict == GOOD else -math.inf
-        scale = (size[0] / given[0], size[1] / given[1])
-        boxes = _boxes(outputs, manifest.class_names, least, scale)
-        view = None if picture is None else View(picture)
-        return Result(name, verdict, score, size, boxes=boxes, view=view)
-    values = np.asarray(outputs["anomaly_map"], dtype=np.float32)[0].reshape(outputs["anomaly_map"].shape[-2:])
-    mask = _mask(outputs, manifest, values)
-    causes = None
-    if "feature_map" in outputs and "position_map" in outputs:
-        causes = cause_shares(values, outputs["feature_map"][0, 0], outputs["position_map"][0, 0], mask)
-    view = None if picture is None else View(picture, values.copy(), None if mask is None else mask.copy())
-    transport = float(np.ravel(outputs["transport_score"])[0]) if "transport_score" in outputs else None
-    summary = _summary(values, mask, size)
-    return Result(name, verdict, score, size, map=summary, causes=causes, transport_score=transport, view=view)
+    try:
+        score = _score(outputs)
+        verdict = _verdict(outputs, manifest, score, threshold)
+        if manifest.kind == "boxes":
+            least = manifest.image_threshold if threshold is None else threshold
+            if least is None:
+                least = math.inf if verdict == GOOD else -math.inf
+            scale = (size[0] / given[0], size[1] / given[1])
+            boxes, more = _boxes(outputs, manifest.class_names, least, scale)
+            view = None if picture is None else View(picture)
+            return Result(name, verdict, score, size, boxes=boxes, more_boxes=more, view=view)
+        values = _plane(outputs, "anomaly_map")
+        mask = _mask(outputs, manifest, values)
+        causes = None
+        if "feature_map" in outputs and "position_map" in outputs:
+            causes = cause_shares(values, _plane(outputs, "feature_map"), _plane(outputs, "position_map"), mask)
+        transport = _first(outputs, "transport_score") if "transport_score" in outputs else None
+        view = None if picture is None else View(picture, values.copy(), None if mask is None else mask.copy())
+        summary = _summary(values, mask, size)
+        return Result(name, verdict, score, size, map=summary, causes=causes, transport_score=transport, view=view)
+    except _OutputError as error:
+        return broken(name, f"gave {error}: export the model again, or look at this frame")
+
+
+class _OutputError(ValueError):
+    """What the graph gave that is no result, as the end of "it gave"."""
+
+
+def _first(outputs: Mapping[str, np.ndarray], name: str) -> float:
+    """The value of an output that has one, a finite number."""
+    values = np.ravel(outputs[name])
+    if values.size == 0 or values.dtype.kind not in "fiub":
+        msg = f"no {name} (an array of shape {np.shape(outputs[name])} and type {values.dtype})"
+        raise _OutputError(msg)
+    if not math.isfinite(value := float(values[0])):
+        msg = f"the {_WORDS.get(name, name)} {value}, no number"
+        raise _OutputError(msg)
+    return value
+
+
+_WORDS = {"pred_score": "score"}
+
+
+def _plane(outputs: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """A map as (H, W), float32, of finite numbers."""
+    found = np.asarray(outputs[name])
+    if found.ndim < 2 or found.size == 0 or found.size != found.shape[-2] * found.shape[-1]:
+        msg = f"no {name} but an array of shape {found.shape}"
+        raise _OutputError(msg)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = found.astype(np.float32, copy=False).reshape(found.shape[-2:])
+    if not np.isfinite(values).all():
+        msg = f"a map ({name}) with NaN or infinite values"
+        raise _OutputError(msg)
+    return values
+
+
+def _box_arrays(outputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes (N, 4), scores (N,) and labels (N,) of the frame, those that stand for no box (label < 0) left out."""
+    boxes, scores, labels = (np.asarray(outputs[f"pred_{name}"]) for name in ("boxes", "box_scores", "box_labels"))
+    count = scores.size
+    if scores.shape != (1, count) or labels.shape != (1, count) or boxes.shape != (1, count, 4):
+        msg = f"boxes, scores and labels of the shapes {boxes.shape}, {scores.shape} and {labels.shape}"
+        raise _OutputError(msg)
+    boxes, scores, labels = boxes[0].astype(float), scores[0].astype(float), labels[0]
+    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+        msg = "labels of boxes that are no numbers"
+        raise _OutputError(msg)
+    taken = labels >= 0
+    if not np.isfinite(scores[taken]).all():
+        msg = "scores of boxes that are no numbers"
+        raise _OutputError(msg)
+    return boxes[taken], scores[taken], labels[taken]
 
 
 def _score(outputs: Mapping[str, np.ndarray]) -> float:
     if "pred_score" in outputs:
-        return float(np.ravel(outputs["pred_score"])[0])
-    taken = outputs["pred_box_labels"][0] >= 0
-    return float(outputs["pred_box_scores"][0][taken].max(initial=0.0))
+        return _first(outputs, "pred_score")
+    return float(_box_arrays(outputs)[1].max(initial=0.0))
 
 
 def _verdict(outputs: Mapping[str, np.ndarray], manifest: Manifest, score: float, threshold: float | None) -> str:
@@ -175,7 +267,7 @@ def _verdict(outputs: Mapping[str, np.ndarray], manifest: Manifest, score: float
     if manifest.is_written and manifest.kind == "anomaly" and manifest.image_threshold is None:
         return UNKNOWN  # the graph compares with a threshold that was never found; detectors always have one
     if "pred_label" in outputs:
-        return DEFECT if bool(np.ravel(outputs["pred_label"])[0]) else GOOD
+        return DEFECT if _first(outputs, "pred_label") else GOOD
     if manifest.image_threshold is None:
         return UNKNOWN
     return DEFECT if score > manifest.image_threshold else GOOD
@@ -183,16 +275,23 @@ def _verdict(outputs: Mapping[str, np.ndarray], manifest: Manifest, score: float
 
 def _boxes(
     outputs: Mapping[str, np.ndarray], names: tuple[str, ...] | None, least: float, scale: tuple[float, float]
-) -> tuple[FoundBox, ...]:
-    boxes, scores, labels = (outputs[name][0] for name in ("pred_boxes", "pred_box_scores", "pred_box_labels"))
-    kept = [index for index in np.argsort(-scores, kind="stable") if labels[index] >= 0 and scores[index] > least]
-    stretch = np.array([*scale, *scale])
+) -> tuple[tuple[FoundBox, ...], int]:
+    """The boxes above a score, best first, and how many more there are than a line has room for."""
+    boxes, scores, labels = _box_arrays(outputs)
+    kept = [index for index in np.argsort(-scores, kind="stable") if scores[index] > least]
+    chosen = boxes[kept] * np.array([*scale, *scale])
+    if not np.isfinite(chosen).all():
+        msg = "a box with NaN or infinite sides"
+        raise _OutputError(msg)
+    if (chosen[:, :2] > chosen[:, 2:]).any():
+        msg = "a box whose left is right of its right, or whose top is below its bottom"
+        raise _OutputError(msg)
     found = []
-    for index in kept:
+    for index, box in zip(kept[:MOST_BOXES], chosen.tolist(), strict=False):
         label = int(labels[index])
         name = names[label] if names is not None and label < len(names) else str(label)
-        found.append(FoundBox(tuple((boxes[index] * stretch).tolist()), float(scores[index]), label, name))
-    return tuple(found)
+        found.append(FoundBox(tuple(box), float(scores[index]), label, name))
+    return tuple(found), len(kept) - len(found)
 
 
 def _mask(outputs: Mapping[str, np.ndarray], manifest: Manifest, values: np.ndarray) -> np.ndarray | None:
@@ -200,7 +299,11 @@ def _mask(outputs: Mapping[str, np.ndarray], manifest: Manifest, values: np.ndar
     if manifest.pixel_threshold is not None:
         return values > manifest.pixel_threshold
     if "pred_mask" in outputs and not manifest.is_written:
-        return np.asarray(outputs["pred_mask"])[0].reshape(values.shape).astype(bool)
+        mask = np.asarray(outputs["pred_mask"])
+        if mask.size != values.size:
+            msg = f"a pred_mask of shape {mask.shape}, and a map of {values.shape}"
+            raise _OutputError(msg)
+        return mask.reshape(values.shape).astype(bool)
     return None
 
 

@@ -1,5 +1,6 @@
 """Frames of a video file or a camera, read by OpenCV, which nothing else here needs."""
 
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -9,10 +10,12 @@ from types import ModuleType
 
 from anomalib_ot.edge.frames import Frame
 from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.polling import polled
 
 __all__ = ["camera_frames", "video_frames"]
 
-RETRY, TICK = 1.0, 0.1  # seconds
+RETRY = 1.0  # seconds
+AHEAD = 8  # frames that wait in memory; a camera that is faster than the inspection waits, or drops some itself
 
 
 def video_frames(path: str) -> Iterator[Frame]:
@@ -51,16 +54,18 @@ def _read_video(cv2: ModuleType, capture, path: str) -> Iterator[Frame]:
         capture.release()
 
 
-def camera_frames(index: int, stop: threading.Event) -> Iterator[Frame | None]:
+def camera_frames(index: int, stop: threading.Event, stalled_after: float | None = None) -> Iterator[Frame | None]:
     """Read a camera until told to stop; frames are called ``camera0@`` and the time in UTC.
 
-    A camera that is lost gives one broken frame, and is opened again every second until it is back.
+    A thread reads, so that a camera that waits for its trigger, or hangs, holds up neither what is on its way nor the
+    wish to stop. A camera that is lost gives one broken frame, and is opened again every second until it is back.
 
     Args:
         index: Number of the camera.
         stop: Set by whoever wants no more frames.
+        stalled_after: Seconds without a frame after which there is one broken frame; None: a trigger may take long.
 
-    Yields:
+    Returns:
         Frames in RGB order, and None while there is none.
 
     Raises:
@@ -71,27 +76,57 @@ def camera_frames(index: int, stop: threading.Event) -> Iterator[Frame | None]:
     if not capture.isOpened():
         msg = f"camera {index} cannot be opened; is it connected, and used by no other program? Cameras count from 0"
         raise InspectError(msg)
-    return _read_camera(cv2, capture, index, stop)
+    frames: queue.Queue[Frame | BaseException] = queue.Queue(maxsize=AHEAD)
+
+    def read() -> None:
+        try:
+            for frame in _read_camera(cv2, capture, index, stop):
+                frames.put(frame)
+        except BaseException as error:
+            frames.put(error)
+
+    threading.Thread(target=read, daemon=True).start()  # a daemon: who hangs in a driver cannot be waited for
+    return _watch_camera(frames, index, stop, stalled_after)
 
 
-def _read_camera(cv2: ModuleType, capture, index: int, stop: threading.Event) -> Iterator[Frame | None]:
+def _watch_camera(
+    frames: "queue.Queue[Frame | BaseException]", index: int, stop: threading.Event, stalled_after: float | None
+) -> Iterator[Frame | None]:
+    last, is_told = time.monotonic(), False
+    for frame in polled(frames):
+        if stop.is_set():
+            return
+        if isinstance(frame, BaseException):
+            raise frame
+        if frame is not None:
+            last, is_told = time.monotonic(), False
+        elif stalled_after is not None and not is_told and time.monotonic() - last >= stalled_after:
+            is_told = True
+            problem = f"has no image: camera {index} has given none for {stalled_after:g} s; it is waited for"
+            yield Frame(_camera_name(index), None, problem)
+        yield frame
+
+
+def _camera_name(index: int) -> str:
+    return f"camera{index}@{datetime.now(timezone.utc).isoformat(timespec='microseconds')}"
+
+
+def _read_camera(cv2: ModuleType, capture, index: int, stop: threading.Event) -> Iterator[Frame]:
     is_lost = False
     try:
         while not stop.is_set():
             is_read, image = capture.read()
-            name = f"camera{index}@{datetime.now(timezone.utc).isoformat(timespec='microseconds')}"
+            name, taken = _camera_name(index), time.perf_counter()
             if is_read:
                 is_lost = False
-                yield Frame(name, cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+                yield Frame(name, cv2.cvtColor(image, cv2.COLOR_BGR2RGB), taken=taken)
                 continue
             if not is_lost:
-                yield Frame(name, None, f"has no image: camera {index} gives none; it is tried again every second")
+                problem = f"has no image: camera {index} gives none; it is tried again every second"
+                yield Frame(name, None, problem, taken)
             is_lost = True
             capture.release()
-            end = time.monotonic() + RETRY
-            while time.monotonic() < end and not stop.is_set():
-                yield None
-                time.sleep(TICK)
+            stop.wait(RETRY)
             capture = cv2.VideoCapture(index)
     finally:
         capture.release()

@@ -2,6 +2,7 @@
 
 import math
 import os
+import stat
 import struct
 import zlib
 from importlib import import_module
@@ -14,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 __all__ = [
     "DECODE_ERRORS",
+    "FORMATS",
     "MIN_SIDE",
     "UNREADABLE",
     "Samples",
@@ -31,6 +33,19 @@ EIGHT_BIT_MAX = 255
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 UNREADABLE = (*DECODE_ERRORS, Image.DecompressionBombError)
 PACKAGES = {"cv2": "opencv-python-headless"}
+# Whatever a file is called, Pillow looks at what it holds, and starts other programs for some kinds (EPS): these only.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+FOREIGN = {
+    b"%!PS": "EPS",
+    b"\xc5\xd0\xd3\xc6": "EPS",
+    b"%PDF": "PDF",
+    b"8BPS": "PSD",
+    b"<svg": "SVG",
+    b"SIMPLE": "FITS",
+}
+FOREIGN |= {b"\x89HDF": "HDF5", b"\0\0\1\0": "ICO", b"\xd7\xcd\xc6\x9a": "WMF", b"DDS ": "DDS", b"BUFR": "BUFR"}
+FOREIGN |= {b"GRIB": "GRIB", b"icns": "ICNS", b"\0\0\1\xba": "MPEG", b"qoif": "QOI", b"SIMPLE": "FITS"}
+BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
 
 
 class Samples(NamedTuple):
@@ -45,7 +60,7 @@ class Samples(NamedTuple):
     full: int
 
 
-def read_samples(path: str | Path) -> Samples:
+def read_samples(path: str | Path, max_pixels: int | None = None) -> Samples:
     """Read an image without losing depth, on a scale that depends on its format and never on its content.
 
     8-bit files of any kind come as RGB, as Anomalib reads them: an alpha channel is dropped, a palette expanded, one
@@ -53,7 +68,8 @@ def read_samples(path: str | Path) -> Samples:
     as [0, 1] if their greatest value is at most 1, else as [0, 255].
 
     Args:
-        path: An image file that Pillow can open.
+        path: An image file of one of `FORMATS`.
+        max_pixels: More are refused before any is decoded; None: as many as Pillow takes.
 
     Returns:
         The samples, as they are in the file.
@@ -62,7 +78,10 @@ def read_samples(path: str | Path) -> Samples:
         ImportError: If the file has several 16-bit channels, and OpenCV (PNG) or tifffile (TIFF) is not installed.
         Exception: One of `UNREADABLE` if the file cannot be read; `read_problem` puts it into words.
     """
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            msg = f"{image.width} x {image.height} pixels, expected at most {max_pixels / 1e6:g} million"
+            raise Image.DecompressionBombError(msg)
         sample = sample_format(image)
         if sample == "8":
             return Samples(np.asarray(image.convert("RGB")), EIGHT_BIT_MAX)
@@ -96,11 +115,17 @@ def sample_format(image: Image.Image) -> str:
 
 def file_problem(path: str | Path) -> str | None:
     """Say why there is nothing to decode at a path, as the end of a sentence that begins with it; None: there is."""
-    if not os.path.exists(path):
+    try:
+        status = os.stat(path)
+    except PermissionError:
+        return "may not be read (no permission); change its permissions"
+    except (OSError, ValueError):  # a name with a zero byte is a ValueError
         return "does not exist; restore it or correct the path"
-    if os.path.isdir(path):
+    if stat.S_ISDIR(status.st_mode):
         return "is a folder, not a file; remove it or rename it"
-    if os.path.getsize(path) == 0:
+    if not stat.S_ISREG(status.st_mode):
+        return "is a pipe or a device, not a file; remove it"
+    if status.st_size == 0:
         return "is empty (0 bytes); restore it or remove it"
     return None
 
@@ -119,7 +144,7 @@ def read_problem(path: str | Path, error: BaseException) -> str:
     if isinstance(error, PermissionError):
         return "may not be read (no permission); change its permissions"
     if isinstance(error, Image.DecompressionBombError):
-        return f"has more pixels than Pillow opens ({error}); cut it into tiles"
+        return f"has more pixels than are read ({error}); cut it into tiles"
     return f"is cut off or damaged ({' '.join(str(error).split())}); restore it or remove it"
 
 
@@ -175,6 +200,7 @@ def _module(name: str, what: str) -> ModuleType:
 
 
 def _unidentified(path: str | Path) -> str:
+    """Say what a file is that is none of `FORMATS`, as far as its first bytes tell."""
     with open(path, "rb") as file:
         head = file.read(256)
     if head[:4] in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}:
@@ -182,5 +208,8 @@ def _unidentified(path: str | Path) -> str:
             "is a TIFF of a kind that Pillow, and so Anomalib, cannot read (several float channels, 64 bits, unusual "
             "compression or damage); save it with 8 or 16 bits"
         )
+    kind = next((kind for start, kind in FOREIGN.items() if head.startswith(start)), BRANDS.get(head[8:12]))
+    if kind is not None:
+        return f"is a file of kind {kind}, which is not read, whatever its name says; save it as PNG"
     text = "text, " if head and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head) else ""
     return f"is {text}not an image, whatever its name says; replace it by the image or remove it"

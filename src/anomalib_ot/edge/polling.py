@@ -1,0 +1,31 @@
+"""What a thread has put into a queue, taken without ever holding up what is on its way."""
+
+import queue
+from collections.abc import Iterator
+from typing import TypeVar
+
+__all__ = ["polled"]
+
+Item = TypeVar("Item")
+TICK = 0.1  # seconds between two looks at the wish to stop
+
+
+def polled(items: "queue.Queue[Item]") -> Iterator[Item | None]:
+    """Take items from a queue, without end.
+
+    Args:
+        items: Filled by another thread; None in it is passed on like any other item.
+
+    Yields:
+        Items, and None at once where there is none, and then every tick.
+    """
+    while True:
+        try:
+            item = items.get_nowait()
+        except queue.Empty:
+            yield None
+            try:
+                item = items.get(timeout=TICK)
+            except queue.Empty:
+                continue
+        yield item
