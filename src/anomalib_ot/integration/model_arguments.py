@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anomalib_ot.anomaly.members import PRESETS, Member, default_members_0_1, make_members
+from anomalib_ot.anomaly.members import PRESETS, Member, compact_members, make_members
 from anomalib_ot.anomaly.model import PrototypesModel
 from anomalib_ot.anomaly.scoring import IMAGE_SCORES
-from anomalib_ot.integration.backbone import build_extractor
+from anomalib_ot.integration.backbone import FILTER_BANK, build_extractor
 from anomalib_ot.integration.input_checks import check_fraction, check_known
 from anomalib_ot.integration.input_error import InputError
 
@@ -70,8 +70,11 @@ def build_model(
     if len(set(layers)) < len(layers):
         msg = f"layers is {list(layers)}, which names a layer twice; name each once"
         raise InputError(msg)
+    compact = backbone == FILTER_BANK and preset == "default"
+    if compact and members is None and num_global is None:
+        members = compact_members(layers)
     built = _members(preset, layers, members, alpha=alpha, num_prototypes=num_prototypes, num_global=num_global)
-    score = score if score is not None else "max"
+    score = score if score is not None else ("mean_top1" if compact else "max")
     check_known("score", score, IMAGE_SCORES)
     if len(image_size) != 2 or min(image_size) < MIN_SIDE:
         msg = f"image_size is {list(image_size)}; expected height and width of at least {MIN_SIDE} pixels each"
@@ -100,12 +103,24 @@ def as_trained(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         return saved
     if saved.get("score") is None:
         saved["score"] = "mean_top1"
-    if saved.get("members") is None and saved.get("layers"):
+    if saved.get("members") is not None:
+        saved["members"] = [_renamed(member) for member in saved["members"]]
+    elif saved.get("layers"):
         overrides = {name: saved[name] for name in ("alpha", "num_prototypes") if saved.get(name) is not None}
         if saved.get("num_global") is not None:
             overrides["num_global"] = saved["num_global"]
-        saved["members"] = [member | overrides for member in default_members_0_1(saved["layers"])]
+        saved["members"] = [member | overrides for member in compact_members(saved["layers"])]
     return saved
+
+
+def _renamed(member: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a member of version 0.1 with today's names."""
+    member = dict(member)
+    if member.get("start") == "data":
+        member["start"] = "k-means"
+    if "prototype_scale" in member:
+        member["scale"] = "prototype" if member.pop("prototype_scale") else "largest"
+    return member
 
 
 def check_training_arguments(epochs: int, max_cached_gb: float) -> None:

@@ -43,8 +43,8 @@ NO_DATA = "no data to {}; name a data set (--data Folder --data.root ..., in Pyt
 class OTPrototypes(ExplainedExport, AnomalibModule):
     """Transport patches to prototypes of normal parts: what finds none looks wrong, or is in the wrong place.
 
-    One pass of a frozen timm backbone over good images, then a fit of seconds: prototypes of patch features with their
-    positions, found by k-means and optimal transport. The anomaly map splits exactly into a feature and a position
+    One pass of a frozen timm backbone over good images, then a fit of seconds to a minute: prototypes that cover the
+    patch features of good images, with their positions. The anomaly map splits exactly into a feature and a position
     part, and every patch names the place that it was matched to.
 
     Args:
