@@ -29,7 +29,7 @@ MODELS = {
         "layers": ["scale2", "scale3"],
         "image_size": (64, 64),
         "members": [
-            {"alpha": alpha, "num_global": 1, "start": "random", "prototype_scale": False, "position_quantile": 0.0}
+            {"alpha": alpha, "num_global": 1, "start": "random", "scale": "largest", "position_quantile": 0.0}
             | {"position_unit": None, "epsilon": 0.01, "rho": None, "tolerance": 0.0, "momentum": 0.95, "passes": 2}
             | {"pooling": 1, "align_corners": True, "calibrate": False, "layers": [layer]}
             for layer in ("scale2", "scale3")
