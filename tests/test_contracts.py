@@ -68,4 +68,4 @@ def test_room_has_a_name_and_is_read_in_one_sitting(path):
     vague = VAGUE & {part.removesuffix(".py").lower() for part in path.parts}
     assert not vague, f"{path}: a room called {vague} says nothing; a function lives where its noun lives"
     lines = len((PACKAGE / path).read_text(encoding="utf-8").splitlines())
-    assert lines <= 320, f"{path} has {lines} lines, more than one reads in one sitting (320): split it by its nouns"
+    assert lines <= 600, f"{path} has {lines} lines, more than the 600 of one file: split it by its nouns"
