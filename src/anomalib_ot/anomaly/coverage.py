@@ -91,7 +91,7 @@ class Barycenters:
         points = points.cpu()
         squared, number = nearest_distance(points, self.prototypes)
         squared = squared.double()
-        # At a distance of 0 orders below 2 have no weight; above 2 such a patch pulls at nothing.
+        # d^(p-2); the bound keeps it finite where a patch lies on its prototype and p is below 2.
         weights = squared.clamp(min=TINY).pow(self.order / 2 - 1) if self.order != 2 else torch.ones_like(squared)
         self._weights.index_add_(0, number, weights)
         self._sums.index_add_(0, number, points.double() * weights[:, None])

@@ -165,9 +165,8 @@ def measure_scales(bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> N
         there = own[nearest.sampled[some] % encoded.per_image]
         away[some] = (there - theirs[nearest.sampled_index[some]]).norm(dim=1)
     tolerances = _group_quantile(away, nearest.sampled_index, count, member.position_quantile)
-    if (
-        member.scale == "typical" and member.position_quantile > 0
-    ):  # thousands of prototypes: few patches know each radius
+    # Thousands of prototypes have few patches each, too few to know a radius by.
+    if member.scale == "typical" and member.position_quantile > 0:
         known = nearest.members.float()
         common = _quantiles(away, torch.tensor([member.position_quantile]))
         tolerances = (known * tolerances + RADIUS_PRIOR * common) / (known + RADIUS_PRIOR)
