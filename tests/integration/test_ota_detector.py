@@ -153,7 +153,7 @@ def test_resuming_continues(shapes, tmp_path):
             )
 
     start = Start()
-    model = OTADetector(**SMALL | {"backbone_weights": "nowhere.safetensors"})  # is not asked for
+    model = OTADetector(**SMALL | {"pre_trained": True, "backbone_weights": "nowhere.safetensors"})  # is not asked for
     second = engine(tmp_path, max_epochs=2, callbacks=[start])
     second.fit(model, datamodule=data(shapes), ckpt_path=path)
     assert (start.step, second.trainer.global_step) == (2, 4)
