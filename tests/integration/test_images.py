@@ -262,6 +262,20 @@ def test_report_sorts_the_modes_and_says_so_once(tmp_path, good, caplog):
     assert [record.getMessage().count("alpha channel") for record in caplog.records] == [1]
 
 
+def test_photographs_turned_by_exif_are_counted(tmp_path, caplog):
+    paths = []
+    for number, orientation in enumerate((None, 1, 3, 6)):
+        exif = Image.Exif()
+        if orientation is not None:
+            exif[0x0112] = orientation
+        paths.append(tmp_path / f"{number}.jpg")
+        Image.new("RGB", (40, 30)).save(paths[-1], exif=exif)
+    Image.new("RGB", (40, 30)).save(tmp_path / "odd.jpg", exif=b"Exif\0\0damaged")
+    report = check_images([*paths, tmp_path / "odd.jpg"], "data toy")
+    assert report.turned == (str(paths[2]), str(paths[3]))
+    assert f"data toy: 2 of 5 are turned by EXIF orientation (first {paths[2]})" in caplog.text
+
+
 def test_files_are_decoded_once_until_they_change(tmp_path, good, monkeypatch):
     decoded = []
     monkeypatch.setattr(images, "_decode", lambda name, decode=images._decode: decoded.append(name) or decode(name))

@@ -220,6 +220,39 @@ def test_no_abnormal_images_is_said_once(root, caplog):
 # Masks
 
 
+def test_odd_masks_of_a_folder_are_counted_once(root, caplog):
+    for index in range(3, 7):
+        save(root / "bad" / f"{index}.png")
+    drawn = np.zeros((32, 32), np.uint8)
+    drawn[4:9, 4:9] = 255
+    alpha = np.zeros((32, 32, 4), np.uint8)
+    alpha[..., 3] = drawn
+    odd = (np.zeros_like(drawn), np.full_like(drawn, 255), 255 - drawn, alpha)
+    for index, pixels in enumerate([drawn] * 3 + list(odd)):
+        Image.fromarray(pixels).save(root / "masks" / f"{index}.png")
+    datamodule = folder(root, val_split_mode="same_as_test")
+    datamodule.setup()
+    for stage in ("fit", "test"):
+        check_datamodule(datamodule, stage)
+    said = [message for message in caplog.messages if "mask" in message]
+    assert len(said) == 4
+    for start in (
+        "data toy: 2 masks without a defect, as Anomalib reads masks",
+        "data toy: 1 mask covering the whole image, as Anomalib",
+        "data toy: 1 mask covering most of the image (inverted?), as Anomalib",
+        "data toy: 1 mask with other objects than Anomalib measures with",
+    ):
+        assert sum(message.startswith(start) for message in said) == 1, said
+
+
+def test_a_split_without_validation_images_is_told(root, caplog):
+    datamodule = folder(root, abnormal_dir=None, mask_dir=None, normal_split_ratio=0.2, seed=0)
+    datamodule.setup()
+    check_datamodule(datamodule, "fit")
+    assert len(datamodule.val_data) == 0
+    assert f"no validation image is left beside the {len(datamodule.train_data)} to train on" in caplog.text
+
+
 def test_missing_mask_names_the_image(root):
     (root / "masks" / "1.png").unlink()
     message = error_of(check_datamodule, folder(root), "fit")

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from anomalib_ot.imaging.samples import (
+    DECODE_ERRORS,
     UNREADABLE,
     file_problem,
     out_of_scale,
@@ -23,6 +24,7 @@ from anomalib_ot.imaging.samples import (
     size_problem,
 )
 from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.labelled_images import ORIENTATION
 
 __all__ = ["ImageReport", "check_images"]
 
@@ -42,6 +44,7 @@ class ImageReport:
         alpha: Files with an alpha channel, which is dropped.
         gray: Files with one channel.
         palette: Files with a palette, which is expanded to RGB.
+        turned: Files with an EXIF orientation, which is not applied.
     """
 
     count: int
@@ -49,6 +52,7 @@ class ImageReport:
     alpha: tuple[str, ...]
     gray: tuple[str, ...]
     palette: tuple[str, ...]
+    turned: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class _Finding:
     mode: str = ""
     sample: str = ""
     greatest: float = 0.0
+    is_turned: bool = False
 
 
 _findings: dict[tuple[str, int, int], _Finding] = {}
@@ -101,6 +106,7 @@ def check_images(paths: Iterable[str | Path], description: str) -> ImageReport:
         alpha=_with_mode(found, "RGBA", "LA", "PA", "RGBa", "La"),
         gray=_with_mode(found, "1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"),
         palette=_with_mode(found, "P", "PA"),
+        turned=tuple(name for name, finding in found.items() if finding.is_turned),
     )
     if fresh:
         _log(report, description)
@@ -148,12 +154,20 @@ def _decode(name: str) -> _Finding:
                 return _Finding(problem)
             values = np.asarray(image) if sample in {"16", "float"} else None
             mode = image.mode
+            is_turned = _is_turned(image)
     except UNREADABLE as error:
         return _Finding(read_problem(name, error))
     if values is None:
-        return _Finding(mode=mode, sample=sample)
+        return _Finding(mode=mode, sample=sample, is_turned=is_turned)
     problem = out_of_scale(values)
-    return _Finding(problem, mode, sample, greatest=0.0 if problem else float(values.max()))
+    return _Finding(problem, mode, sample, greatest=0.0 if problem else float(values.max()), is_turned=is_turned)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether a loaded image has an EXIF orientation; damaged EXIF data has none, and harms nothing else."""
+    with suppress(*DECODE_ERRORS):
+        return image.getexif().get(ORIENTATION, 1) in range(2, 9)
+    return False
 
 
 def _check_one_float_scale(found: dict[str, _Finding], description: str) -> None:
@@ -173,6 +187,15 @@ def _with_mode(found: dict[str, _Finding], *modes: str) -> tuple[str, ...]:
 
 
 def _log(report: ImageReport, description: str) -> None:
+    if report.turned:
+        logger.warning(
+            "%s: %d of %d are turned by EXIF orientation (first %s), which Anomalib does not apply: they are read as "
+            "stored; if all should stand alike, save them turned (PIL.ImageOps.exif_transpose), and their masks",
+            description,
+            len(report.turned),
+            report.count,
+            report.turned[0],
+        )
     if report.alpha:
         logger.info(
             "%s: %d of %d have an alpha channel (first %s); it is dropped",

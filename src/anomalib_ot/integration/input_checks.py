@@ -19,12 +19,15 @@ import torch
 from anomalib.data.datamodules.base.image import AnomalibDataModule
 from anomalib.data.datasets.image.folder import FolderDataset
 from anomalib.data.errors import MisMatchError
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from anomalib_ot.integration.folder_checks import check_folder_pairs, explain_folder_failure
 from anomalib_ot.integration.input_error import InputError, install_short_errors
+from anomalib_ot.integration.labelled_images import Findings
+from anomalib_ot.integration.mask_checks import count_odd_masks
 
 __all__ = [
     "DataPaths",
@@ -43,6 +46,7 @@ MIN_TRAINING_IMAGES = 2
 ASPECT_TOLERANCE = 0.02  # relative; a mask at another resolution is off by rounding only
 
 _warned: "WeakSet[AnomalibDataModule]" = WeakSet()
+_looked_at: "WeakSet[AnomalibDataModule]" = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,13 @@ def check_datamodule(datamodule: object, stage: str | None = None) -> DataPaths:
     if is_split and stage in {"fit", "validate", "test"}:
         _warn_without_abnormal(datamodule, subsets.get("test"))
     masks = dict.fromkeys(mask for found in pairs.values() for _, mask in found)
+    if is_split and stage in {"fit", "validate", "test"} and datamodule not in _looked_at:
+        _looked_at.add(datamodule)
+        findings = Findings()
+        count_odd_masks(masks, findings)
+        rank_zero_only(findings.log)(f"data {datamodule.name}")
+        if stage == "fit" and not images.get("val"):
+            _warn_without_validation(datamodule, len(images.get("train", ())))
     return DataPaths(**images, masks=tuple(masks))
 
 
@@ -272,6 +283,16 @@ def _check_training_images(datamodule: AnomalibDataModule, train: tuple[str, ...
         f"are needed{cause}; add normal images to {folder}"
     )
     raise InputError(msg)
+
+
+def _warn_without_validation(datamodule: AnomalibDataModule, count: int) -> None:
+    logger.warning(
+        "data %s: no validation image is left beside the %d to train on, so that no threshold is found: scores are not "
+        "put to scale, and verdicts (pred_label, pred_mask) mean nothing; add images, name a folder of abnormal ones, "
+        "or set --data.val_split_mode same_as_test",
+        datamodule.name,
+        count,
+    )
 
 
 def _warn_without_abnormal(datamodule: AnomalibDataModule, test: Dataset | None) -> None:

@@ -17,11 +17,11 @@ from torch import nn
 
 from anomalib_ot.anomaly.model import PrototypesModel, portions
 from anomalib_ot.integration.backbone import checked_weights, fill_weights
-from anomalib_ot.integration.checked_export import ExplainedExport
 from anomalib_ot.integration.checkpoints import check_own_checkpoint, checked_reading, trained_arguments
 from anomalib_ot.integration.embedding_cache import EmbeddingCache
 from anomalib_ot.integration.embedding_files import images_to_come
 from anomalib_ot.integration.explained_batch import ExplainedBatch
+from anomalib_ot.integration.explained_export import ExplainedExport
 from anomalib_ot.integration.fit_progress import fit_progress
 from anomalib_ot.integration.input_checks import check_datamodule
 from anomalib_ot.integration.input_error import InputError, install_short_errors
