@@ -34,7 +34,7 @@ class Looks:
     """A watched folder that is looked at when asked, without a clock."""
 
     def __init__(self, folder, monkeypatch, **keywords):
-        self.now = time.monotonic()
+        self.now = 1000.0
         monkeypatch.setattr(watched, "_sleep", lambda seconds, stop: None)
         monkeypatch.setattr(watched.time, "monotonic", lambda: self.now)
         self._frames = watched_frames(folder, threading.Event(), **keywords)
@@ -140,13 +140,13 @@ def test_a_file_is_tried_until_it_is_stable_and_again_after_a_change(bright, tmp
         def inspected(seconds):
             return [one.verdict for one in inspector.stream(eye.look(seconds))]
 
-        assert inspected(0.3) == []
-        assert [inspected(0.6) for _ in range(4)] == [[]] * 4  # it is read, and may still be written
-        assert inspected(0.6) == ["error"]
+        assert inspected(0.25) == []
+        assert [inspected(0.625) for _ in range(4)] == [[]] * 4  # it is read, and may still be written
+        assert inspected(0.625) == ["error"]
         assert inspected(9) == []
         path.write_bytes(whole)
-        assert inspected(0.3) == []
-        assert inspected(0.6) == ["good"]
+        assert inspected(0.25) == []
+        assert inspected(0.625) == ["good"]
         assert inspected(9) == []
 
 

@@ -130,7 +130,7 @@ class _Memory:
     def again(self, name: str) -> bool:
         """Whether a file that could not be read is read again, since it may still be written."""
         seen, now = self._seen.get(name), time.monotonic()
-        if seen is None or now - seen.since >= PATIENCE:
+        if seen is None or now >= seen.since + PATIENCE:
             return False
         self._seen[name] = seen._replace(taken=False, due=min(now + SETTLED, seen.since + PATIENCE))
         return True
