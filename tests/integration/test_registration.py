@@ -17,16 +17,16 @@ ROOT = Path(__file__).parents[2]
 STARTUP_FILES = {"anomalib_ot.pth", "anomalib_ot.start", "_anomalib_ot_startup.py"}
 OUR_ENTRY_POINTS = {
     "anomalib.models": {
-        "OTADetector": "anomalib_ot.integration.ota_detector:OTADetector",
-        "SparseMDOD": "anomalib_ot.integration.sparse_mdod_model:SparseMDOD",
-        "OTPrototypes": "anomalib_ot.integration.ot_prototypes:OTPrototypes",
+        "OTADetector": "anomalib_ot.integration.models.ota_detector:OTADetector",
+        "SparseMDOD": "anomalib_ot.integration.models.sparse_mdod:SparseMDOD",
+        "OTPrototypes": "anomalib_ot.integration.models.ot_prototypes:OTPrototypes",
     },
     "anomalib.data": {
-        "CocoBoxes": "anomalib_ot.integration.coco_boxes:CocoBoxes",
-        "MaskBoxes": "anomalib_ot.integration.mask_boxes:MaskBoxes",
-        "SyntheticFabric": "anomalib_ot.integration.synthetic_fabric:SyntheticFabric",
-        "SyntheticFabricBoxes": "anomalib_ot.integration.synthetic_fabric_boxes:SyntheticFabricBoxes",
-        "TianchiFabric": "anomalib_ot.integration.tianchi_fabric:TianchiFabric",
+        "CocoBoxes": "anomalib_ot.integration.data.coco_boxes:CocoBoxes",
+        "MaskBoxes": "anomalib_ot.integration.data.mask_boxes:MaskBoxes",
+        "SyntheticFabric": "anomalib_ot.integration.data.synthetic_fabric:SyntheticFabric",
+        "SyntheticFabricBoxes": "anomalib_ot.integration.data.synthetic_fabric_boxes:SyntheticFabricBoxes",
+        "TianchiFabric": "anomalib_ot.integration.data.tianchi_fabric:TianchiFabric",
     },
     "console_scripts": {"anomalib-ot": "anomalib_ot.__main__:main"},
 }
