@@ -342,7 +342,8 @@ import os
 from torch import nn
 from anomalib import LearningType
 from anomalib.models.components import AnomalibModule
-from anomalib_ot.integration.data.datamodule_checks import InputError, check_datamodule, install_short_errors
+from anomalib_ot.integration.checks.errors import InputError, install_short_errors
+from anomalib_ot.integration.data.datamodule_checks import check_datamodule
 
 install_short_errors()
 
