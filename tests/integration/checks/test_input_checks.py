@@ -13,15 +13,9 @@ from anomalib.data import Folder, PredictDataset
 from PIL import Image
 
 from anomalib_ot.integration.checks import errors as input_error
-from anomalib_ot.integration.data.datamodule_checks import (
-    InputError,
-    check_datamodule,
-    check_fraction,
-    check_known,
-    check_state_dict_finite,
-    dataset_image_paths,
-    install_short_errors,
-)
+from anomalib_ot.integration.checks.errors import InputError, install_short_errors
+from anomalib_ot.integration.checks.values import check_fraction, check_known, check_state_dict_finite
+from anomalib_ot.integration.data.datamodule_checks import check_datamodule, dataset_image_paths
 
 
 def save(path: Path, size=(32, 32), mode="RGB") -> Path:
@@ -348,7 +342,8 @@ import os
 from torch import nn
 from anomalib import LearningType
 from anomalib.models.components import AnomalibModule
-from anomalib_ot.integration.data.datamodule_checks import InputError, check_datamodule, install_short_errors
+from anomalib_ot.integration.checks.errors import InputError, install_short_errors
+from anomalib_ot.integration.data.datamodule_checks import check_datamodule
 
 install_short_errors()
 
@@ -375,7 +370,7 @@ class Throwaway(AnomalibModule):
 
 def run_cli(root, fails_in, normal_dir="good", **environment):
     (root / "throwaway.py").write_text(THROWAWAY)
-    source = Path(input_error.__file__).parents[2]
+    source = Path(input_error.__file__).parents[3]
     arguments = (
         f"train --model throwaway.Throwaway --data Folder --data.name toy --data.root {root} --data.num_workers 0"
     )

@@ -24,13 +24,13 @@ from anomalib_ot.imaging.samples import (
     size_problem,
 )
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.data.records import ORIENTATION
 
 __all__ = ["ImageReport", "check_images"]
 
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 2
+ORIENTATION = 0x0112  # EXIF
 PATIENCE = 1.0  # seconds of silence before the progress bar
 
 

@@ -1,16 +1,14 @@
-"""Checks of what the user hands in: arguments, weights, and the datamodule before any training starts."""
+"""Checks of a datamodule before any training starts: its folders, splits, masks and sizes."""
 
 import copy
-import difflib
 import logging
 import math
 import os
 import random
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from numbers import Real
 from pathlib import Path
 from weakref import WeakSet
 
@@ -21,24 +19,14 @@ from anomalib.data.datasets.image.folder import FolderDataset
 from anomalib.data.errors import MisMatchError
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from anomalib_ot.integration.checks.errors import InputError, install_short_errors
+from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.folder_checks import check_folder_pairs, explain_folder_failure
 from anomalib_ot.integration.data.mask_checks import count_odd_masks
 from anomalib_ot.integration.data.records import Findings
 
-__all__ = [
-    "DataPaths",
-    "InputError",
-    "check_datamodule",
-    "check_fraction",
-    "check_known",
-    "check_state_dict_finite",
-    "dataset_image_paths",
-    "install_short_errors",
-]
+__all__ = ["DataPaths", "check_datamodule", "dataset_image_paths"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,72 +63,6 @@ class DataPaths:
         }
         chosen = subsets.get(stage, (self.train, self.val, self.test))
         return tuple(dict.fromkeys(path for subset in chosen for path in subset))
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Check that an argument lies in [0, 1].
-
-    Args:
-        name: Name of the argument, as the user writes it.
-        value: What came.
-
-    Raises:
-        InputError: If ``value`` is not a number from 0 to 1.
-
-    Examples:
-        >>> check_fraction("alpha", 0.5)
-    """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1:
-        msg = f"{name} is {value!r}; expected a number from 0 to 1"
-        raise InputError(msg)
-
-
-def check_known(name: str, value: str, known: Collection[str]) -> None:
-    """Check that an argument is one of the known names, and suggest the nearest one if it is not.
-
-    Args:
-        name: Name of the argument, as the user writes it.
-        value: What came.
-        known: The names that are accepted.
-
-    Raises:
-        InputError: If ``value`` is not among ``known``.
-
-    Examples:
-        >>> check_known("layer", "layer2", ["layer1", "layer2"])
-    """
-    if value in known:
-        return
-    near = difflib.get_close_matches(str(value), [str(entry) for entry in known], n=1)
-    suggestion = f" (did you mean {near[0]!r}?)" if near else ""
-    msg = f"{name} is {value!r}, which is not known{suggestion}; expected one of: {', '.join(map(str, known))}"
-    raise InputError(msg)
-
-
-def check_state_dict_finite(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
-    """Check that weights hold neither NaN nor infinity.
-
-    Args:
-        state_dict: Tensors by name; entries that are not floating-point tensors are passed over.
-        path: The file they came from, for the message.
-
-    Raises:
-        InputError: If a value is not finite; names the file and the first such tensor.
-
-    Examples:
-        >>> check_state_dict_finite({"weight": torch.ones(2)}, "weights.safetensors")
-    """
-    for name, tensor in state_dict.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            continue
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            msg = (
-                f"weights {path}: tensor {name!r} holds {bad} NaN or infinite values of {tensor.numel()}; "
-                "the file is damaged or its training diverged, take another one"
-            )
-            raise InputError(msg)
 
 
 def check_datamodule(datamodule: object, stage: str | None = None) -> DataPaths:

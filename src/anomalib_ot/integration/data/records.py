@@ -13,13 +13,13 @@ from PIL import Image
 
 from anomalib_ot.imaging.samples import DECODE_ERRORS
 from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.images import ORIENTATION
 
 __all__ = ["Findings", "LabelledImage", "check_image_files", "clean_box", "image_sizes"]
 
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 2
-ORIENTATION = 0x0112  # EXIF
 BORDER = 1.0  # pixels; tools that count edges differently reach over the border by that much
 PLURAL = {"box": "boxes", "class": "classes"}
 

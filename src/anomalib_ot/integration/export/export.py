@@ -11,6 +11,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.deploy.export import CompressionType
 from anomalib.post_processing import PostProcessor
 
+from anomalib_ot.integration.checks.values import check_fitted
 from anomalib_ot.integration.export.known_scores import summarised_scores
 from anomalib_ot.integration.export.manifest import (
     RT_INFO,
@@ -42,7 +43,6 @@ from anomalib_ot.integration.export.runtime import (
     quiet_export,
     without_settled_choices,
 )
-from anomalib_ot.integration.models.guard import check_fitted
 
 if TYPE_CHECKING:
     from torchmetrics import Metric

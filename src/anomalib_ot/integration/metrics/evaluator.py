@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import ModuleList
 
-from anomalib_ot.integration.data.datamodule_checks import check_fraction
+from anomalib_ot.integration.checks.values import check_fraction
 from anomalib_ot.integration.metrics.accumulator import BoxRecord
 from anomalib_ot.integration.metrics.metrics import (
     MODEL_THRESHOLD,

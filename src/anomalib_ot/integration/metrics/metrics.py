@@ -10,8 +10,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.values import check_fraction, check_known
 from anomalib_ot.integration.data.box_batch import BoxBatch
-from anomalib_ot.integration.data.datamodule_checks import check_fraction, check_known
 from anomalib_ot.integration.metrics.accumulator import FIELDS, BoxRecord
 from anomalib_ot.vision.metrics import (
     false_positives_per_good_image,

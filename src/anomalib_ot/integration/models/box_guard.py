@@ -8,10 +8,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from anomalib_ot.integration.checks.checkpoints import install_checkpoint_check
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.images import check_images
+from anomalib_ot.integration.checks.values import check_fitted, check_precision
 from anomalib_ot.integration.data.datamodule import BoxDataModule
 from anomalib_ot.integration.data.datamodule_checks import dataset_image_paths
-from anomalib_ot.integration.models.guard import check_fitted
-from anomalib_ot.integration.models.prototypes_options import check_precision
 from anomalib_ot.integration.processing.sinkhorn_nms import SinkhornNMS
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from anomalib_ot.integration.checks.checkpoints import (
     trained_arguments,
 )
 from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.values import check_fraction, check_known
 from anomalib_ot.integration.data.box_batch import BoxBatch
-from anomalib_ot.integration.data.datamodule_checks import check_fraction, check_known
 from anomalib_ot.integration.export.export import CheckedExport
 from anomalib_ot.integration.export.known_scores import ScoreKeeper
 from anomalib_ot.integration.metrics.evaluator import default_evaluator

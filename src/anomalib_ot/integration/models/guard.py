@@ -8,13 +8,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from anomalib_ot.integration.checks.checkpoints import install_checkpoint_check
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.images import check_images
+from anomalib_ot.integration.checks.values import check_fitted, check_precision
 from anomalib_ot.integration.data.datamodule_checks import check_datamodule, dataset_image_paths
 from anomalib_ot.integration.data.deep_images import check_augmentations
 from anomalib_ot.integration.models.gradient_anchor import GradientAnchor
-from anomalib_ot.integration.models.prototypes_options import check_precision
 from anomalib_ot.integration.processing.pre_post import ExportablePreProcessor
 
-__all__ = ["InputGuard", "check_fitted"]
+__all__ = ["InputGuard"]
 
 
 class InputGuard(Callback):
@@ -80,22 +80,3 @@ class InputGuard(Callback):
                 f"({type(pre_processor).__name__}) does not restore; convert it to 8 bits, or use the default one"
             )
             raise InputError(msg)
-
-
-def check_fitted(pl_module: LightningModule, doing: str) -> None:
-    """Check that a model was trained.
-
-    Args:
-        pl_module: The model, which says by `is_fitted` whether it was trained.
-        doing: What it is needed for, a verb.
-
-    Raises:
-        InputError: If it was not.
-    """
-    if not pl_module.is_fitted:
-        name = type(pl_module).__name__
-        msg = (
-            f"this {name} model is not trained, there is nothing to {doing}; train it first, "
-            f"or name its checkpoint (--ckpt_path PATH, in Python {name}.load_from_checkpoint(PATH))"
-        )
-        raise InputError(msg)

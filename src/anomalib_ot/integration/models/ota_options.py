@@ -9,7 +9,7 @@ from anomalib_ot.detection.assigner import ASSIGNERS, Assigner
 from anomalib_ot.detection.decoding import Decoding, Suppress
 from anomalib_ot.detection.ota import DenseDetector
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.data.datamodule_checks import check_fraction, check_known
+from anomalib_ot.integration.checks.values import check_fraction, check_known
 from anomalib_ot.integration.models.backbone import build_pyramid_extractor
 from anomalib_ot.vision.suppression import keep_all, suppress_duplicates
 from anomalib_ot.vision.tiling import Tiling

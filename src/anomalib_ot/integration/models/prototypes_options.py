@@ -7,10 +7,10 @@ from anomalib_ot.anomaly.members import PRESETS, Member, compact_members, make_m
 from anomalib_ot.anomaly.model import PrototypesModel
 from anomalib_ot.anomaly.scoring import IMAGE_SCORES
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.data.datamodule_checks import check_fraction, check_known
+from anomalib_ot.integration.checks.values import check_fraction, check_known, check_least
 from anomalib_ot.integration.models.backbone import FILTER_BANK, build_extractor
 
-__all__ = ["MODEL_ARGUMENTS", "as_trained", "build_model", "check_precision", "check_training_arguments"]
+__all__ = ["MODEL_ARGUMENTS", "as_trained", "build_model", "check_training_arguments"]
 
 MIN_SIDE = 32
 
@@ -82,7 +82,7 @@ def build_model(
     if smoothing is not None and not 0 <= smoothing < 100:
         msg = f"smoothing is {smoothing}; expected a standard deviation from 0 to below 100 pixels; 0 turns it off"
         raise InputError(msg)
-    _check_least("num_groups", num_groups, 2)
+    check_least("num_groups", num_groups, 2)
     return PrototypesModel(
         build_extractor(backbone, _all_layers(layers, built)),
         built,
@@ -129,29 +129,9 @@ def check_training_arguments(epochs: int, max_cached_gb: float) -> None:
     Raises:
         InputError: If one is out of range.
     """
-    _check_least("epochs", epochs, 1)
+    check_least("epochs", epochs, 1)
     if not max_cached_gb > 0:
         msg = f"max_cached_gb is {max_cached_gb!r}; expected a number above 0"
-        raise InputError(msg)
-
-
-def check_precision(precision: str) -> None:
-    """Check that a trainer leaves the model in float32: sums over all patches need it.
-
-    Raises:
-        InputError: If the trainer converts the model itself to another precision; mixed precision does not.
-    """
-    if precision.endswith("-true") and precision != "32-true":
-        msg = (
-            f"trainer.precision is {precision!r}, in which prototypes cannot be fitted; "
-            "expected '32-true', or '16-mixed' or 'bf16-mixed' to run the backbone alone in half precision"
-        )
-        raise InputError(msg)
-
-
-def _check_least(name: str, value: int, least: int) -> None:
-    if not value >= least:
-        msg = f"{name} is {value!r}; expected at least {least}"
         raise InputError(msg)
 
 

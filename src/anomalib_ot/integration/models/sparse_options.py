@@ -9,7 +9,7 @@ from anomalib_ot.detection.sparse_head import SparseHead, grid_proposals, whole_
 from anomalib_ot.detection.sparse_mdod import SparseDecoding, SparseDetector
 from anomalib_ot.detection.sparse_outputs import BoxOutput, MixtureOutput
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.data.datamodule_checks import check_fraction, check_known
+from anomalib_ot.integration.checks.values import check_fraction, check_known
 from anomalib_ot.integration.models.backbone import build_pyramid_extractor
 from anomalib_ot.integration.models.ota_options import build_suppression, check_detection, check_rates
 from anomalib_ot.vision.tiling import Tiling

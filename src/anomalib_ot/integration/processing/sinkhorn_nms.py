@@ -10,7 +10,7 @@ from anomalib.post_processing import PostProcessor
 from torch import Tensor
 
 from anomalib_ot.integration.checks.errors import InputError, install_short_errors
-from anomalib_ot.integration.data.datamodule_checks import check_known
+from anomalib_ot.integration.checks.values import check_known
 from anomalib_ot.postprocess.duplicate_losses import duplicate_losses
 from anomalib_ot.postprocess.nms_settings import FRACTION, WEIGHT, WHOLE, SinkhornNMSSettings, check_settings
 from anomalib_ot.postprocess.published_nms import PublishedNMSSettings

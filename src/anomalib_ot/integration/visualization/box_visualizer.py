@@ -9,8 +9,8 @@ import torch
 from anomalib.data import ImageBatch
 from PIL import Image
 
+from anomalib_ot.integration.checks.values import check_fraction
 from anomalib_ot.integration.data.box_batch import BoxItem
-from anomalib_ot.integration.data.datamodule_checks import check_fraction
 from anomalib_ot.integration.visualization.box_figure import DetectedBoxes, box_picture
 from anomalib_ot.integration.visualization.header import Verdict
 from anomalib_ot.integration.visualization.visualizer import shown_image
