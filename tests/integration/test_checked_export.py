@@ -22,7 +22,7 @@ from anomalib_ot.integration.known_scores import summarised_scores
 from anomalib_ot.integration.parity import ParityError, measured_parity, synthetic_images
 from anomalib_ot.integration.quantisation import Judged, Samples, verdicts_changed
 
-pytestmark = pytest.mark.usefixtures("converted_once")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("converted_once")]
 
 INT8 = CompressionType.INT8_PTQ
 NEVER = {"Loop", "If", "NonZero", "TensorIterator"}

@@ -23,6 +23,8 @@ from anomalib_ot.integration.input_checks import (
     install_short_errors,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def save(path: Path, size=(32, 32), mode="RGB") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)

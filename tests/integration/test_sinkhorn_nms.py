@@ -18,6 +18,8 @@ from anomalib_ot.integration.input_error import InputError
 from anomalib_ot.postprocess import masks_in_boxes
 from anomalib_ot.vision.detections import Detections
 
+pytestmark = pytest.mark.slow
+
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 SMALL = {
     "pre_trained": False, "image_size": (64, 64), "channels": 32, "num_convs": 1, "num_extra": 0,

@@ -22,6 +22,8 @@ from anomalib_ot.integration.sweep_command import run
 from anomalib_ot.integration.sweep_config import SweepJob, read_configs, sweep_jobs
 from anomalib_ot.integration.sweep_report import markdown, read_sweep
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs/howto/benchmark.md"
 SMALL = {"backbone": "filter_bank", "layers": ["scale1"], "image_size": [64, 64], "num_prototypes": 8}

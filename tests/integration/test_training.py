@@ -21,7 +21,10 @@ from anomalib_ot.integration.explained_batch import ExplainedBatch
 from anomalib_ot.integration.input_error import InputError
 
 SIZE = (64, 64)
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 
 
 def model(**changes) -> OTPrototypes:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from anomalib_ot.postprocess import sinkhorn_nms
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("boxes", "scores", "labels", "features", "valid", "scales")
 SIDE = 1000  # pixels of a scene
 
