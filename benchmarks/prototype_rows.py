@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ def features(backbone: str, name: str, data: Path, weights: Path) -> dict:
     """Embed the training and test images of one set: patches per source, labels and masks."""
     from anomalib_ot import OTPrototypes
     from anomalib_ot.anomaly.training_patches import Patches
+    from anomalib_ot.integration.models.backbone import fill_weights
 
     network, file, layers = BACKBONES[backbone]
     size = SETS[name]
@@ -46,10 +48,10 @@ def features(backbone: str, name: str, data: Path, weights: Path) -> dict:
     host = OTPrototypes(
         backbone=network,
         layers=layers,
-        backbone_weights=str(weights / file),
         image_size=(size, size),
         **parts,
     )
+    fill_weights(host.model.feature_extractor, weights / file, 0, pre_trained=True)
     host.model.eval()
     datamodule = folder(data / name, name)
     datamodule.setup()
@@ -83,11 +85,16 @@ def fit_and_score(known: dict, row: str, seed: int) -> dict:
     options = dict(ROWS[row])
     left_out = options.pop("without", None)
     members = [one for one in make_members("default", known["layers"]) if one.feature_cost != left_out]
+    if options.get("start") == "k-means":  # as many as the default finds, which comes first
+        counts = known["counts", seed]
+        members = [replace(one, num_prototypes=counts[one.layers, one.feature_cost]) for one in members]
     members = make_members("default", known["layers"], [one.as_dict() for one in members], **options)
     model = PrototypesModel(torch.nn.Identity(), members, score="max")
     began = time.process_time()
     model.fit(known["train"], known["size"], seed)
     seconds = time.process_time() - began
+    if not ROWS[row]:
+        known["counts", seed] = {(b.member.layers, b.member.feature_cost): b.num_prototypes for b in model.banks}
     maps, images = [], torch.arange(len(known["labels"]))
     model.embed = lambda some: {
         source: (values[some].float(), known["grids"][source]) for source, values in known["test"].items()
@@ -149,8 +156,10 @@ def main() -> None:
     for backbone in args.backbones:
         for name in args.sets:
             left = [(s, r) for s in args.seeds for r in args.rows if (backbone, name, r, s) not in done]
-            known = features(backbone, name, args.data, args.weights) if left else None
+            known = features(backbone, name, args.data, args.weights) if left else {}
             for seed, row in left:
+                if ROWS[row].get("start") == "k-means" and ("counts", seed) not in known:
+                    fit_and_score(known, next(iter(ROWS)), seed)
                 run = {"backbone": backbone, "set": name, "row": row, "seed": seed, **fit_and_score(known, row, seed)}
                 print(json.dumps(run), flush=True)
                 runs.append(run)

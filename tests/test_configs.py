@@ -18,6 +18,8 @@ from anomalib_ot.integration.benchmark.config import SweepLabels, read_configs, 
 from anomalib_ot.integration.cli import register_classes
 from anomalib_ot.vision.augment import DefectAugmentation
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 BOXES = ("coco_boxes", "mask_boxes", "synthetic_fabric_boxes", "tianchi_fabric")  # data with boxes, for detectors
 MODELS, DATA, BENCHMARKS = (sorted((CONFIGS / room).glob("*.yaml")) for room in ("model", "data", "benchmark"))

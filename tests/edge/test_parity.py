@@ -9,6 +9,8 @@ from PIL import Image
 from anomalib_ot import Inspector, OTPrototypes
 from anomalib_ot.integration.data.fabric_folder import FabricFolder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STARTUP_FILES = {"anomalib_ot.pth", "anomalib_ot.start", "_anomalib_ot_startup.py"}
 OUR_ENTRY_POINTS = {
@@ -154,7 +156,8 @@ assert [type(finder).__module__ for finder in before].count("_anomalib_ot_startu
 
 DRIVER = """
 import io, json, os, sys, traceback, warnings
-import kornia, lightning.pytorch, timm  # heavy, and none of them imports Anomalib
+import cv2, FrEIA, imagecodecs, jsonargparse, kornia, lightning.pytorch, omegaconf, openvino, pandas, skimage  # heavy,
+import sklearn.neighbors, sklearn.mixture, timm, torchvision  # and none of them imports Anomalib
 scenarios, check, report = json.load(sys.stdin)
 outcomes = {}
 for name, code in scenarios.items():

@@ -22,6 +22,8 @@ from anomalib_ot.integration.benchmark.config import SweepJob, read_configs, swe
 from anomalib_ot.integration.benchmark.report import markdown, read_sweep
 from anomalib_ot.integration.data.fabric_folder import FabricFolder
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 GUIDE = ROOT / "docs/howto/benchmark.md"
 SMALL = {"backbone": "filter_bank", "layers": ["scale1"], "image_size": [64, 64], "num_prototypes": 8}

@@ -29,6 +29,7 @@ def given(tmp_path_factory):
     return given
 
 
+@pytest.mark.slow
 def test_the_jobs_run_and_make_one_table(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jobs = list(BenchmarkJobGenerator(accelerator="cpu").generate_jobs(given, None))

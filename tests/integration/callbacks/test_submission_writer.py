@@ -128,6 +128,7 @@ def test_the_file_holds_what_was_predicted(contest, checkpoint, tmp_path):
     assert entries[0]["score"] == pytest.approx(float(batch.pred_box_scores[0, 0]), abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.cli
 def test_from_the_command_line(anomalib, contest, checkpoint, tmp_path):
     words = ["predict", "--model", "OTADetector", "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu"]

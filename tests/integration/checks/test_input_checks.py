@@ -17,6 +17,8 @@ from anomalib_ot.integration.checks.errors import InputError, install_short_erro
 from anomalib_ot.integration.checks.values import check_fraction, check_known, check_state_dict_finite
 from anomalib_ot.integration.data.datamodule_checks import check_datamodule, dataset_image_paths
 
+pytestmark = pytest.mark.slow
+
 
 def save(path: Path, size=(32, 32), mode="RGB") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -242,6 +242,7 @@ def test_lists_that_do_not_fit_are_refused(tmp_path, changes, message):
     assert not (tmp_path / "a.json").exists()
 
 
+@pytest.mark.slow
 def test_ten_thousand_images_are_read_in_seconds(read):
     images = [image(key, f"{key}.png") for key in range(10_000)]
     content = coco([annotation(key, image_id=key % 10_000) for key in range(40_000)], images)

@@ -152,6 +152,7 @@ DRAW = (
 )
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path):
     root = tmp_path / "set"
     process = subprocess.Popen([sys.executable, "-c", DRAW, str(root), "5000"])
@@ -167,6 +168,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path):
     assert len(list((root / "train/good").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_end_with_one_good_folder(tmp_path, written):
     root = tmp_path / "set"
     processes = [subprocess.Popen([sys.executable, "-c", DRAW, str(root), "3"]) for _ in range(2)]

@@ -95,6 +95,7 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("masks")
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(st.lists(CORNERS, min_size=1, max_size=4), st.data())
 def test_class_numbers_and_indices_are_all_objects(place, corners, data):

@@ -22,7 +22,7 @@ from anomalib_ot.integration.export.parity import ParityError, measured_parity, 
 from anomalib_ot.integration.export.quantization import Judged, Samples, verdicts_changed
 from anomalib_ot.integration.export.runtime import openvino_predict
 
-pytestmark = pytest.mark.usefixtures("converted_once")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("converted_once")]
 
 INT8 = CompressionType.INT8_PTQ
 NEVER = {"Loop", "If", "NonZero", "TensorIterator"}

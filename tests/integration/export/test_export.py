@@ -13,6 +13,8 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.models.backbone import build_extractor, fill_weights
 from anomalib_ot.integration.models.ot_prototypes import OTPrototypes
 
+pytestmark = pytest.mark.slow
+
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 SMALL = {"num_prototypes": 12, "image_size": (64, 96)}
 MODELS = {

@@ -30,6 +30,8 @@ from anomalib_ot.integration.metrics.metrics import (
 from anomalib_ot.vision.average_precision import class_average_precisions
 from anomalib_ot.vision.detections import stack_detections
 
+pytestmark = pytest.mark.slow
+
 SLOTS = 12
 
 

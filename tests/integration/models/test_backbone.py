@@ -37,6 +37,7 @@ def test_the_host_builds_models_with_its_own_argument(name, spelling):
         assert (model.pre_trained, model.backbone_weights) == (False, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_random_weights_are_those_of_the_seed(name):
     found = []
@@ -67,6 +68,7 @@ def test_wrong_choices_are_refused_in_one_line(name, given, message):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpoints_of_version_0_1_load(name, tmp_path):
     saved = build(name, pre_trained=False)

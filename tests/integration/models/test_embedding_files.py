@@ -138,6 +138,7 @@ def one_of_several(rank, world, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_see_the_images_of_both(tmp_path):
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may crash
     processes = [context.Process(target=one_of_several, args=(rank, 2, tmp_path)) for rank in range(2)]

@@ -17,6 +17,8 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import write_coco
 from anomalib_ot.integration.models.sparse_options import OBJECTIVES, SPARSE_PRESETS
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "pre_trained": False, "image_size": (64, 64), "channels": 16, "num_stages": 2, "proposals": (3, 3),
     "layers": ["layer1", "layer2"], "num_extra": 1, "evaluator": False, "visualizer": False,

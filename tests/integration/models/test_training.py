@@ -21,7 +21,10 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.batches import ExplainedBatch
 
 SIZE = (64, 64)
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 
 
 def model(**changes) -> OTPrototypes:
