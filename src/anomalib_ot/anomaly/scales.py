@@ -187,8 +187,9 @@ def measure_calibration(bank: PrototypeBank, encoded: EncodedPatches, seed: int)
     if not bank.member.calibrate:
         return
     if bank.member.scale == "typical" and bank.coverage is not None:
-        high = (1 - bank.member.alpha) * bank.coverage.high / float(bank.feature_scales[0])
-        bank.calibration = torch.tensor(max(high, SMALLEST_SPREAD), device=encoded.device)
+        high = max(bank.coverage.high / float(bank.feature_scales[0]), 1.0)  # below 1 by rounding alone
+        spread = max((1 - bank.member.alpha) * high, SMALLEST_SPREAD)
+        bank.calibration = torch.tensor(spread, device=encoded.device)
         return
     alpha = bank.member.alpha
     away = alpha * bank.position_cost(encoded.positions)
