@@ -9,8 +9,7 @@ from torch import nn
 
 from anomalib_ot.anomaly.members import Member
 from anomalib_ot.anomaly.model import PrototypesModel
-from anomalib_ot.anomaly.prototypes import PrototypeBank
-from anomalib_ot.anomaly.scoring import TransportScore, image_score, robust_centre
+from anomalib_ot.anomaly.scoring import TransportScore, image_score
 from anomalib_ot.anomaly.training_patches import Patches
 
 SIZE, CELL, BLOB = 128, 32, 20
@@ -38,7 +37,7 @@ def blobs(count, images, seed):
 @pytest.fixture(scope="module", params=["cosine", "whitened"])
 def counting(request):
     member = Member(layers=("layer",), feature_cost=request.param, num_prototypes=16, pooling=1)
-    model = PrototypesModel(Colours(), [member], transport_score=True, num_groups=4, smoothing=2.0).eval()
+    model = PrototypesModel(Colours(), [member], transport_score=True, num_groups=8, smoothing=2.0).eval()
     embedded = model.embed(blobs(4, 60, 0))
     model.fit({source: Patches(*found) for source, found in embedded.items()}, (SIZE, SIZE), 0)
     return model
@@ -50,9 +49,9 @@ def test_one_missing_and_one_too_many_are_seen_by_the_transport_score_only(count
     truth = [0] * 40 + [1] * 40
     out = counting(torch.cat([good, bad]))
     local = image_score(out.anomaly_map, "mean_top1")
-    assert roc_auc_score(truth, out.transport_score) > 0.95
+    assert roc_auc_score(truth, out.transport_score) > 0.9
     assert 0.35 < roc_auc_score(truth, local) < 0.65
-    assert roc_auc_score(truth, out.pred_score) > 0.95
+    assert roc_auc_score(truth, out.pred_score) > 0.8  # amounts count from their 90th percentile on
 
 
 def test_the_transport_score_of_an_image_alone_and_in_a_batch(counting):
@@ -64,24 +63,14 @@ def test_the_transport_score_of_an_image_alone_and_in_a_batch(counting):
         torch.testing.assert_close(together.pred_score[i : i + 1], alone.pred_score, rtol=1e-3, atol=1e-3)
 
 
-def test_good_images_lie_around_zero_in_both_scores(counting):
+def test_good_images_keep_the_score_of_their_map(counting):
     fresh = counting(blobs(4, 40, 6))
-    assert -1.5 < fresh.transport_score.median() < 1.5
-    local = (image_score(fresh.anomaly_map, "mean_top1") - counting.transport_score.local_centre).median()
-    assert local.abs() < 3 * counting.transport_score.local_spread
+    local = image_score(fresh.anomaly_map, "mean_top1")
+    assert (fresh.pred_score == local).float().mean() >= 0.8
+    assert (fresh.pred_score >= local).all()
 
 
 # ---- the score by itself
-
-
-def banks(sizes, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for size in sizes:
-        bank = PrototypeBank(Member(layers=("layer",), num_prototypes=size, feature_cost="euclidean"))
-        bank.prototypes = torch.rand(size, 3, generator=generator)
-        made.append(bank)
-    return made
 
 
 def histograms(images, sizes, seed=1):
@@ -89,100 +78,65 @@ def histograms(images, sizes, seed=1):
     return [torch.softmax(torch.randn(images, size, generator=generator), 1) for size in sizes]
 
 
-def test_the_distance_is_mahalanobis_of_root_masses():
-    sizes = [5, 7]
-    score, masses = TransportScore(3), histograms(40, sizes)
-    local = torch.rand(40)
-    score.fit(banks(sizes), masses, local, 0)
-    groups = score.groups.numpy()
-    roots = []
-    for mass, group in zip(masses, (groups[:5], groups[5:]), strict=True):
-        roots.append(np.stack([mass.double().numpy()[:, group == g].sum(1) for g in range(3)], 1) ** 0.5)
-    roots = np.concatenate(roots, 1)
+def learned(amounts, local):
+    score = TransportScore(3)
+    score.learn(score.roots(amounts), local)
+    return score
+
+
+def test_the_distance_is_mahalanobis_of_root_amounts():
+    amounts, local = histograms(40, [3, 4]), torch.rand(40)
+    score = learned(amounts, local)
+    roots = torch.cat(amounts, 1).double().numpy() ** 0.5
     covariance = np.cov(roots.T)
-    covariance = 0.9 * covariance + 0.1 * np.diag(covariance).mean() * np.eye(6)
+    covariance = 0.9 * covariance + 0.1 * np.diag(covariance).mean() * np.eye(7)
     away = roots - roots.mean(0)
     distance = np.sqrt(np.einsum("ni,ij,nj->n", away, np.linalg.inv(covariance), away))
-    _, transport = score(local, masses)
-    expected = (distance - score.centre.item()) / score.spread.item()
+    _, transport = score(local, amounts)
+    expected = score.unit.item() * (distance - score.center.item()) / score.spread.item()
     np.testing.assert_allclose(transport, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_image_is_as_odd_as_the_odder_score_says():
-    sizes = [6]
-    score = TransportScore(3)
-    score.fit(banks(sizes), histograms(30, sizes), torch.rand(30), 0)
-    masses = histograms(4, sizes, seed=2)
-    local = torch.tensor([-5.0, 0.5, 5.0, 100.0])
-    combined, transport = score(local, masses)
-    expected = torch.maximum((local - score.local_centre) / score.local_spread, transport)
-    assert torch.equal(combined, expected)
-    assert combined[3] > transport[3]
-    assert combined[0] == transport[0]
+def test_amounts_add_what_they_exceed_the_unit_by():
+    score = learned(histograms(30, [6]), torch.rand(30) + 1)
+    amounts = histograms(20, [6], seed=2)
+    local = torch.rand(20)
+    combined, transport = score(local, amounts)
+    assert torch.equal(combined, local + (transport - score.unit).clamp(min=0.0))
+    assert (transport > score.unit).any()
+    assert (transport < score.unit).any()
 
 
-def test_fitting_is_seeded_and_a_checkpoint_brings_it_back():
-    sizes, local = [20, 9], torch.rand(25)
-    scores = [TransportScore(4) for _ in range(3)]
-    for score, seed in zip(scores, (1, 1, 2), strict=True):
-        score.fit(banks(sizes), histograms(25, sizes), local, seed)
-    fresh = TransportScore(4)
-    fresh.load_state_dict(scores[0].state_dict())
-    masses = histograms(5, sizes, seed=3)
-    for other in (scores[1], fresh):
-        for one, again in zip(scores[0](local[:5], masses), other(local[:5], masses), strict=True):
-            assert torch.equal(one, again)
-    assert not torch.equal(scores[0].groups, scores[2].groups)
+def test_training_images_are_measured_against_the_others():
+    generator = torch.Generator().manual_seed(3)
+    many = [torch.softmax(torch.randn(250, 12, generator=generator), 1)]
+    score = learned(many, torch.rand(250))
+    fresh = [torch.softmax(torch.randn(4000, 12, generator=generator), 1)]
+    _, transport = score(torch.zeros(4000), fresh)
+    assert (transport > score.unit).float().mean().item() == pytest.approx(0.1, abs=0.04)
 
 
-def test_fewer_prototypes_than_groups():
-    score = TransportScore(16)
-    score.fit(banks([1, 3]), histograms(10, [1, 3]), torch.rand(10), 0)
-    for value in score(torch.rand(2), histograms(2, [1, 3])):
-        assert value.isfinite().all()
+def test_a_checkpoint_brings_it_back_and_one_of_version_0_1_is_refused():
+    amounts, local = histograms(25, [5, 6]), torch.rand(25)
+    score, fresh = learned(amounts, local), TransportScore(3)
+    fresh.load_state_dict(score.state_dict())
+    for one, again in zip(score(local, amounts), fresh(local, amounts), strict=True):
+        assert torch.equal(one, again)
+    with pytest.raises(ValueError, match=r"fitted by version 0\.1.*train again"):
+        fresh.load_state_dict({"groups": torch.zeros(3)})
 
 
-def test_two_images_are_enough_and_one_is_not():
-    score = TransportScore(2)
-    score.fit(banks([5]), histograms(2, [5]), torch.rand(2), 0)
-    assert all(value.isfinite().all() for value in score(torch.rand(3), histograms(3, [5])))
-    with pytest.raises(ValueError, match=r"transport_score.*at least 2 training images.*1"):
-        score.fit(banks([5]), histograms(1, [5]), torch.rand(1), 0)
-
-
-def test_equal_images_give_finite_scores():
-    score = TransportScore(2)
-    masses = [histograms(1, [5])[0].repeat(6, 1)]
-    score.fit(banks([5]), masses, torch.ones(6), 0)
-    combined, transport = score(torch.ones(6), masses)
+def test_one_image_counts_nothing_and_says_so(caplog):
+    score = learned(histograms(1, [5]), torch.ones(1))
+    assert "with one training image it counts none" in caplog.text
+    combined, transport = score(torch.rand(3), histograms(3, [5]))
     assert combined.isfinite().all()
-    assert transport.abs().max() < 10
-    assert score(torch.ones(3), histograms(3, [5], seed=4))[1].min() > 10
+    assert (transport == 0).all()
 
 
-# ---- from a map to a number
-
-
-def test_maximum_and_mean_of_the_highest_hundredth():
-    maps = torch.arange(400.0).view(1, 1, 20, 20).repeat(2, 1, 1, 1)
-    maps[1] *= 2
-    assert image_score(maps, "max").tolist() == [399.0, 798.0]
-    assert image_score(maps, "mean_top1").tolist() == [397.5, 795.0]
-
-
-def test_a_small_map_has_at_least_one_pixel():
-    maps = torch.rand(3, 1, 4, 4)
-    assert torch.equal(image_score(maps, "mean_top1"), maps.amax((1, 2, 3)))
-
-
-def test_robust_centre_ignores_outliers():
-    values = torch.randn(999, generator=torch.Generator().manual_seed(0))
-    centre, spread = robust_centre(torch.cat([values, torch.full((100,), 1e6)]))
-    assert centre == pytest.approx(0.15, abs=0.1)
-    assert spread == pytest.approx(1.1, abs=0.15)
-
-
-def test_robust_centre_of_values_that_mostly_agree():
-    _, spread = robust_centre(torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0]))
-    assert spread == pytest.approx(0.8)
-    assert robust_centre(torch.ones(5)) == (1.0, pytest.approx(1e-6))
+def test_equal_amounts_in_training_give_finite_scores():
+    score = learned([torch.full((6, 4), 0.25)], torch.ones(6))
+    combined, _ = score(torch.ones(2), [torch.tensor([[0.25] * 4, [1.0, 0.0, 0.0, 0.0]])])
+    assert combined.isfinite().all()
+    assert combined[0] == 1
+    assert combined[1] > 2

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from anomalib_ot.anomaly.fitting import fit_bank
 from anomalib_ot.anomaly.members import Member
 from anomalib_ot.anomaly.prototypes import PatchScores, PrototypeBank
-from anomalib_ot.anomaly.scoring import TransportScore, image_score
-from anomalib_ot.anomaly.training_patches import Patches
+from anomalib_ot.anomaly.scoring import TransportScore, find_kinds, image_score
+from anomalib_ot.anomaly.training_patches import EncodedPatches, Patches
 from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.vision.patches import MapSmoother, patch_embeddings
 
@@ -55,7 +55,7 @@ class PrototypesModel(nn.Module):
         score: Image score, "mean_top1" or "max" of the map.
         smoothing: Standard deviation of the Gaussian over the map, pixels.
         transport_score: Whether the image-level transport score takes part in the image score.
-        num_groups: Groups of prototypes that the transport score counts.
+        num_groups: Kinds of patches per member that the transport score counts.
 
     References:
         R. Trombetta, C. Lartizien, "Learning local and global prototypes with optimal transport for unsupervised
@@ -70,7 +70,7 @@ class PrototypesModel(nn.Module):
         score: str = "mean_top1",
         smoothing: float = 4.0,
         transport_score: bool = False,
-        num_groups: int = 8,
+        num_groups: int = 16,
     ) -> None:
         super().__init__()
         self.feature_extractor = feature_extractor
@@ -101,8 +101,7 @@ class PrototypesModel(nn.Module):
             local = self._local(embedded, (images.shape[-2], images.shape[-1]))
             if self.transport_score is None:
                 return local
-            masses = [bank.masses(*embedded[bank.member.layers, bank.member.pooling]) for bank in self.banks]
-            score, transport = self.transport_score(local.pred_score, masses)
+            score, transport = self.transport_score(local.pred_score, self._amounts(embedded))
             return local._replace(pred_score=score, transport_score=transport)
 
     def predict(self, images: Tensor) -> Explained:
@@ -173,9 +172,11 @@ class PrototypesModel(nn.Module):
         self.load_state_dict({**state, **self.feature_extractor.state_dict(prefix="feature_extractor.")})
 
     def _fit_transport(self, patches: dict[Source, Patches], size: tuple[int, int], seed: int) -> None:
-        """Learn the masses and the local scores of the training images; of each image only a few numbers are kept."""
-        self.transport_score.group(list(self.banks), seed)
-        shares, local = [], []
+        """Learn the amounts and the local scores of the training images; of each image only a few numbers are kept."""
+        for bank in self._counting_banks():
+            known = EncodedPatches(bank, patches[bank.member.layers, bank.member.pooling])
+            find_kinds(bank, known, self.transport_score.num_groups, seed)
+        roots, local = [], []
         num_images, device = len(next(iter(patches.values())).embeddings), self.is_fitted.device
         for images in torch.arange(num_images).split(FIT_IMAGES):
             embedded = {
@@ -183,9 +184,18 @@ class PrototypesModel(nn.Module):
                 for source, known in patches.items()
             }
             local.append(self._local(embedded, size).pred_score.cpu())
-            masses = [bank.masses(*embedded[bank.member.layers, bank.member.pooling]) for bank in self.banks]
-            shares.append(self.transport_score.shares(masses).cpu())
-        self.transport_score.learn(torch.cat(shares), torch.cat(local))
+            roots.append(self.transport_score.roots(self._amounts(embedded)).cpu())
+        self.transport_score.learn(torch.cat(roots), torch.cat(local))
+
+    def _counting_banks(self) -> list[PrototypeBank]:
+        """The first member of each space of features: others with the same one would count the same."""
+        spaces: dict[tuple, PrototypeBank] = {}
+        for bank in self.banks:
+            spaces.setdefault((bank.member.layers, bank.member.pooling, bank.member.feature_cost), bank)
+        return list(spaces.values())
+
+    def _amounts(self, embedded: Embedded) -> list[Tensor]:
+        return [bank.amounts(embedded[bank.member.layers, bank.member.pooling][0]) for bank in self._counting_banks()]
 
 
 def _on_grid(scores: PatchScores, grid: tuple[int, int], finest: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from anomalib_ot.anomaly.members import Member
 from anomalib_ot.vision.patches import grid_positions
 
 TINY = 1e-12
+KIND_SOFTNESS = 0.05
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -80,8 +81,8 @@ class PrototypeBank(nn.Module):
         anomaly detection and localization", 2025, section 3 (cost; there the scales are maxima of the batch at hand).
     """
 
-    SHAPED = ("mean", "projection", "prototypes", "positions", "feature_scales", "position_tolerances")
-    SCALARS = ("position_unit", "calibration", "weight")
+    SHAPED = ("mean", "projection", "prototypes", "positions", "feature_scales", "position_tolerances", "kinds")
+    SCALARS = ("position_unit", "calibration", "weight", "kind_scale")
 
     def __init__(self, member: Member) -> None:
         super().__init__()
@@ -95,9 +96,11 @@ class PrototypeBank(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         """Take the shapes of a checkpoint: the number of prototypes is known only after the fit.
 
-        Members of version 0.1 have no weight: all count alike.
+        Members of version 0.1 have no weight: all count alike. Nor have they kinds of patches.
         """
-        state_dict.setdefault(prefix + "weight", torch.ones(()))
+        for name in ("weight", "kind_scale"):
+            state_dict.setdefault(prefix + name, torch.ones(()))
+        state_dict.setdefault(prefix + "kinds", torch.zeros(0))
         take_saved_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -118,12 +121,16 @@ class PrototypeBank(nn.Module):
 
     def feature_distance(self, encoded: Tensor) -> Tensor:
         """Return D_f (..., K) of encoded embeddings (..., D)."""
+        return self.distance(encoded, self.prototypes)
+
+    def distance(self, encoded: Tensor, points: Tensor) -> Tensor:
+        """Return the member's feature distance (..., K) of encoded embeddings (..., D) to points (K, D)."""
         if self.member.feature_cost == "cosine":
-            return (1 - unit(encoded) @ unit(self.prototypes).T).clamp(min=0.0)
-        center = self.prototypes.mean(0)  # far from the origin the squares below would cancel in float32
-        encoded, prototypes = encoded - center, self.prototypes - center
-        squared = encoded.square().sum(-1, keepdim=True) - 2 * encoded @ prototypes.T
-        return (squared + prototypes.square().sum(-1)).clamp(min=TINY).sqrt()
+            return (1 - unit(encoded) @ unit(points).T).clamp(min=0.0)
+        center = points.mean(0)  # far from the origin the squares below would cancel in float32
+        encoded, points = encoded - center, points - center
+        squared = encoded.square().sum(-1, keepdim=True) - 2 * encoded @ points.T
+        return (squared + points.square().sum(-1)).clamp(min=TINY).sqrt()
 
     def position_cost(self, positions: Tensor) -> Tensor:
         """Return max(|y - z| - r, 0) / u (..., K) of patch positions (..., 2)."""
@@ -153,11 +160,11 @@ class PrototypeBank(nn.Module):
         matched = self.positions[index]
         return PatchScores((cost - picked) / self.calibration, picked / self.calibration, matched)
 
-    def masses(self, embeddings: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """Return the mass (B, K) that each prototype receives from patches (B, N, D) of one image each; rows sum to 1.
+    def amounts(self, embeddings: Tensor) -> Tensor:
+        """Return the part (B, G) of the patches (B, N, D) of one image each that is of each kind; rows sum to 1.
 
-        Patches send equal masses, softly by cost: the semi-relaxed transport, whose plan is a softmax of ``-cost /
-        epsilon``.
+        Patches send equal masses, softly by cost: the semi-relaxed transport, whose plan is a softmax of ``-D_f /
+        epsilon`` with a twentieth of the typical distance to the nearest kind as `epsilon`.
         """
-        feature, position = self.costs(embeddings, grid_size)
-        return torch.softmax(-(feature + position) / self.member.epsilon, dim=-1).mean(1)
+        distance = self.distance(self.encode(embeddings.float()), self.kinds)
+        return torch.softmax(-distance / (KIND_SOFTNESS * self.kind_scale), dim=-1).mean(1)

@@ -1,15 +1,26 @@
-"""From a map to one number, and from where mass went to a second number."""
+"""From a map to one number, and from the amounts of each kind of patch to a second number."""
+
+import logging
 
 import torch
 from torch import Tensor, nn
 
-from anomalib_ot.anomaly.prototypes import PrototypeBank, take_saved_shapes, unit
+from anomalib_ot.anomaly.coverage import comparable
+from anomalib_ot.anomaly.prototypes import PrototypeBank, take_saved_shapes
+from anomalib_ot.anomaly.scales import smallest_cost
 from anomalib_ot.anomaly.start import k_means
+from anomalib_ot.anomaly.training_patches import EncodedPatches, sample_numbers
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SCORES = ("mean_top1", "max")
 TOP = 0.01
-FOLDS = 5
+FOLDS = 100
 SHRINKAGE = 0.1
+LEAST_VARIANCE = 1e-6  # of a root share: amounts that differ by a thousandth are never unusual
+LEAST_SPREAD = 0.5  # of Mahalanobis distances
+HIGH = 0.9  # the quantile of normal images from which on amounts count
+KIND_PATCHES = 20_000
 
 
 def image_score(anomaly_map: Tensor, kind: str) -> Tensor:
@@ -25,118 +36,100 @@ def image_score(anomaly_map: Tensor, kind: str) -> Tensor:
     return pixels.topk(max(int(pixels.shape[1] * TOP), 1), dim=1).values.mean(1)
 
 
-def robust_centre(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the median of values (n,) and their spread: 1.4826 times the median absolute deviation."""
-    median = values.median()
-    spread = 1.4826 * (values - median).abs().median()
-    if spread <= 0:
-        spread = values.std(correction=0)
-    return median, spread.clamp(min=1e-6)
+def find_kinds(bank: PrototypeBank, encoded: EncodedPatches, count: int, seed: int) -> None:
+    """Set the kinds of patches that a member tells apart: k-means centers (count, D) of a sample of 20,000 patches.
+
+    Centers of many patches each are used instead of the prototypes: a training image is no nearer to them than any
+    other normal image, so that its amounts can be compared with those of new ones.
+    """
+    sample = encoded.rows(sample_numbers(len(encoded), KIND_PATCHES, seed))
+    points = comparable(bank.member, sample)
+    cosine = bank.member.feature_cost == "cosine"
+    bank.kinds = k_means(points, min(count, len(points)), seed, spherical=cosine).to(encoded.device)
+    typical = float(bank.distance(sample.to(encoded.device), bank.kinds).amin(-1).mean())
+    length = float(sample.square().sum(-1).mean().sqrt())
+    bank.kind_scale = torch.tensor(max(typical, smallest_cost(bank, length)), device=encoded.device)
 
 
 class TransportScore(nn.Module):
-    """How unusual the masses are that an image sends to each group of prototypes: something missing, or one too many.
+    """How unusual the amounts are that an image sends to each kind of patch: something missing, or one too many.
 
-    Each patch spreads its mass over the prototypes, softly by cost. The masses that groups of prototypes receive from
-    an image are compared with those of the training images: ``sqrt((h - mu)^T C^-1 (h - mu))`` of the square roots `h`
-    of the masses, with a shrunk covariance `C`, counted in spreads above the median of the training images (each of
-    which was measured against the others).
+    Each patch spreads its mass over the kinds of its member, softly by cost. The amounts that an image has of each kind
+    are compared with those of the training images: ``d = sqrt((h - mu)^T C^-1 (h - mu))`` of the square roots `h` of
+    the amounts, with a shrunk covariance `C`. Each training image is measured against the others (of 100 folds), and
+    ``t = u (d - median) / (quantile_.9 - median)``, where the unit `u` is the median of the map's score over the
+    training images.
 
-    The fixed rule of `forward`: the local score is counted in spreads above its training median too, and the image is
-    as odd as the odder of the two says.
+    `forward` adds to the map's score what `t` exceeds `u` by: an image whose amounts are those of normal images keeps
+    the score of its map, and one with a typical map has the score `t`.
 
     Args:
-        num_groups: Groups of prototypes per member, at least 2.
+        num_groups: Kinds of patches per member, at least 2.
     """
 
-    SHAPED = ("groups", "mean", "precision")
+    SHAPED = ("mean", "precision")
 
-    def __init__(self, num_groups: int = 8) -> None:
+    def __init__(self, num_groups: int = 16) -> None:
         super().__init__()
         self.num_groups = num_groups
-        self.register_buffer("groups", torch.zeros(0, dtype=torch.long))
-        for name in self.SHAPED[1:]:
+        for name in self.SHAPED:
             self.register_buffer(name, torch.zeros(0))
-        for name in ("centre", "spread", "local_centre", "local_spread"):
+        for name in ("center", "spread", "unit"):
             self.register_buffer(name, torch.ones(()))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        """Take the shapes of a checkpoint: the number of prototypes is known only after the fit."""
+        """Take the shapes of a checkpoint: the number of kinds is known only after the fit."""
+        if prefix + "groups" in state_dict:
+            msg = (
+                "the transport score of this checkpoint was fitted by version 0.1, which counted in another way; "
+                "expected one of 0.2 or newer: train again"
+            )
+            raise ValueError(msg)
         take_saved_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, local_score: Tensor, masses: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Combine the local score (B,) with the masses (B, K) of each member.
+    def forward(self, local_score: Tensor, amounts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Combine the score of the map (B,) with the amounts (B, kinds) of each member.
 
         Returns:
-            The combined score and the transport score, both (B,), in spreads above the training images' median.
+            The combined score and the transport score `t`, both (B,).
         """
-        transport = (self._distance(self.shares(masses), self.mean, self.precision) - self.centre) / self.spread
-        local = (local_score - self.local_centre) / self.local_spread
-        return torch.maximum(local, transport), transport
-
-    def fit(self, banks: list[PrototypeBank], masses: list[Tensor], local_score: Tensor, seed: int) -> None:
-        """Group prototypes and learn what masses and local scores good images have.
-
-        Args:
-            banks: The fitted members.
-            masses: Per member, the mass (n, K) that each prototype receives from each training image.
-            local_score: The local scores (n,) of the training images.
-            seed: Seed of the grouping.
-
-        Raises:
-            ValueError: If there are fewer than two training images.
-        """
-        self.group(banks, seed)
-        self.learn(self.shares(masses).cpu(), local_score.cpu())
-
-    def group(self, banks: list[PrototypeBank], seed: int) -> None:
-        """Put the prototypes of each fitted member into groups of similar ones."""
-        groups = []
-        for bank in banks:
-            centres = unit(bank.prototypes) if bank.member.feature_cost == "cosine" else bank.prototypes
-            count = min(self.num_groups, len(centres))
-            groups.append(torch.cdist(centres, k_means(centres, count, seed).to(centres)).argmin(1))
-        self.groups = torch.cat(groups)
+        distance = self._distance(self.roots(amounts), self.mean, self.precision)
+        transport = self.unit * (distance - self.center) / self.spread
+        return local_score + (transport - self.unit).clamp(min=0.0), transport
 
     def learn(self, roots: Tensor, local_score: Tensor) -> None:
-        """Learn what `shares` (n, members * groups) and local scores (n,) good images have, both on the CPU.
+        """Learn what `roots` (n, members * kinds) and scores of maps (n,) good images have, both on the CPU.
 
-        Raises:
-            ValueError: If there are fewer than two training images.
+        From a single image nothing can be learned about amounts: then none are counted, and a warning says so.
         """
-        if len(local_score) < 2:
-            msg = (
-                "transport_score compares masses between images and needs at least 2 training images, it has "
-                f"{len(local_score)}; add images or turn transport_score off"
-            )
-            raise ValueError(msg)
+        count = len(local_score)
         mean, precision = self._moments(roots)
-        fold = torch.arange(len(roots)) % min(FOLDS, len(roots))
-        distances = torch.zeros(len(roots))
-        for left_out in fold.unique():
-            held, kept = fold == left_out, fold != left_out
-            distances[held] = self._distance(roots[held], *self._moments(roots[kept]))
-        measured = (mean, precision, *robust_centre(distances), *robust_centre(local_score))
-        names = ("mean", "precision", "centre", "spread", "local_centre", "local_spread")
-        for name, value in zip(names, measured, strict=True):
-            setattr(self, name, value.to(self.groups.device))
+        distances = torch.zeros(count)
+        fold = torch.arange(count) % min(FOLDS, count)
+        if count > 1:
+            for left_out in fold.unique():
+                held, kept = fold == left_out, fold != left_out
+                distances[held] = self._distance(roots[held], *self._moments(roots[kept]))
+            center = distances.median()
+            spread = (distances.quantile(HIGH) - center).clamp(min=LEAST_SPREAD)
+        else:
+            logger.warning("transport_score compares amounts between images; with one training image it counts none")
+            center, spread = torch.tensor(0.0), torch.tensor(torch.inf)
+        measured = (mean, precision, center, spread, local_score.median())
+        for name, value in zip(("mean", "precision", "center", "spread", "unit"), measured, strict=True):
+            setattr(self, name, value.to(self.unit.device))
 
-    def shares(self, masses: list[Tensor]) -> Tensor:
-        """Return the square roots of the masses per group (B, members * groups), of masses (B, K) per member."""
-        sizes = [mass.shape[1] for mass in masses]
-        numbers = torch.arange(self.num_groups, device=self.groups.device)
-        shares = [
-            mass @ (group[:, None] == numbers).to(mass.dtype)
-            for mass, group in zip(masses, self.groups.split(sizes), strict=True)
-        ]
-        return torch.cat(shares, dim=1).clamp(min=0.0).sqrt()
+    @staticmethod
+    def roots(amounts: list[Tensor]) -> Tensor:
+        """Return the square roots (B, members * kinds) of the amounts (B, kinds) of each member."""
+        return torch.cat(amounts, dim=1).clamp(min=0.0).sqrt()
 
     @staticmethod
     def _moments(roots: Tensor) -> tuple[Tensor, Tensor]:
-        centred = (roots - roots.mean(0)).double()
-        covariance = centred.T @ centred / max(len(roots) - 1, 1)
-        ridge = (SHRINKAGE * covariance.diagonal().mean()).clamp(min=1e-8)
+        centered = (roots - roots.mean(0)).double()
+        covariance = centered.T @ centered / max(len(roots) - 1, 1)
+        ridge = (SHRINKAGE * covariance.diagonal().mean()).clamp(min=LEAST_VARIANCE)
         covariance = (1 - SHRINKAGE) * covariance + ridge * torch.eye(len(covariance), dtype=torch.float64)
         return roots.mean(0), torch.linalg.inv(covariance).float()
 

@@ -72,7 +72,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         smoothing: Standard deviation of the Gaussian over the map, pixels; None leaves the preset's.
         transport_score: Whether the image-level transport score (something missing, one too many) takes part in the
             score.
-        num_groups: Groups of prototypes that the transport score counts.
+        num_groups: Kinds of patches per member that the transport score counts.
         epochs: Passes over the training images where the trainer has no `max_epochs`; more than one is of use only with
             random augmentations.
         max_cached_gb: Bound of the memory for embeddings of training images, GB; the fit uses a seeded sample of images
@@ -113,7 +113,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         score: str | None = None,
         smoothing: float | None = None,
         transport_score: bool = False,
-        num_groups: int = 8,
+        num_groups: int = 16,
         epochs: int = 1,
         max_cached_gb: float = 4.0,
         cache_dir: str | Path | None = None,

@@ -60,7 +60,7 @@ def build_model(
         score: Image score.
         smoothing: Standard deviation of the Gaussian over the map, pixels.
         transport_score: Whether the transport score takes part.
-        num_groups: Groups of prototypes that it counts.
+        num_groups: Kinds of patches per member that it counts.
 
     Raises:
         InputError: If an argument is out of range or not known; the message names the known ones.

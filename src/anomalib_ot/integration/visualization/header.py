@@ -24,7 +24,7 @@ class Verdict:
         score: Anomaly score of the image; [0, 1] after normalisation.
         defect: Whether the part is predicted defective; None: decided by score > threshold.
         truth: Whether the part is known to be defective.
-        transport_score: How unusual the amounts are that the part sends to the prototypes, in spreads of good parts.
+        transport_score: How unusual the amounts of each kind of patch are, in units of the score.
         transport_threshold: The transport score that makes a part defective on its own; None: not known.
         threshold: The score above which a part is defective.
         name: File name to print.
