@@ -1,0 +1,1 @@
+"""Thresholds from good images, in checkpoints and trainings of Anomalib."""
