@@ -1,4 +1,4 @@
-"""The script ``anomalib-ot``: ``inspect``, ``calibrate``, ``benchmark``, else Anomalib's command with our classes in it.
+"""The script ``anomalib-ot``: ``inspect``, ``calibrate``, ``benchmark``, else Anomalib's command with ours in it.
 
 ``inspect`` is for the box beside the line; ``calibrate`` sets thresholds from good images; ``benchmark``
 reads Anomalib's benchmark files and can be gone on with.
@@ -11,7 +11,7 @@ import sys
 
 
 def main() -> None:
-    """Run ``inspect``, which needs no Anomalib, ``calibrate``, ``benchmark``, or else the Anomalib command line, on ``sys.argv``."""
+    """Run ``inspect``, which needs no Anomalib, ``calibrate``, ``benchmark``, or else Anomalib's command, on ``sys.argv``."""
     if sys.argv[1:2] == ["inspect"]:
         from anomalib_ot.edge.command import run as inspect
 

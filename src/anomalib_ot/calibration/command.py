@@ -65,7 +65,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     if len(good_files) < needed:
         msg = (
             f"--good is '{options.good}' with {len(good_files)} images, which promise a false-alarm rate of "
-            f"{1 / (len(good_files) + 1):.3g} at best; {rate:g} needs at least {needed}: add good images, or ask for more"
+            f"{1 / (len(good_files) + 1):.3g} at best; {rate:g} needs at least {needed}: add images or raise it"
         )
         raise InputError(msg)
     model = _model(options.model)
