@@ -11,7 +11,7 @@ import sys
 
 
 def main() -> None:
-    """Run ``inspect``, which needs no Anomalib, ``calibrate``, ``benchmark``, or else Anomalib's command, on ``sys.argv``."""
+    """Run ``inspect`` (without Anomalib), ``calibrate``, ``benchmark``, or else Anomalib's command, on ``sys.argv``."""
     if sys.argv[1:2] == ["inspect"]:
         from anomalib_ot.edge.command import run as inspect
 

@@ -69,8 +69,8 @@ class FalseAlarmThreshold(Callback):
         shared = set(map(str, good)) & set(dataset_image_paths(train))
         if shared:
             msg = (
-                f"max_false_alarms is {self.rate:g}, and {len(shared)} good validation images (first {min(shared)}) are "
-                f"training images, whose scores say nothing of future ones; {CURE}"
+                f"max_false_alarms is {self.rate:g}, and {len(shared)} good validation images (first {min(shared)}) "
+                f"are training images, whose scores say nothing of future ones; {CURE}"
             )
             raise InputError(msg)
 
