@@ -61,9 +61,7 @@ def checkpoint(untold, tmp_path) -> Path:
 
 def predicted(path: Path, folder: Path, where: Path) -> list[bool | None]:
     dataset = PredictDataset(path=folder)
-    batches = engine(where).predict(
-        OTPrototypes(**MODEL), dataset=dataset, ckpt_path=path, return_predictions=True
-    )
+    batches = engine(where).predict(OTPrototypes(**MODEL), dataset=dataset, ckpt_path=path, return_predictions=True)
     labels = []
     for batch in batches:
         count = len(batch.image)
