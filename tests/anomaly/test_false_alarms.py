@@ -62,7 +62,7 @@ def test_the_interval_of_a_count_is_the_exact_one():
 
 @pytest.mark.parametrize("rate", [0, 1, -0.1, 1.5, math.nan])
 def test_a_rate_out_of_range_is_refused(rate):
-    with pytest.raises(ValueError, match="max_false_alarms is .*; expected a rate above 0"):
+    with pytest.raises(ValueError, match=r"max_false_alarms is .*; expected a rate above 0"):
         good_threshold(range(100), rate)
 
 

@@ -42,7 +42,7 @@ def engine(folder: Path) -> Engine:
 
 
 def data(folders, **more) -> Folder:
-    keywords = {"normal_dir": folders["train"], "test_split_mode": "none", "val_split_mode": "none"} | more
+    keywords = {"normal_dir": folders["train"]} | more  # of eight images none is left for a validation
     return Folder(name="cloth", num_workers=0, seed=0, **keywords)
 
 
@@ -50,7 +50,7 @@ def data(folders, **more) -> Folder:
 def untold(folders, tmp_path_factory) -> Path:
     """A checkpoint that no validation has given a threshold."""
     run_ = engine(tmp_path_factory.mktemp("untold"))
-    run_.fit(OTPrototypes(**MODEL, visualizer=False), data(folders))
+    run_.fit(OTPrototypes(**MODEL, visualizer=False), datamodule=data(folders))
     return Path(run_.trainer.checkpoint_callback.best_model_path)
 
 
@@ -132,7 +132,7 @@ def test_a_training_takes_the_threshold_from_good_validation_images(folders, tmp
     modes = {"test_split_mode": "from_dir", "val_split_mode": "same_as_test"}
     run_ = engine(tmp_path)
     model = OTPrototypes(**MODEL, visualizer=False, max_false_alarms=RATE)
-    run_.train(model, data(folders, **held_out, **modes))
+    run_.train(model, datamodule=data(folders, **held_out, **modes))
     assert model.calibration["good_images"] == 12
     assert float(model.post_processor.image_threshold) == pytest.approx(model.calibration["threshold"])
     said = [line for line in capsys.readouterr().out.splitlines() if "false alarms: " in line]
@@ -147,12 +147,12 @@ def test_a_training_takes_the_threshold_from_good_validation_images(folders, tmp
 def test_a_training_without_enough_good_validation_images_is_refused(folders, tmp_path):
     model = OTPrototypes(**MODEL, visualizer=False, max_false_alarms=RATE)
     with pytest.raises(InputError, match=r"max_false_alarms is 0\.1, which needs at least 9 good .* there are 0"):
-        engine(tmp_path).fit(model, data(folders))
+        engine(tmp_path).fit(model, datamodule=data(folders))
 
 
 @pytest.mark.parametrize("rate", [0, 1, -1, float("nan")])
 def test_a_rate_out_of_range_is_refused(rate):
-    with pytest.raises(InputError, match="max_false_alarms is .*; expected a rate"):
+    with pytest.raises(InputError, match=r"max_false_alarms is .*; expected a rate"):
         OTPrototypes(**MODEL, max_false_alarms=rate)
 
 
