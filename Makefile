@@ -11,11 +11,12 @@ JOBS ?= 2
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint notebooks docs clean distclean
+.PHONY: help install demo test check lint notebooks docs clean distclean
 
 help:
 	@echo "make demo       train, test and explain on synthetic fabric; results in results/demo"
 	@echo "make test       run every test"
+	@echo "make check      run the quick tests, for daily work"
 	@echo "make lint       check style, format and the direction of imports"
 	@echo "make notebooks  execute the notebooks"
 	@echo "make docs       build the user guide in results/site; every link is checked"
@@ -27,10 +28,13 @@ install: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py --out results/demo
 
-# Two processes with one thread each take half the time of one with two: most tests are small. The files of one module
-# stay together, so that what they share is made once.
+# Two processes with one thread each take half the time of one with two: most tests are small. Each process gets its
+# half in order, so that what a file shares is made once; who is ready first takes over half of what is left.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+check: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not cli"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -119,7 +119,7 @@ def _run(options: argparse.Namespace, workshop: Path, console: Console, steps: d
         from lightning.pytorch import seed_everything
 
         from anomalib_ot import OTPrototypes, SyntheticFabric
-        from anomalib_ot.integration.visualizer import ExplanationVisualizer
+        from anomalib_ot.integration.visualization.visualizer import ExplanationVisualizer
     seed_everything(options.seed, verbose=False)
     size = (options.image_size, options.image_size)
     datamodule = SyntheticFabric(
@@ -245,8 +245,8 @@ def _per_defect(items: list[Any]) -> dict[str, dict[str, float]]:
 
 def _draw_sheet(items: list[Any], post_processor: Any, out: Path) -> None:
     """One row per kind: the test image with the median score of its kind, so that none is picked by its looks."""
-    from anomalib_ot.integration.contact_sheet import contact_sheet
-    from anomalib_ot.integration.visualizer import explanation_of
+    from anomalib_ot.integration.visualization.contact_sheet import contact_sheet
+    from anomalib_ot.integration.visualization.visualizer import explanation_of
 
     rows = []
     for kind in SHOWN:

@@ -25,9 +25,9 @@ def main() -> None:
     from anomalib.deploy import CompressionType
 
     import anomalib_ot
-    from anomalib_ot.integration import checked_export
-    from anomalib_ot.integration.parity import torch_outputs
-    from anomalib_ot.integration.quantisation import Judged, Samples, figure
+    from anomalib_ot.integration.export import export as checked_export
+    from anomalib_ot.integration.export.parity import torch_outputs
+    from anomalib_ot.integration.export.quantization import Judged, Samples, figure
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the sets")

@@ -22,7 +22,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from anomalib_ot.detection.mixture import Mixture, mixture_terms
-from anomalib_ot.vision.fabric import render_fabric
+from anomalib_ot.synthetic.fabric import render_fabric
 
 ROOT = Path(__file__).parents[1]
 OF_THE_NOTEBOOK = ("plan", "epsilon", "slack", "patches", "causes", "labels", "duplicates")

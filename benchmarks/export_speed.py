@@ -85,7 +85,7 @@ def exported(model: "AnomalibModule", way: str, root: Path, datamodule: "Folder"
 
 def pictures(datamodule: "Folder", size: int) -> tuple[np.ndarray, np.ndarray]:  # noqa: F821
     """The test images (N, 3, size, size) in [0, 1], and whether they are defective."""
-    from anomalib_ot.integration.deep_images import read_image_deep
+    from anomalib_ot.integration.data.deep_images import read_image_deep
     from anomalib_ot.vision.resize import AntialiasResize
 
     datamodule.setup("test")

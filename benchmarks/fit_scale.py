@@ -102,7 +102,7 @@ def cached_fit(rank: int, world: int, images: int, folder: Path) -> None:
     from anomalib_ot.anomaly.fitting import fit_bank
     from anomalib_ot.anomaly.members import Member
     from anomalib_ot.anomaly.prototypes import PrototypeBank
-    from anomalib_ot.integration.embedding_cache import EmbeddingCache
+    from anomalib_ot.integration.models.embedding_cache import EmbeddingCache
 
     torch.set_num_threads(1)
     method = f"file://{folder / f'meeting_of_{world}'}"

@@ -33,7 +33,7 @@ def features_of(data: Path, weights: Path, name: str, backbone_name: str) -> tup
 
     from anomalib_ot import OTPrototypes
     from anomalib_ot.anomaly.fitting import Patches
-    from anomalib_ot.integration.backbone import fill_weights
+    from anomalib_ot.integration.models.backbone import fill_weights
 
     register_same_padding()
     backbone, file, layers = BACKBONES[backbone_name]

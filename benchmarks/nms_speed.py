@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from anomalib_ot.integration.detector_arguments import PRESETS, build_detector
+from anomalib_ot.integration.models.ota_options import PRESETS, build_detector
 from anomalib_ot.postprocess import sinkhorn_nms, sinkhorn_regions
 from anomalib_ot.postprocess.nms_settings import SinkhornNMSSettings
 

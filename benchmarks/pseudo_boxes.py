@@ -78,7 +78,7 @@ def detector_boxes(task: Task, taught: list[Tensor], name: str) -> Found:
     from lightning.pytorch import seed_everything
 
     from anomalib_ot import CocoBoxes, OTADetector
-    from anomalib_ot.integration.coco_json import write_coco
+    from anomalib_ot.integration.data.coco_json import write_coco
 
     seed_everything(0)
     root = Path(os.path.commonpath([sample.path for sample in task.learn + task.report])).resolve()

@@ -14,9 +14,11 @@ from anomalib.utils.config import flatten_dict
 from omegaconf import OmegaConf
 
 from anomalib_ot import OTADetector, OTPrototypes, SparseMDOD, SyntheticFabric, TianchiFabric
+from anomalib_ot.integration.benchmark.config import SweepLabels, read_configs, sweep_jobs
 from anomalib_ot.integration.cli import register_classes
-from anomalib_ot.integration.sweep_config import SweepLabels, read_configs, sweep_jobs
 from anomalib_ot.vision.augment import DefectAugmentation
+
+pytestmark = pytest.mark.slow
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BOXES = ("coco_boxes", "mask_boxes", "synthetic_fabric_boxes", "tianchi_fabric")  # data with boxes, for detectors

@@ -11,6 +11,8 @@ from PIL import Image
 
 from anomalib_ot import OTPrototypes, SyntheticFabric
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SMALL = ["--num-train", "16", "--num-test-good", "6", "--num-per-defect", "2", "--image-size", "128"]
 DEFECTS = {"misplaced_motif", "missing_motif", "hole", "stain", "broken_yarn", "coarse_yarn"}

@@ -44,7 +44,7 @@ def test_every_public_name_can_be_asked_for():
 
 
 def test_lazy_names_are_the_entry_points():
-    entries = dict(re.findall(r'^(\w+) = "(anomalib_ot\.integration\.\w+):\1"$', PYPROJECT, flags=re.MULTILINE))
+    entries = dict(re.findall(r'^(\w+) = "(anomalib_ot\.integration\.[\w.]+):\1"$', PYPROJECT, flags=re.MULTILINE))
     assert entries.keys() == {name for name in anomalib_ot.__all__ if not name.startswith("_")} - CALLBACKS - RUN_TIME
     for name, module in entries.items():
         assert getattr(importlib.import_module(module), name) is getattr(anomalib_ot, name)

@@ -8,18 +8,18 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "CocoBoxes": "anomalib_ot.integration.coco_boxes",
+    "CocoBoxes": "anomalib_ot.integration.data.coco_boxes",
     "Inspector": "anomalib_ot.edge.inspector",
-    "MaskBoxes": "anomalib_ot.integration.mask_boxes",
-    "OTADetector": "anomalib_ot.integration.ota_detector",
-    "OTPrototypes": "anomalib_ot.integration.ot_prototypes",
-    "RegionWriter": "anomalib_ot.integration.region_writer",
-    "SinkhornNMS": "anomalib_ot.integration.sinkhorn_nms",
-    "SparseMDOD": "anomalib_ot.integration.sparse_mdod_model",
-    "SubmissionWriter": "anomalib_ot.integration.submission_writer",
-    "SyntheticFabric": "anomalib_ot.integration.synthetic_fabric",
-    "SyntheticFabricBoxes": "anomalib_ot.integration.synthetic_fabric_boxes",
-    "TianchiFabric": "anomalib_ot.integration.tianchi_fabric",
+    "MaskBoxes": "anomalib_ot.integration.data.mask_boxes",
+    "OTADetector": "anomalib_ot.integration.models.ota_detector",
+    "OTPrototypes": "anomalib_ot.integration.models.ot_prototypes",
+    "RegionWriter": "anomalib_ot.integration.callbacks.region_writer",
+    "SinkhornNMS": "anomalib_ot.integration.processing.sinkhorn_nms",
+    "SparseMDOD": "anomalib_ot.integration.models.sparse_mdod",
+    "SubmissionWriter": "anomalib_ot.integration.callbacks.submission_writer",
+    "SyntheticFabric": "anomalib_ot.integration.data.synthetic_fabric",
+    "SyntheticFabricBoxes": "anomalib_ot.integration.data.synthetic_fabric_boxes",
+    "TianchiFabric": "anomalib_ot.integration.data.tianchi_fabric",
 }
 
 __all__ = [

@@ -18,7 +18,7 @@ def main() -> None:
         sys.exit(inspect(sys.argv[2:]))
 
     if sys.argv[1:2] == ["benchmark"]:
-        from anomalib_ot.integration.sweep_command import run as benchmark
+        from anomalib_ot.integration.benchmark.command import run as benchmark
 
         sys.exit(benchmark(sys.argv[2:]))
 

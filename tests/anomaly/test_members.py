@@ -15,7 +15,8 @@ def test_default_preset(layers):
     members = make_members("default", layers)
     assert all(len(member.layers) == 1 for member in members)
     found = [(member.layers[0], member.feature_cost) for member in members]
-    assert found == [(layer, cost) for layer in layers for cost in ("euclidean", "whitened")]
+    cosine = [(layer, "cosine") for layer in layers[:-1] or layers]
+    assert found == [(layer, cost) for layer in layers for cost in ("euclidean", "whitened")] + cosine
     assert {(member.start, member.assignment, member.scale) for member in members} == {
         ("coverage", "nearest", "typical")
     }

@@ -48,14 +48,24 @@ HARD = {"feature_cost": "whitened", "rho": None, "tolerance": 1e-4, "max_iters":
 
 
 @pytest.mark.parametrize("momentum", [None, 0.9])
-def test_a_warm_start_finds_the_same_with_fewer_iterations(momentum, solved):
+def test_a_warm_start_finds_the_same(momentum, solved):
     (cold, cost), (warm, warm_cost) = (
         fit(textured(), warm_start=warm, momentum=momentum, batch_images=6, **HARD) for warm in (False, True)
     )
-    assert solved[1].num_iters < 0.9 * solved[0].num_iters
     assert solved[1].unfinished == 0
     assert warm_cost == pytest.approx(cost, rel=1e-3)
     torch.testing.assert_close(warm.prototypes, cold.prototypes, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_a_warm_start_needs_fewer_iterations(momentum, solved):
+    # The count of one fit hangs on the rounding of the processor (0.46 to 0.76 of the cold one): several seeds.
+    again = HARD | {"feature_cost": "cosine", "passes": 10, "min_improvement": None, "batch_images": 24}
+    for seed in range(5):
+        for warm in (False, True):
+            fit(textured(seed=seed), warm_start=warm, momentum=momentum, **again)
+    cold, warm = (sum(one.num_iters for one in solved[first::2]) for first in (0, 1))
+    assert warm < 0.8 * cold  # 0.57
 
 
 def test_a_transport_to_start_from_holds_no_matrices():

@@ -160,6 +160,7 @@ def test_an_image_alone_and_in_a_batch(tiling):
             torch.testing.assert_close(ours[number], theirs[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suppress", [None, keep_all])
 @pytest.mark.parametrize("tiling", [None, Tiling((32, 48), max_detections=20)])
 def test_exported_graph_equals_eager(tiling, suppress):

@@ -236,6 +236,7 @@ def test_poisoned_weights_never_crash(kind, where, number):
         assert not torch.isfinite(losses_of(model, images()))
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("tiling", [None, Tiling((32, 48), max_detections=20)])
 def test_exported_graph_equals_eager(kind, tiling):
@@ -251,6 +252,7 @@ def test_exported_graph_equals_eager(kind, tiling):
             torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_openvino_reads_the_onnx_graph(tmp_path):
     openvino = pytest.importorskip("openvino")
     model = detector(decoding=SparseDecoding(suppress_duplicates, max_detections=20))

@@ -151,6 +151,7 @@ def test_a_signal_finishes_what_is_in_hand(kind, bright, line, clean):
     assert err.endswith(f"ended: asked to by {kind.name}\n")
 
 
+@pytest.mark.slow
 def test_watch_takes_a_file_once_it_is_whole(bright, line, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -171,6 +172,7 @@ def test_watch_takes_a_file_once_it_is_whole(bright, line, tmp_path):
     assert rest == ""
 
 
+@pytest.mark.slow
 def test_a_watched_folder_that_disappears_is_a_line_once_and_may_come_back(bright, line, tmp_path):
     folder = tmp_path / "share"
     folder.mkdir()

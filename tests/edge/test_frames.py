@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import resize
 
 from anomalib_ot.edge.frames import FrameError, network_input, read_pixels
 from anomalib_ot.imaging import samples
-from anomalib_ot.integration.deep_images import read_image_deep
+from anomalib_ot.integration.data.deep_images import read_image_deep
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (24, 20, 4), dtype=np.uint8)
 DEEP = np.random.default_rng(1).integers(0, 65536, (24, 20, 4), dtype=np.uint16)

@@ -7,7 +7,9 @@ from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_ot import Inspector, OTPrototypes
-from anomalib_ot.integration.fabric_folder import FabricFolder
+from anomalib_ot.integration.data.fabric_folder import FabricFolder
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -270,6 +270,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(field=st.sampled_from([*MANIFEST, "good", "quantiles"]), value=VALUES)
 def test_a_manifest_is_read_or_refused_in_one_line(field, value, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from anomalib_ot.integration.fabric_folder import FabricFolder
+from anomalib_ot.integration.data.fabric_folder import FabricFolder
 
 # Does what the script `anomalib` does, after the imports once per call: each call is a forked process of its own, with
 # its own arguments, folder and environment, whose end (exception hook, exit status) is the interpreter's own.

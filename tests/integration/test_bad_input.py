@@ -14,7 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from anomalib_ot import OTPrototypes
-from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.checks.errors import InputError
+
+pytestmark = pytest.mark.slow
 
 PRODUCTS = ("*.ckpt", "*.pt", "*.onnx", "*.xml", "*.bin")
 SIZE = (64, 64)

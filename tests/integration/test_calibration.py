@@ -11,10 +11,10 @@ from anomalib.engine import Engine
 
 from anomalib_ot import Inspector, OTPrototypes
 from anomalib_ot.calibration.command import run
-from anomalib_ot.integration.explained_batch import ExplainedBatch
-from anomalib_ot.integration.fabric_folder import FabricFolder
-from anomalib_ot.integration.input_error import InputError
-from anomalib_ot.integration.processors import ExplainedPostProcessor
+from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.data.batches import ExplainedBatch
+from anomalib_ot.integration.data.fabric_folder import FabricFolder
+from anomalib_ot.integration.processing.pre_post import ExplainedPostProcessor
 
 RATE = 0.1  # needs nine good images
 MODEL = {"backbone": "filter_bank", "layers": ["scale1", "scale2"], "image_size": [64, 64], "num_prototypes": 8}

@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-pytestmark = pytest.mark.cli
+pytestmark = [pytest.mark.slow, pytest.mark.cli]
 
 METRICS = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score")
 

@@ -13,20 +13,22 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STARTUP_FILES = {"anomalib_ot.pth", "anomalib_ot.start", "_anomalib_ot_startup.py"}
 OUR_ENTRY_POINTS = {
     "anomalib.models": {
-        "OTADetector": "anomalib_ot.integration.ota_detector:OTADetector",
-        "SparseMDOD": "anomalib_ot.integration.sparse_mdod_model:SparseMDOD",
-        "OTPrototypes": "anomalib_ot.integration.ot_prototypes:OTPrototypes",
+        "OTADetector": "anomalib_ot.integration.models.ota_detector:OTADetector",
+        "SparseMDOD": "anomalib_ot.integration.models.sparse_mdod:SparseMDOD",
+        "OTPrototypes": "anomalib_ot.integration.models.ot_prototypes:OTPrototypes",
     },
     "anomalib.data": {
-        "CocoBoxes": "anomalib_ot.integration.coco_boxes:CocoBoxes",
-        "MaskBoxes": "anomalib_ot.integration.mask_boxes:MaskBoxes",
-        "SyntheticFabric": "anomalib_ot.integration.synthetic_fabric:SyntheticFabric",
-        "SyntheticFabricBoxes": "anomalib_ot.integration.synthetic_fabric_boxes:SyntheticFabricBoxes",
-        "TianchiFabric": "anomalib_ot.integration.tianchi_fabric:TianchiFabric",
+        "CocoBoxes": "anomalib_ot.integration.data.coco_boxes:CocoBoxes",
+        "MaskBoxes": "anomalib_ot.integration.data.mask_boxes:MaskBoxes",
+        "SyntheticFabric": "anomalib_ot.integration.data.synthetic_fabric:SyntheticFabric",
+        "SyntheticFabricBoxes": "anomalib_ot.integration.data.synthetic_fabric_boxes:SyntheticFabricBoxes",
+        "TianchiFabric": "anomalib_ot.integration.data.tianchi_fabric:TianchiFabric",
     },
     "console_scripts": {"anomalib-ot": "anomalib_ot.__main__:main"},
 }
@@ -154,7 +156,8 @@ assert [type(finder).__module__ for finder in before].count("_anomalib_ot_startu
 
 DRIVER = """
 import io, json, os, sys, traceback, warnings
-import kornia, lightning.pytorch, timm  # heavy, and none of them imports Anomalib
+import cv2, FrEIA, imagecodecs, jsonargparse, kornia, lightning.pytorch, omegaconf, openvino, pandas, skimage  # heavy,
+import sklearn.neighbors, sklearn.mixture, timm, torchvision  # and none of them imports Anomalib
 scenarios, check, report = json.load(sys.stdin)
 outcomes = {}
 for name, code in scenarios.items():

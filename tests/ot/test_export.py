@@ -3,6 +3,7 @@
 import math
 
 import openvino
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ def inputs(batch, n):
     return x, torch.arange(n).expand(batch, n) < n - 2
 
 
+@pytest.mark.slow
 def test_openvino_gives_what_torch_gives(tmp_path):
     model = Grouping().eval()
     path = tmp_path / "grouping.onnx"

@@ -189,6 +189,7 @@ class Weights(nn.Module):
         return entropy_weights(quality, usable)
 
 
+@pytest.mark.slow
 def test_openvino_gives_what_torch_gives():
     def inputs(batch: int, n: int) -> tuple[Tensor, Tensor]:
         quality, usable = qualities(batch, 4, n).float(), qualities(batch, 4, n, seed=5) > 0.3

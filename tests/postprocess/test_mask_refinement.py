@@ -194,6 +194,7 @@ class Refined(nn.Module):
         return refined.boxes, refined.masks, refined.in_image((SIZE, SIZE)).float()
 
 
+@pytest.mark.slow
 def test_openvino_gives_what_torch_gives():
     boxes = torch.stack([jittered(tight_box(mask()), 6, 0.05) for mask in (l_shape, diagonal)])
     plan = torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(0)).softmax(-1)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from anomalib_ot.postprocess import sinkhorn_nms
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("boxes", "scores", "labels", "features", "valid", "scales")
 SIDE = 1000  # pixels of a scene
 
@@ -80,7 +82,7 @@ def errors(model, graph, inputs, precision):
     ],
     ids=["select", "merge", "agnostic", "paper"],
 )
-def test_openvino_gives_what_torch_gives(inputs, tmp_path, settings, form, record_property):
+def test_openvino_gives_what_torch_gives(inputs, tmp_path, settings, form):
     model = Suppression(settings).eval()
     graph = exported(model, inputs, tmp_path / "nms.onnx", form)
     boxes, scores, labels, scales = errors(model, graph, inputs, "f32")
@@ -88,10 +90,12 @@ def test_openvino_gives_what_torch_gives(inputs, tmp_path, settings, form, recor
     assert scores <= 1e-5
     assert labels == 0
     assert scales <= 1e-5
-    for name, error in zip(("boxes", "scores", "labels", "scales"), errors(model, graph, inputs, "bf16"), strict=True):
-        record_property(f"bf16 {name}", error)
 
 
+@pytest.mark.skipif(
+    "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+    reason="this processor does not calculate in bf16: OpenVINO takes f32 whatever it is asked for",
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_half_precision_hurts_merged_boxes_so_ask_for_full(inputs, tmp_path):
     model = Suppression({"decode": "merge"}).eval()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from anomalib_ot.vision.average_precision import EvaluatedBoxes
-from anomalib_ot.vision.detection_scores import (
+from anomalib_ot.vision.metrics import (
     class_results,
     false_positives_per_good_image,
     recall_at_false_positives,

@@ -80,6 +80,7 @@ def test_an_image_alone_and_in_a_batch():
     torch.testing.assert_close(resize(x[2:3]), resize(x)[2:3], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_exports_with_any_height_and_width(tmp_path):
     dims = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
     resize = AntialiasResize((24, 16)).eval()

@@ -157,7 +157,7 @@ def measure_coverage(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
         if len(radii) > 1 and radii[-1][1] > (1 - LEAST_GAIN) * radii[-2][1]:
             radii.pop()
             break
-    return Coverage(radii[-1][0], radii[-1][1], radii)
+    return Coverage(*radii[-1], radii)
 
 
 def start_by_coverage(bank: PrototypeBank, encoded: EncodedPatches, count: int, seed: int) -> Tensor:

@@ -80,7 +80,9 @@ class Member:
         pooling: Neighbourhood of a patch, in patches.
         shrinkage: Part of the average variance mixed into the whitening, above 0 to 1.
         align_corners: How maps are upsampled (True as published).
-        calibrate: Divide scores by their spread over the training patches, so that members are comparable.
+        calibrate: Divide scores by their spread, so that members are comparable: by the 99th percentile of patches of
+            held-out images where `scale="typical"` and `start="coverage"`, else by the distance of the 99th percentile
+            of the training patches from their median.
         weight: Weight of the member's map in the mean of all, above 0; "prototypes" takes the number of its prototypes,
             as published.
         validation_split: Part of the images, rounded down, that no prototype moves to, 0 to below 1. After each pass
@@ -254,8 +256,8 @@ def make_members(
 ) -> list[Member]:
     """Build the members of a model.
 
-    "default": each layer alone, with Euclidean and with whitened features; prototypes that cover
-    (`start="coverage"`, nearest assignment of order 2).
+    "default": each layer alone, with Euclidean and with whitened features, each but the deepest with cosine features as
+    well; prototypes that cover (`start="coverage"`, nearest assignment of order 2).
     "paper": each layer alone with alpha 0 and 0.3, cosine cost, 16 grids of prototypes started at random that keep
     their places, one balanced problem per 64 images, momentum 0.95, 50 passes of which the best on a fifth of the
     images counts, maps weighted by the numbers of prototypes.
@@ -321,6 +323,7 @@ def make_members(
         built = [replace(published, layers=(layer,), alpha=alpha) for layer in layers for alpha in (0.0, 0.3)]
     else:
         metrics = [(layer, cost) for layer in layers for cost in ("euclidean", "whitened")]
+        metrics += [(layer, "cosine") for layer in layers[:-1] or layers]
         built = [Member(layers=(layer,), feature_cost=cost, **COVERING) for layer, cost in metrics]
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if "num_prototypes" in overrides:

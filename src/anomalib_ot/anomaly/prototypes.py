@@ -50,13 +50,15 @@ class PatchScores(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """What held-out images say: the number of prototypes, and the mean distance to the nearest of them.
+    """What held-out images say: the number of prototypes, and how far patches are from the nearest of them.
 
-    `radii` are (number of prototypes, mean distance, its 99th percentile) for each number that was tried.
+    `typical` is the mean distance, `high` the 99th percentile; `radii` are (number of prototypes, mean distance, 99th
+    percentile) for each number that was tried.
     """
 
     num_prototypes: int
     typical: float
+    high: float
     radii: list[tuple[int, float, float]]
 
 

@@ -177,15 +177,19 @@ def measure_scales(bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> N
 
 
 def measure_calibration(bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> None:
-    """Measure `q`: the 99th percentile minus the median of the scores, at least 0.1; 1 for a member that wants none.
+    """Measure `q`, at least 0.1: the spread of the scores of normal patches; 1 for a member that wants none.
 
+    With one typical scale it is the 99th percentile of the feature cost of held-out patches: a member whose normal
+    patches scatter counts for less. Else it is the 99th percentile minus the median of the training patches.
     Percentiles are those of 2^20 patches drawn with the seed, exact up to there.
     """
     bank.calibration = torch.ones((), device=encoded.device)
     if not bank.member.calibrate:
         return
-    if bank.member.scale == "typical" and bank.coverage is not None:  # scores are in units of held-out patches already
-        bank.calibration = torch.tensor(max(1 - bank.member.alpha, SMALLEST_SPREAD), device=encoded.device)
+    if bank.member.scale == "typical" and bank.coverage is not None:
+        high = max(bank.coverage.high / float(bank.feature_scales[0]), 1.0)  # below 1 by rounding alone
+        spread = max((1 - bank.member.alpha) * high, SMALLEST_SPREAD)
+        bank.calibration = torch.tensor(spread, device=encoded.device)
         return
     alpha = bank.member.alpha
     away = alpha * bank.position_cost(encoded.positions)

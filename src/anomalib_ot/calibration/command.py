@@ -11,7 +11,7 @@ from anomalib_ot.anomaly.false_alarms import CONFIDENCE, good_threshold, least_c
 from anomalib_ot.calibration.report import print_report, save_histogram
 from anomalib_ot.edge.inspect_error import InspectError
 from anomalib_ot.edge.watched import scan
-from anomalib_ot.integration.input_error import InputError
+from anomalib_ot.integration.checks.errors import InputError
 
 __all__ = ["run"]
 
@@ -101,7 +101,7 @@ def _calibrate(options: argparse.Namespace) -> None:
 def _model(path: Path):
     """Open a checkpoint or an export."""
     if path.suffix == ".ckpt":
-        from anomalib_ot.integration.calibration.checkpoint import CalibratedCheckpoint
+        from anomalib_ot.integration.models.calibrated_checkpoint import CalibratedCheckpoint
 
         return CalibratedCheckpoint(path)
     from anomalib_ot.calibration.export import CalibratedExport

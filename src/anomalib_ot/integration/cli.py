@@ -28,7 +28,7 @@ def run() -> None:
 
     from anomalib.cli.cli import main
 
-    from anomalib_ot.integration.input_error import install_short_errors
+    from anomalib_ot.integration.checks.errors import install_short_errors
 
     install_short_errors()
     main()

@@ -1,0 +1,1 @@
+"""Resumable sweeps over models and data: `anomalib-ot benchmark`."""

@@ -1,1 +1,0 @@
-"""Thresholds from good images, in checkpoints and trainings of Anomalib."""

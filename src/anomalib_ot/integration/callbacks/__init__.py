@@ -1,0 +1,1 @@
+"""Callbacks that write predictions to files."""

@@ -1,0 +1,53 @@
+"""The COCO file of candidate boxes: what labelling tools import."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from anomalib_ot.integration.callbacks.file_writer import write_text
+
+__all__ = ["CATEGORY", "Candidates", "write_candidates"]
+
+CATEGORY = {"id": 1, "name": "defect", "supercategory": "defect"}
+DECIMALS = 2  # of pixels
+
+
+class Candidates(NamedTuple):
+    """The candidate boxes of one image.
+
+    Args:
+        size: Width and height of the file, pixels.
+        boxes: Boxes xyxy, pixels of the file, best first.
+        scores: Their scores.
+    """
+
+    size: tuple[int, int]
+    boxes: list[list[float]]
+    scores: list[float]
+
+
+def write_candidates(path: Path, images: Mapping[str, Candidates]) -> None:
+    """Write candidate boxes as a COCO file, whole or not at all; the same boxes give the same bytes.
+
+    Images are in the order of their names. There is no `segmentation`: an empty one stops the import of Label Studio.
+
+    Args:
+        path: The file; a former one is replaced.
+        images: The candidates by the file name of the image.
+
+    Raises:
+        InputError: If the file cannot be written.
+    """
+    records, annotations = [], []
+    for number, (name, found) in enumerate(sorted(images.items()), start=1):
+        width, height = found.size
+        records.append({"id": number, "file_name": name, "width": width, "height": height})
+        for (left, top, right, bottom), score in zip(found.boxes, found.scores, strict=True):
+            left, top, right, bottom = (round(side, DECIMALS) for side in (left, top, right, bottom))
+            bbox = [left, top, round(right - left, DECIMALS), round(bottom - top, DECIMALS)]
+            annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": CATEGORY["id"], "bbox": bbox}
+            annotation |= {"area": round(bbox[2] * bbox[3], DECIMALS), "iscrowd": 0, "score": round(score, 6)}
+            annotations.append(annotation)
+    content = {"images": records, "annotations": annotations, "categories": [CATEGORY]}
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,1 @@
+"""What users hand in is checked here, and errors are told in one line."""

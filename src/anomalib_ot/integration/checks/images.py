@@ -1,0 +1,214 @@
+"""Decode every image once before the model sees any: find the broken ones, and those that 8 bits cannot hold."""
+
+import logging
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from anomalib_ot.imaging.samples import (
+    DECODE_ERRORS,
+    UNREADABLE,
+    file_problem,
+    out_of_scale,
+    read_problem,
+    sample_format,
+    size_problem,
+)
+from anomalib_ot.integration.checks.errors import InputError
+
+__all__ = ["ImageReport", "check_images"]
+
+logger = logging.getLogger(__name__)
+
+NUM_THREADS = 2
+ORIENTATION = 0x0112  # EXIF
+PATIENCE = 1.0  # seconds of silence before the progress bar
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """What ``check_images`` found in files that are all readable.
+
+    Args:
+        count: Number of files.
+        deep: 16-bit and float files, which Anomalib's 8-bit reading saturates or coarsens; as given, as strings.
+        alpha: Files with an alpha channel, which is dropped.
+        gray: Files with one channel.
+        palette: Files with a palette, which is expanded to RGB.
+        turned: Files with an EXIF orientation, which is not applied.
+    """
+
+    count: int
+    deep: frozenset[str]
+    alpha: tuple[str, ...]
+    gray: tuple[str, ...]
+    palette: tuple[str, ...]
+    turned: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """One file: what is wrong with it, or its mode, its sample format and, for float files, its greatest value."""
+
+    problem: str | None = None
+    mode: str = ""
+    sample: str = ""
+    greatest: float = 0.0
+    is_turned: bool = False
+
+
+_findings: dict[tuple[str, int, int], _Finding] = {}
+
+
+def check_images(paths: Iterable[str | Path], description: str) -> ImageReport:
+    """Decode image files and stop at bad ones before training does.
+
+    Two threads decode, with a progress bar from the first second on. What is found is kept for the life of the process
+    by path, time of change and size, so that fit and test do not decode the same files twice.
+
+    Args:
+        paths: Image files, in any number and order; doubles are read once.
+        description: What they are, for messages and the progress bar, such as "training images".
+
+    Returns:
+        The report on the files.
+
+    Raises:
+        InputError: If files are missing, empty, cut off, damaged, no images, under 16 pixels on a side, or hold values
+            outside their scale (see ``read_image_deep``); names the first one and says how many there are. Also if
+            some float files use [0, 1] and others [0, 255].
+    """
+    names = list(dict.fromkeys(str(path) for path in paths))
+    keys = {name: _key(name) for name in names}
+    fresh = [name for name in names if keys[name] not in _findings]
+    for name, finding in _decode_all(fresh, description).items():
+        _findings[keys[name]] = finding
+    found = {name: _findings[keys[name]] for name in names}
+
+    bad = [(name, finding.problem) for name, finding in found.items() if finding.problem]
+    if bad:
+        more = f" ({len(bad) - 1} more of the {len(names)} files are bad too, next {bad[1][0]})" if len(bad) > 1 else ""
+        msg = f"{description}: {bad[0][0]} {bad[0][1]}{more}"
+        raise InputError(msg)
+    _check_one_float_scale(found, description)
+    report = ImageReport(
+        count=len(names),
+        deep=frozenset(name for name, finding in found.items() if finding.sample != "8"),
+        alpha=_with_mode(found, "RGBA", "LA", "PA", "RGBa", "La"),
+        gray=_with_mode(found, "1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"),
+        palette=_with_mode(found, "P", "PA"),
+        turned=tuple(name for name, finding in found.items() if finding.is_turned),
+    )
+    if fresh:
+        _log(report, description)
+    return report
+
+
+def _key(name: str) -> tuple[str, int, int]:
+    try:
+        status = os.stat(name)
+    except OSError:
+        return name, -1, -1
+    return name, status.st_mtime_ns, status.st_size
+
+
+def _decode_all(names: list[str], description: str) -> dict[str, _Finding]:
+    found: dict[str, _Finding] = {}
+    start = time.monotonic()
+    with ExitStack() as stack:
+        pool = ThreadPoolExecutor(NUM_THREADS)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        progress = task = None
+        for name, finding in zip(names, pool.map(_decode, names), strict=True):
+            found[name] = finding
+            if progress is None and time.monotonic() - start > PATIENCE:
+                console = Console(stderr=True)
+                is_silent = not (console.is_terminal or console.is_jupyter)  # a log file wants no bar
+                progress = stack.enter_context(Progress(console=console, transient=True, disable=is_silent))
+                task = progress.add_task(f"Checking {description}", total=len(names))
+            if progress is not None:
+                progress.update(task, completed=len(found))
+    return found
+
+
+def _decode(name: str) -> _Finding:
+    """Read one file to its last byte."""
+    problem = file_problem(name)
+    if problem:
+        return _Finding(problem)
+    try:
+        with Image.open(name) as image:
+            sample, size = sample_format(image), image.size
+            image.load()
+            problem = size_problem(*size)
+            if problem:
+                return _Finding(problem)
+            values = np.asarray(image) if sample in {"16", "float"} else None
+            mode = image.mode
+            is_turned = _is_turned(image)
+    except UNREADABLE as error:
+        return _Finding(read_problem(name, error))
+    if values is None:
+        return _Finding(mode=mode, sample=sample, is_turned=is_turned)
+    problem = out_of_scale(values)
+    return _Finding(problem, mode, sample, greatest=0.0 if problem else float(values.max()), is_turned=is_turned)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether a loaded image has an EXIF orientation; damaged EXIF data has none, and harms nothing else."""
+    with suppress(*DECODE_ERRORS):
+        return image.getexif().get(ORIENTATION, 1) in range(2, 9)
+    return False
+
+
+def _check_one_float_scale(found: dict[str, _Finding], description: str) -> None:
+    """A float file up to 1 is read as [0, 1], any other as [0, 255]: in one data set only one of them can be meant."""
+    unit = next((n for n, f in found.items() if f.sample == "float" and 0 < f.greatest <= 1), None)
+    byte = next((n for n, f in found.items() if f.sample == "float" and f.greatest > 1), None)
+    if unit and byte:
+        msg = (
+            f"{description}: the float image {unit} lies in [0, 1] but {byte} reaches {found[byte].greatest:g}; "
+            "expected one scale for all, [0, 1] or [0, 255]: save them again on one"
+        )
+        raise InputError(msg)
+
+
+def _with_mode(found: dict[str, _Finding], *modes: str) -> tuple[str, ...]:
+    return tuple(name for name, finding in found.items() if finding.mode in modes)
+
+
+def _log(report: ImageReport, description: str) -> None:
+    if report.turned:
+        logger.warning(
+            "%s: %d of %d are turned by EXIF orientation (first %s), which Anomalib does not apply: they are read as "
+            "stored; if all should stand alike, save them turned (PIL.ImageOps.exif_transpose), and their masks",
+            description,
+            len(report.turned),
+            report.count,
+            report.turned[0],
+        )
+    if report.alpha:
+        logger.info(
+            "%s: %d of %d have an alpha channel (first %s); it is dropped",
+            description,
+            len(report.alpha),
+            report.count,
+            report.alpha[0],
+        )
+    if report.deep:
+        logger.info(
+            "%s: %d of %d hold 16-bit or float samples (first %s)",
+            description,
+            len(report.deep),
+            report.count,
+            min(report.deep),
+        )

@@ -1,0 +1,1 @@
+"""Datamodules of images with boxes, what they read, and the batches they make."""

@@ -1,0 +1,300 @@
+"""COCO files of boxes: read with all their usual faults, each either counted or refused, and written."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.data.coco_corners import check_no_corners
+from anomalib_ot.integration.data.coco_fractions import are_fractions, check_no_fractions
+from anomalib_ot.integration.data.coco_lists import load_lists
+from anomalib_ot.integration.data.records import Findings, clean_box
+
+__all__ = ["CocoFile", "CocoImage", "read_coco", "write_coco"]
+
+
+@dataclass
+class CocoImage:
+    """One image of a COCO file.
+
+    Args:
+        file_name: Its path as the file has it, with forward slashes.
+        width: Pixels.
+        height: Pixels.
+        boxes: Boxes xyxy, pixels, within the image.
+        labels: Index of each box's class among the file's ``class_names``.
+        dropped: How many of its boxes were dropped.
+        annotated_as: The id under which it has annotations.
+    """
+
+    file_name: str
+    width: int
+    height: int
+    boxes: list[tuple[float, float, float, float]]
+    labels: list[int]
+    dropped: int = 0
+    annotated_as: int | float | str | None = None
+
+
+@dataclass(frozen=True)
+class CocoFile:
+    """What a COCO file holds.
+
+    Args:
+        images: Its images, in its order; those that lost all their boxes to faults are left out.
+        class_names: Its categories, in the order of their ids.
+        warnings: What was found and put right, one line per kind, with counts.
+    """
+
+    images: list[CocoImage]
+    class_names: list[str]
+    warnings: list[str]
+
+
+def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
+    """Read the boxes of a COCO file; nothing but the file itself is looked at.
+
+    Categories need not be numbered without gaps, ``iscrowd``, ``area``, ``score`` and ``segmentation`` are not needed,
+    and images without annotations are negatives. Boxes are clipped to their image; those of negative size, zero area,
+    outside their image, without four finite numbers, in fractions of it where most are in pixels, or marked ``iscrowd``
+    are dropped; images and annotations that come twice are merged: all with one warning per kind.
+
+    Args:
+        path: The file.
+        findings: Counts what is found, together with what other files gave. None: new ones.
+
+    Returns:
+        Its images and class names.
+
+    Raises:
+        InputError: If there is no such file, it is not JSON or not COCO, has no images or categories, an annotation
+            names an unknown image or category, one image comes with two sizes or has annotations under two ids, or the
+            boxes look like two corners or like fractions of the image.
+    """
+    path = Path(path)
+    findings = Findings() if findings is None else findings
+    content = load_lists(path)
+    names, label_of = _categories(path, content["categories"], findings)
+    image_of = _images(path, content["images"], findings)
+    seen: dict[Any, tuple] = {}
+    for index, annotation in enumerate(content["annotations"]):
+        _read_annotation(path, index, annotation, image_of, label_of, seen, findings)
+    of_boxes = [image_of[annotation["image_id"]] for annotation in content["annotations"]]
+    bboxes = [_numbers(annotation.get("bbox")) for annotation in content["annotations"]]
+    check_no_fractions(path, bboxes)
+    check_no_corners(path, bboxes, [(image.width, image.height) for image in of_boxes])
+    images = {id(image): image for image in image_of.values()}.values()
+    for image in images:
+        if image.dropped and not image.boxes:
+            findings.add("image", "left out for lack of a usable box", image.file_name)
+    kept = [image for image in images if image.boxes or not image.dropped]
+    return CocoFile(kept, names, findings.warnings)
+
+
+def _categories(path: Path, entries: list[Mapping], findings: Findings) -> tuple[list[str], dict[Any, int]]:
+    """Order the categories by id; two of one name are one class."""
+    for index, entry in enumerate(entries):
+        if not _is_id(entry.get("id")) or not isinstance(entry.get("name"), str):
+            msg = f"annotations {path}: category {index} is {dict(entry)}; expected a number 'id' and a text 'name'"
+            raise InputError(msg)
+    doubles = [key for key, count in Counter(entry["id"] for entry in entries).items() if count > 1]
+    names_of = {key: {entry["name"] for entry in entries if entry["id"] == key} for key in doubles}
+    for key, names in names_of.items():
+        if len(names) > 1:
+            msg = f"annotations {path}: category id {key} has the names {sorted(names)}; expected one name for each id"
+            raise InputError(msg)
+    label_of: dict[Any, int] = {}
+    names: list[str] = []
+    for entry in sorted(entries, key=lambda entry: entry["id"]):
+        if entry["name"] not in names:
+            names.append(entry["name"])
+        elif entry["id"] not in label_of:
+            findings.add("category", "of a name that another one has merged with it", f"{path}, {entry['name']!r}")
+        label_of[entry["id"]] = names.index(entry["name"])
+    return names, label_of
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_length(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 1 and value == int(value)
+
+
+def _images(path: Path, entries: list[Mapping], findings: Findings) -> dict[Any, CocoImage]:
+    """Map image ids to images; entries of one file, or one id, share an image."""
+    by_id: dict[Any, CocoImage] = {}
+    by_name: dict[str, CocoImage] = {}
+    for index, entry in enumerate(entries):
+        name, key = entry.get("file_name"), entry.get("id")
+        if not isinstance(name, str) or not name or not isinstance(key, int | float | str):
+            msg = f"annotations {path}: image {index} has id {key!r}, file_name {name!r}; expected a number and a path"
+            raise InputError(msg)
+        width, height = entry.get("width"), entry.get("height")
+        if not (_is_length(width) and _is_length(height)):
+            msg = (
+                f"annotations {path}: image {name} has width {width!r} and height {height!r}; expected whole numbers "
+                "of pixels: export it with image sizes"
+            )
+            raise InputError(msg)
+        image = CocoImage(PurePosixPath(name.replace("\\", "/")).as_posix(), int(width), int(height), [], [])
+        for known, what in ((by_id.get(key), f"id {key}"), (by_name.get(image.file_name), "file name")):
+            if known is not None and not _same_image(known, image):
+                msg = (
+                    f"annotations {path}: the {what} stands for {known.file_name} ({known.width} x {known.height}) "
+                    f"and for {image.file_name} ({image.width} x {image.height}); expected one image: remove the other"
+                )
+                raise InputError(msg)
+        known = by_id.get(key) or by_name.get(image.file_name)
+        if known is not None:
+            findings.add("image", "listed more than once merged", f"{path}, {image.file_name}")
+        by_id[key] = by_name[image.file_name] = known or image
+    return by_id
+
+
+def _same_image(one: CocoImage, other: CocoImage) -> bool:
+    return (one.file_name, one.width, one.height) == (other.file_name, other.width, other.height)
+
+
+def _read_annotation(
+    path: Path,
+    index: int,
+    entry: Mapping,
+    image_of: Mapping[Any, CocoImage],
+    label_of: Mapping[Any, int],
+    seen: dict[Any, tuple],
+    findings: Findings,
+) -> None:
+    """Add one annotation to its image."""
+    key = entry.get("id", f"number {index}")
+    image_id = entry.get("image_id")
+    image = image_of.get(image_id) if isinstance(image_id, int | float | str) else None
+    if image is None:
+        cure = _cure_of_type(image_id, image_of) or "remove it or add its image"
+        msg = (
+            f"annotations {path}: annotation {key} has image_id {image_id!r}, which none of the "
+            f"{len(image_of)} images has; {cure}"
+        )
+        raise InputError(msg)
+    if image.annotated_as not in (None, image_id):
+        msg = (
+            f"annotations {path}: the image {image.file_name} has annotations under the ids {image.annotated_as!r} and "
+            f"{image_id!r}; expected one id per file: if these are different pictures of one name, such as frames of "
+            "two videos, put each video into a folder and name it in file_name, else give both the same image_id"
+        )
+        raise InputError(msg)
+    image.annotated_as = image_id
+    category = entry.get("category_id")
+    if not _is_id(category) or category not in label_of:
+        known = ", ".join(str(key) for key in sorted(label_of))
+        cure = _cure_of_type(category, label_of) or "correct it or add the category"
+        msg = (
+            f"annotations {path}: annotation {key} (image {image.file_name}) has category_id {category!r}, which is "
+            f"not among the categories ({known}); {cure}"
+        )
+        raise InputError(msg)
+    bbox = entry.get("bbox")
+    content = (id(image), label_of[category], tuple(bbox) if isinstance(bbox, list) else bbox)
+    where = f"image {image.file_name}, annotation {key}"
+    if "id" in entry and isinstance(key, int | float | str):
+        if seen.get(key) == content:
+            findings.add("annotation", "listed more than once merged", where)
+            return
+        if key in seen:
+            findings.add("annotation", "with an id that another one has kept", where)
+        seen[key] = content
+    if entry.get("iscrowd"):
+        findings.add("box", "marked iscrowd (a region of many objects) dropped", where)
+        image.dropped += 1
+        return
+    x, y, w, h = _numbers(bbox)
+    if are_fractions([(x, y, w, h)])[0]:
+        findings.add("box", "in fractions of the image, not pixels, dropped", where)
+        image.dropped += 1
+        return
+    box = clean_box((x, y, x + w, y + h), (image.width, image.height), findings, where)
+    if box is None:
+        image.dropped += 1
+        return
+    image.boxes.append(box)
+    image.labels.append(label_of[category])
+
+
+def _cure_of_type(key: object, known: Mapping[Any, object]) -> str | None:
+    """Say that an id is known, but as a number where it is a text here, or the other way round."""
+    twin = next((other for other in known if str(other) == str(key)), None)
+    if twin is None or key is None:
+        return None
+    here, there = ("text" if isinstance(each, str) else "number" for each in (key, twin))
+    return f"there is {twin!r}, a {there}, where this is a {here}: write both as numbers"
+
+
+def _numbers(bbox: object) -> list[float]:
+    """Return the four numbers of a box, NaN each where there are none; `clean_box` counts these."""
+    is_box = isinstance(bbox, list) and len(bbox) == 4
+    if is_box and all(isinstance(v, int | float) and not isinstance(v, bool) for v in bbox):
+        return [float(value) for value in bbox]
+    return [float("nan")] * 4
+
+
+def write_coco(
+    path: str | Path,
+    images: Sequence[tuple[str, int, int]],
+    boxes: Sequence[Any],
+    labels: Sequence[Any],
+    scores: Sequence[Any] | None,
+    class_names: Sequence[str],
+) -> None:
+    """Write boxes as a COCO file, which annotation tools and ``CocoBoxes`` read.
+
+    Category ids are class indices plus 1, as COCO's own begin at 1. Coordinates are rounded to a thousandth of a pixel.
+
+    Args:
+        path: The file; its folder is made if need be.
+        images: File name, width and height of each image, pixels.
+        boxes: For each image its boxes xyxy (G, 4), pixels of the file; tensors, arrays or lists.
+        labels: For each image the class indices (G,); boxes with a negative one are empty slots and not written.
+        scores: For each image the confidences (G,), written as ``score``; None: the boxes are annotations.
+        class_names: Name of each class, by class index.
+
+    Raises:
+        ValueError: If the lists differ in length, or a label has no name.
+    """
+    lengths = {"images": len(images), "boxes": len(boxes), "labels": len(labels)}
+    if scores is not None:
+        lengths["scores"] = len(scores)
+    if len(set(lengths.values())) > 1:
+        msg = f"the lists have the lengths {lengths}; expected one entry per image in each"
+        raise ValueError(msg)
+    content: dict[str, list[dict]] = {"images": [], "annotations": [], "categories": []}
+    content["categories"] = [{"id": i, "name": name} for i, name in enumerate(class_names, start=1)]
+    for index, (name, width, height) in enumerate(images):
+        content["images"].append({"id": index + 1, "file_name": str(name), "width": int(width), "height": int(height)})
+        corners = np.asarray(boxes[index], dtype=np.float64).reshape(-1, 4)
+        classes = np.asarray(labels[index], dtype=np.int64).reshape(-1)
+        sure = None if scores is None else np.asarray(scores[index], dtype=np.float64).reshape(-1)
+        if len(classes) != len(corners) or (sure is not None and len(sure) != len(corners)):
+            msg = f"image {name}: {len(corners)} boxes, {len(classes)} labels; expected as many of each, and of scores"
+            raise ValueError(msg)
+        if classes.max(initial=-1) >= len(class_names):
+            msg = f"image {name} has label {classes.max()}; expected at most {len(class_names) - 1}, the last class"
+            raise ValueError(msg)
+        for slot in np.flatnonzero(classes >= 0):
+            x1, y1, x2, y2 = corners[slot].tolist()
+            bbox = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
+            key, category = len(content["annotations"]) + 1, int(classes[slot]) + 1
+            entry = {"id": key, "image_id": index + 1, "category_id": category, "bbox": bbox}
+            entry |= {"area": round(bbox[2] * bbox[3], 3), "iscrowd": 0}
+            if sure is not None:
+                entry["score"] = round(float(sure[slot]), 6)
+            content["annotations"].append(entry)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")

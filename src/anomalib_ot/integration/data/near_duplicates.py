@@ -1,0 +1,142 @@
+"""Groups of images that show nearly the same: perceptual hashes, kept on disk, and how far they may lie apart."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from platformdirs import user_cache_path
+from rich.console import Console
+from rich.progress import Progress
+
+from anomalib_ot.imaging.samples import DECODE_ERRORS
+from anomalib_ot.integration.checks.errors import InputError
+
+__all__ = ["HASH_BITS", "image_hashes", "near_duplicate_groups"]
+
+logger = logging.getLogger(__name__)
+
+HASH_BITS = 256
+_SIDE = 16  # of the square of frequencies that a hash holds
+_BLOCK = 512  # hashes compared with all others at once
+_NUM_THREADS = 2
+_PATIENCE = 1.0  # seconds of silence before the progress bar
+
+
+def image_hashes(paths: Sequence[str], cache: Path | None = None) -> np.ndarray:
+    """Hash images by what they look like: signs of the 16 x 16 lowest frequencies against their median.
+
+    Args:
+        paths: Image files; JPEG files are decoded at a fraction of their size.
+        cache: File that keeps hashes by path, time of change and size. None: one in the user's cache.
+
+    Returns:
+        Hashes (N, 4), uint64. Two unrelated images differ in about 128 of the 256 bits.
+
+    Raises:
+        InputError: If an image cannot be read.
+
+    References:
+        Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010, section 3.2 (DCT hash).
+    """
+    if cache is None:
+        cache = user_cache_path("anomalib-ot", appauthor=False) / "image_hashes.json"
+    known = _load(cache)
+    keys = [_key(path) for path in paths]
+    fresh = {key: path for key, path in zip(keys, paths, strict=True) if key not in known}
+    if fresh:
+        known |= _hash_all(fresh)
+        _save(cache, known)
+    rows = [np.frombuffer(bytes.fromhex(known[key]), dtype=">u8") for key in keys]
+    return np.array(rows, dtype=np.uint64).reshape(-1, HASH_BITS // 64)
+
+
+def near_duplicate_groups(hashes: np.ndarray, distance: int) -> np.ndarray:
+    """Number the groups of images that chains of near duplicates hold together.
+
+    Args:
+        hashes: Hashes (N, 4), see ``image_hashes``.
+        distance: In how many of the 256 bits two near duplicates differ at most; 0 groups equal hashes only.
+
+    Returns:
+        The group (N,) of each image, from 0 on.
+
+    >>> near_duplicate_groups(np.array([[0, 0, 0, 0], [2**40, 0, 0, 0], [7, 7, 7, 7], [3, 0, 0, 1]], np.uint64), 3)
+    array([0, 0, 1, 0])
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not len(hashes):
+        return np.zeros(0, dtype=np.int64)
+    unique, place = np.unique(np.ascontiguousarray(hashes), axis=0, return_inverse=True)
+    # Signs instead of bits: their inner product is the number of equal bits less that of different ones.
+    signs = 2 * np.unpackbits(unique.view(np.uint8), axis=1).astype(np.float32) - 1
+    near = []
+    for start in range(0, len(unique), _BLOCK):
+        apart = (HASH_BITS - signs[start : start + _BLOCK] @ signs.T) / 2
+        near.append(np.argwhere(apart <= distance) + np.array([start, 0]))
+    pairs = np.concatenate(near)
+    graph = coo_array((np.ones(len(pairs), dtype=bool), tuple(pairs.T)), shape=(len(unique),) * 2)
+    labels = connected_components(graph, directed=False)[1][place.reshape(-1)]
+    first = dict.fromkeys(labels.tolist())  # numbered in the order of the images
+    number = {label: index for index, label in enumerate(first)}
+    return np.array([number[label] for label in labels.tolist()], dtype=np.int64)
+
+
+def _key(path: str) -> str:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        msg = f"image {path} cannot be read ({error.strerror}); restore it or correct its path"
+        raise InputError(msg) from error
+    return f"{os.path.abspath(path)}|{status.st_mtime_ns}|{status.st_size}"
+
+
+def _load(cache: Path) -> dict[str, str]:
+    try:
+        known = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # none yet, or written by half: hashes are computed anew
+    return known if isinstance(known, dict) else {}
+
+
+def _save(cache: Path, known: dict[str, str]) -> None:
+    part = cache.with_suffix(f".{os.getpid()}.part")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(known), encoding="utf-8")
+        part.replace(cache)
+    except OSError as error:
+        logger.warning("image hashes cannot be kept in %s (%s); they are computed in every run", cache, error.strerror)
+
+
+def _hash_all(paths: dict[str, str]) -> dict[str, str]:
+    hashes: dict[str, str] = {}
+    started = time.monotonic()
+    console = Console(stderr=True)
+    mute = not (console.is_terminal or console.is_jupyter)
+    with Progress(console=console, transient=True, disable=mute) as progress, ThreadPoolExecutor(_NUM_THREADS) as pool:
+        task = progress.add_task("Looking for near duplicates", total=len(paths), visible=False)
+        for key, value in zip(paths, pool.map(_hash, paths.values()), strict=True):
+            hashes[key] = value
+            progress.update(task, advance=1, visible=time.monotonic() - started > _PATIENCE)
+    return hashes
+
+
+def _hash(path: str) -> str:
+    import imagehash
+
+    try:
+        with Image.open(path) as image:
+            image.draft("L", (4 * _SIDE, 4 * _SIDE))
+            bits = imagehash.phash(image, hash_size=_SIDE).hash
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
+        msg = f"image {path} cannot be read ({' '.join(str(error).split())}); restore it or remove it"
+        raise InputError(msg) from error
+    return np.packbits(bits.reshape(-1)).tobytes().hex()

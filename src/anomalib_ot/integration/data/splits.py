@@ -1,0 +1,173 @@
+"""Drawing a split of images with boxes: whole groups of images, each class in its share of every subset."""
+
+import re
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.data.near_duplicates import HASH_BITS, image_hashes, near_duplicate_groups
+from anomalib_ot.integration.data.records import Findings, LabelledImage
+
+__all__ = ["check_distance", "groups_by_pattern", "groups_by_sight", "joined_groups", "split_images"]
+
+LARGE_GROUP = 0.3  # of all images; a split can hardly keep its ratios then
+
+
+def split_images(
+    records: Sequence[LabelledImage], ratios: Sequence[float], seed: int, groups: Sequence[Hashable] | None = None
+) -> list[list[LabelledImage]]:
+    """Split images into subsets, stratified by class as far as the groups allow.
+
+    The rarest class is dealt out first, group by group, each to the subset that lacks most images of that class; images
+    without boxes count as a class of their own.
+
+    Args:
+        records: The images.
+        ratios: The share of each subset, summing to 1; positive.
+        seed: The same seed gives the same split of the same images, whatever their order.
+        groups: The group of each image; images of one group stay together. None: each image for itself.
+
+    Returns:
+        The subsets, each sorted by path; one can be empty where there are few groups.
+
+    References:
+        Sechidis, Tsoumakas, Vlahavas, "On the stratification of multi-label data", ECML PKDD 2011, algorithm 1.
+    """
+    order = sorted(range(len(records)), key=lambda index: records[index].image_path)
+    members: dict[Hashable, list[int]] = {}
+    for index in order:
+        members.setdefault(index if groups is None else groups[index], []).append(index)
+    cells = list(members.values())
+    counts = [Counter(label for index in cell for label in _classes(records[index])) for cell in cells]
+
+    rng = np.random.default_rng(seed)
+    queue = [int(cell) for cell in rng.permutation(len(cells))]
+    queue.sort(key=lambda cell: -len(cells[cell]))  # large groups first: small ones even out what they do
+    lacking = [{label: share * count for label, count in sum(counts, Counter()).items()} for share in ratios]
+    missing = [share * len(records) for share in ratios]
+    subsets: list[list[int]] = [[] for _ in ratios]
+    while queue:
+        left = Counter()
+        for cell in queue:
+            left.update(counts[cell])
+        rarest = min(left, key=lambda label: (left[label], label))
+        for cell in [cell for cell in queue if counts[cell][rarest]]:
+            best = max(range(len(ratios)), key=lambda s: (lacking[s][rarest], missing[s]))
+            subsets[best] += cells[cell]
+            missing[best] -= len(cells[cell])
+            for label, count in counts[cell].items():
+                lacking[best][label] -= count
+        queue = [cell for cell in queue if not counts[cell][rarest]]
+    return [sorted((records[index] for index in subset), key=lambda record: record.image_path) for subset in subsets]
+
+
+def _classes(record: LabelledImage) -> list[int]:
+    return sorted({int(label) for label in record.labels}) or [-1]
+
+
+def groups_by_pattern(argument: str, pattern: str | None, names: Sequence[str]) -> list[str] | None:
+    """Read from its name which group an image belongs to, such as the piece that it shows.
+
+    Args:
+        argument: Name of the argument that the pattern comes from, for messages.
+        pattern: Regular expression with one group in parentheses; None: no groups.
+        names: The images' names.
+
+    Returns:
+        What the parentheses catch of each name, anywhere in it; None without a pattern.
+
+    Raises:
+        InputError: If the pattern is no such expression, or does not fit a name.
+
+    >>> groups_by_pattern("group_pattern", r"_num_(\\d+)", ["exp1_num_32.jpg", "exp2_num_32.jpg"])
+    ['32', '32']
+    """
+    if pattern is None:
+        return None
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        msg = f"{argument} is {pattern!r}, which is no regular expression ({error}); correct it"
+        raise InputError(msg) from error
+    if compiled.groups != 1:
+        msg = f"{argument} is {pattern!r}; expected exactly one group in parentheses, such as '^([0-9]+)_'"
+        raise InputError(msg)
+    found = [(name, compiled.search(name)) for name in names]
+    for name, match in found:
+        if match is None or match[1] is None:
+            msg = f"{argument} is {pattern!r}, which does not fit the image {name}; expected one that fits all names"
+            raise InputError(msg)
+    return [match[1] for _, match in found]
+
+
+def check_distance(name: str, value: int | None) -> None:
+    """Check a distance between near duplicates.
+
+    Args:
+        name: Name of the argument.
+        value: What came; None turns the search off.
+
+    Raises:
+        InputError: If it is out of range.
+
+    >>> check_distance("duplicate_distance", 40)
+    """
+    if value is not None and not 0 <= value < HASH_BITS // 2:
+        msg = f"{name} is {value}; expected 0 (equal hashes) to {HASH_BITS // 2 - 1} bits, or null to search for none"
+        raise InputError(msg)
+
+
+def groups_by_sight(distance: int | None, paths: Sequence[str], findings: Findings) -> list[int] | None:
+    """Group near duplicates, so that a split cannot put one of them on each side.
+
+    Args:
+        distance: In how many bits the hashes of near duplicates differ at most; None: no groups.
+        paths: The image files.
+        findings: Counts groups so large that no fair split is left.
+
+    Returns:
+        The group of each image; None without a distance.
+
+    Raises:
+        InputError: If an image cannot be read.
+    """
+    if distance is None or not paths:
+        return None
+    groups = near_duplicate_groups(image_hashes(paths), distance).tolist()
+    (largest, count), *_ = Counter(groups).most_common(1)
+    if count > 2 and count > LARGE_GROUP * len(paths):
+        what = f"of {count} near duplicates among {len(paths)} images: lower duplicate_distance if they are none"
+        findings.add("group", what, paths[groups.index(largest)])
+    return groups
+
+
+def joined_groups(*groupings: Sequence[Hashable] | None) -> list[int] | None:
+    """Join groupings of the same images: whoever shares a group in any of them shares one here.
+
+    Args:
+        groupings: For each image its group; None says nothing.
+
+    Returns:
+        The group of each image; None if there is no grouping at all.
+
+    >>> joined_groups(["a", "a", "b", "c"], None, [1, 2, 2, 3])
+    [0, 0, 0, 3]
+    """
+    given = [grouping for grouping in groupings if grouping is not None]
+    if not given:
+        return None
+    parent = list(range(len(given[0])))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            index = parent[index] = parent[parent[index]]
+        return index
+
+    for grouping in given:
+        first: dict[Hashable, int] = {}
+        for index, group in enumerate(grouping):
+            one, other = sorted((root(index), root(first.setdefault(group, index))))
+            parent[other] = one
+    return [root(index) for index in range(len(parent))]

@@ -1,0 +1,68 @@
+"""Drawn cloth in the folders of the Tianchi fabric contest, to try what needs them where its data are not there."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.synthetic.fabric import render_fabric
+
+__all__ = ["FAULTS", "write_lookalike"]
+
+FAULTS = {"hole": "破洞", "stain": "油渍", "broken_yarn": "断经", "coarse_yarn": "粗纬"}
+"""The contest's name for each fault that is drawn."""
+
+ARCHIVE = "guangdong1_round1_train1_20190818"
+NORMAL = 1_000_000  # number of the first piece of faultless cloth
+
+
+def write_lookalike(
+    root: str | Path,
+    num_per_fault: int = 8,
+    num_normal: int = 16,
+    image_size: tuple[int, int] = (96, 160),
+    seed: int = 0,
+) -> Path:
+    """Draw cloth into folders as the archives of round 1 unpack.
+
+    There are ``defect_Images``, ``normal_Images`` and ``Annotations/anno_train.json`` with Chinese names of faults. The
+    pictures are JPEG files of one cloth with the faults of `FAULTS`; the contest's are larger, harder and more varied,
+    so that figures reached here say nothing about it.
+
+    Args:
+        root: Folder to make the archive's folder in; nothing that is there is overwritten.
+        num_per_fault: Images of each fault, at least 1.
+        num_normal: Faultless images, at least 0.
+        image_size: Height and width in pixels, at least 64 each; the contest's are 1000 and 2446.
+        seed: Names the cloth, at least 0.
+
+    Returns:
+        The `root` that `TianchiFabric` takes.
+
+    Raises:
+        InputError: If the archive's folder is there already.
+    """
+    folder = Path(root) / ARCHIVE
+    if folder.exists():
+        msg = f"root is '{root}', which holds {ARCHIVE} already; name a new folder"
+        raise InputError(msg)
+    for part in ("defect_Images", "normal_Images", "Annotations"):
+        (folder / part).mkdir(parents=True)
+    entries = []
+    for index in range(num_per_fault * len(FAULTS)):
+        fault = list(FAULTS)[index % len(FAULTS)]
+        sample = render_fabric(seed, index, fault, image_size)
+        name = f"d{index:04}.jpg"
+        _save(sample.image, folder / "defect_Images" / name)
+        entries += [{"name": name, "defect_name": FAULTS[fault], "bbox": box} for box in sample.boxes.tolist()]
+    for index in range(num_normal):
+        sample = render_fabric(seed, NORMAL + index, None, image_size)
+        _save(sample.image, folder / "normal_Images" / f"n{index:04}.jpg")
+    text = json.dumps(entries, ensure_ascii=False, indent=1)
+    (folder / "Annotations" / "anno_train.json").write_text(text, encoding="utf-8")
+    return Path(root)
+
+
+def _save(pixels: object, path: Path) -> None:
+    Image.fromarray(pixels).save(path, quality=95)

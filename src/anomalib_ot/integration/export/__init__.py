@@ -1,0 +1,1 @@
+"""Exports that are compared with the model in PyTorch, and say what they are."""

@@ -1,0 +1,265 @@
+"""What leaves the model: exports that refuse an untrained one, are compared with it, and say what they are."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.deploy.export import CompressionType
+from anomalib.post_processing import PostProcessor
+
+from anomalib_ot.integration.checks.values import check_fitted
+from anomalib_ot.integration.export.known_scores import summarised_scores
+from anomalib_ot.integration.export.manifest import (
+    RT_INFO,
+    as_text,
+    base_manifest,
+    write_manifest,
+    write_manifest_into_onnx,
+)
+from anomalib_ot.integration.export.parity import (
+    check_parity,
+    described,
+    measured_parity,
+    probe_images,
+    says_little,
+    torch_outputs,
+)
+from anomalib_ot.integration.export.requirements import (
+    CALIBRATED,
+    PRECISIONS,
+    check_export_root,
+    check_packages,
+    check_uncompressed,
+)
+from anomalib_ot.integration.export.runtime import (
+    Predict,
+    openvino_predict,
+    openvino_runtime,
+    predict_of_onnx,
+    quiet_export,
+    without_settled_choices,
+)
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+    from anomalib_ot.integration.export.quantization import Samples
+
+logger = logging.getLogger(__name__)
+
+SCORES, CALIBRATION = "anomalib_ot_scores", "anomalib_ot_calibration"
+# Anomalib asks for 14, which torch cannot write: it tries, prints a page of traceback, and writes 18.
+ONNX_DEFAULTS = {"opset_version": 18, "verbose": False}
+CALIBRATION_IMAGES, ACCURACY_IMAGES, PROBES = 128, 400, 8
+FEW = 30  # images that no figure should be taken from
+
+
+class CheckedExport:
+    """Exports of an `AnomalibModule` that are compared with it and say what they are; an untrained one has none.
+
+    It stands before `AnomalibModule` among the bases of a model, which says by `is_fitted` whether it was trained, and
+    by `export_kind` whether it finds an "anomaly" or "boxes". Convolutions and products of the modules `integer_rooms`
+    may become integers. Beside each export lies a `manifest.json`.
+    """
+
+    export_kind: ClassVar[str]
+    integer_rooms: ClassVar[Sequence[str]]
+    known_scores: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None  # of the image threshold, in units of raw scores
+
+    @property
+    def has_own_scores(self) -> bool:
+        """Whether exported image scores are those of validations, at most put to scale by Anomalib's post-processor."""
+        return self.post_processor is None or isinstance(self.post_processor, PostProcessor)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the distribution of scores, and where the threshold comes from."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[SCORES], checkpoint[CALIBRATION] = self.known_scores, self.calibration
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore both; older checkpoints have neither."""
+        super().on_load_checkpoint(checkpoint)
+        self.known_scores, self.calibration = checkpoint.get(SCORES), checkpoint.get(CALIBRATION)
+
+    # ---- exports
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Export to PyTorch; see Anomalib's `ExportMixin.to_torch`.
+
+        Raises:
+            InputError: If the folder cannot be written, or a compression was asked for.
+        """
+        check_fitted(self, "export")
+        check_uncompressed("torch")
+        check_export_root(export_root)
+        path = super().to_torch(export_root, model_file_name)
+        self.eval()
+        names = torch_outputs(self, torch.zeros(1, 3, *self.hparams["image_size"]))
+        write_manifest(base_manifest(self, list(names), None, "FP32"), path)
+        return path
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        *,
+        check_parity: bool = True,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to ONNX; see Anomalib's `ExportMixin.to_onnx`.
+
+        Args:
+            export_root: Folder to write to.
+            model_file_name: Name of the file.
+            input_size: Height and width that the graph takes, pixels; None: any.
+            check_parity: Whether the export is compared with PyTorch.
+            kwargs: See `torch.onnx.export`.
+
+        Raises:
+            InputError: If the folder cannot be written, or a compression was asked for.
+            ParityError: If it does not agree with PyTorch.
+        """
+        check_fitted(self, "export")
+        check_uncompressed("onnx")
+        check_export_root(export_root)
+        import onnx
+
+        with quiet_export():
+            path = Path(super().to_onnx(export_root, model_file_name, input_size, **ONNX_DEFAULTS | kwargs))
+        names = [output.name for output in onnx.load(str(path), load_external_data=False).graph.output]
+        manifest = base_manifest(self, names, input_size, "FP32")
+        runs = predict_of_onnx(path) if check_parity else None
+        if runs is not None:
+            try:
+                manifest["parity"] = self._agreement(*runs, input_size, "FP32")
+            except RuntimeError:
+                for file in (path, path.with_name(f"{path.name}.data")):
+                    file.unlink(missing_ok=True)
+                raise
+        elif check_parity:
+            logger.warning("The export was not compared with PyTorch: neither onnxruntime nor openvino is installed")
+        write_manifest_into_onnx(manifest, path)
+        write_manifest(manifest, path)
+        return path
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        metric: "Metric | None" = None,
+        task: object = None,
+        max_drop: float = 0.01,
+        ov_kwargs: dict[str, Any] | None = None,
+        onnx_kwargs: dict[str, Any] | None = None,
+        *,
+        check_parity: bool = True,
+    ) -> Path:
+        """Export to OpenVINO; see Anomalib's `ExportMixin.to_openvino`.
+
+        Args:
+            export_root: Folder to write to.
+            model_file_name: Name of the file.
+            input_size: Height and width that the graph takes, pixels; None: any.
+            compression_type: FP16 or INT8 (weights alone), INT8_PTQ or INT8_ACQ (all that stands it); None: float32.
+            datamodule: Images to calibrate integers with, to measure accuracy on, and to compare with PyTorch on.
+            metric: What INT8_ACQ measures; None: image AUROC, or mAP of a detector.
+            task: Not used; it stands in Anomalib's signature.
+            max_drop: Loss of the metric that INT8_ACQ allows, 0 to 1.
+            ov_kwargs: See `openvino.convert_model`.
+            onnx_kwargs: See `torch.onnx.export`; `check_parity` among them counts as the argument.
+            check_parity: Whether the export is compared with PyTorch.
+
+        Raises:
+            InputError: If a package is missing, data for integers, or the folder cannot be written.
+            ParityError: If the export does not agree with PyTorch.
+        """
+        del task
+        check_fitted(self, "export")
+        kind = None if compression_type is None else CompressionType(compression_type)
+        check_export_root(export_root)
+        check_packages(kind, datamodule)
+        import openvino
+
+        from anomalib_ot.integration.export.quantization import Samples, compressed, float_operations
+
+        onnx_kwargs = dict(onnx_kwargs or {})
+        check_parity = onnx_kwargs.pop("check_parity", check_parity)
+        precision = PRECISIONS.get(kind, "INT8")
+        options = {"compress_to_fp16": precision == "FP16"}
+        calibration = Samples(datamodule, "train", CALIBRATION_IMAGES, input_size) if kind in CALIBRATED else None
+        validation = None if datamodule is None else Samples(datamodule, "val", ACCURACY_IMAGES, input_size)
+        path = Path(export_root) / "weights" / "openvino" / f"{model_file_name}.xml"
+        with TemporaryDirectory() as folder:
+            with quiet_export():
+                onnx_path = Path(super().to_onnx(folder, model_file_name, input_size, **ONNX_DEFAULTS | onnx_kwargs))
+            graph = precise = without_settled_choices(openvino.convert_model(onnx_path, **(ov_kwargs or {})))
+            manifest = base_manifest(self, [output.any_name for output in graph.outputs], input_size, precision)
+            if precision == "INT8":
+                kept = float_operations(graph, onnx_path, self.integer_rooms)
+                graph = compressed(graph, kind, kept, calibration, validation, metric=metric, max_drop=max_drop)
+            trial = Path(folder) / "trial.xml"
+            openvino.save_model(graph, trial, **options)
+            predict = openvino_predict(trial)
+            if check_parity:
+                manifest["parity"] = self._agreement(predict, openvino_runtime(), input_size, precision, validation)
+            if validation is not None and kind is not None:
+                manifest |= _measured(openvino_predict(precise), predict, validation, manifest)
+            graph.set_rt_info(as_text(manifest), [RT_INFO])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            openvino.save_model(graph, path, **options)
+        write_manifest(manifest, path)
+        return path
+
+    def _agreement(
+        self,
+        predict: Predict,
+        runtime: str,
+        input_size: Sequence[int] | None,
+        precision: str,
+        samples: "Samples | None" = None,
+    ) -> dict[str, Any]:
+        """Compare an export with PyTorch, on images of a data set if there are any, and tell the result."""
+        self.eval()
+        rows = [] if samples is None else range(0, len(samples), max(1, len(samples) // PROBES))
+        images = probe_images(self, input_size, [samples.image(row) for row in rows][:PROBES])
+        parity = measured_parity(self, predict, images, precision, runtime)
+        logger.info("The export compared with PyTorch, %s", described(parity))
+        check_parity(parity)
+        if says_little(parity):
+            hint = "" if samples is not None else "; name a data set (--data ...) to compare on its images"
+            logger.warning("The model finds next to nothing in the images compared%s", hint)
+        return parity
+
+
+def _measured(precise: Predict, predict: Predict, samples: "Samples", manifest: dict[str, Any]) -> dict[str, Any]:
+    """Measure what compression costs on validation images, tell it, and return the entries for the manifest."""
+    from anomalib_ot.integration.export.quantization import Judged, accuracy_name, figure, verdicts_changed
+
+    name = manifest["precision"].lower()
+    before, after = Judged(precise, samples), Judged(predict, samples)
+    accuracy = {"metric": accuracy_name(after), "images": len(samples), "fp32": figure(before), name: figure(after)}
+    accuracy["verdicts_changed"] = verdicts_changed(before, after)
+    if accuracy["fp32"] is None or accuracy[name] is None:
+        logger.warning(
+            "What %s costs is not known: %s means nothing on the validation images", name, accuracy["metric"]
+        )
+    else:
+        told = (len(samples), accuracy["metric"], accuracy["fp32"], name, accuracy[name])
+        logger.info("On %d validation images %s is %.4f in fp32 and %.4f in %s", *told[:3], told[4], told[3])
+    changed = accuracy["verdicts_changed"]
+    logger.info("%d of the %d verdicts (good, defective) are others in %s than in fp32", changed, len(samples), name)
+    if len(samples) < FEW:
+        logger.warning("%d validation images are few: what %s costs is known roughly at best", len(samples), name)
+    scores = manifest["scores"]
+    if scores is None:
+        scores = summarised_scores(after.scores, after.labels)
+    return {"accuracy": accuracy, "scores": scores}

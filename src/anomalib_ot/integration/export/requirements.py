@@ -1,0 +1,100 @@
+"""What has to be right before an export begins: packages, data, the folder, and arguments that would do nothing."""
+
+import sys
+from collections.abc import Sequence
+from os import W_OK, access
+from pathlib import Path
+from typing import Any
+
+from anomalib.data import AnomalibDataModule
+from anomalib.deploy.export import CompressionType
+from lightning_utilities.core.imports import module_available
+from torchvision.transforms.v2 import Resize
+
+from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.processing.pre_post import flat_transforms
+from anomalib_ot.vision.resize import AntialiasResize
+
+__all__ = ["CALIBRATED", "PRECISIONS", "check_export_root", "check_input_size", "check_packages", "check_uncompressed"]
+
+PRECISIONS = {None: "FP32", CompressionType.FP16: "FP16"}
+CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
+
+
+def check_export_root(export_root: Path | str) -> None:
+    """Make the folder to export to, before minutes of work.
+
+    Raises:
+        InputError: If it cannot be made, or written to.
+    """
+    path, cure = Path(export_root), "give a folder that can be written"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"--export_root is '{path}', which cannot be made a folder ({error.strerror}); {cure}"
+        raise InputError(msg) from error
+    if not access(path, W_OK):
+        msg = f"--export_root is '{path}', which may not be written to; {cure}"
+        raise InputError(msg)
+
+
+def check_input_size(model: Any, input_size: Sequence[int] | None) -> None:
+    """Refuse a graph for images of any size if nothing in it brings them to one.
+
+    Args:
+        model: The model.
+        input_size: Height and width that the graph is to take, pixels; None: any.
+
+    Raises:
+        InputError: If there is no resize and no size.
+    """
+    transform = getattr(model.pre_processor, "export_transform", None)
+    parts = [] if transform is None else [*transform.modules(), *flat_transforms(transform)]
+    if input_size is None and not any(isinstance(part, AntialiasResize | Resize) for part in parts):
+        size = ",".join(str(int(side)) for side in model.hparams["image_size"])
+        msg = (
+            "--input_size is not given, and no pre-processor resizes (pre_processor is False or of your own); expected "
+            f"the height and width that images will have, as in training: --input_size [{size}]"
+        )
+        raise InputError(msg)
+
+
+def check_uncompressed(form: str) -> None:
+    """Refuse a `compression_type` that Anomalib's `Engine.export` was given and drops: only OpenVINO exports have one.
+
+    No method of ours is told of it: it is taken from the frame of that call.
+
+    Args:
+        form: What is exported, "onnx" or "torch".
+
+    Raises:
+        InputError: If there is one.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "export" and type(frame.f_locals.get("self")).__name__ == "Engine":
+            kind = frame.f_locals.get("compression_type")
+            if kind is not None:
+                msg = (
+                    f"--compression_type is {CompressionType(kind).value}, which --export_type {form} cannot have; "
+                    "leave it out, or take --export_type openvino"
+                )
+                raise InputError(msg)
+            return
+        frame = frame.f_back
+
+
+def check_packages(kind: CompressionType | None, datamodule: AnomalibDataModule | None) -> None:
+    """Check that there is what an export to OpenVINO needs.
+
+    Raises:
+        InputError: If a package is missing, or images to calibrate with.
+    """
+    needed = ["openvino"] if kind in PRECISIONS else ["openvino", "nncf"]
+    missing = [name for name in needed if not module_available(name)]
+    if missing:
+        msg = f"this export needs the package {missing[0]}: pip install 'anomalib-ot[openvino]'"
+        raise InputError(msg)
+    if kind in CALIBRATED and datamodule is None:
+        msg = f"--compression_type {kind.value} needs images to calibrate with; name the data set (--data ...)"
+        raise InputError(msg)

@@ -1,0 +1,1 @@
+"""Metrics of boxes over a whole validation or test."""

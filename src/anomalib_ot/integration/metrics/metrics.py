@@ -1,0 +1,267 @@
+"""Metrics of detectors for Anomalib's `Evaluator`: each has one name and one number."""
+
+import logging
+from abc import abstractmethod
+
+import torch
+from anomalib.metrics import AUROC, AnomalibMetric, F1Score
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.values import check_fraction, check_known
+from anomalib_ot.integration.data.box_batch import BoxBatch
+from anomalib_ot.integration.metrics.accumulator import FIELDS, BoxRecord
+from anomalib_ot.vision.metrics import (
+    false_positives_per_good_image,
+    recall_at_false_positives,
+    tianchi_figures,
+)
+
+__all__ = [
+    "MODEL_THRESHOLD",
+    "BoxMetric",
+    "CocoPrecision",
+    "FalsePositivesPerGoodImage",
+    "ImageAUROC",
+    "ImageF1Score",
+    "RecallAtFalsePositives",
+    "TianchiScore",
+]
+
+logger = logging.getLogger(__name__)
+
+MODEL_THRESHOLD = 0.3
+TIANCHI_KEYS = ("score", "accuracy", "map")
+COCO_KEYS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
+
+
+class BoxMetric(AnomalibMetric, Metric):
+    """A number about all boxes of an evaluation; several such metrics can look at one record.
+
+    The metrics that share a record must see the same batches, as those of one list of an `Evaluator` do: the first one
+    that is updated fills the record, the others find it filled. What is costly is then gathered and computed once.
+
+    Args:
+        name: Under which the number is logged.
+        record: The boxes, shared with other metrics; None: a record of its own.
+
+    Attributes:
+        model_threshold: Score above which a box makes its image defective for the model, which `BoxEvaluator` tells
+            its metrics; they use it where they have no threshold of their own.
+    """
+
+    full_state_update = False
+    needs = "no image has a true box (of this size)"
+
+    def __init__(self, name: str, record: BoxRecord | None = None) -> None:
+        """Keep the record; see the class."""
+        super().__init__(fields=FIELDS)
+        self.name = name
+        self.record = BoxRecord() if record is None else record
+        self.model_threshold = MODEL_THRESHOLD
+        self._has_warned = False
+
+    @abstractmethod
+    def measure(self, record: BoxRecord) -> float | None:
+        """Return the number, or None if it means nothing on these boxes."""
+
+    def update(self, batch: BoxBatch) -> None:
+        """Add the images of a batch, unless another metric has added them to the record.
+
+        Raises:
+            ValueError: If the batch has no predicted or no true boxes.
+            RuntimeError: If the record was reset behind this metric's back.
+        """
+        if self._update_count > self.record.update_count + 1:
+            msg = (
+                f"{self.name} has seen {self._update_count} batches and its record {self.record.update_count}: another "
+                "metric that shares it was reset alone; reset all metrics of one record together"
+            )
+            raise RuntimeError(msg)
+        self.record.compute_on_cpu = self.compute_on_cpu
+        if self._update_count > self.record.update_count:
+            self.record.update(batch)
+
+    def compute(self) -> Tensor | None:
+        """Return the number; None, which is not logged, with one warning, if it means nothing on these boxes."""
+        value = self.measure(self.record)
+        if value is None or value < 0:
+            self._warn("is not reported" if value is None else f"is reported as {value:g}")
+        return None if value is None else torch.tensor(value, device=self.device)
+
+    def forward(self, batch: BoxBatch) -> Tensor | None:
+        """Add a batch, and return the number of this batch alone."""
+        self.update(batch)
+        record = BoxRecord(sync_on_compute=False)
+        record.update(batch)
+        value = self.measure(record)
+        self._forward_cache = None if value is None else torch.tensor(value, device=self.device)
+        return self._forward_cache
+
+    def reset(self) -> None:
+        """Forget all images; the record does too."""
+        super().reset()
+        self.record.reset()
+
+    def _warn(self, what: str) -> None:
+        if not self._has_warned:
+            logger.warning("%s %s: %s", self.name, what, self.needs)
+        self._has_warned = True
+
+
+class CocoPrecision(BoxMetric):
+    """COCO's mean average precision, or one part of it; see `coco_summary` for what counts.
+
+    Without any true box (of this size) there is nothing to find, and the value is -1, as in COCO: so it is always
+    there for a checkpoint or an early stopping that watches it, and never looks like a result.
+
+    Args:
+        key: "map", "map_50", "map_75", "map_small", "map_medium" or "map_large".
+        class_agnostic: Whether all boxes count as one class, as for boxes without true classes; the name then begins
+            with "class_agnostic_".
+        record: The boxes, shared with other metrics; None: a record of its own.
+
+    Raises:
+        InputError: If `key` is not known.
+    """
+
+    def __init__(self, key: str = "map", class_agnostic: bool = False, record: BoxRecord | None = None) -> None:
+        """Choose the part; see the class."""
+        check_known("key", key, COCO_KEYS)
+        super().__init__(f"class_agnostic_{key}" if class_agnostic else key, record)
+        self.key = key
+        self.class_agnostic = class_agnostic
+
+    def measure(self, record: BoxRecord) -> float:
+        """Return the precision, or -1."""
+        return record.coco(class_agnostic=self.class_agnostic)[self.key]
+
+
+class TianchiScore(BoxMetric):
+    """Score of the Tianchi fabric contest or one of its parts, see `tianchi_figures`; not reported without true boxes.
+
+    Args:
+        key: "score", "accuracy" (of the images) or "map" (of the boxes); the metric is called such as "tianchi_score".
+        image_threshold: Score above which a box makes its image defective, in [0, 1]; None: the model's.
+        record: The boxes, shared with other metrics; None: a record of its own.
+
+    Raises:
+        InputError: If `key` is not known or `image_threshold` is not in [0, 1].
+    """
+
+    def __init__(
+        self, key: str = "score", image_threshold: float | None = None, record: BoxRecord | None = None
+    ) -> None:
+        """Keep the threshold; see the class."""
+        check_known("key", key, TIANCHI_KEYS)
+        if image_threshold is not None:
+            check_fraction("image_threshold", image_threshold)
+        super().__init__(f"tianchi_{key}", record)
+        self.key = key
+        self.image_threshold = image_threshold
+
+    def measure(self, record: BoxRecord) -> float | None:
+        """Return the figure."""
+        threshold = self.model_threshold if self.image_threshold is None else self.image_threshold
+        figures = tianchi_figures(record.compute(), threshold)
+        return None if figures is None else getattr(figures, self.key)
+
+
+class FalsePositivesPerGoodImage(BoxMetric):
+    """Boxes above a score on images without true boxes, per such image; not reported without such images.
+
+    Args:
+        score_threshold: Only boxes above this score count, in [0, 1]; None: the model's.
+        record: The boxes, shared with other metrics; None: a record of its own.
+
+    Raises:
+        InputError: If `score_threshold` is not in [0, 1].
+    """
+
+    needs = "no image is free of true boxes"
+
+    def __init__(self, score_threshold: float | None = None, record: BoxRecord | None = None) -> None:
+        """Keep the threshold; see the class."""
+        if score_threshold is not None:
+            check_fraction("score_threshold", score_threshold)
+        super().__init__("false_positives_per_good_image", record)
+        self.score_threshold = score_threshold
+
+    def measure(self, record: BoxRecord) -> float | None:
+        """Return the mean number of boxes."""
+        threshold = self.model_threshold if self.score_threshold is None else self.score_threshold
+        return false_positives_per_good_image(record.compute(), threshold)
+
+
+class RecallAtFalsePositives(BoxMetric):
+    """Share of the true boxes found where so many false ones per image are allowed; not reported without true boxes.
+
+    Args:
+        per_image: False boxes allowed per image, >= 0; the metric is called such as "recall_at_1_false_positives".
+        record: The boxes, shared with other metrics; None: a record of its own.
+
+    Raises:
+        InputError: If `per_image` is negative.
+    """
+
+    def __init__(self, per_image: float = 1.0, record: BoxRecord | None = None) -> None:
+        """Keep the allowance; see the class."""
+        if not per_image >= 0:
+            msg = f"per_image is {per_image!r}; expected a number of false boxes per image, at least 0"
+            raise InputError(msg)
+        super().__init__(f"recall_at_{per_image:g}_false_positives", record)
+        self.per_image = per_image
+
+    def measure(self, record: BoxRecord) -> float | None:
+        """Return the recall at IoU .5."""
+        return recall_at_false_positives(record.compute(), self.per_image)
+
+
+class ImageAUROC(AUROC):
+    """Area under the ROC curve of the images' scores, "image_AUROC" as that of anomaly models.
+
+    With good or defective images only there is no such curve: the value is then None, which is not logged.
+    """
+
+    def __init__(self) -> None:
+        """Compare `pred_score` with `gt_label`."""
+        super().__init__(fields=("pred_score", "gt_label"))
+        self.name = "image_AUROC"
+        self._has_warned = False
+
+    def compute(self) -> Tensor | None:
+        """Return the area; None, with one warning, if all images are good or all are defective."""
+        truths = dim_zero_cat(self.target) if len(self.target) else torch.zeros(0)
+        if len(truths.unique()) > 1:
+            return super().compute()
+        if not self._has_warned:
+            kinds = "no" if not len(truths) else "only defective" if truths[0] else "only good"
+            logger.warning("image_AUROC is not reported: there are %s images", kinds)
+        self._has_warned = True
+        return None
+
+
+class ImageF1Score(F1Score):
+    """F1 score of the images' labels, "image_F1Score" as that of anomaly models.
+
+    With good or defective images only it says nothing: the value is then None, which is not logged.
+    """
+
+    def __init__(self) -> None:
+        """Compare `pred_label` with `gt_label`."""
+        super().__init__(fields=("pred_label", "gt_label"))
+        self.name = "image_F1Score"
+        self._has_warned = False
+
+    def compute(self) -> Tensor | None:
+        """Return the score; None, with one warning, if all images are good or all are defective."""
+        defective, good = bool(self.tp + self.fn > 0), bool(self.tn + self.fp > 0)
+        if defective and good:
+            return super().compute()
+        if not self._has_warned:
+            kinds = "only defective" if defective else "only good" if good else "no"
+            logger.warning("image_F1Score is not reported: there are %s images", kinds)
+        self._has_warned = True
+        return None

@@ -1,0 +1,346 @@
+"""OTPrototypes: anomaly detection by optimal transport to prototypes of normal parts, as an Anomalib model."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from anomalib import LearningType
+from anomalib.data import AnomalibDataModule, Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
+
+from anomalib_ot.anomaly.model import PrototypesModel, portions
+from anomalib_ot.integration.callbacks.false_alarms import FalseAlarmThreshold, VerdictReport, check_rate
+from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, checked_reading, trained_arguments
+from anomalib_ot.integration.checks.errors import InputError, install_short_errors
+from anomalib_ot.integration.data.batches import ExplainedBatch
+from anomalib_ot.integration.data.datamodule_checks import check_datamodule
+from anomalib_ot.integration.export.explained_export import ExplainedExport
+from anomalib_ot.integration.export.known_scores import ScoreKeeper
+from anomalib_ot.integration.models.backbone import checked_weights, fill_weights
+from anomalib_ot.integration.models.embedding_cache import EmbeddingCache
+from anomalib_ot.integration.models.embedding_files import images_to_come
+from anomalib_ot.integration.models.fit_progress import fit_progress
+from anomalib_ot.integration.models.guard import InputGuard
+from anomalib_ot.integration.models.prototypes_options import (
+    MODEL_ARGUMENTS,
+    as_trained,
+    build_model,
+    check_training_arguments,
+)
+from anomalib_ot.integration.processing.pre_post import ExplainedPostProcessor, ExportablePreProcessor
+from anomalib_ot.integration.visualization.visualizer import ExplanationVisualizer
+from anomalib_ot.vision.backbone import normalisation
+
+logger = logging.getLogger(__name__)
+install_short_errors()
+
+UNLIMITED_EPOCHS = (1000, -1)  # what Lightning puts where the user gave no limit
+WITHOUT_FLOAT64 = ("mps",)  # the fit sums in float64; it runs on the CPU there
+NO_DATA = "no data to {}; name a data set (--data Folder --data.root ..., in Python datamodule=...)"
+
+
+class OTPrototypes(ExplainedExport, AnomalibModule):
+    """Transport patches to prototypes of normal parts: what finds none looks wrong, or is in the wrong place.
+
+    One pass of a frozen timm backbone over good images, then a fit of seconds to a minute: prototypes that cover the
+    patch features of good images, with their positions. The anomaly map splits exactly into a feature and a position
+    part, and every patch names the place that it was matched to.
+
+    Args:
+        backbone: Name of a timm model, convolutional or vision transformer; or "filter_bank", which needs no weights
+            (its layers are scale1, scale2 and scale3).
+        layers: Its layers to take features from, finest first.
+        pre_trained: Whether the backbone has pretrained weights; False: random ones, drawn with `seed`, for
+            demonstrations.
+        backbone_weights: Path of a local checkpoint (.safetensors or .pth) with them; None fetches timm's from the
+            Hugging Face hub.
+        preset: "default", or "paper" for the published method.
+        members: Explicit members instead of the preset's: a list of dicts with the arguments of
+            `anomalib_ot.anomaly.members.Member`.
+        alpha: Weight of the position cost in every member, 0 to 1; None leaves the preset's.
+        num_prototypes: Number of free prototypes of every member; None leaves the preset's.
+        num_global: Number of grids of local prototypes of every member (below 1: a coarser grid); None leaves the
+            preset's.
+        image_size: Height and width that images are resized to, pixels.
+        score: Image score: "mean_top1" (mean of the highest 1 % of the map) or "max"; None leaves the preset's.
+        smoothing: Standard deviation of the Gaussian over the map, pixels; None leaves the preset's.
+        transport_score: Whether the image-level transport score (something missing, one too many) takes part in the
+            score.
+        num_groups: Groups of prototypes that the transport score counts.
+        epochs: Passes over the training images where the trainer has no `max_epochs`; more than one is of use only with
+            random augmentations.
+        max_cached_gb: Bound of the memory for embeddings of training images, GB; the fit uses a seeded sample of images
+            beyond it, or all of them with `cache_dir`.
+        cache_dir: Folder for embeddings beyond `max_cached_gb`, on a disk with space for all (0.5 to 2 MB per image);
+            they are removed after the fit. None: no files.
+        seed: Makes two trainings on the same data equal.
+        max_false_alarms: The highest rate of good images called defective, in (0, 1): the image threshold then comes
+            from good validation images, at least 1 / rate - 1 of them (99 for 0.01). None: Anomalib's, the F1 optimum.
+        export_explanation: Whether exported models have the outputs `feature_map`, `position_map`, `matched_position`
+            (and `transport_score`), which `anomalib-ot inspect` names causes by; with them Anomalib's own
+            `OpenVINOInferencer` and `TorchInferencer` do not read the export.
+        pre_processor: Anomalib pre-processor, or whether to use the default.
+        post_processor: Anomalib post-processor, or whether to use the default.
+        evaluator: Anomalib evaluator, or whether to use the default.
+        visualizer: Anomalib visualiser, or whether to use the default.
+
+    Raises:
+        InputError: If an argument is out of range or not known; the message names the known ones.
+
+    References:
+        R. Trombetta, C. Lartizien, "Learning local and global prototypes with optimal transport for unsupervised
+        anomaly detection and localization", 2025.
+    """
+
+    model: PrototypesModel
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        layers: Sequence[str] = ("layer2", "layer3"),
+        pre_trained: bool = True,
+        backbone_weights: str | Path | None = None,
+        preset: str = "default",
+        members: list[dict[str, Any]] | None = None,
+        alpha: float | None = None,
+        num_prototypes: int | None = None,
+        num_global: float | None = None,
+        image_size: Sequence[int] = (256, 256),
+        score: str | None = None,
+        smoothing: float | None = None,
+        transport_score: bool = False,
+        num_groups: int = 8,
+        epochs: int = 1,
+        max_cached_gb: float = 4.0,
+        cache_dir: str | Path | None = None,
+        seed: int = 0,
+        max_false_alarms: float | None = None,
+        export_explanation: bool = False,
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        install_short_errors()
+        pre_trained, backbone_weights = checked_weights(pre_trained, backbone_weights)
+        model = build_model(
+            backbone=backbone,
+            layers=layers,
+            preset=preset,
+            members=members,
+            alpha=alpha,
+            num_prototypes=num_prototypes,
+            num_global=num_global,
+            image_size=image_size,
+            score=score,
+            smoothing=smoothing,
+            transport_score=transport_score,
+            num_groups=num_groups,
+        )
+        check_training_arguments(epochs, max_cached_gb)
+        if pre_processor is True:
+            pre_processor = ExportablePreProcessor.of(image_size, *normalisation(backbone))
+        super().__init__(
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        check_rate(max_false_alarms, self.post_processor)
+        self.max_false_alarms = max_false_alarms
+        self.model = model
+        self.pre_trained = pre_trained
+        self.backbone_weights = backbone_weights
+        self.epochs = epochs
+        self.seed = seed
+        self.export_explanation = export_explanation
+        self.automatic_optimization = False
+        self._cache = EmbeddingCache(max_cached_gb * 1e9, seed, cache_dir)
+        self._costs: list[float] = []
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there are prototypes."""
+        return self.model.is_fitted
+
+    # ---- before anything runs: the data, the weights
+
+    def prepare_data(self) -> None:
+        """Check the folders before Anomalib reads them (Lightning calls this once per machine)."""
+        check_datamodule(self.trainer.datamodule, self.trainer.state.fn)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the processors, the evaluator, the visualiser, the guard of all input, and what looks at verdicts."""
+        own = [] if self.max_false_alarms is None else [FalseAlarmThreshold(self.max_false_alarms)]
+        return [*super().configure_callbacks(), InputGuard(), ScoreKeeper(), *own, VerdictReport()]
+
+    def on_fit_start(self) -> None:
+        """Limit the passes; get the backbone's weights, unless the model or the checkpoint to resume from has them."""
+        self._cache.check_folder()
+        if self.trainer.max_epochs in UNLIMITED_EPOCHS:
+            self.trainer.fit_loop.max_epochs = self.epochs
+        if not self.model.is_fitted:
+            fill_weights(self.model.feature_extractor, self.backbone_weights, self.seed, pre_trained=self.pre_trained)
+
+    def train_dataloader(self) -> NoReturn:
+        """Say that there is no data to train on; Lightning asks the model only if nothing else was given."""
+        raise InputError(NO_DATA.format("train on"))
+
+    def test_dataloader(self) -> NoReturn:
+        """Say that there is no data to test on; Lightning asks the model only if nothing else was given."""
+        raise InputError(NO_DATA.format("test on"))
+
+    # ---- training: one pass collects, the end of the pass fits
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Leave the trainer to its user; only the check of an untrained model before the first epoch is turned off."""
+        return {"num_sanity_val_steps": 0}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Good images only."""
+        return LearningType.ONE_CLASS
+
+    @staticmethod
+    def configure_optimizers() -> None:
+        """No gradient takes part."""
+
+    def on_train_epoch_start(self) -> None:
+        """Begin a pass with nothing collected."""
+        self._cache.clear()
+        self._cache.expected_images = images_to_come(self.trainer)
+
+    def training_step(self, batch: Batch, *args: object) -> None:
+        """Collect the embeddings of a batch of good images."""
+        del args
+        paths = batch.image_path
+        for start, images in portions(batch.image):
+            self._cache.add(self.model.embed(images), None if paths is None else paths[start : start + len(images)])
+        self._network_size = tuple(batch.image.shape[-2:])
+        # Without an optimiser Lightning counts no step, and then writes no checkpoint and never reaches max_steps.
+        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        steps.increment_ready()
+        steps.increment_completed()
+
+    def on_validation_start(self) -> None:
+        """Fit before a validation: at the end of a pass to all of it, within the first pass to what there is."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._fit_collected()
+        elif not self.model.is_fitted:
+            self._fit(keep=True)
+
+    def on_train_epoch_end(self) -> None:
+        """Fit at the latest now, and tell the cost of transport."""
+        self._fit_collected()
+        if self.trainer.barebones:  # logs nothing
+            return
+        for number, cost in enumerate(self._costs):
+            if cost == cost:  # NaN: the member has no refinement pass
+                self.log(f"transport_cost_{number}", cost, rank_zero_only=True)
+
+    def _fit_collected(self) -> None:
+        """Fit to what a pass has collected, once."""
+        if not self._cache.is_idle():
+            self._fit()
+
+    def _fit(self, *, keep: bool = False) -> None:
+        """Fit in the first process, to what all have collected, and hand the result, or the failure, to the others."""
+        failure, patches, device = None, self._cache.patches(keep=keep), self.device
+        self.model.to("cpu" if device.type in WITHOUT_FLOAT64 else device)
+        try:
+            if self.trainer.is_global_zero:
+                seed, resume = self.seed + 1000 * self.current_epoch, self.current_epoch > 0
+                try:
+                    with fit_progress(self.trainer) as report:
+                        self._costs = self.model.fit(patches, self._network_size, seed, resume=resume, report=report)
+                except ValueError as error:
+                    failure = error
+            state = self.model.fitted_state()
+            state, self._costs, failure = self.trainer.strategy.broadcast((state, self._costs, failure))
+        finally:
+            del patches
+            if not keep:
+                self._cache.clear()
+        if failure is not None:
+            raise InputError(str(failure)) from failure
+        self.model.load_fitted_state(state)
+        self.model.to(device)
+
+    def forget_collected(self) -> None:
+        """Forget what a pass has collected, and remove its files."""
+        self._cache.clear()
+
+    # ---- validation, test, prediction
+
+    def _predict(self, batch: Batch) -> ExplainedBatch:
+        return ExplainedBatch.adopt(batch, **self.model.predict(batch.image)._asdict())
+
+    def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
+        """Predict a batch; thresholds are found from the predictions."""
+        del args, kwargs
+        return self._predict(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int, *args: object, **kwargs: object) -> STEP_OUTPUT:
+        """Predict a batch with its explanation."""
+        del args, kwargs, batch_idx
+        return self._predict(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """Predict a batch with its explanation."""
+        del batch_idx, dataloader_idx
+        return self._predict(batch)
+
+    # ---- checkpoints
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Become the model that was trained, whatever the arguments: its prototypes belong to no other."""
+        check_own_checkpoint(checkpoint, "model.is_fitted", "OTPrototypes")
+        checkpoint["hyper_parameters"] = as_trained(checkpoint)
+        trained = trained_arguments(checkpoint, self.hparams, MODEL_ARGUMENTS)
+        if trained:
+            self.hparams.update(trained)
+            self.model = build_model(**{name: self.hparams[name] for name in MODEL_ARGUMENTS})
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and isinstance(self._trainer.datamodule, AnomalibDataModule):
+            self._trainer.datamodule.setup(self._trainer.state.fn)  # its data sets take over the restored resize
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "OTPrototypes":
+        """Load a trained model; see Anomalib's `AnomalibModule.load_from_checkpoint`."""
+        with checked_reading(checkpoint_path):
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    # ---- the parts around the model
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> ExportablePreProcessor:
+        """Return the default pre-processor: an exportable resize and ImageNet's normalisation."""
+        return ExportablePreProcessor.of(image_size or (256, 256), *normalisation("resnet18"))
+
+    def configure_post_processor(self) -> ExplainedPostProcessor:
+        """Return the default post-processor."""
+        return ExplainedPostProcessor()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Return Anomalib's default evaluator, whose image F1 is left out where there are no verdicts."""
+        evaluator = AnomalibModule.configure_evaluator()
+        for metric in evaluator.test_metrics:
+            if "pred_label" in metric.fields:
+                metric.strict = False
+        return evaluator
+
+    @classmethod
+    def configure_visualizer(cls) -> ExplanationVisualizer:
+        """Return the default visualiser."""
+        return ExplanationVisualizer()

@@ -1,0 +1,185 @@
+"""What stands before and after the model: one resize for training and export, and scores that keep their causes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from anomalib.data import Batch, InferenceBatch
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.pre_processing.utils.transform import get_exportable_transform
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
+
+from anomalib_ot.anomaly.model import Explained
+from anomalib_ot.integration.data.batches import split_by_cause
+from anomalib_ot.integration.data.deep_images import restore_deep_images
+from anomalib_ot.vision.resize import AntialiasResize
+
+BILINEAR = (InterpolationMode.BILINEAR, InterpolationMode.BILINEAR.value, 2)
+
+
+class ExportablePreProcessor(PreProcessor):
+    """Resize and normalise, in training and in the exported graph alike.
+
+    Anomalib trains with an antialiased resize and exports one without; thresholds then belong to other images than
+    those that the exported model sees. Here the export resizes by matrix products that equal the antialiased resize.
+    Images deeper than 8 bits, which Anomalib's reading saturates, are put back before the transforms.
+
+    Args:
+        transform: What to apply; `Resize` and `Normalize` as a rule.
+    """
+
+    def __init__(self, transform: Transform | None = None) -> None:
+        super().__init__(transform)
+        self.export_transform = _exportable(self.transform)
+        self.deep_paths: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, image_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> "ExportablePreProcessor":
+        """Return the usual one: resize to `image_size` (height, width) and normalise channels by `mean` and `std`."""
+        size = (int(image_size[0]), int(image_size[1]))
+        return cls(Compose([Resize(size, antialias=True), Normalize(mean=list(mean), std=list(std))]))
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore the transforms of a checkpoint, and the exportable resize with them."""
+        super().load_checkpoint_config(config)
+        self.export_transform = _exportable(self.transform)
+
+    def _restore(self, batch: Batch) -> None:
+        if self.deep_paths:
+            resize = next((module for module in flat_transforms(self.transform) if isinstance(module, Resize)), None)
+            batch.image = restore_deep_images(batch.image, batch.image_path, self.deep_paths, resize)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Prepare a training batch."""
+        self._restore(batch)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Prepare a validation batch."""
+        self._restore(batch)
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Prepare a test batch."""
+        self._restore(batch)
+        super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Prepare a batch to predict."""
+        self._restore(batch)
+        super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+
+def flat_transforms(transform: nn.Module | None) -> list[nn.Module]:
+    """List the transforms of nested compositions in order."""
+    if isinstance(transform, Compose):
+        return [inner for part in transform.transforms for inner in flat_transforms(part)]
+    return [] if transform is None else [transform]
+
+
+def _exportable(transform: Transform | None) -> nn.Module | None:
+    """Replace each resize that `AntialiasResize` equals by it; what else there is stays Anomalib's business."""
+    parts = [
+        AntialiasResize(part.size) if _is_antialiased_resize(part) else get_exportable_transform(part)
+        for part in flat_transforms(transform)
+    ]
+    return nn.Sequential(*parts) if parts else None
+
+
+def _is_antialiased_resize(part: nn.Module) -> bool:
+    """Whether it is the usual resize: to a fixed height and width, bilinear, antialiased."""
+    if not isinstance(part, Resize) or part.size is None or len(part.size) != 2:
+        return False
+    # torchvision keeps the mode as it was given: as an enum, as its value, or as Pillow's number.
+    return part.interpolation in BILINEAR and bool(part.antialias)
+
+
+class ExplainedPostProcessor(PostProcessor):
+    """Normalise and threshold scores, and keep the two causes exact parts of the normalised map.
+
+    Normalisation stretches the anomaly map and shifts it, so that its threshold comes to .5. The position part is only
+    stretched: what is in its place stays at 0. The shift goes to the feature part, since every patch looks a little
+    unlike its prototype.
+    """
+
+    @property
+    def has_image_threshold(self) -> bool:
+        """Whether there is a threshold that scores can be compared with; without one verdicts are unknown."""
+        return not self.enable_normalization or bool(
+            (self.image_threshold + self.image_max - self.image_min).isfinite()
+        )
+
+    @property
+    def has_pixel_threshold(self) -> bool:
+        """The same of the map."""
+        return not self.enable_normalization or bool(
+            (self.pixel_threshold + self.pixel_max - self.pixel_min).isfinite()
+        )
+
+    @property
+    def transport_threshold(self) -> float | None:
+        """The transport score that makes an image defective on its own, in the score's own units before normalisation.
+
+        An image is as odd as the odder of its map and its amounts says, so the image's threshold holds for both. None
+        before thresholds are found, or without normalisation.
+        """
+        if not self.enable_normalization:
+            return None
+        shift = (self.normalized_image_threshold - 0.5) * (self.image_max - self.image_min)
+        threshold = float(self.image_threshold + shift)
+        return None if math.isnan(threshold) else threshold
+
+    def forward(self, predictions: Explained | InferenceBatch) -> Explained | InferenceBatch:
+        """Post-process predictions of any batch size; what comes without causes is Anomalib's own business."""
+        processed = super().forward(predictions)
+        if self.enable_normalization and self.enable_thresholding:  # a graph cannot leave verdicts out: nothing is so
+            image = (self.image_threshold + self.image_max - self.image_min).isfinite()
+            pixel = (self.pixel_threshold + self.pixel_max - self.pixel_min).isfinite()
+            label, mask = processed.pred_label & image, processed.pred_mask
+            processed = processed._replace(pred_label=label, pred_mask=None if mask is None else mask & pixel)
+        if not isinstance(predictions, Explained):
+            return processed
+        feature_map, position_map = self._split(processed.anomaly_map, predictions.position_map)
+        return predictions._replace(**processed._asdict(), feature_map=feature_map, position_map=position_map)
+
+    def threshold_batch(self, batch: Batch) -> None:
+        """Say what is defective; where there is no threshold, nothing: verdict and mask stay None."""
+        given, mask = batch.pred_label, batch.pred_mask
+        super().threshold_batch(batch)
+        if given is None and not self.has_image_threshold:
+            batch.pred_label = None
+        if mask is None and not self.has_pixel_threshold:
+            batch.pred_mask = None
+
+    def normalize_batch(self, batch: Batch) -> None:
+        """Normalise a batch; its causes, if it has any, follow."""
+        position_map = getattr(batch, "position_map", None)
+        super().normalize_batch(batch)
+        if position_map is not None:
+            anomaly_map = batch.anomaly_map.as_subclass(Tensor)
+            batch.feature_map, batch.position_map = self._split(anomaly_map, position_map.as_subclass(Tensor))
+
+    def _split(self, anomaly_map: Tensor, position_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Split a processed map (any shape) into its parts, given the position part before the processing."""
+        if not self.enable_normalization:
+            return split_by_cause(anomaly_map, anomaly_map - position_map, position_map)
+        span = self.pixel_max - self.pixel_min
+        stretch = torch.where(span > 0, 1 / span, 1.0)  # no statistics (NaN) or all alike: nothing was stretched
+        position_map = torch.minimum(position_map * stretch, anomaly_map)
+        return split_by_cause(anomaly_map, anomaly_map - position_map, position_map)
+
+
+def without_causes(predictions: Explained) -> InferenceBatch:
+    """Keep the four outputs that Anomalib's own inferencers read."""
+    fields: dict[str, Tensor | None] = {name: getattr(predictions, name) for name in InferenceBatch._fields}
+    return InferenceBatch(**fields)

@@ -1,0 +1,268 @@
+"""Sinkhorn-NMS as Anomalib's post-processor: beside every detector here, in its exports, and in its training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from anomalib.post_processing import PostProcessor
+from torch import Tensor
+
+from anomalib_ot.integration.checks.errors import InputError, install_short_errors
+from anomalib_ot.integration.checks.values import check_known
+from anomalib_ot.postprocess.duplicate_losses import duplicate_losses
+from anomalib_ot.postprocess.nms_settings import FRACTION, WEIGHT, WHOLE, SinkhornNMSSettings, check_settings
+from anomalib_ot.postprocess.published_nms import PublishedNMSSettings
+from anomalib_ot.postprocess.sinkhorn_nms import PRESETS, sinkhorn_nms, sinkhorn_regions
+from anomalib_ot.vision.detections import EMPTY, Detections, stack_detections
+
+SOFT, SHARP = 0.1, 0.02  # softness of the gate at the beginning and at the end of a training
+CHECKPOINT_KEY = "sinkhorn_nms"
+NAMES = ("boxes", "scores", "labels")
+RANGES = {"max_candidates": WHOLE, "max_detections": WHOLE, "train_weight": WEIGHT, "warm_up": FRACTION}
+OWN = {name: name for name in ("decode", "threshold", "class_aware", "score_threshold")} | {
+    "max_regions": "max_detections"
+}  # settings that are arguments, and what these are called
+NOT_PUBLISHED = {"decode": "select", "threshold": 0.6, "class_aware": True, "train_weight": 0.0}
+
+Found = Mapping[str, Tensor]
+
+
+class SinkhornNMS(PostProcessor):
+    """Make detections of a detector's raw ones, one per object: by transport to regions instead of greedy suppression.
+
+    As `post_processor` of a detector it takes the place of the detector's own suppression of duplicates, everywhere: in
+    tests, predictions and exports, and with `train_weight` in training. Called on its own it takes `Detections`, or a
+    list of dicts with boxes (N, 4), scores (N,) and labels (N,) as torchvision's detectors return them, and returns the
+    same kind.
+
+    Args:
+        decode: What a group of duplicates becomes: "select", its best, or "merge", the mean of its boxes.
+        threshold: Overlap (IoU) from which the better of two detections of one class suppresses the other, (0, 1).
+        class_aware: Whether only detections of one class suppress each other.
+        score_threshold: Least score of a detection, [0, 1].
+        max_candidates: Raw detections per image that are grouped, the best ones; work grows with its square.
+        max_detections: Most detections per image.
+        preset: "sinkhorn", or "paper" for what the authors published; that does not suppress duplicates.
+        settings: Further fields of `anomalib_ot.postprocess.SinkhornNMSSettings` (with the preset "paper", of
+            `PublishedNMSSettings`) by name.
+        train_weight: Weight of the losses against duplicates in a detector's training; 0: the detector trains as
+            without this.
+        warm_up: Part of the training, at its beginning, in which merged boxes teach their members, not who is one.
+
+    Raises:
+        InputError: If an argument is out of range or not known.
+
+    References:
+        Z. Lu et al., "Differentiable NMS via Sinkhorn matching for end-to-end fabric defect detection", arXiv
+        2505.07040. The losses are ours (`anomalib_ot.postprocess.duplicate_losses`); the paper gives none.
+
+    >>> boxes = torch.tensor([[10.0, 10, 50, 50], [12, 10, 52, 50], [70, 10, 90, 30]])
+    >>> found = {"boxes": boxes, "scores": torch.tensor([0.9, 0.7, 0.6]), "labels": torch.tensor([0, 0, 0])}
+    >>> SinkhornNMS()([found])[0]["scores"]
+    tensor([0.9000, 0.6000])
+    """
+
+    def __init__(
+        self,
+        decode: str = "select",
+        threshold: float = 0.6,
+        class_aware: bool = True,
+        score_threshold: float = 0.05,
+        max_candidates: int = 300,
+        max_detections: int = 100,
+        preset: str = "sinkhorn",
+        settings: dict[str, Any] | None = None,
+        train_weight: float = 0.0,
+        warm_up: float = 0.2,
+    ) -> None:
+        install_short_errors()  # it is built before its detector
+        super().__init__(enable_normalization=False, enable_thresholding=False)
+        self.arguments = {
+            "decode": decode,
+            "threshold": threshold,
+            "class_aware": class_aware,
+            "score_threshold": score_threshold,
+            "max_candidates": max_candidates,
+            "max_detections": max_detections,
+            "preset": preset,
+            "settings": _as_dict(settings),
+            "train_weight": train_weight,
+            "warm_up": warm_up,
+        }
+        for name, value in list(self.named_buffers(recurse=False)):  # Anomalib's, which here say nothing
+            self.register_buffer(name, value, persistent=False)
+        self.settings = self._checked_settings()
+        self.preset, self.train_weight, self.warm_up = preset, train_weight, warm_up
+        self.max_candidates, self.max_detections = max_candidates, max_detections
+
+    def _checked_settings(self) -> dict[str, Any]:
+        """Check all arguments; return those of the function."""
+        given = self.arguments
+        check_known("preset", given["preset"], PRESETS)
+        paper = given["preset"] == "paper"
+        for name in [name for name, value in NOT_PUBLISHED.items() if paper and given[name] != value]:
+            msg = (
+                f"{name} is {given[name]!r}; expected {NOT_PUBLISHED[name]!r} with preset 'paper', which has no choice"
+            )
+            raise InputError(msg)
+        kind = PublishedNMSSettings if paper else SinkhornNMSSettings
+        known = [field.name for field in fields(kind)]
+        for name in given["settings"]:
+            if name in OWN:
+                msg = f"settings has {name!r}; expected none of the other arguments: give it as {OWN[name]} alone"
+                raise InputError(msg)
+            check_known("settings", name, [name for name in known if name not in OWN])
+        settings = {name: given[own] for name, own in OWN.items() if name in known} | given["settings"]
+        try:
+            check_settings(SimpleNamespace(**given), RANGES)
+            kind(**settings)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return settings
+
+    # ---- detections in, detections out
+
+    def forward(self, found: Detections | Sequence[Found]) -> Detections | list[Found]:
+        """Make detections, one per object.
+
+        Args:
+            found: Detections of a batch, best first, or one dict per image as torchvision's detectors return.
+
+        Returns:
+            The same kind, best first; dicts of boxes, scores and labels alone.
+
+        Raises:
+            ValueError: If `found` is something else, or holds NaN, infinite values or scores outside [0, 1].
+        """
+        if isinstance(found, Detections):
+            return self._suppress(found)
+        check_found(found)
+        if not found:
+            return []
+        slots = max(1, *(len(image["scores"]) for image in found))
+        stacked = stack_detections([tuple(image[name] for name in NAMES) for image in found], slots)
+        result = self._suppress(stacked)
+        return [dict(zip(NAMES, result.of_image(image), strict=True)) for image in range(len(found))]
+
+    def _suppress(self, found: Detections) -> Detections:
+        boxes, scores, labels, scales = (None if part is None else part[:, : self.max_candidates] for part in found)
+        valid = labels != EMPTY
+        return sinkhorn_nms(
+            boxes, scores, labels.clamp(min=0), valid=valid, scales=scales, preset=self.preset, **self.settings
+        )
+
+    # ---- training
+
+    def losses(
+        self,
+        found: Detections,
+        gt_boxes: Sequence[Tensor],
+        gt_labels: Sequence[Tensor],
+        image_size: tuple[int, int],
+        progress: float,
+        over_devices: Callable[[Tensor], Tensor] = torch.Tensor.clone,
+    ) -> dict[str, Tensor]:
+        """Compute the losses against duplicates, weighted, to be added to a detector's own.
+
+        Args:
+            found: Raw detections (B, N) with gradients, pixels.
+            gt_boxes: Objects (G, 4) per image, pixels.
+            gt_labels: Their classes (G,) per image.
+            image_size: Height and width of the images, pixels.
+            progress: Part of the training that is over, 0 to 1: the gate is soft at first.
+            over_devices: Averages over the devices of the training.
+
+        Returns:
+            See `anomalib_ot.postprocess.duplicate_losses`.
+        """
+        boxes, scores, labels = (part[:, : self.max_candidates] for part in found[:3])
+        valid, labels = labels != EMPTY, labels.clamp(min=0)
+        if not self.settings["class_aware"]:
+            labels, gt_labels = torch.zeros_like(labels), [torch.zeros_like(part) for part in gt_labels]
+        settings = SinkhornNMSSettings(**self.settings | {"decode": "merge", "entropy": None})
+        softness = SOFT * (SHARP / SOFT) ** min(max(progress, 0.0), 1.0)
+        regions = sinkhorn_regions(boxes, scores, labels, None, valid, settings.softened(softness))
+        losses = duplicate_losses(
+            torch.cat([regions.plan, regions.slack.unsqueeze(-1)], dim=-1),
+            regions.gate,
+            regions.seeds,
+            boxes,
+            scores,
+            labels,
+            valid,
+            regions.boxes,
+            regions.scores,
+            regions.gate.gather(1, regions.seeds),
+            gt_boxes,
+            gt_labels,
+            image_size,
+            warm_up=progress < self.warm_up,
+            over_devices=over_devices,
+        )
+        return {name: self.train_weight * value for name, value in losses.items()}
+
+    # ---- what Anomalib asks of a post-processor
+
+    def on_validation_batch_end(self, *args: object, **kwargs: object) -> None:
+        """Do nothing: the detector itself has called this, so that exports do the same."""
+
+    on_validation_epoch_end = on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    def checkpoint_config(self) -> dict[str, Any]:
+        """Return the arguments; the checkpoint of a detector keeps them."""
+        return {CHECKPOINT_KEY: self.arguments}
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Keep the arguments as given: who names the post-processor has chosen them."""
+
+
+def _as_dict(settings: object) -> dict[str, Any]:
+    """Copy settings."""
+    if settings is not None and not isinstance(settings, Mapping):
+        msg = f"settings is {settings!r}; expected names with values, such as {{'epsilon': 0.05}}"
+        raise InputError(msg)
+    return dict(settings or {})
+
+
+def check_found(found: object) -> None:
+    """Check that detections are what torchvision's detectors return.
+
+    Raises:
+        InputError: If they are not a list with one dict per image that has the tensors boxes (N, 4), scores (N,) and
+            labels (N,), or a box ends before it begins.
+    """
+    usual = "SinkhornNMS expected Detections, or a list with a dict of boxes, scores and labels for each image"
+    if not isinstance(found, list | tuple):
+        msg = f"{usual}; {type(found).__name__} came"
+        raise InputError(msg)
+    for index, image in enumerate(found):
+        names = list(image) if isinstance(image, Mapping) else type(image).__name__
+        if not isinstance(image, Mapping) or not set(NAMES) <= set(names):
+            msg = f"{usual}; image {index} has {names}"
+            raise InputError(msg)
+        for name in NAMES:
+            if not isinstance(image[name], Tensor):
+                kind = f"{type(image[name]).__module__}.{type(image[name]).__name__}".removeprefix("builtins.")
+                msg = f"{name} of image {index} come as {kind}; expected a tensor: torch.as_tensor(...) makes one"
+                raise InputError(msg)
+        boxes, scores, labels = (image[name] for name in NAMES)
+        if not (scores.ndim == 1 and boxes.shape == (*scores.shape, 4) and labels.shape == scores.shape):
+            shapes = ", ".join(f"{name} {tuple(image[name].shape)}" for name in NAMES)
+            msg = f"image {index} has {shapes}; expected (N, 4), (N,) and (N,)"
+            raise InputError(msg)
+        if labels.is_floating_point() or (labels < 0).any():
+            msg = f"labels of image {index} are {labels.dtype}, or below 0; expected class indices, int64"
+            raise InputError(msg)
+        if not scores.is_floating_point():
+            msg = f"scores of image {index} are {scores.dtype}; expected floating point numbers from 0 to 1"
+            raise InputError(msg)
+        reversed_boxes = (boxes[:, 2:] < boxes[:, :2]).any(dim=1).nonzero().flatten().tolist()
+        if reversed_boxes:
+            first = reversed_boxes[0]
+            msg = (
+                f"box {first} of image {index} is {boxes[first].tolist()}, and {len(reversed_boxes)} of {len(boxes)} "
+                "end before they begin; expected (left, top, right, bottom), pixels"
+            )
+            raise InputError(msg)

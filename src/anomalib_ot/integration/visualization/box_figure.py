@@ -1,0 +1,283 @@
+"""The picture of one part with its detected defects: verdict on top, boxes below, small ones enlarged. No framework."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from anomalib_ot.imaging.box_drawing import DARK, MISSED, WHITE, Mark, class_colour, dashed_line, draw_marks
+from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, header
+from anomalib_ot.integration.visualization.insets import INSET, Inset, find_insets, inset_strip
+from anomalib_ot.integration.visualization.soft_edges import draw_soft_edges
+from anomalib_ot.vision.average_precision import pair_iou
+
+__all__ = ["DetectedBoxes", "box_picture", "class_name"]
+
+HEIGHT_SHARE, LARGEST_SCALE, LEAST_WIDTH = 0.7, 4.0, 640
+MARGIN = 26  # of paper around the part: room for the plates of boxes at its border
+MEETS = 0.3  # intersection over union from which on a box has found a known defect
+LEGEND_LINE, SWATCH, CLOTH = 24, 22, (128, 132, 140)
+NAMED_KINDS = 4
+
+
+class DetectedBoxes(NamedTuple):
+    """What is drawn on a part; all boxes in pixels of its image.
+
+    Args:
+        boxes: Predicted boxes xyxy (N, 4), in any order.
+        scores: Their scores (N,), in [0, 1].
+        labels: Their class indices (N,); -1 in empty slots.
+        gt_boxes: Known defects xyxy (G, 4); None: not known.
+        gt_labels: Their class indices (G,); None: not known.
+        scales: How unsure each side (left, top, right, bottom) of the boxes is (N, 4), pixels; None: not known.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    gt_boxes: np.ndarray | None = None
+    gt_labels: np.ndarray | None = None
+    scales: np.ndarray | None = None
+
+
+def box_picture(
+    image: Image.Image,
+    found: DetectedBoxes,
+    class_names: Sequence[str] | None = None,
+    score_threshold: float = 0.3,
+    *,
+    verdict: Verdict | None = None,
+    image_note: str = "",
+    size: int = 1280,
+) -> Image.Image:
+    """Draw one part with the boxes above a score, and known defects dashed beside them.
+
+    Where `scales` are known, a haze along each side shows how unsure it is.
+
+    A known defect is missed if no drawn box of any class overlaps it by .3 or more (intersection over union). Boxes too
+    small for the eye are framed, and enlarged below with their names.
+
+    Args:
+        image: The part, at any size.
+        found: Its boxes.
+        class_names: By index; a class without a name, or with one in a script that the font lacks, is called by its
+            index.
+        score_threshold: Only boxes above this score are drawn, in [0, 1].
+        verdict: What the header says; None: decided by the highest score.
+        image_note: What to say below about the image itself.
+        size: Greatest width of the part in pixels, >= 320; its height is at most .7 of that.
+
+    Returns:
+        RGB picture.
+
+    Raises:
+        ValueError: If `size` is too small, or the boxes do not fit together or hold NaN.
+
+    Example:
+        >>> found = DetectedBoxes(np.array([[8.0, 8, 30, 20]]), np.array([0.9]), np.array([0]))
+        >>> box_picture(Image.new("L", (64, 64)), found, ["hole"]).mode
+        'RGB'
+    """
+    _check(found, size)
+    if verdict is None:
+        score = float(found.scores[found.labels >= 0].max(initial=0))
+        known = None if found.gt_boxes is None else len(found.gt_boxes) > 0
+        verdict = Verdict(score=score, truth=known, threshold=score_threshold)
+    shown = _shown(found, score_threshold, image.size)
+    scale = min(size / image.width, HEIGHT_SHARE * size / image.height, LARGEST_SCALE)
+    view_size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
+    width = max(view_size[0], LEAST_WIDTH) + 2 * MARGIN
+    marks = _marks(shown, class_names)
+    columns = (width - 2 * MARGIN + GAP) // (INSET + GAP)
+    insets = find_insets([mark.box for mark in marks if mark.text], image.size, scale, columns)
+
+    body = Image.new("RGB", (width, view_size[1] + 2 * MARGIN), PAPER)
+    view = image.convert("RGB").resize(view_size, Image.Resampling.LANCZOS)
+    for box, label, scales in zip(shown.boxes, shown.labels, shown.scales, strict=True):
+        draw_soft_edges(view, scale * box, scale * scales, class_colour(label)[0])
+    body.paste(view, (MARGIN, MARGIN))
+    left_out = draw_marks(body, _placed(marks, insets, scale))
+    head = header(width, verdict, remarks=_remarks(shown, class_names, score_threshold))
+    parts = [head, body]
+    if insets:
+        strip, nameless = inset_strip(image, marks, insets, width, MARGIN, scale)
+        parts.append(strip)
+        left_out += nameless
+    notes = [note for note in (image_note, f"{left_out} names left out for lack of room" if left_out else "") if note]
+    return _stack([*parts, _legend(_samples(shown, class_names, notes), width)])
+
+
+def class_name(label: int, class_names: Sequence[str] | None) -> str:
+    """Return what to call a class; "class 3" without a name, or for one that the picture's font cannot write."""
+    if class_names is None or not 0 <= label < len(class_names):
+        return f"class {label}"
+    name = str(class_names[label])
+    return name if name and all(32 <= ord(letter) < 256 for letter in name) else f"class {label}"
+
+
+def _check(found: DetectedBoxes, size: int) -> None:
+    """Refuse what cannot be drawn."""
+    if size < 320:
+        msg = f"size is {size}; expected at least 320 pixels."
+        raise ValueError(msg)
+    shapes = [np.shape(column) for column in found[:5] if column is not None]
+    expected = [(len(found.labels), 4), (len(found.labels),), (len(found.labels),)]
+    if found.gt_boxes is not None and found.gt_labels is not None:
+        expected += [(len(found.gt_labels), 4), (len(found.gt_labels),)]
+    if shapes != expected:
+        msg = f"the boxes have shapes {shapes}; expected (N, 4), (N,), (N,), and (G, 4), (G,) or both None."
+        raise ValueError(msg)
+    if found.scales is not None and np.shape(found.scales) != np.shape(found.boxes):
+        msg = f"scales have the shape {np.shape(found.scales)}; expected the boxes' {np.shape(found.boxes)}."
+        raise ValueError(msg)
+    used = found.boxes[found.labels >= 0]
+    if not np.isfinite(used).all():
+        msg = f"boxes hold NaN or infinite values, such as {used[~np.isfinite(used).all(axis=1)][0]}; expected pixels."
+        raise ValueError(msg)
+
+
+class _Shown(NamedTuple):
+    """The boxes to draw, best first; `truth` is the known defect that each has found, -1 for none."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    gt_boxes: np.ndarray | None
+    gt_labels: np.ndarray
+    truth: np.ndarray
+    missed: np.ndarray
+    scales: np.ndarray
+
+
+def _shown(found: DetectedBoxes, score_threshold: float, image_size: tuple[int, int]) -> _Shown:
+    """Choose and order the boxes, and compare them with the known defects."""
+    order = np.argsort(-found.scores, kind="stable")
+    order = order[(found.labels[order] >= 0) & (found.scores[order] > score_threshold)]
+    boxes = _inside(found.boxes[order], image_size)
+    known = _inside(np.zeros((0, 4)) if found.gt_boxes is None else found.gt_boxes, image_size)
+    gt_labels = np.zeros(0, dtype=int) if found.gt_labels is None else found.gt_labels
+    pairs = np.indices((len(boxes), len(known))).reshape(2, -1)
+    overlap = pair_iou(boxes[pairs[0]], known[pairs[1]]).reshape(len(boxes), len(known))
+    met = overlap >= MEETS
+    truth = np.where(met.any(axis=1), overlap.argmax(axis=1), -1) if len(known) else np.full(len(boxes), -1)
+    missed = ~met.any(axis=0)
+    known_or_none = None if found.gt_boxes is None else known
+    scales = np.zeros_like(boxes) if found.scales is None else found.scales[order]
+    return _Shown(boxes, found.scores[order], found.labels[order], known_or_none, gt_labels, truth, missed, scales)
+
+
+def _inside(boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Cut boxes at the image's border; one whose corners are swapped has them put right."""
+    corners = boxes.astype(float).reshape(-1, 2, 2).clip(0, image_size)
+    return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+
+
+def _marks(shown: _Shown, class_names: Sequence[str] | None) -> list[Mark]:
+    """Name every box: missed defects first, then boxes by score, then the defects they have found."""
+    marks = []
+    for box, score, label, truth in zip(shown.boxes, shown.scores, shown.labels, shown.truth, strict=True):
+        text = f"{class_name(label, class_names)} {score:.2f}"
+        if truth >= 0 and shown.gt_labels[truth] != label:
+            text += f", known as {class_name(shown.gt_labels[truth], class_names)}"
+        colour, is_inverted = class_colour(label)
+        marks.append(Mark(tuple(box), text, colour, inverted=is_inverted))
+    if shown.gt_boxes is None:
+        return marks
+    missed, met = [], []
+    for box, label, is_missed in zip(shown.gt_boxes, shown.gt_labels, shown.missed, strict=True):
+        if is_missed:
+            missed.append(Mark(tuple(box), f"missed: {class_name(label, class_names)}", MISSED, dashed=True))
+        else:
+            met.append(Mark(tuple(box), "", WHITE, dashed=True))
+    return missed + marks + met
+
+
+def _placed(marks: list[Mark], insets: list[Inset], scale: float) -> list[Mark]:
+    """Bring the marks to the view's pixels; those in an inset leave their name to it, and its frame is marked."""
+
+    def moved(box: Sequence[float]) -> tuple[float, ...]:
+        return tuple(MARGIN + scale * value for value in box)
+
+    enlarged = {box for inset in insets for box in inset.members}
+    frames = [Mark(moved(inset.region), inset.letter, WHITE, needed=True) for inset in insets]
+    return frames + [
+        mark._replace(box=moved(mark.box), text="" if mark.box in enlarged else mark.text) for mark in marks
+    ]
+
+
+def _remarks(shown: _Shown, class_names: Sequence[str] | None, score_threshold: float) -> list[tuple[str, str]]:
+    """Count the boxes by class, and compare them with the known defects."""
+    remarks = [(f"Found, with a score above {score_threshold:.2f}", _counted(shown.labels, class_names) or "nothing")]
+    if shown.gt_boxes is None:
+        return remarks
+    missed, stray = shown.missed.sum(), (shown.truth < 0).sum()
+    if len(shown.gt_boxes):
+        remarks.append(("Known defects", f"{len(shown.missed) - missed} found, {missed} missed"))
+    if stray:
+        remarks.append(("Boxes where no defect is known", str(stray)))
+    return remarks
+
+
+def _counted(labels: np.ndarray, class_names: Sequence[str] | None) -> str:
+    """Say such as "3 hole, 1 knot", the most frequent first."""
+    counts = Counter(class_name(label, class_names) for label in labels.tolist()).most_common()
+    if len(counts) <= NAMED_KINDS + 1:
+        return ", ".join(f"{count} {name}" for name, count in counts)
+    words = [f"{count} {name}" for name, count in counts[:NAMED_KINDS]]
+    return ", ".join([*words, f"{sum(count for _, count in counts[NAMED_KINDS:])} of other classes"])
+
+
+class _Sample(NamedTuple):
+    """An entry of the legend; one without colour is a mere note."""
+
+    text: str
+    colour: tuple[int, int, int] | None = None
+    inverted: bool = False
+    dashed: bool = False
+
+
+def _samples(shown: _Shown, class_names: Sequence[str] | None, notes: list[str]) -> list[_Sample]:
+    """Collect what the colours and dashes mean, and the notes."""
+    samples = [_Sample(class_name(label, class_names), *class_colour(label)) for label in np.unique(shown.labels)]
+    if shown.gt_boxes is not None and not shown.missed.all():
+        samples.append(_Sample("known defect", WHITE, dashed=True))
+    if shown.missed.any():
+        samples.append(_Sample("known defect, missed", MISSED, dashed=True))
+    if (shown.scales > 0).any():
+        samples.append(_Sample("haze along a side: how unsure the detector is of it"))
+    return samples + [_Sample(note) for note in notes]
+
+
+def _legend(samples: list[_Sample], width: int) -> Image.Image:
+    """Draw the samples in as many lines as it takes."""
+    font = ImageFont.load_default(13)
+    strip = Image.new("RGB", (width, LEGEND_LINE * (len(samples) + 1)), PAPER)
+    draw = ImageDraw.Draw(strip)
+    x, y = MARGIN, 0
+    for text, colour, inverted, dashed in samples:
+        swatch = 0 if colour is None else SWATCH + 6
+        needed = swatch + round(font.getlength(text))
+        if x > MARGIN and x + needed > width - MARGIN:
+            x, y = MARGIN, y + LEGEND_LINE
+        middle = y + LEGEND_LINE // 2
+        if colour is not None:
+            ground = CLOTH if dashed else DARK if inverted else colour
+            draw.rectangle((x, middle - 6, x + SWATCH, middle + 6), ground, outline=colour if inverted else INK)
+        if inverted:
+            draw.rectangle((x + 5, middle - 2, x + SWATCH - 5, middle + 2), colour)
+        if dashed:
+            dashed_line(draw, (x + 1, middle), (x + SWATCH - 1, middle), colour)
+        draw.text((x + swatch, middle), text, INK if colour else FAINT, font, anchor="lm")
+        x += needed + GAP
+    return strip.crop((0, 0, width, y + LEGEND_LINE + GAP // 2 if samples else GAP))
+
+
+def _stack(parts: list[Image.Image]) -> Image.Image:
+    picture = Image.new("RGB", (parts[0].width, sum(part.height for part in parts)), PAPER)
+    top = 0
+    for part in parts:
+        picture.paste(part, (0, top))
+        top += part.height
+    return picture

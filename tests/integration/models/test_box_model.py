@@ -1,0 +1,64 @@
+"""What all detectors do as Anomalib models: test what they trained, and refuse what does not fit."""
+
+import numpy as np
+import pytest
+import torch
+from anomalib.engine import Engine
+from PIL import Image
+
+from anomalib_ot import CocoBoxes, OTADetector
+from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.data.coco_json import write_coco
+
+SMALL = {
+    "pre_trained": False, "image_size": (64, 64), "channels": 32, "num_convs": 1, "num_extra": 0,
+    "evaluator": False, "visualizer": False, "frozen_stages": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four images of noise with a dark square each."""
+    root = tmp_path_factory.mktemp("squares")
+    (root / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(150, 200, (4, 64, 64, 3), dtype=np.uint8)
+    pixels[:, 20:40, 10:30] = 30
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(root / "images" / f"{number}.png")
+    boxes, images = torch.tensor([[10.0, 20, 30, 40]]), [(f"{number}.png", 64, 64) for number in range(4)]
+    write_coco(root / "boxes.json", images, [boxes] * 4, [torch.tensor([1])] * 4, None, ["bar", "square"])
+    files = {"train_json": "boxes.json", "val_json": "boxes.json", "image_dir": "images"}
+    return CocoBoxes(root=root, **files, train_batch_size=4, num_workers=0)
+
+
+def engine(folder, **arguments):
+    settings = {"accelerator": "cpu", "enable_progress_bar": False, "logger": False, "limit_val_batches": 0}
+    return Engine(default_root_dir=folder, **(settings | arguments))
+
+
+def test_after_resuming_the_new_model_is_tested(data, tmp_path, caplog):
+    first = engine(tmp_path, max_epochs=1)
+    first.fit(OTADetector(**SMALL), datamodule=data)
+    old = first.trainer.checkpoint_callback.best_model_path
+    model, second = OTADetector(**SMALL), engine(tmp_path, max_epochs=2)
+    second.train(model, datamodule=data, ckpt_path=old)
+    new = second.trainer.checkpoint_callback.best_model_path
+    assert new != old
+    states = {path: torch.load(path, weights_only=False)["state_dict"] for path in (old, new)}
+    assert is_equal(model, states[new])
+    assert not is_equal(model, states[old])
+    assert f"not of the checkpoint {old}" in caplog.text
+    second.test(model, datamodule=data, ckpt_path=old)
+    assert is_equal(model, states[old])
+
+
+def is_equal(model, state):
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("names", [["square"], ["square", "bar"], ["bar", "square", "hole"]])
+def test_other_classes_than_the_datas(data, tmp_path, names):
+    model = OTADetector(**SMALL, class_names=names)
+    message = f"^the data have the classes bar, square, the model has {', '.join(names)} .*--model.class_names"
+    with pytest.raises(InputError, match=message):
+        engine(tmp_path, max_epochs=1).fit(model, datamodule=data)

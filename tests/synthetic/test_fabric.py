@@ -1,0 +1,182 @@
+"""The pictures of synthetic fabric: repeatable, all different, and true to their masks and boxes."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from anomalib_ot.synthetic.fabric import DEFECTS, render_fabric, tight_boxes
+from anomalib_ot.synthetic.weave import FabricStyle
+
+SIZE = (128, 160)
+LOCAL = DEFECTS[:4]
+
+
+def motif_disc(seed, size, radius):
+    """The pixels within ``radius`` of the place where every faultless image of a data set has its motif."""
+    across, down = FabricStyle.of(seed).motif_place
+    y, x = np.mgrid[: size[0], : size[1]] + 0.5
+    return np.hypot(x - across * size[1], y - down * size[0]) <= radius
+
+
+def test_same_arguments_give_the_same_bytes_on_any_thread_and_in_any_order():
+    tasks = [(seed, index, defect) for seed in (0, 3) for index in (0, 7) for defect in (None, "hole", "coarse_yarn")]
+    alone = [render_fabric(*task, size=(64, 64)) for task in tasks]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda task: render_fabric(*task, size=(64, 64)), tasks[::-1]))[::-1]
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one.image, other.image)
+        np.testing.assert_array_equal(one.mask, other.mask)
+        np.testing.assert_array_equal(one.boxes, other.boxes)
+
+
+def test_every_image_differs_from_every_other():
+    images = [
+        render_fabric(seed, index, defect, size=(64, 64)).image.astype(int)
+        for seed in (0, 1)
+        for index in (0, 1, 10**8)
+        for defect in (None, *DEFECTS)
+    ]
+    for k, image in enumerate(images):
+        assert all(np.abs(image - other).max() > 20 for other in images[:k])
+
+
+def test_faultless_cloth_has_no_mask_and_its_motif_in_place():
+    places = set()
+    for seed, index in [(seed, index) for seed in range(4) for index in range(3)]:
+        sample = render_fabric(seed, index, size=SIZE)
+        assert sample.image.shape == (*SIZE, 3)
+        assert sample.image.dtype == sample.mask.dtype == np.uint8
+        assert not sample.mask.any()
+        assert sample.boxes.shape == (0, 4)
+        assert sample.labels == []
+        unprinted = render_fabric(seed, index, "missing_motif", size=SIZE).image
+        print_only = np.abs(sample.image.astype(float) - unprinted).mean(axis=-1)
+        assert print_only[motif_disc(seed, SIZE, 12)].mean() > 15
+        assert not print_only[~motif_disc(seed, SIZE, 0.1 * min(SIZE) + 3)].any()
+        across, down = FabricStyle.of(seed).motif_place
+        y, x = ndimage.center_of_mass(print_only > 5)
+        assert np.hypot(x + 0.5 - across * SIZE[1], y + 0.5 - down * SIZE[0]) < 2.5  # 2 of jitter, 0.5 of measuring
+        places.add((x, y))
+    assert len(places) == 12
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_the_fault_is_where_the_mask_says(defect):
+    for seed, index in [(seed, index) for seed in range(4) for index in range(3)]:
+        before = render_fabric(seed, index, size=SIZE)
+        sample = render_fabric(seed, index, defect, size=SIZE)
+        change = np.abs(sample.image.astype(float) - before.image).mean(axis=-1)
+        inside = sample.mask == 255
+        assert set(np.unique(sample.mask)) == {0, 255}
+        assert 0.002 < inside.mean() < 0.2
+        assert change[inside].mean() > 7
+        assert change[inside].mean() > 3 * change[~inside].mean()
+        far = ndimage.distance_transform_edt(~inside) > 36  # the neighbours of a yarn give way, some three yarns far
+        assert far.any()
+        assert not change[far].any()
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_boxes_are_those_of_the_connected_parts(defect):
+    for index in range(4):
+        sample = render_fabric(5, index, defect, size=SIZE)
+        parts, count = ndimage.label(sample.mask, structure=np.ones((3, 3)))
+        expected = [(c.start, r.start, c.stop, r.stop) for r, c in ndimage.find_objects(parts)]
+        assert sorted(map(tuple, sample.boxes.tolist())) == sorted(expected)
+        assert sample.labels == [defect] * count
+        assert sample.boxes.dtype == np.float32
+        assert (np.bincount(parts.ravel())[1:] >= 12).all() or count == 1
+
+
+def test_tight_boxes_agree_with_scipy_on_random_masks():
+    rng = np.random.default_rng(0)
+    for density in (0.0, 0.1, 0.3, 0.45, 0.6, 1.0):
+        mask = rng.random((23, 37)) < density
+        parts, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+        expected = [(c.start, r.start, c.stop, r.stop) for r, c in ndimage.find_objects(parts)]
+        assert sorted(map(tuple, tight_boxes(mask).tolist())) == sorted(expected)
+
+
+@pytest.mark.parametrize("defect", LOCAL)
+@pytest.mark.parametrize("size", [(64, 64), (64, 160), (200, 96)])
+def test_local_faults_leave_the_motif_free(defect, size):
+    for seed in range(5):
+        sample = render_fabric(seed, seed + 1, defect, size=size)
+        assert sample.mask.any()
+        assert not sample.mask[motif_disc(seed, size, 0.1 * min(size) + 0.5)].any()
+
+
+def centres(boxes):
+    return (boxes[:, :2] + boxes[:, 2:]) / 2
+
+
+@pytest.mark.parametrize("size", [(64, 64), (160, 128)])
+def test_motif_faults_mark_the_right_place_and_the_wrong_one(size):
+    for seed in range(6):
+        right = np.array(FabricStyle.of(seed).motif_place) * size[::-1]
+        missing = render_fabric(seed, 9, "missing_motif", size=size)
+        assert len(missing.boxes) == 1
+        assert np.linalg.norm(centres(missing.boxes) - right, axis=1).max() <= 2.5
+        misplaced = render_fabric(seed, 9, "misplaced_motif", size=size)
+        assert len(misplaced.boxes) == 2
+        distance = np.sort(np.linalg.norm(centres(misplaced.boxes) - right, axis=1))
+        assert distance[0] <= 2.5
+        assert distance[1] >= 0.25 * min(size)
+        # The print left its place: there the two images agree, and the mask holds the whole motif twice.
+        np.testing.assert_array_equal(misplaced.image[missing.mask > 0], missing.image[missing.mask > 0])
+        assert misplaced.mask[missing.mask > 0].all()
+        assert (misplaced.mask > 0).sum() == pytest.approx(2 * (missing.mask > 0).sum(), rel=0.05)
+
+
+def test_faults_vary_in_size_and_strength():
+    areas, changes = [], []
+    for index in range(12):
+        sample = render_fabric(0, index, "stain", size=SIZE)
+        before = render_fabric(0, index, size=SIZE)
+        areas.append((sample.mask > 0).sum())
+        changes.append(np.abs(sample.image.astype(float) - before.image)[sample.mask > 0].mean())
+    assert max(areas) > 2 * min(areas)
+    assert max(changes) > 1.8 * min(changes)
+
+
+def test_the_weave_repeats_with_the_yarn_periods():
+    style = FabricStyle.of(0)
+    image = render_fabric(0, 0, "missing_motif", size=(256, 256)).image.astype(float).mean(axis=-1)
+    spectrum = np.abs(np.fft.rfft(image - image.mean(), axis=1)).mean(axis=0)
+    repeat = 256 / np.arange(1, 129)
+    for period in (style.warp_period, style.weft_period):
+        assert 6 <= period <= 9
+    # The strongest rhythm across the cloth is the weave's: the warp period or its repeat of two to four yarns.
+    strongest = repeat[np.argmax(spectrum[8:]) + 7]
+    multiples = strongest / style.warp_period
+    assert np.abs(multiples - np.round(multiples)) < 0.1
+    assert 1 <= round(multiples) <= 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seed": -1}, "seed is -1"),
+        ({"index": -2}, "index is -2"),
+        ({"seed": 0.5}, "seed is 0.5"),
+        ({"defect": "holes"}, "defect is 'holes'.*hole, stain, broken_yarn"),
+        ({"size": (63, 64)}, r"size is \(63, 64\).*at least 64"),
+        ({"size": (64,)}, r"size is \(64,\).*height, width"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        render_fabric(**{"seed": 0, "index": 0, **arguments})
+
+
+def test_importing_the_generator_loads_no_framework():
+    code = (
+        "import sys, anomalib_ot.synthetic.fabric\n"
+        "print({'anomalib', 'lightning', 'torch', 'scipy', 'cv2'} & set(sys.modules))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output.strip() == "set()"
