@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,29 @@ def test_a_checkpoint_decides_by_its_calibration(checkpoint, folders, tmp_path, 
     assert str(folders["good"]) not in json.dumps(model.calibration)
 
 
+def test_a_test_of_a_calibrated_checkpoint_counts_by_its_threshold(checkpoint, folders, tmp_path, capsys):
+    words = [checkpoint, "--good", folders["good"], "--bad", folders["bad"], "--max-false-alarms", 0.5]
+    assert run([*map(str, words)]) == 0
+    capsys.readouterr()
+    held_out = {"abnormal_dir": folders["bad"], "normal_test_dir": folders["good"]}
+    datamodule = data(folders, **held_out, test_split_mode="from_dir", val_split_mode="same_as_test")
+    engine(tmp_path).test(OTPrototypes(**MODEL, visualizer=False), datamodule=datamodule, ckpt_path=checkpoint)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "false alarms: " in line]
+    escapes = OTPrototypes.load_from_checkpoint(checkpoint).calibration["escapes"]
+    assert line == (
+        f"false alarms: 5 of 12 good (41.7%), escapes: {escapes} of 2 defective ({escapes / 2:.1%}); "
+        f"checkpoint: {checkpoint.resolve()}"
+    )
+
+
+def test_good_images_of_the_training_are_refused_for_the_threshold(folders, tmp_path):
+    held_out = {"normal_test_dir": folders["good"], "abnormal_dir": folders["bad"], "normal_dir": folders["good"]}
+    datamodule = data(folders, **held_out, test_split_mode="from_dir", val_split_mode="same_as_test")
+    model = OTPrototypes(**MODEL, visualizer=False, max_false_alarms=RATE)
+    with pytest.raises(InputError, match=r"max_false_alarms is 0\.1, and 12 good validation images .* training images"):
+        engine(tmp_path).fit(model, datamodule=datamodule)
+
+
 def test_an_export_decides_by_its_manifest(checkpoint, folders, tmp_path, capsys):
     model = OTPrototypes.load_from_checkpoint(checkpoint)
     path = Path(model.to_openvino(tmp_path / "exported", onnx_kwargs={"check_parity": False}))
@@ -124,7 +148,7 @@ def test_a_calibrated_checkpoint_hands_its_threshold_to_the_export(checkpoint, f
     assert manifest["calibration"] == model.calibration
     with Inspector(path) as inspector:
         verdicts = [result.verdict for result in inspector.stream(sorted(map(str, folders["good"].iterdir())))]
-    assert verdicts.count("defect") == 6  # of the 13 that a new one makes, at most 6.5
+    assert verdicts.count("defect") == 5  # the seventh of twelve is the threshold
 
 
 def test_a_training_takes_the_threshold_from_good_validation_images(folders, tmp_path, capsys):
@@ -198,6 +222,14 @@ def test_what_is_of_no_use_is_refused(checkpoint, folders, tmp_path, capsys):
     said = refusal(capsys, checkpoint, "--good", damaged, *rate)
     assert "000_text.png" in said
     assert "1 more of the 14 files are bad too" in said
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_written(checkpoint, folders, monkeypatch, capsys):
+    before = checkpoint.read_bytes()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = refusal(capsys, checkpoint, "--good", folders["good"], "--max-false-alarms", RATE, "--histogram", "a.png")
+    assert "--histogram is 'a.png', and matplotlib, which draws it, is missing: pip install matplotlib" in said
     assert checkpoint.read_bytes() == before
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -60,6 +61,11 @@ def _calibrate(options: argparse.Namespace) -> None:
         needed = least_count(rate)
     except ValueError as error:
         raise InputError(str(error).replace("max_false_alarms", "--max-false-alarms", 1)) from error
+    if options.histogram is not None and importlib.util.find_spec("matplotlib") is None:
+        msg = (
+            f"--histogram is '{options.histogram}', and matplotlib, which draws it, is missing: pip install matplotlib"
+        )
+        raise InputError(f"{msg}, or leave --histogram out")
     good_files = _files("--good", options.good)
     bad_files = [] if options.bad is None else _files("--bad", options.bad)
     if len(good_files) < needed:

@@ -73,13 +73,20 @@ class CalibratedCheckpoint:
         Raises:
             InputError: If the file cannot be written; it is then as it was.
         """
-        state = self._content["state_dict"]
-        threshold, least, most = (f"post_processor.{name}" for name in ("_image_threshold", "image_min", "image_max"))
-        state[threshold] = torch.full_like(state[threshold], calibration["threshold"])
-        if not (state[most] > state[least]):  # NaN, too
+        state, post = self._content["state_dict"], self._model.post_processor
+        names = ("_image_threshold", "image_min", "image_max")
+        values = [state[f"post_processor.{name}"] for name in names]
+        values[0] = torch.full_like(values[0], calibration["threshold"])
+        if not (values[2] > values[1]):  # NaN, too
             low = min(good)
             span = max(max(good) - low, abs(low) * 1e-3, 1e-6)
-            state[least], state[most] = torch.full_like(state[least], low), torch.full_like(state[most], low + span)
+            values[1:] = torch.full_like(values[1], low), torch.full_like(values[2], low + span)
+        # The post-processor is a callback, too, whose state Lightning restores last.
+        as_callback = self._content.get("callbacks", {}).get(post.state_key, {})
+        for name, value in zip(names, values, strict=True):
+            state[f"post_processor.{name}"] = value
+            if name in as_callback:
+                as_callback[name] = value.clone()
         config = self._content.setdefault(CONFIG, {})
         config["image_sensitivity"] = 0.5  # the threshold itself decides
         self._content[CALIBRATION] = dict(calibration)
