@@ -30,8 +30,11 @@ class CalibratedExport:
         self._file = self.path.with_name("manifest.json")
         self._inspector = Inspector(self.path)
         if self._inspector.manifest.kind != "anomaly":
-            msg = f"the model {self.path} finds boxes; expected one with an anomaly map: thresholds of boxes are set by"
-            raise InspectError(f"{msg} --threshold of anomalib-ot inspect")
+            msg = (
+                f"the model {self.path} finds boxes; expected one with an anomaly map: thresholds of boxes are set by "
+                "--threshold of anomalib-ot inspect"
+            )
+            raise InspectError(msg)
         if not self._file.is_file():
             msg = f"there is no {self._file}, where the threshold is to be written; export the model with anomalib-ot"
             raise InspectError(msg)
@@ -63,8 +66,11 @@ class CalibratedExport:
         del good
         manifest = json.loads(self._file.read_text(encoding="utf-8-sig"))
         if manifest.get("image_threshold") is not None and calibration["threshold"] >= CUT:
-            msg = f"the threshold is {CUT:g}, where {self.path} cuts scores off, so that nothing could lie above it"
-            raise InspectError(f"{msg}; calibrate the checkpoint instead, and export it again")
+            msg = (
+                f"the threshold is {CUT:g}, where {self.path} cuts scores off, so that nothing could lie above it; "
+                "calibrate the checkpoint instead, and export it again"
+            )
+            raise InspectError(msg)
         manifest |= {"image_threshold": calibration["threshold"], "calibration": dict(calibration)}
         draft = self._file.with_name(f".{self._file.name}-{os.getpid()}")
         try:

@@ -35,7 +35,7 @@ def check_rate(max_false_alarms: float | None, post_processor: object) -> None:
     except (TypeError, ValueError) as error:
         raise InputError(f"max_false_alarms is {max_false_alarms!r}; expected a rate such as 0.01, or None") from error
     if not (getattr(post_processor, "enable_normalization", False) and post_processor.enable_thresholding):
-        msg = "max_false_alarms needs a post_processor that normalises and thresholds; leave out one of the two"
+        msg = "max_false_alarms needs a post_processor that normalizes and thresholds; leave out one of the two"
         raise InputError(msg)
 
 
