@@ -12,7 +12,7 @@ from anomalib_ot.edge.manifest import find_model
 
 __all__ = ["CalibratedExport"]
 
-CUT = 1.0  # graphs with a scale cut scores off here
+CUT = 1.0  # graphs with a scale cut scores off here; above it scores are raw
 
 
 class CalibratedExport:
@@ -65,7 +65,7 @@ class CalibratedExport:
         """
         del good
         manifest = json.loads(self._file.read_text(encoding="utf-8-sig"))
-        if manifest.get("image_threshold") is not None and calibration["threshold"] >= CUT:
+        if manifest.get("image_threshold") is not None and calibration["threshold"] == CUT:
             msg = (
                 f"the threshold is {CUT:g}, where {self.path} cuts scores off, so that nothing could lie above it; "
                 "calibrate the checkpoint instead, and export it again"
