@@ -1,6 +1,7 @@
-"""The script ``anomalib-ot``: ``inspect``, ``benchmark``, else Anomalib's command with our classes in it.
+"""The script ``anomalib-ot``: ``inspect``, ``calibrate``, ``benchmark``, else Anomalib's command with ours in it.
 
-``inspect`` is for the box beside the line; ``benchmark`` reads Anomalib's benchmark files and can be gone on with.
+``inspect`` is for the box beside the line; ``calibrate`` sets thresholds from good images; ``benchmark``
+reads Anomalib's benchmark files and can be gone on with.
 
 The plain ``anomalib`` command knows them too wherever the start-up hook runs. It does not run under ``python -S``, in a
 frozen application, or for a package that lies on ``PYTHONPATH``; this command works there as well.
@@ -10,7 +11,7 @@ import sys
 
 
 def main() -> None:
-    """Run ``inspect``, which needs no Anomalib, ``benchmark``, or else the Anomalib command line, on ``sys.argv``."""
+    """Run ``inspect`` (without Anomalib), ``calibrate``, ``benchmark``, or else Anomalib's command, on ``sys.argv``."""
     if sys.argv[1:2] == ["inspect"]:
         from anomalib_ot.edge.command import run as inspect
 
@@ -21,8 +22,16 @@ def main() -> None:
 
         sys.exit(benchmark(sys.argv[2:]))
 
+    if sys.argv[1:2] == ["calibrate"]:
+        from anomalib_ot.calibration.command import run as calibrate
+
+        sys.exit(calibrate(sys.argv[2:]))
+
     if sys.argv[1:2] in ([], ["-h"], ["--help"]):
         print("anomalib-ot inspect MODEL SOURCE: exported models on the line; anomalib-ot inspect --help")
+        print(
+            "anomalib-ot calibrate MODEL --good DIR --max-false-alarms RATE: thresholds; anomalib-ot calibrate --help"
+        )
         print(
             "anomalib-ot benchmark --config FILE --out DIR: resumable sweeps; anomalib-ot benchmark --help\n",
             flush=True,

@@ -266,6 +266,8 @@ def _verdict(outputs: Mapping[str, np.ndarray], manifest: Manifest, score: float
         return DEFECT if score > threshold else GOOD
     if manifest.is_written and manifest.kind == "anomaly" and manifest.image_threshold is None:
         return UNKNOWN  # the graph compares with a threshold that was never found; detectors always have one
+    if manifest.is_written and manifest.kind == "anomaly":
+        return DEFECT if score > manifest.image_threshold else GOOD  # the manifest may have been calibrated since
     if "pred_label" in outputs:
         return DEFECT if _first(outputs, "pred_label") else GOOD
     if manifest.image_threshold is None:

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SCORES = "anomalib_ot_scores"
+SCORES, CALIBRATION = "anomalib_ot_scores", "anomalib_ot_calibration"
 # Anomalib asks for 14, which torch cannot write: it tries, prints a page of traceback, and writes 18.
 ONNX_DEFAULTS = {"opset_version": 18, "verbose": False}
 CALIBRATION_IMAGES, ACCURACY_IMAGES, PROBES = 128, 400, 8
@@ -69,6 +69,7 @@ class CheckedExport:
     export_kind: ClassVar[str]
     integer_rooms: ClassVar[Sequence[str]]
     known_scores: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None  # of the image threshold, in units of raw scores
 
     @property
     def has_own_scores(self) -> bool:
@@ -76,14 +77,14 @@ class CheckedExport:
         return self.post_processor is None or isinstance(self.post_processor, PostProcessor)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the distribution of scores."""
+        """Keep the distribution of scores, and where the threshold comes from."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[SCORES] = self.known_scores
+        checkpoint[SCORES], checkpoint[CALIBRATION] = self.known_scores, self.calibration
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the distribution of scores; older checkpoints have none."""
+        """Restore both; older checkpoints have neither."""
         super().on_load_checkpoint(checkpoint)
-        self.known_scores = checkpoint.get(SCORES)
+        self.known_scores, self.calibration = checkpoint.get(SCORES), checkpoint.get(CALIBRATION)
 
     # ---- exports
 

@@ -51,6 +51,7 @@ def base_manifest(model: Any, outputs: Sequence[str], input_size: Sequence[int] 
         "precision": precision,
         "inference_precision": "f32",
         "scores": _exported_scores(model),
+        "calibration": None if model.calibration is None else dict(model.calibration),
         "accuracy": None,
         "parity": None,
     }
@@ -65,7 +66,9 @@ def _thresholds(model: Any) -> tuple[float | None, float | None]:
         return None, None
     found = []
     for threshold, low in (("image", post.image_min), ("pixel", post.pixel_min)):
-        known = not post.enable_normalization or math.isfinite(float(low))  # without a validation scores are raw
+        # without a validation scores are raw, and nothing is known to compare them with
+        known = math.isfinite(float(low)) and math.isfinite(float(getattr(post, f"{threshold}_threshold")))
+        known = known or not post.enable_normalization
         found.append(float(getattr(post, f"normalized_{threshold}_threshold")) if known else None)
     return found[0], found[1]
 

@@ -113,6 +113,20 @@ class ExplainedPostProcessor(PostProcessor):
     """
 
     @property
+    def has_image_threshold(self) -> bool:
+        """Whether there is a threshold that scores can be compared with; without one verdicts are unknown."""
+        return not self.enable_normalization or bool(
+            (self.image_threshold + self.image_max - self.image_min).isfinite()
+        )
+
+    @property
+    def has_pixel_threshold(self) -> bool:
+        """The same of the map."""
+        return not self.enable_normalization or bool(
+            (self.pixel_threshold + self.pixel_max - self.pixel_min).isfinite()
+        )
+
+    @property
     def transport_threshold(self) -> float | None:
         """The transport score that makes an image defective on its own, in the score's own units before normalisation.
 
@@ -128,10 +142,24 @@ class ExplainedPostProcessor(PostProcessor):
     def forward(self, predictions: Explained | InferenceBatch) -> Explained | InferenceBatch:
         """Post-process predictions of any batch size; what comes without causes is Anomalib's own business."""
         processed = super().forward(predictions)
+        if self.enable_normalization and self.enable_thresholding:  # a graph cannot leave verdicts out: nothing is so
+            image = (self.image_threshold + self.image_max - self.image_min).isfinite()
+            pixel = (self.pixel_threshold + self.pixel_max - self.pixel_min).isfinite()
+            label, mask = processed.pred_label & image, processed.pred_mask
+            processed = processed._replace(pred_label=label, pred_mask=None if mask is None else mask & pixel)
         if not isinstance(predictions, Explained):
             return processed
         feature_map, position_map = self._split(processed.anomaly_map, predictions.position_map)
         return predictions._replace(**processed._asdict(), feature_map=feature_map, position_map=position_map)
+
+    def threshold_batch(self, batch: Batch) -> None:
+        """Say what is defective; where there is no threshold, nothing: verdict and mask stay None."""
+        given, mask = batch.pred_label, batch.pred_mask
+        super().threshold_batch(batch)
+        if given is None and not self.has_image_threshold:
+            batch.pred_label = None
+        if mask is None and not self.has_pixel_threshold:
+            batch.pred_mask = None
 
     def normalize_batch(self, batch: Batch) -> None:
         """Normalise a batch; its causes, if it has any, follow."""

@@ -26,7 +26,7 @@ class Verdict:
         truth: Whether the part is known to be defective.
         transport_score: How unusual the amounts of each kind of patch are, in units of the score.
         transport_threshold: The transport score that makes a part defective on its own; None: not known.
-        threshold: The score above which a part is defective.
+        threshold: The score above which a part is defective; None: not known.
         name: File name to print.
     """
 
@@ -35,12 +35,12 @@ class Verdict:
     truth: bool | None = None
     transport_score: float | None = None
     transport_threshold: float | None = None
-    threshold: float = 0.5
+    threshold: float | None = 0.5
     name: str = ""
 
     def decision(self) -> bool | None:
         """Return whether the part is defective, or None if nothing says so."""
-        if self.defect is None and self.score is not None:
+        if self.defect is None and self.score is not None and self.threshold is not None:
             return self.score > self.threshold
         return self.defect
 
@@ -97,12 +97,14 @@ def header(
     defect = verdict.decision()
     cards = [badge(defect)]
     if verdict.score is not None:
-        card = _card("Score", f"{verdict.score:.2f}   threshold {verdict.threshold:.2f}")
+        limit = "no threshold" if verdict.threshold is None else f"threshold {verdict.threshold:.2f}"
+        card = _card("Score", f"{verdict.score:.2f}   {limit}")
         draw = ImageDraw.Draw(card)
         paint = UNKNOWN if defect is None else DEFECT if defect else GOOD
         _bar(draw, card.width, [(min(max(verdict.score, 0), 1), paint)])
-        x = round(verdict.threshold * (card.width - 1))
-        draw.line((x, CARD_HEIGHT - 14, x, CARD_HEIGHT - 1), INK, 2)
+        if verdict.threshold is not None:
+            x = round(verdict.threshold * (card.width - 1))
+            draw.line((x, CARD_HEIGHT - 14, x, CARD_HEIGHT - 1), INK, 2)
         cards.append(card)
     cards += _cause_cards(verdict, shares, inside)
     if verdict.transport_score is not None:

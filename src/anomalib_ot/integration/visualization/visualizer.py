@@ -54,7 +54,7 @@ class ExplanationVisualizer(PictureWriter):
     def visualize(
         self,
         item: ImageItem,
-        threshold: float = 0.5,
+        threshold: float | None = 0.5,
         name: str | None = None,
         transport_threshold: float | None = None,
     ) -> Image.Image:
@@ -62,7 +62,7 @@ class ExplanationVisualizer(PictureWriter):
 
         Args:
             item: An `ExplainedItem`, or any `ImageItem`.
-            threshold: The score above which a part is defective.
+            threshold: The score above which a part is defective; None: not known, and then the verdict is not.
             name: File name to print; None: the last two parts of the item's path.
             transport_threshold: The transport score above which a part is defective whatever its map says; None: not
                 known.
@@ -78,11 +78,13 @@ class ExplanationVisualizer(PictureWriter):
         # The host compares scores with this value, 1 - sensitivity, whether they are normalised or not.
         post_processor = getattr(pl_module, "post_processor", None)
         threshold = float(getattr(post_processor, "normalized_image_threshold", 0.5))
+        if not getattr(post_processor, "has_image_threshold", True):
+            threshold = None
         return self.visualize(item, threshold, name, getattr(post_processor, "transport_threshold", None))
 
 
 def explanation_of(
-    item: ImageItem, threshold: float = 0.5, name: str | None = None, transport_threshold: float | None = None
+    item: ImageItem, threshold: float | None = 0.5, name: str | None = None, transport_threshold: float | None = None
 ) -> dict[str, Any]:
     """Collect what `explain_picture` draws of an item; see `ExplanationVisualizer.visualize`.
 

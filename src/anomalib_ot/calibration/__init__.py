@@ -1,0 +1,1 @@
+"""Thresholds from good images: the command `anomalib-ot calibrate`, for checkpoints and exports alike."""

@@ -1,0 +1,99 @@
+"""A checkpoint of OTPrototypes scores images, and takes over a threshold."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.post_processing import PostProcessor
+
+from anomalib_ot.integration.checks.atomic_write import write_whole
+from anomalib_ot.integration.checks.checked_checkpoint_io import AnomalibCheckpointIO
+from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, checked_reading
+from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.images import check_images
+from anomalib_ot.integration.data.deep_images import read_image_deep
+from anomalib_ot.integration.export.export import CALIBRATION
+from anomalib_ot.integration.models.ot_prototypes import OTPrototypes
+
+__all__ = ["CalibratedCheckpoint"]
+
+
+CONFIG = "anomalib_post_processor_config"
+
+
+class CalibratedCheckpoint:
+    """A trained model whose image threshold is to be set.
+
+    Args:
+        path: Checkpoint of `OTPrototypes`.
+
+    Raises:
+        InputError: If the file cannot be read, is of another model, or its post-processor cannot hold a threshold.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with checked_reading(path):
+            self._content = AnomalibCheckpointIO().load_checkpoint(path, map_location="cpu")
+        check_own_checkpoint(self._content, "model.is_fitted", "OTPrototypes")
+        self._model = OTPrototypes.load_from_checkpoint(path, map_location="cpu").eval()
+        post = self._model.post_processor
+        if not isinstance(post, PostProcessor) or not (post.enable_normalization and post.enable_thresholding):
+            msg = (
+                f"checkpoint {path} has a post-processor that does not put scores to scale and compare them, so that "
+                "no threshold can be stored in it; train with the default post_processor"
+            )
+            raise InputError(msg)
+
+    def scores(self, files: Sequence[str], description: str) -> list[float]:
+        """Return the raw image score of each file, as the model gives it before any post-processing.
+
+        Raises:
+            InputError: If files cannot be read; names the first, and says how many there are.
+        """
+        check_images(files, description)
+        pre = self._model.pre_processor
+        found = []
+        with torch.inference_mode():
+            for file in files:
+                image = read_image_deep(file)[None]
+                image = image if pre is None or pre.transform is None else pre.transform(image)
+                found.append(float(self._model.model(image).pred_score))
+        return found
+
+    def write(self, calibration: Mapping[str, Any], good: Sequence[float]) -> None:
+        """Store a threshold, so that Anomalib's `test`, `predict` and `export` decide by it.
+
+        Args:
+            calibration: What the threshold is and where it comes from, plain data.
+            good: Scores of the good images: what scores are put to scale by where no validation has set a scale.
+
+        Raises:
+            InputError: If the file cannot be written; it is then as it was.
+        """
+        state, post = self._content["state_dict"], self._model.post_processor
+        names = ("_image_threshold", "image_min", "image_max")
+        values = [state[f"post_processor.{name}"] for name in names]
+        values[0] = torch.full_like(values[0], calibration["threshold"])
+        if not (values[2] > values[1]):  # NaN, too
+            low = min(good)
+            span = max(max(good) - low, abs(low) * 1e-3, 1e-6)
+            values[1:] = torch.full_like(values[1], low), torch.full_like(values[2], low + span)
+        # The post-processor is a callback, too, whose state Lightning restores last.
+        as_callback = self._content.get("callbacks", {}).get(post.state_key, {})
+        for name, value in zip(names, values, strict=True):
+            state[f"post_processor.{name}"] = value
+            if name in as_callback:
+                as_callback[name] = value.clone()
+        config = self._content.setdefault(CONFIG, {})
+        config["image_sensitivity"] = 0.5  # the threshold itself decides
+        self._content[CALIBRATION] = dict(calibration)
+        buffer = io.BytesIO()
+        torch.save(self._content, buffer)
+        try:
+            write_whole(self.path, buffer.getvalue())
+        except OSError as error:
+            msg = f"checkpoint {self.path} cannot be written ({error.strerror}); copy it to a folder of your own"
+            raise InputError(msg) from error
