@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports go down only, rooms have names, files are read in one sitting."""
+"""The layout: imports go down only, rooms have names, files have at most 600 lines, the README shows where things are."""
 
 import os
 import re
@@ -69,3 +69,12 @@ def test_room_has_a_name_and_is_read_in_one_sitting(path):
     assert not vague, f"{path}: a room called {vague} says nothing; a function lives where its noun lives"
     lines = len((PACKAGE / path).read_text(encoding="utf-8").splitlines())
     assert lines <= 600, f"{path} has {lines} lines, more than the 600 of one file: split it by its nouns"
+
+
+def test_readme_lists_every_room_and_only_files_that_exist():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Architecture")[2].partition("\n## ")[0]
+    rooms = {path.parent.as_posix() for path in FILES if path.parent != Path()} - {"integration"}
+    assert set(re.findall(r"^\| `([\w/]+)` \|", section, flags=re.MULTILINE)) == rooms
+    named = re.findall(r"`([a-z_]+/[\w/]+(?:\.py)?)`", section)
+    assert len(named) > 20
+    assert not [name for name in named if not (PACKAGE / name).exists()]
