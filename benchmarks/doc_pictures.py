@@ -26,15 +26,15 @@ from anomalib_ot.synthetic.fabric import render_fabric
 
 ROOT = Path(__file__).parents[1]
 OF_THE_NOTEBOOK = ("plan", "epsilon", "slack", "patches", "causes", "labels", "duplicates")
-COLOURS = 128  # of the palette of a picture
+COLORS = 128  # of the palette of a picture
 WIDTH = 720  # of the first picture, pixels
 NARROW = 0.25  # image sides: a prototype whose normal patches all lie so near has a place of its own
 SIDE = 128  # of a piece of cloth, pixels
 
 
-def save(picture: Image.Image, path: Path, colours: int = COLOURS) -> None:
+def save(picture: Image.Image, path: Path, colors: int = COLORS) -> None:
     """Write a picture with a palette, which makes it small."""
-    few = picture.convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few = picture.convert("RGB").quantize(colors, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few.save(path, optimize=True)
     print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
@@ -119,14 +119,14 @@ def mixture(out: Path) -> None:
     top.imshow(cloth, aspect="auto")
     x = torch.arange(0, 240, 0.5)
     total = torch.zeros_like(x)
-    for number, colour in enumerate(palette):
+    for number, color in enumerate(palette):
         left, up, right, down = means[number].tolist()
         label = f"proposal {number}, weight {float(weights[number]):.2f}"
-        box = plt.Rectangle((left, up), right - left, down - up, fill=False, edgecolor=colour, linewidth=2, label=label)
+        box = plt.Rectangle((left, up), right - left, down - up, fill=False, edgecolor=color, linewidth=2, label=label)
         top.add_patch(box)
         scale = scales[number, 0]
         density = weights[number] / (torch.pi * scale * (1 + ((x - left) / scale) ** 2))
-        bottom.plot(x, density, color=colour, linewidth=1.5)
+        bottom.plot(x, density, color=color, linewidth=1.5)
         total += density
     bottom.fill_between(x, total, color="0.88", label="the mixture")
     for number, box in enumerate(truth.tolist()):

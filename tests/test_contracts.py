@@ -1,4 +1,4 @@
-"""The layout: imports go down only, rooms have names, files have at most 600 lines, the README shows where things are."""
+"""The layout: imports go down only, rooms have names, files stay short, the README shows where things are."""
 
 import os
 import re

@@ -27,8 +27,8 @@ def written_form(boxes, scores, features, settings, tiny=None):
     tiny = math.exp(-settings.slack_cost / settings.epsilon) if tiny is None else tiny
     number = max(1, int((scores > settings.confidence).sum()))
     seeds = scores.topk(number).indices
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    distance = torch.cdist(centres, centres[seeds], compute_mode="donot_use_mm_for_euclid_dist")
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+    distance = torch.cdist(centers, centers[seeds], compute_mode="donot_use_mm_for_euclid_dist")
     unit = torch.nn.functional.normalize(features, dim=1)
     cost = settings.score_weight * (1 - scores)[:, None] + settings.feature_weight * (1 - unit @ unit[seeds].T)
     cost = cost + settings.spatial_weight * distance / distance.max()

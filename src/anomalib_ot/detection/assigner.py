@@ -1,7 +1,7 @@
 """Label assignment: which point of the feature grid answers for which object, and which for background.
 
 Three rules on one interface: by optimal transport (OTA), by its short cut without transport (SimOTA), and by scale and
-centre alone (FCOS). Each looks at one image, in float32, without gradients.
+center alone (FCOS). Each looks at one image, in float32, without gradients.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anomalib_ot.detection.pair_cost import candidate_points, dynamic_counts, pair_cost, spatial_cost
 from anomalib_ot.ot.sinkhorn import sinkhorn
-from anomalib_ot.vision.boxes import encode_ltrb, inside_boxes, near_centres, pairwise_iou
+from anomalib_ot.vision.boxes import encode_ltrb, inside_boxes, near_centers, pairwise_iou
 
 BACKGROUND = -1
 
@@ -111,7 +111,7 @@ class OTAssigner:
     """Assign by optimal transport (OTA).
 
     Args:
-        radius: Centre prior: half side of the square round an object's centre, in strides.
+        radius: Center prior: half side of the square round an object's center, in strides.
         top: Largest overlaps that make up an object's number of points.
         epsilon: Entropic strength, in units of cost.
         num_iters: Sinkhorn iterations.
@@ -202,7 +202,7 @@ class SimOTAssigner:
     """Assign the cheapest points to each object, without transport and without a background to compete with (SimOTA).
 
     Args:
-        radius: Half side of the square round an object's centre, in strides.
+        radius: Half side of the square round an object's center, in strides.
         inside: Whether candidates lie inside the object's box; YOLOX since 2023: False, with a radius of 1.5.
         top: Largest overlaps that make up an object's number of points.
         iou_weight: Weight of the overlap in the cost.
@@ -241,16 +241,16 @@ class SimOTAssigner:
 
 @dataclass(frozen=True)
 class FCOSAssigner:
-    """Assign by geometry alone: points near an object's centre, on the level of its size; the smaller object wins.
+    """Assign by geometry alone: points near an object's center, on the level of its size; the smaller object wins.
 
     A level of stride s takes objects whose farthest side is 4 s to 8 s away; the finest takes all smaller, the coarsest
     all larger ones.
 
     Args:
-        radius: Half side of the square round an object's centre, in strides.
+        radius: Half side of the square round an object's center, in strides.
 
     References:
-        Z. Tian et al., "FCOS: fully convolutional one-stage object detection", ICCV 2019, with centre sampling.
+        Z. Tian et al., "FCOS: fully convolutional one-stage object detection", ICCV 2019, with center sampling.
     """
 
     radius: float = 1.5
@@ -267,7 +267,7 @@ class FCOSAssigner:
         farthest = encode_ltrb(points, boxes[:, None]).amax(-1)
         least = torch.where(strides > strides.min(), 4 * strides, 0)
         most = torch.where(strides < strides.max(), 8 * strides, torch.inf)
-        allowed = inside_boxes(points, boxes) & near_centres(points, strides, boxes, self.radius, clipped=True)
+        allowed = inside_boxes(points, boxes) & near_centers(points, strides, boxes, self.radius, clipped=True)
         allowed &= (farthest > least) & (farthest <= most)
         area = (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None].expand_as(allowed)
         smallest = area.masked_fill(~allowed, torch.inf).argmin(0)

@@ -54,16 +54,16 @@ class Detector(nn.Module):
         return self
 
     def levels(self, images: Tensor) -> list[Tensor]:
-        """Return the pyramid (B, channels, h, w) of normalised images (B, 3, H, W), finest level first."""
+        """Return the pyramid (B, channels, h, w) of normalized images (B, 3, H, W), finest level first."""
         images = images.contiguous(memory_format=torch.channels_last)
         return self.pyramid(list(self.feature_extractor(images).values()))
 
     def detect(self, images: Tensor) -> Detections:
-        """Detect in normalised images that are as large as those of the training."""
+        """Detect in normalized images that are as large as those of the training."""
         raise NotImplementedError
 
     def forward(self, images: Tensor, group: Callable[[Detections], Detections] | None = None) -> Detections:
-        """Detect in normalised images (B, 3, H, W); boxes in their pixels.
+        """Detect in normalized images (B, 3, H, W); boxes in their pixels.
 
         Args:
             images: The images.

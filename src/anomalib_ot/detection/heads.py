@@ -23,7 +23,7 @@ class DenseHead(nn.Module):
 
     References:
         Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021 (FCOS's head with an overlap
-        branch on the box tower in place of centre-ness).
+        branch on the box tower in place of center-ness).
     """
 
     def __init__(

@@ -38,7 +38,7 @@ class DenseLosses(NamedTuple):
 
     Args:
         class_loss: Focal loss of all points.
-        box_loss: Generalised IoU loss of the positive points.
+        box_loss: Generalized IoU loss of the positive points.
         iou_loss: Cross-entropy of the overlap's estimate at the positive points.
         num_positives: Positive points of the batch, on this device.
     """

@@ -56,7 +56,7 @@ class DenseDetector(Detector):
         self.offset = offset
 
     def dense(self, images: Tensor) -> Dense:
-        """Predict at every point of normalised images (B, 3, H, W)."""
+        """Predict at every point of normalized images (B, 3, H, W)."""
         levels = self.levels(images)
         logits, distances, iou_logits = self.head(levels)
         shapes = [tuple(level.shape[-2:]) for level in levels]
@@ -66,5 +66,5 @@ class DenseDetector(Detector):
         return Dense(logits, boxes, iou_logits, points, strides, tuple(h * w for h, w in shapes))
 
     def detect(self, images: Tensor) -> Detections:
-        """Detect in normalised images of at most a tile's size."""
+        """Detect in normalized images of at most a tile's size."""
         return self.decoding(self.dense(images), images.shape[-2:])

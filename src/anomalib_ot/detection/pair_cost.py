@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anomalib_ot.vision.boxes import inside_boxes, near_centres, pairwise_iou
+from anomalib_ot.vision.boxes import inside_boxes, near_centers, pairwise_iou
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 LEAST_IOU = torch.finfo(torch.float32).eps
@@ -30,15 +30,15 @@ class PairCost(NamedTuple):
 def candidate_points(
     points: Tensor, strides: Tensor, boxes: Tensor, *, radius: float = 2.5, inside: bool = True, nearest: bool = True
 ) -> Tensor:
-    """Say which points may be responsible for which object: those near its centre (centre prior).
+    """Say which points may be responsible for which object: those near its center (center prior).
 
     Args:
         points: Points (P, 2), pixels.
         strides: Stride (P,) of each point.
         boxes: Objects (G, 4).
-        radius: Half side of the square round an object's centre, in strides of the point's level.
+        radius: Half side of the square round an object's center, in strides of the point's level.
         inside: Whether points outside the object's box are excluded.
-        nearest: Whether an object without any candidate gets the point of the finest level nearest to its centre;
+        nearest: Whether an object without any candidate gets the point of the finest level nearest to its center;
             small objects fall between the points.
 
     Returns:
@@ -48,12 +48,12 @@ def candidate_points(
         Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021, section 3.3. The nearest
         point is ours.
     """
-    allowed = near_centres(points, strides, boxes, radius, clipped=inside)
+    allowed = near_centers(points, strides, boxes, radius, clipped=inside)
     if inside:
         allowed &= inside_boxes(points, boxes)
     if nearest and len(points):
-        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-        distance = torch.cdist(centres.float(), points.float())
+        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+        distance = torch.cdist(centers.float(), points.float())
         distance = distance.masked_fill(strides > strides.min(), math.inf)
         closest = F.one_hot(distance.argmin(1), len(points)).bool()
         allowed |= closest & ~allowed.any(1, keepdim=True)
@@ -63,7 +63,7 @@ def candidate_points(
 def spatial_cost(points: Tensor, strides: Tensor, boxes: Tensor, finest: Tensor, coarsest: Tensor) -> Tensor:
     """Return how far a point lies from where and on which level an object would be expected: FCOS's rule made soft.
 
-    `|p - c|^2 / (half a side)^2 + max(0, |log2(r / s) - 2.5| - 0.5)^2`: the squared distance from the object's centre,
+    `|p - c|^2 / (half a side)^2 + max(0, |log2(r / s) - 2.5| - 0.5)^2`: the squared distance from the object's center,
     1 at its sides, and by how many octaves the distance `r` to its farthest side misses the 4 to 8 strides `s` that a
     level is meant for; the finest level is meant for all below, the coarsest for all above.
 
@@ -80,9 +80,9 @@ def spatial_cost(points: Tensor, strides: Tensor, boxes: Tensor, finest: Tensor,
     References:
         Ours; the rule of levels is from Z. Tian et al., "FCOS", ICCV 2019.
     """
-    centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
-    away = ((points - centres[:, None]) / halves.clamp(min=1e-6)[:, None]).square().amax(-1)
-    farthest = (points - centres[:, None]).abs().add(halves[:, None]).amax(-1)
+    centers, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+    away = ((points - centers[:, None]) / halves.clamp(min=1e-6)[:, None]).square().amax(-1)
+    farthest = (points - centers[:, None]).abs().add(halves[:, None]).amax(-1)
     octaves = (farthest.clamp(min=1e-6) / strides).log2() - 2.5
     too_fine = (octaves - 0.5).clamp(min=0) * (strides < coarsest)
     too_coarse = (-0.5 - octaves).clamp(min=0) * (strides > finest)

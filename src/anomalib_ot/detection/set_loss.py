@@ -28,7 +28,7 @@ class SetLosses(NamedTuple):
     Args:
         class_loss: Focal loss (S,) of all proposals.
         distance_loss: Distance (S,) of the matched boxes' sides, in parts of the image.
-        overlap_loss: Generalised IoU loss (S,) of the matched boxes.
+        overlap_loss: Generalized IoU loss (S,) of the matched boxes.
     """
 
     class_loss: Tensor

@@ -65,8 +65,8 @@ class SparseHead(nn.Module):
         count = levels[0].shape[0]
         height, width = image_size
         boxes_cxcywh = self.proposal_boxes.float() * self.proposal_boxes.new_tensor([width, height, width, height])
-        centres, halves = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
-        boxes = torch.cat([centres - halves, centres + halves], dim=-1).expand(count, -1, -1)
+        centers, halves = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
+        boxes = torch.cat([centers - halves, centers + halves], dim=-1).expand(count, -1, -1)
         features = self.proposal_features.expand(count, -1, -1)
         pooling = BoxPooling(levels, self.strides, self.size)
         found = []
@@ -97,8 +97,8 @@ def grid_proposals(rows: int, columns: int, size: float = 0.5) -> Tensor:
     tensor([0.0250, 0.0333, 0.5000, 0.5000])
     """
     y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
-    centres = torch.stack([x, y], dim=-1).reshape(-1, 2)
-    return torch.cat([centres, torch.full_like(centres, size)], dim=-1)
+    centers = torch.stack([x, y], dim=-1).reshape(-1, 2)
+    return torch.cat([centers, torch.full_like(centers, size)], dim=-1)
 
 
 def whole_proposals(count: int) -> Tensor:

@@ -99,9 +99,9 @@ class SparseDetector(Detector):
         self.head = head
 
     def stages(self, images: Tensor) -> list[Mixture] | list[BoxSet]:
-        """Return what each stage of the head says of normalised images (B, 3, H, W)."""
+        """Return what each stage of the head says of normalized images (B, 3, H, W)."""
         return self.head(self.levels(images), images.shape[-2:])
 
     def detect(self, images: Tensor) -> Detections:
-        """Detect in normalised images of at most a tile's size."""
+        """Detect in normalized images of at most a tile's size."""
         return self.decoding(self.head.propose(self.stages(images)[-1]), images.shape[-2:])

@@ -136,6 +136,6 @@ def decode_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
     """
     sides = boxes[..., 2:] - boxes[..., :2]
     deltas = deltas * deltas.new_tensor(DELTA_UNITS)
-    centres = (boxes[..., :2] + boxes[..., 2:]) / 2 + sides * deltas[..., :2]
+    centers = (boxes[..., :2] + boxes[..., 2:]) / 2 + sides * deltas[..., :2]
     halves = sides * deltas[..., 2:].clamp(max=MOST_GROWTH).exp() / 2
-    return torch.cat([centres - halves, centres + halves], dim=-1)
+    return torch.cat([centers - halves, centers + halves], dim=-1)

@@ -56,7 +56,7 @@ class ProposalAttention(nn.Module):
 
 
 class SparseStage(nn.Module):
-    """Refine the features of proposals: attention, dynamic interaction, feed-forward; each added and normalised.
+    """Refine the features of proposals: attention, dynamic interaction, feed-forward; each added and normalized.
 
     Args:
         channels: Channels D of features and pyramid, a multiple of `num_heads`.

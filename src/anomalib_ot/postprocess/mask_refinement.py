@@ -101,7 +101,7 @@ def weigh_regions(
 ) -> Tensor:
     """Distribute a weight of 1 over the regions of each image, as published: for comparison.
 
-    `p` are the `entropy_weights` of the qualities; with masks `p <- normalised (1 - c) p + c (1 - V_k)`, where `V_k`
+    `p` are the `entropy_weights` of the qualities; with masks `p <- normalized (1 - c) p + c (1 - V_k)`, where `V_k`
     is the mask's `total_variation`, scaled to [0, 1] over the regions. The image's mask would be `sum_k p_k M_k`: ten
     true defects share one unit, which is wrong where an image has several.
 

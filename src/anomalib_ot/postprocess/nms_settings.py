@@ -75,7 +75,7 @@ class SinkhornNMSSettings:
         score_weight: Weight of 1 - score in the cost, >= 0.
         feature_weight: Weight of (1 - cosine) / 2 in the cost, >= 0; without features there is no such term.
         spatial_weight: Weight of the spatial term, in [0, 1], in the cost, >= 0.
-        spatial: "diou", (1 - distance IoU) / 2, or "centre", the distance of the centres over the diagonal of the box
+        spatial: "diou", (1 - distance IoU) / 2, or "centre", the distance of the centers over the diagonal of the box
             round both, which sees no shape.
         class_weight: Cost of another class, >= 0; only if `class_aware`.
         slack_cost: Cost of belonging to no region. Proposals to which every region is more expensive are background;

@@ -50,8 +50,8 @@ def overlap(boxes: Tensor, others: Tensor, *, inner_weight: float = 0.0) -> Tens
     return torch.maximum(ratio, inner_weight * intersection / _nonzero(smaller))
 
 
-def centre_distance(boxes: Tensor, others: Tensor) -> Tensor:
-    """Return the squared distance of centres, over the squared diagonal of the box round both: (B, N, M) in [0, 1).
+def center_distance(boxes: Tensor, others: Tensor) -> Tensor:
+    """Return the squared distance of centers, over the squared diagonal of the box round both: (B, N, M) in [0, 1).
 
     Args:
         boxes: Boxes xyxy (B, N, 4), any unit.
@@ -60,7 +60,7 @@ def centre_distance(boxes: Tensor, others: Tensor) -> Tensor:
     References:
         Z. Zheng et al., "Distance-IoU loss: faster and better learning for bounding box regression", AAAI 2020.
 
-    >>> centre_distance(torch.tensor([[[0.0, 0, 2, 2]]]), torch.tensor([[[2.0, 0, 4, 2]]]))
+    >>> center_distance(torch.tensor([[[0.0, 0, 2, 2]]]), torch.tensor([[[2.0, 0, 4, 2]]]))
     tensor([[[0.2000]]])
     """
     one, other = pair_up(boxes, others)

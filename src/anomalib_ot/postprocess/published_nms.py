@@ -25,7 +25,7 @@ class PublishedNMSSettings:
         score_threshold: Regions must have a mean score above it, [0, 1].
         score_weight: Weight of 1 - score in the cost, >= 0. Without slack it would change nothing at all.
         feature_weight: Weight of 1 - cosine, >= 0.
-        spatial_weight: Weight of the distance of centres over the largest one in the image, >= 0.
+        spatial_weight: Weight of the distance of centers over the largest one in the image, >= 0.
         epsilon: Entropic strength, in units of cost, > 0.
         slack_cost: Cost of belonging to no region, >= 0. Theirs is hidden: 1e-10 is added to the sums of the rows,
             which is a slack of 0.1 ln 1e10.
@@ -150,8 +150,8 @@ def _cost(
     settings: PublishedNMSSettings,
 ) -> Tensor:
     """Return the cost (B, N, K) of each proposal in each region."""
-    centres = (boxes[..., :2] + boxes[..., 2:]) / 2
-    apart = (centres.unsqueeze(2) - take(centres, seeds).unsqueeze(1)).square().sum(-1)
+    centers = (boxes[..., :2] + boxes[..., 2:]) / 2
+    apart = (centers.unsqueeze(2) - take(centers, seeds).unsqueeze(1)).square().sum(-1)
     distance = torch.where(apart > 0, torch.where(apart > 0, apart, 1.0).sqrt(), 0.0)
     farthest = (distance * (valid.unsqueeze(-1) & there.unsqueeze(1))).amax((1, 2), keepdim=True)
     cost = settings.score_weight * (1 - scores).unsqueeze(-1)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from anomalib_ot.ot.cost import cosine_cost
 from anomalib_ot.postprocess.nms_settings import SinkhornNMSSettings
-from anomalib_ot.postprocess.pair_geometry import centre_distance, overlap
+from anomalib_ot.postprocess.pair_geometry import center_distance, overlap
 
 
 def region_cost(
@@ -33,7 +33,7 @@ def region_cost(
 
     References:
         Z. Lu et al., "Differentiable NMS via Sinkhorn matching for end-to-end fabric defect detection", arXiv
-        2505.07040: three terms, of which the spatial one there is a distance of centres.
+        2505.07040: three terms, of which the spatial one there is a distance of centers.
     """
     places = take(boxes, seeds)
     cost = settings.score_weight * (1 - scores).unsqueeze(-1)
@@ -58,7 +58,7 @@ def spatial_cost(boxes: Tensor, places: Tensor, kind: str) -> Tensor:
     >>> spatial_cost(line, spot, "diou").item(), spatial_cost(line, spot, "centre").item()
     (0.49000000953674316, 0.0)
     """
-    distance = centre_distance(boxes, places)
+    distance = center_distance(boxes, places)
     if kind == "diou":
         return (1 - overlap(boxes, places) + distance) / 2
     there = distance > 0  # the root's gradient at 0 is infinite

@@ -230,7 +230,7 @@ def _transport(found: Proposals, seeds: _Seeds, settings: SinkhornNMSSettings) -
 def _capacities(openness: Tensor, outranked: Tensor, settings: SinkhornNMSSettings) -> Tensor:
     """Return the mass (B, K) that makes the core solve the problem of the regions' sizes.
 
-    The core measures a plan's entropy against the masses, and so would favour large regions twice. Against 1 per region
+    The core measures a plan's entropy against the masses, and so would favor large regions twice. Against 1 per region
     (times its gate) the problem is the same with masses ``gate size^(rho / (rho + epsilon))``.
     """
     exponent = 1.0 if settings.rho == math.inf else settings.rho / (settings.rho + settings.epsilon)

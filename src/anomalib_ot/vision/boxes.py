@@ -67,7 +67,7 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def pairwise_giou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Return the generalised intersection over union (N, M) of boxes (N, 4) with others (M, 4), in (-1, 1].
+    """Return the generalized intersection over union (N, M) of boxes (N, 4) with others (M, 4), in (-1, 1].
 
     `IoU - (hull - union) / hull`, finite for boxes without any area, where torchvision's has NaN.
 
@@ -93,8 +93,8 @@ def inside_boxes(points: Tensor, boxes: Tensor, margin: float = 0.01) -> Tensor:
     return encode_ltrb(points, boxes[:, None]).amin(-1) > margin
 
 
-def near_centres(points: Tensor, strides: Tensor, boxes: Tensor, radius: float, *, clipped: bool) -> Tensor:
-    """Say which points lie near the centre of which box: strictly within `radius` strides of it in x and in y.
+def near_centers(points: Tensor, strides: Tensor, boxes: Tensor, radius: float, *, clipped: bool) -> Tensor:
+    """Say which points lie near the center of which box: strictly within `radius` strides of it in x and in y.
 
     Args:
         points: Points (P, 2), pixels.
@@ -106,9 +106,9 @@ def near_centres(points: Tensor, strides: Tensor, boxes: Tensor, radius: float, 
     Returns:
         Bool (G, P).
     """
-    centres = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
+    centers = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
     reach = radius * strides[:, None]
-    low, high = centres - reach, centres + reach
+    low, high = centers - reach, centers + reach
     if clipped:
         low, high = torch.maximum(low, boxes[:, None, :2]), torch.minimum(high, boxes[:, None, 2:])
     return torch.minimum(points - low, high - points).amin(-1) > 0

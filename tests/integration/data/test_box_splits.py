@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from anomalib_ot.integration.data.records import Findings, LabelledImage
+from anomalib_ot.integration.data.records import Findings, LabeledImage
 from anomalib_ot.integration.data.splits import (
     check_distance,
     groups_by_pattern,
@@ -18,7 +18,7 @@ from anomalib_ot.integration.data.splits import (
 
 def records(labels):
     return [
-        LabelledImage.of(f"{number:04}.png", (9, 9), [(0, 0, 1, 1)] * len(classes), classes)
+        LabeledImage.of(f"{number:04}.png", (9, 9), [(0, 0, 1, 1)] * len(classes), classes)
         for number, classes in enumerate(labels)
     ]
 

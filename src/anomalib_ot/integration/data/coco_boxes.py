@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import Transform
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import CocoFile, read_coco
 from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule, check_ratio
-from anomalib_ot.integration.data.records import Findings, LabelledImage
+from anomalib_ot.integration.data.records import Findings, LabeledImage
 from anomalib_ot.integration.data.splits import (
     check_distance,
     groups_by_pattern,
@@ -129,7 +129,7 @@ class CocoBoxes(BoxDataModule):
         return BoxContent(class_names, train, val, test)
 
     def _count_likenesses(
-        self, train: Sequence[LabelledImage], held_out: Sequence[LabelledImage], findings: Findings
+        self, train: Sequence[LabeledImage], held_out: Sequence[LabeledImage], findings: Findings
     ) -> None:
         """Count held-out images that resemble a training image; those that are one are counted elsewhere."""
         known = {record.image_path for record in train}
@@ -147,7 +147,7 @@ class CocoBoxes(BoxDataModule):
 
     def _read_subset(
         self, subset: str, class_names: Sequence[str] | None, findings: Findings
-    ) -> tuple[list[str], list[LabelledImage]]:
+    ) -> tuple[list[str], list[LabeledImage]]:
         """Read one COCO file; `class_names` are those of the training file."""
         json_path = self.root / Path(self.json_paths[subset]).expanduser()
         coco = read_coco(json_path, findings)
@@ -164,7 +164,7 @@ class CocoBoxes(BoxDataModule):
         for image in coco.images:
             path = folder / image.file_name
             labels = [label_of[label] for label in image.labels]
-            records.append(LabelledImage.of(str(path), (image.width, image.height), image.boxes, labels))
+            records.append(LabeledImage.of(str(path), (image.width, image.height), image.boxes, labels))
         return names, records
 
     def _cure_of_missing(self, folder: Path, file_name: str, argument: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.near_duplicates import HASH_BITS, image_hashes, near_duplicate_groups
-from anomalib_ot.integration.data.records import Findings, LabelledImage
+from anomalib_ot.integration.data.records import Findings, LabeledImage
 
 __all__ = ["check_distance", "groups_by_pattern", "groups_by_sight", "joined_groups", "split_images"]
 
@@ -16,8 +16,8 @@ LARGE_GROUP = 0.3  # of all images; a split can hardly keep its ratios then
 
 
 def split_images(
-    records: Sequence[LabelledImage], ratios: Sequence[float], seed: int, groups: Sequence[Hashable] | None = None
-) -> list[list[LabelledImage]]:
+    records: Sequence[LabeledImage], ratios: Sequence[float], seed: int, groups: Sequence[Hashable] | None = None
+) -> list[list[LabeledImage]]:
     """Split images into subsets, stratified by class as far as the groups allow.
 
     The rarest class is dealt out first, group by group, each to the subset that lacks most images of that class; images
@@ -63,7 +63,7 @@ def split_images(
     return [sorted((records[index] for index in subset), key=lambda record: record.image_path) for subset in subsets]
 
 
-def _classes(record: LabelledImage) -> list[int]:
+def _classes(record: LabeledImage) -> list[int]:
     return sorted({int(label) for label in record.labels}) or [-1]
 
 

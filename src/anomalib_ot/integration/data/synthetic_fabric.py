@@ -1,4 +1,4 @@
-"""The data set that the package carries with it, as an Anomalib datamodule: no download, no licence, a few seconds."""
+"""The data set that the package carries with it, as an Anomalib datamodule: no download, no license, a few seconds."""
 
 from __future__ import annotations
 

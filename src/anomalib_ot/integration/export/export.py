@@ -12,7 +12,7 @@ from anomalib.deploy.export import CompressionType
 from anomalib.post_processing import PostProcessor
 
 from anomalib_ot.integration.checks.values import check_fitted
-from anomalib_ot.integration.export.known_scores import summarised_scores
+from anomalib_ot.integration.export.known_scores import summarized_scores
 from anomalib_ot.integration.export.manifest import (
     RT_INFO,
     as_text,
@@ -260,5 +260,5 @@ def _measured(precise: Predict, predict: Predict, samples: "Samples", manifest: 
         logger.warning("%d validation images are few: what %s costs is known roughly at best", len(samples), name)
     scores = manifest["scores"]
     if scores is None:
-        scores = summarised_scores(after.scores, after.labels)
+        scores = summarized_scores(after.scores, after.labels)
     return {"accuracy": accuracy, "scores": scores}

@@ -21,7 +21,7 @@ class Verdict:
     """What is known about the part as a whole; each field may be None.
 
     Args:
-        score: Anomaly score of the image; [0, 1] after normalisation.
+        score: Anomaly score of the image; [0, 1] after normalization.
         defect: Whether the part is predicted defective; None: decided by score > threshold.
         truth: Whether the part is known to be defective.
         transport_score: How unusual the amounts are that the part sends to the prototypes, in spreads of good parts.
@@ -77,7 +77,7 @@ def header(
     shares: CauseShares | None = None,
     *,
     inside: bool | None = None,
-    normalised: bool = True,
+    normalized: bool = True,
     remarks: Sequence[tuple[str, str]] = (),
 ) -> Image.Image:
     """Draw what is known about the part as a whole, the most important first.
@@ -88,7 +88,7 @@ def header(
         shares: How much each cause adds, or None.
         inside: Whether any pixel is predicted defective, and the shares were counted there; if not, in the top 1 % of
             the pixels. None: not known.
-        normalised: Whether the maps stay within [0, 1]; if not, the header says so.
+        normalized: Whether the maps stay within [0, 1]; if not, the header says so.
         remarks: More to say, each a small caption and a line of text.
 
     Returns:
@@ -115,8 +115,8 @@ def header(
     if verdict.name:
         name = verdict.name if len(verdict.name) <= 48 else "..." + verdict.name[-45:]
         cards.append(_card("File", name))
-    if not normalised:
-        cards.append(_card("Note", "maps are not normalised; colours stop at 1"))
+    if not normalized:
+        cards.append(_card("Note", "maps are not normalized; colors stop at 1"))
     return _flow(cards, width)
 
 
@@ -159,7 +159,7 @@ def _cause_cards(verdict: Verdict, shares: CauseShares | None, inside: bool | No
 
 
 def badge(defect: bool | None) -> Image.Image:
-    """Say the verdict in a word, a sign and a colour."""
+    """Say the verdict in a word, a sign and a color."""
     word, paint = {None: ("NO VERDICT", UNKNOWN), True: ("DEFECT", DEFECT), False: ("GOOD", GOOD)}[defect]
     font = ImageFont.load_default(26)
     badge = Image.new("RGB", (64 + round(font.getlength(word)), CARD_HEIGHT), paint)

@@ -75,7 +75,7 @@ class ExplanationVisualizer(PictureWriter):
 
     def picture(self, item: ImageItem, name: str | None, pl_module: "AnomalibModule") -> Image.Image:
         """Draw an item with the thresholds of its model."""
-        # The host compares scores with this value, 1 - sensitivity, whether they are normalised or not.
+        # The host compares scores with this value, 1 - sensitivity, whether they are normalized or not.
         post_processor = getattr(pl_module, "post_processor", None)
         threshold = float(getattr(post_processor, "normalized_image_threshold", 0.5))
         return self.visualize(item, threshold, name, getattr(post_processor, "transport_threshold", None))
@@ -145,7 +145,7 @@ def _to_image(pixels: torch.Tensor) -> Image.Image:
 
 
 def _same_view(original: Image.Image, image: torch.Tensor) -> bool:
-    """Whether the tensor, normalised or not, shows the whole file."""
+    """Whether the tensor, normalized or not, shows the whole file."""
     seen = image.detach().cpu().double().flatten(1).numpy()
     size = (image.shape[-1], image.shape[-2])
     whole = np.asarray(original.resize(size, Image.Resampling.BILINEAR), dtype=float).reshape(-1, 3).T
