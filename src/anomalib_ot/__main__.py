@@ -1,6 +1,6 @@
 """The script ``anomalib-ot``: ``inspect``, ``benchmark``, else Anomalib's command with our classes in it.
 
-``inspect`` is for the box beside the line; ``benchmark`` reads Anomalib's benchmark files and can be gone on with.
+``inspect`` is for the edge device; ``benchmark`` reads Anomalib's benchmark files and can be resumed.
 
 The plain ``anomalib`` command knows them too wherever the start-up hook runs. It does not run under ``python -S``, in a
 frozen application, or for a package that lies on ``PYTHONPATH``; this command works there as well.

@@ -63,7 +63,7 @@ def test_plan_is_that_of_the_written_iterations(make_scenes):
     regions = of_settings(double(scenes), settings, features)
     found = check_proposals(*double(scenes), features, None)
     seeds = _grow(found, settings)
-    assert seeds.openness.min() > 1 - 1e-6
+    assert seeds.gate_value.min() > 1 - 1e-6
     cost = region_cost(*found[:4], seeds.index, settings)
     for image in range(3):
         expected = specified_plan(cost[image], 1 + seeds.outranked[image], settings)
@@ -75,12 +75,12 @@ def test_without_hold_rows_are_softmaxes_and_with_full_hold_regions_have_their_s
     settings = replace(MERGE, max_regions=4)
     found = check_proposals(*double(scenes), None, None)
     seeds = _grow(found, settings)
-    logits = -region_cost(*found[:4], seeds.index, settings) / settings.epsilon + seeds.openness.log().unsqueeze(1)
+    logits = -region_cost(*found[:4], seeds.index, settings) / settings.epsilon + seeds.gate_value.log().unsqueeze(1)
     logits = torch.cat([logits, torch.full_like(logits[..., :1], -settings.slack_cost / settings.epsilon)], -1)
     free = of_settings(double(scenes), replace(settings, rho=0.0))
     torch.testing.assert_close(free.plan, logits.softmax(-1)[..., :-1])
     held = of_settings(double(scenes), replace(settings, rho=math.inf, num_iters=300))
-    torch.testing.assert_close(held.plan.sum(1), seeds.openness * (1 + seeds.outranked), rtol=1e-3, atol=0)
+    torch.testing.assert_close(held.plan.sum(1), seeds.gate_value * (1 + seeds.outranked), rtol=1e-3, atol=0)
 
 
 # Property 2

@@ -42,8 +42,8 @@ class TransportScore(nn.Module):
     of the masses, with a shrunk covariance `C`, counted in spreads above the median of the training images (each of
     which was measured against the others).
 
-    The fixed rule of `forward`: the local score is counted in spreads above its training median too, and the image is
-    as odd as the odder of the two says.
+    The fixed rule of `forward`: the local score is counted in spreads above its training median too, and the image
+    gets the maximum of both.
 
     Args:
         num_groups: Groups of prototypes per member, at least 2.

@@ -160,7 +160,7 @@ def presence_loss(mixture_logits: Tensor, responsibilities: Tensor, images: Tens
     return F.binary_cross_entropy_with_logits(mixture_logits, targets, reduction="sum")
 
 
-def risen(weight: float, rise: Sequence[float], part: float) -> float:
+def linear_ramp(weight: float, rise: Sequence[float], part: float) -> float:
     """Return the weight of maximum component maximization when a part of the training is done.
 
     A proposal that another one beats gets no gradient of its boxes any more. Chosen from the first step on, the best
@@ -171,7 +171,7 @@ def risen(weight: float, rise: Sequence[float], part: float) -> float:
         rise: Parts of the training between which it rises linearly from 0; (0, 0), as published, is not at all.
         part: Part of the training that is done, 0 to 1.
 
-    >>> [round(risen(0.5, (0.25, 0.75), part), 3) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    >>> [round(linear_ramp(0.5, (0.25, 0.75), part), 3) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
     [0.0, 0.0, 0.25, 0.5, 0.5]
     """
     begin, end = rise

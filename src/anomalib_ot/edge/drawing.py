@@ -35,8 +35,8 @@ def draw_result(result: Result, pixel_threshold: float | None = None) -> Image.I
     title, small = ImageFont.load_default(TITLE), ImageFont.load_default(SMALL)
     word = WORDS[result.verdict]
     score = "" if result.score is None else f"score {result.score:.3f}"
-    if result.amounts_are_off:
-        score += ", one missing or too many"
+    if result.count_is_anomalous:
+        score += ", count anomaly"
     second = MARGIN + title.getlength(word) + MARGIN
     left = second + small.getlength(score) + 2 * MARGIN
     # A narrow frame stands in the middle of a strip that is wide enough for the name of its file.

@@ -64,7 +64,7 @@ class Inspector:
         max_pixels: A frame with more is a broken one; files are not decoded then.
 
     Raises:
-        InspectError: If the model cannot be read, or an argument is of no use.
+        InspectError: If the model cannot be read, or an argument is invalid.
 
     Example:
         >>> with Inspector("weights/openvino") as inspector:  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""The file of results, a line of JSON each, that survives a power cut and is gone on with."""
+"""The file of results, a line of JSON each, that survives a power cut and can be resumed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A map over an image: the same colors for the same values in every picture, in the lab and beside the line."""
+"""A map over an image: the same colors for the same values in every picture, in training and on the edge device."""
 
 from functools import cache
 
@@ -17,7 +17,7 @@ COLORS = (
 # threshold is at .5), the most from the second on.
 OPACITY, CLEAR_UP_TO, FULL_FROM = 0.9, 0.4, 0.7
 CHECK = 8  # side in pixels of the squares behind the color bar, which show how much of the image shines through
-SHADES = (35, 160)  # black and white of the gray image below a map: muted, so that bright cloth is not taken for a map
+SHADES = (35, 160)  # black and white of the gray image below a map: muted, so that bright fabric is not taken for a map
 DARK = (15, 15, 20)
 
 

@@ -140,7 +140,7 @@ def sinkhorn_regions(
             seeds.scales,
         )
         if settings.score == "mean":
-            region_scores = seeds.openness * (weights * found.scores.unsqueeze(-1)).sum(1)
+            region_scores = seeds.gate_value * (weights * found.scores.unsqueeze(-1)).sum(1)
         if settings.decode == "merge":
             if not settings.class_aware and count:
                 region_labels = heaviest_labels(weights, found.scores, found.labels)
@@ -154,7 +154,7 @@ def sinkhorn_regions(
                 if found.scales is not None:  # as the boxes: what no member decides about stays
                     rest = 1 - weights.sum(1).unsqueeze(-1)
                     region_scales = weights.transpose(-2, -1) @ found.scales + rest * region_scales
-        keep = _kept(seeds.openness, region_scores, settings)
+        keep = _kept(seeds.gate_value, region_scores, settings)
     gate = seeds.gate[:, :count]
     return Regions(region_boxes, region_scores, region_labels, keep, index, gate, plan, slack, weights, region_scales)
 
@@ -168,7 +168,7 @@ class _Seeds(NamedTuple):
         scores: Their scores times their gates (B, K).
         labels: Their classes (B, K).
         keep: Whether they make detections (B, K), bool.
-        openness: Their gates (B, K).
+        gate_value: Their gates (B, K).
         outranked: How many proposals each one outranks (B, K).
         gate: The gates of all proposals (B, N).
         scales: Scales of their sides (B, K, 4), or None.
@@ -179,7 +179,7 @@ class _Seeds(NamedTuple):
     scores: Tensor
     labels: Tensor
     keep: Tensor
-    openness: Tensor
+    gate_value: Tensor
     outranked: Tensor
     gate: Tensor
     scales: Tensor | None
@@ -196,23 +196,23 @@ def _grow(found: Proposals, settings: SinkhornNMSSettings) -> _Seeds:
     outranks = outranking(found.boxes, found.scores, found.labels, found.valid, settings)
     gate = seed_gate(outranks, found.valid, settings.rounds, average=settings.average)
     index = (gate * found.scores).topk(settings.max_regions, dim=1).indices
-    openness, labels = gate.gather(1, index), found.labels.gather(1, index)
-    scores = openness * found.scores.gather(1, index)
-    keep = _kept(openness, scores, settings)
+    gate_value, labels = gate.gather(1, index), found.labels.gather(1, index)
+    scores = gate_value * found.scores.gather(1, index)
+    keep = _kept(gate_value, scores, settings)
     outranked = outranks.sum(-1).gather(1, index)
     scales = None if found.scales is None else take(found.scales, index)
-    return _Seeds(index, take(found.boxes, index), scores, labels, keep, openness, outranked, gate, scales)
+    return _Seeds(index, take(found.boxes, index), scores, labels, keep, gate_value, outranked, gate, scales)
 
 
-def _kept(openness: Tensor, scores: Tensor, settings: SinkhornNMSSettings) -> Tensor:
+def _kept(gate_value: Tensor, scores: Tensor, settings: SinkhornNMSSettings) -> Tensor:
     """Say which regions are detections: the gate is rather open than closed, and the score is high enough."""
-    return (openness >= OPEN) & (scores >= settings.score_threshold)
+    return (gate_value >= OPEN) & (scores >= settings.score_threshold)
 
 
 def _transport(found: Proposals, seeds: _Seeds, settings: SinkhornNMSSettings) -> tuple[Tensor, Tensor]:
     """Transport proposals to regions (B, N, K), and what no region is worth to the slack (B, N)."""
     cost = region_cost(found.boxes, found.scores, found.labels, found.features, seeds.index, settings)
-    b = _capacities(seeds.openness, seeds.outranked, settings)
+    b = _capacities(seeds.gate_value, seeds.outranked, settings)
     cost, b = append_slack(cost, b, side="target", slack_cost=settings.slack_cost, slack_mass=1.0)
     rho = torch.tensor([settings.rho] * settings.max_regions + [0.0], dtype=cost.dtype, device=cost.device)
     plan = sinkhorn(
@@ -227,11 +227,11 @@ def _transport(found: Proposals, seeds: _Seeds, settings: SinkhornNMSSettings) -
     return plan[..., :-1], plan[..., -1]
 
 
-def _capacities(openness: Tensor, outranked: Tensor, settings: SinkhornNMSSettings) -> Tensor:
+def _capacities(gate_value: Tensor, outranked: Tensor, settings: SinkhornNMSSettings) -> Tensor:
     """Return the mass (B, K) that makes the core solve the problem of the regions' sizes.
 
     The core measures a plan's entropy against the masses, and so would favor large regions twice. Against 1 per region
     (times its gate) the problem is the same with masses ``gate size^(rho / (rho + epsilon))``.
     """
     exponent = 1.0 if settings.rho == math.inf else settings.rho / (settings.rho + settings.epsilon)
-    return openness * (1 + outranked) ** exponent
+    return gate_value * (1 + outranked) ** exponent

@@ -1,6 +1,6 @@
 """Images of printed woven fabric, faultless or with one known fault: the data set that the package carries with it.
 
-The cloth is computed from its yarns (`weave.py`), the faults change the yarns or the print (`faults.py`);
+The fabric is computed from its yarns (`weave.py`), the faults change the yarns or the print (`faults.py`);
 this file prints the motif, lights the scene, takes the picture and measures the boxes.
 """
 
@@ -47,13 +47,13 @@ class FabricSample:
 def render_fabric(seed: int, index: int, defect: str | None = None, size: tuple[int, int] = (256, 256)) -> FabricSample:
     """Take a picture of one piece of printed fabric.
 
-    The picture depends on the four arguments and on nothing else. Without ``defect`` it shows the same piece of cloth
+    The picture depends on the four arguments and on nothing else. Without ``defect`` it shows the same piece of fabric
     in the same light, before the fault happened.
 
     Args:
         seed: Names the data set, at least 0: weave, yarn periods, colors, motif and its place.
-        index: Names the piece of cloth, at least 0: yarn irregularities, light, sensor noise.
-        defect: One of ``DEFECTS``, or None for faultless cloth.
+        index: Names the piece of fabric, at least 0: yarn irregularities, light, sensor noise.
+        defect: One of ``DEFECTS``, or None for faultless fabric.
         size: Height and width in pixels, at least 64 each.
 
     Returns:
@@ -123,13 +123,13 @@ def _print_motif(
         ink = np.clip((np.maximum(petals, ring) + bleed[near]) * np.float32(0.9) + np.float32(0.5), 0, 1)
         ink *= mottle[near] * np.clip(np.float32(0.58) + np.float32(0.40) * relief[near], 0, 0.93)
         ink[(distance > radius) | (relief[near] < 0)] = 0
-        cloth = color[near]
-        shade = cloth.mean(axis=-1, keepdims=True) / brightness
-        cloth += ink[..., None] * (np.float32(style.ink) * (np.float32(0.15) + np.float32(0.95) * shade) - cloth)
+        fabric = color[near]
+        shade = fabric.mean(axis=-1, keepdims=True) / brightness
+        fabric += ink[..., None] * (np.float32(style.ink) * (np.float32(0.15) + np.float32(0.95) * shade) - fabric)
 
 
 def _lay_on(color: np.ndarray, style: FabricStyle, fault: Fault) -> None:
-    """Soak the cloth with the fault's soil and lay its loose threads on top."""
+    """Soak the fabric with the fault's soil and lay its loose threads on top."""
     if fault.soil is not None:
         tint = np.float32(fault.soil_color) / np.float32(0.75)
         color *= 1 - fault.soil[..., None] * (1 - tint)
@@ -141,7 +141,7 @@ def _lay_on(color: np.ndarray, style: FabricStyle, fault: Fault) -> None:
 
 
 def _photograph(color: np.ndarray, light_rng: np.random.Generator, sensor_rng: np.random.Generator) -> np.ndarray:
-    """Light the cloth unevenly, blur it as a lens does, average it to pixels and add the noise of the sensor."""
+    """Light the fabric unevenly, blur it as a lens does, average it to pixels and add the noise of the sensor."""
     h, w = color.shape[:2]
     u, v = np.linspace(-1, 1, w, dtype=np.float32)[None, :], np.linspace(-1, 1, h, dtype=np.float32)[:, None]
     tilt_x, tilt_y, bow = light_rng.uniform((-0.10, -0.10, -0.09), (0.10, 0.10, 0.02)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Weaving and printing faults: each one moves yarns, tints the cloth or moves the print, and knows its own region."""
+"""Weaving and printing faults: each one moves yarns, tints the fabric or moves the print, and knows its own region."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SOILS = ((0.45, 0.36, 0.22), (0.30, 0.29, 0.28), (0.52, 0.27, 0.15), (0.38, 0.4
 
 @dataclass(frozen=True)
 class Fault:
-    """One image's fault: the yarns it leaves, its region, where the motif is printed, and what lies on the cloth.
+    """One image's fault: the yarns it leaves, its region, where the motif is printed, and what lies on the fabric.
 
     ``region`` (h, w) is bool on the sample points. ``motif_places`` holds pixel coordinates (x, y).
-    ``soil`` (h, w) in [0, 1] is how much of ``soil_color`` the cloth took up, ``thread`` (h, w) in [0, 1] the
+    ``soil`` (h, w) in [0, 1] is how much of ``soil_color`` the fabric took up, ``thread`` (h, w) in [0, 1] the
     coverage of loose threads on top of it.
     """
 
@@ -177,7 +177,7 @@ def _widen(distance: np.ndarray, amount: np.ndarray) -> np.ndarray:
 
 
 def _broken_yarn(grid: YarnGrid, rng: np.random.Generator) -> Fault:
-    """Take out a stretch of one yarn: its neighbors close in, and an end may stick out of the cloth."""
+    """Take out a stretch of one yarn: its neighbors close in, and an end may stick out of the fabric."""
     system, distance, presence = _stretch_of_yarn(grid, rng, (0.2, 0.7), taper=7)
     moved = _widen(distance, np.float32(rng.uniform(-0.45, 0.0)) * presence)
     torn = (np.abs(distance + moved) < 0.5) & (presence > 0.5)
@@ -217,7 +217,7 @@ def _add_thread(
 
 
 def _coarse_yarn(grid: YarnGrid, rng: np.random.Generator) -> Fault:
-    """Thicken a stretch of one yarn: it stands out of the cloth and pushes its neighbors aside."""
+    """Thicken a stretch of one yarn: it stands out of the fabric and pushes its neighbors aside."""
     system, distance, presence = _stretch_of_yarn(grid, rng, (0.3, 1.2), taper=14)
     moved = _widen(distance, np.float32(rng.uniform(0.42, 0.64)) * presence)
     inside = np.abs(distance + moved) < 0.5

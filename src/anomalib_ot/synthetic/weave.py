@@ -1,4 +1,4 @@
-"""From yarns to cloth: where the yarns of a woven fabric lie, how high they stand, and how they look in oblique light.
+"""From yarns to fabric: where the yarns of a woven fabric lie, how high they stand, and how they look in oblique light.
 
 Everything here works on a grid of sample points that is finer than the pixels; `fabric.py` averages it down.
 """
@@ -14,9 +14,9 @@ from PIL import Image
 OVERSAMPLING = 2
 """Sample points per pixel and axis."""
 
-_FLOOR = -1.6  # height of what lies under the cloth, in yarn radii
+_FLOOR = -1.6  # height of what lies under the fabric, in yarn radii
 _MARGIN = 8  # yarns counted beyond each border; paths that wander or give way stay within
-_BACKING = 0.17  # brightness of what lies under the cloth
+_BACKING = 0.17  # brightness of what lies under the fabric
 _CRIMP = 0.55  # how far a yarn swings up and down between crossings, in yarn radii
 _LIGHT = (0.17, 0.12)  # gain in brightness per slope in x and y: the lamp stands to the upper left
 
@@ -107,7 +107,7 @@ def resize(field: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def weave(style: FabricStyle, grid: YarnGrid, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Weave the cloth of one image and light it.
+    """Weave the fabric of one image and light it.
 
     Each yarn is a cylinder whose axis swings up and down with the crossings; of warp and weft the higher one shows.
 
@@ -118,7 +118,7 @@ def weave(style: FabricStyle, grid: YarnGrid, rng: np.random.Generator) -> tuple
 
     Returns:
         The colors (h, w, 3), about in [0, 1], and the relief (h, w): 0 at the deepest visible yarn, 1 at the crowns,
-        negative where one looks through the cloth.
+        negative where one looks through the fabric.
     """
     over = np.array(_WEAVES[style.weave], dtype=np.float32).T * 2 - 1  # [warp, weft] -> +1 warp on top, -1 below
     warp_height, warp_tone = _yarns(grid.warp, grid.weft, grid.warp_lift, style.warp_period, over, rng)

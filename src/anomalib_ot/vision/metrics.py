@@ -10,11 +10,11 @@ from anomalib_ot.vision.average_precision import EvaluatedBoxes, average_precisi
 __all__ = [
     "TIANCHI_IOUS",
     "ClassResult",
-    "TianchiFigures",
+    "TianchiValues",
     "class_results",
     "false_positives_per_good_image",
     "recall_at_false_positives",
-    "tianchi_figures",
+    "tianchi_values",
 ]
 
 TIANCHI_IOUS = (0.1, 0.3, 0.5)
@@ -39,7 +39,7 @@ class ClassResult(NamedTuple):
     num_false: int
 
 
-class TianchiFigures(NamedTuple):
+class TianchiValues(NamedTuple):
     """The score of the Tianchi fabric contest, and the two parts that it is made of; each in [0, 1].
 
     Args:
@@ -53,7 +53,7 @@ class TianchiFigures(NamedTuple):
     map: float
 
 
-def tianchi_figures(data: EvaluatedBoxes, image_threshold: float) -> TianchiFigures | None:
+def tianchi_values(data: EvaluatedBoxes, image_threshold: float) -> TianchiValues | None:
     r"""Compute the score of the Tianchi fabric contest, with its two parts.
 
     .. math::
@@ -70,7 +70,7 @@ def tianchi_figures(data: EvaluatedBoxes, image_threshold: float) -> TianchiFigu
         image_threshold: Score above which a box makes its image defective, in [0, 1].
 
     Returns:
-        The figures; None without true boxes, where mAP means nothing.
+        The values; None without true boxes, where mAP means nothing.
 
     References:
         Tianchi "Guangdong Industrial Intelligence Innovation Contest", fabric defect detection, 2019, rules of round 1,
@@ -83,7 +83,7 @@ def tianchi_figures(data: EvaluatedBoxes, image_threshold: float) -> TianchiFigu
     handed_in = data.predicted(called[data.images])
     means = [np.mean(list(class_average_precisions(handed_in, iou).values())) for iou in TIANCHI_IOUS]
     precision = float(np.mean(means))
-    return TianchiFigures(ACCURACY_SHARE * accuracy + (1 - ACCURACY_SHARE) * precision, accuracy, precision)
+    return TianchiValues(ACCURACY_SHARE * accuracy + (1 - ACCURACY_SHARE) * precision, accuracy, precision)
 
 
 def false_positives_per_good_image(data: EvaluatedBoxes, score_threshold: float) -> float | None:

@@ -19,7 +19,7 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.export import parity
 from anomalib_ot.integration.export.known_scores import summarized_scores
 from anomalib_ot.integration.export.parity import ParityError, measured_parity, synthetic_images
-from anomalib_ot.integration.export.quantization import Judged, Samples, verdicts_changed
+from anomalib_ot.integration.export.quantization import EvaluationResult, Samples, verdicts_changed
 from anomalib_ot.integration.export.runtime import openvino_predict
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("converted_once")]
@@ -273,7 +273,7 @@ def test_integers_are_calibrated_and_measured(prototypes, cloth, tmp_path, caplo
     assert (accuracy["metric"], accuracy["images"]) == ("image_AUROC", len(cloth.val_data))
     assert abs(accuracy["fp32"] - accuracy["int8"]) < 0.2
     samples, precise = Samples(cloth, "val", 400), openvino_predict(model.to_openvino(tmp_path / "fp32"))
-    before, after = Judged(precise, samples), Judged(openvino_predict(path), samples)
+    before, after = EvaluationResult(precise, samples), EvaluationResult(openvino_predict(path), samples)
     flips = [
         bool(one.pred_label) != bool(two.pred_label) for one, two in zip(before.batches, after.batches, strict=True)
     ]

@@ -8,7 +8,7 @@ from anomalib_ot.imaging.causes import Arrow, CauseShares
 from anomalib_ot.imaging.heat import color_bar, draw_outline, overlay
 from anomalib_ot.integration.visualization.anomaly_figure import BAR_WIDTH, LEAST_CELL, TITLE_HEIGHT, explain_picture
 from anomalib_ot.integration.visualization.header import (
-    AMOUNTS,
+    COUNTS,
     DEFECT,
     GOOD,
     LOOKS,
@@ -173,16 +173,16 @@ def words(verdict: Verdict, shares: CauseShares | None, inside: bool | None) -> 
 def test_a_missing_thing_is_told_plainly_and_not_as_wrong_looks():
     shares = CauseShares(100, 0)
     missing = Verdict(score=0.65, transport_score=11.8, transport_threshold=2.2)
-    assert words(missing, shares, False) == "amounts are off: something missing, or one too many"
+    assert words(missing, shares, False) == "count anomaly: part missing or extra"
     unknown = Verdict(score=0.65, transport_score=11.8)  # no threshold known: no pixel explains the verdict
-    assert words(unknown, shares, False) == "amounts are off: something missing, or one too many"
+    assert words(unknown, shares, False) == "count anomaly: part missing or extra"
     assert words(unknown, shares, None) == "looks wrong 100 %"  # nobody has looked at the pixels
     assert words(unknown, shares, True) == "looks wrong 100 %"
 
 
-def test_amounts_are_a_cause_beside_the_others_and_only_above_their_threshold():
+def test_a_count_anomaly_is_a_cause_beside_the_others_and_only_above_their_threshold():
     both = Verdict(score=0.8, transport_score=3.5, transport_threshold=2.2)
-    told = "wrong place 60 %; looks wrong 40 %; amounts are off: something missing, or one too many"
+    told = "wrong place 60 %; looks wrong 40 %; count anomaly: part missing or extra"
     assert words(both, CauseShares(40, 60), True) == told
     within = Verdict(score=0.8, transport_score=1.5, transport_threshold=2.2)
     assert words(within, CauseShares(40, 60), True) == "wrong place 60 %; looks wrong 40 %"
@@ -198,10 +198,10 @@ def test_a_good_part_has_no_cause():
 def test_the_header_draws_the_third_cause():
     missing = Verdict(score=0.65, transport_score=11.8)
     strip = np.asarray(header(1408, missing, CauseShares(100, 0), inside=False))
-    assert (strip == AMOUNTS).all(axis=2).any()
+    assert (strip == COUNTS).all(axis=2).any()
     assert not (strip == LOOKS).all(axis=2).any()
     strip = np.asarray(header(1408, missing, CauseShares(75, 25), inside=True))
-    assert not (strip == AMOUNTS).all(axis=2).any()
+    assert not (strip == COUNTS).all(axis=2).any()
     assert (strip == LOOKS).all(axis=2).any()
 
 

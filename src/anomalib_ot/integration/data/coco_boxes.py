@@ -12,8 +12,8 @@ from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule, c
 from anomalib_ot.integration.data.records import Findings, LabeledImage
 from anomalib_ot.integration.data.splits import (
     check_distance,
+    group_near_duplicates,
     groups_by_pattern,
-    groups_by_sight,
     joined_groups,
     split_images,
 )
@@ -35,7 +35,7 @@ class CocoBoxes(BoxDataModule):
         val_split_ratio: Which part of the training images is split off where there is no ``val_json``, within (0, 1);
             stratified by class.
         group_pattern: Regular expression with one group in parentheses, which catches from a file name what images
-            must have in common to stay together in that split, such as the board in ``^([0-9]{5})``.
+            must have in common to stay together in that split, such as the PCB in ``^([0-9]{5})``.
         duplicate_distance: Images whose perceptual hashes of 256 bits differ in at most so many stay together too, such
             as two pictures of one piece; between files that are split already they are counted. None: no search for
             near duplicates.
@@ -53,9 +53,9 @@ class CocoBoxes(BoxDataModule):
         InputError: If an argument is out of range, or (from ``prepare_data`` on) a file cannot be used.
 
     Example:
-        >>> datamodule = CocoBoxes("datasets/boards", train_json="train.json", val_json="val.json", image_dir="images")
+        >>> datamodule = CocoBoxes("datasets/pcbs", train_json="train.json", val_json="val.json", image_dir="images")
         >>> datamodule.name
-        'boards'
+        'pcbs'
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class CocoBoxes(BoxDataModule):
             names = [Path(os.path.relpath(record.image_path, folder)).as_posix() for record in train]
             groups = joined_groups(
                 groups_by_pattern("group_pattern", self.group_pattern, names),
-                groups_by_sight(self.duplicate_distance, [record.image_path for record in train], findings),
+                group_near_duplicates(self.duplicate_distance, [record.image_path for record in train], findings),
             )
             ratios = (1 - self.val_split_ratio, self.val_split_ratio)
             train, val = split_images(train, ratios, self.seed, groups)
@@ -134,13 +134,17 @@ class CocoBoxes(BoxDataModule):
         """Count held-out images that resemble a training image; those that are one are counted elsewhere."""
         known = {record.image_path for record in train}
         others = [record.image_path for record in held_out if record.image_path not in known]
-        groups = groups_by_sight(self.duplicate_distance, [*known, *others], Findings())
+        groups = group_near_duplicates(self.duplicate_distance, [*known, *others], Findings())
         if groups is None:
             return
         trained = set(groups[: len(known)])
         for path, group in zip(others, groups[len(known) :], strict=True):
             if group in trained:
-                findings.add("held-out image", "nearly the same as a training image, so that figures flatter", path)
+                findings.add(
+                    "held-out image",
+                    "nearly the same as a training image, scores will be optimistic (data leakage)",
+                    path,
+                )
 
     def _image_dir(self, subset: str) -> Path:
         return self.root if self.image_dirs[subset] is None else self.root / Path(self.image_dirs[subset]).expanduser()

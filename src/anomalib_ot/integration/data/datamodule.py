@@ -201,7 +201,11 @@ def _count_overlap(subsets: Mapping[str, Sequence[LabeledImage]], findings: Find
     for name in ("validation", "test"):
         for record in subsets[name]:
             if record.image_path in trained:
-                findings.add(f"{name} image", "also used for training, so that figures flatter", record.image_path)
+                findings.add(
+                    f"{name} image",
+                    "also used for training, scores will be optimistic (data leakage)",
+                    record.image_path,
+                )
 
 
 def check_ratio(name: str, value: float) -> None:

@@ -9,7 +9,7 @@ from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule, c
 from anomalib_ot.integration.data.image_search import find_images
 from anomalib_ot.integration.data.mask_regions import mask_boxes, mask_oddity, read_mask
 from anomalib_ot.integration.data.records import Findings, LabeledImage, image_sizes
-from anomalib_ot.integration.data.splits import check_distance, groups_by_sight, split_images
+from anomalib_ot.integration.data.splits import check_distance, group_near_duplicates, split_images
 
 __all__ = ["MaskBoxes"]
 
@@ -126,7 +126,7 @@ class MaskBoxes(BoxDataModule):
         for index, (folder, paths) in enumerate(kinds.items()):
             divided += self._defective_images(folder, paths, 0 if self.single_class else index, findings)
 
-        groups = groups_by_sight(self.duplicate_distance, [r.image_path for r in (*normal, *divided)], findings)
+        groups = group_near_duplicates(self.duplicate_distance, [r.image_path for r in (*normal, *divided)], findings)
         if groups is not None:
             taken = set(groups[: len(normal)])
             rest = groups[len(normal) :]

@@ -10,7 +10,7 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.near_duplicates import HASH_BITS, image_hashes, near_duplicate_groups
 from anomalib_ot.integration.data.records import Findings, LabeledImage
 
-__all__ = ["check_distance", "groups_by_pattern", "groups_by_sight", "joined_groups", "split_images"]
+__all__ = ["check_distance", "group_near_duplicates", "groups_by_pattern", "joined_groups", "split_images"]
 
 LARGE_GROUP = 0.3  # of all images; a split can hardly keep its ratios then
 
@@ -119,7 +119,7 @@ def check_distance(name: str, value: int | None) -> None:
         raise InputError(msg)
 
 
-def groups_by_sight(distance: int | None, paths: Sequence[str], findings: Findings) -> list[int] | None:
+def group_near_duplicates(distance: int | None, paths: Sequence[str], findings: Findings) -> list[int] | None:
     """Group near duplicates, so that a split cannot put one of them on each side.
 
     Args:

@@ -20,7 +20,7 @@ class SyntheticFabricBoxes(BoxDataModule):
     """Images of printed woven fabric with the boxes of their faults: no download, no license, half a minute to draw.
 
     The images are those of ``SyntheticFabric``, drawn once, when they are first needed. Every image shows another piece
-    of the same cloth, so that no piece is on two sides.
+    of the same fabric, so that no piece is on two sides.
 
     Args:
         root: Folder of the data set: new, empty, or one that holds exactly this data set. None: a folder of its own in
@@ -34,7 +34,7 @@ class SyntheticFabricBoxes(BoxDataModule):
         image_size: Height and width in pixels, at least 64 each.
         defects: Which faults the images show: ``hole``, ``stain``, ``broken_yarn``, ``coarse_yarn``,
             ``misplaced_motif``, ``missing_motif``, each at most once; they are the classes.
-        seed: Names the cloth and its pieces, at least 0.
+        seed: Names the fabric and its pieces, at least 0.
         train_batch_size: Images per training batch.
         eval_batch_size: Images per validation or test batch.
         num_workers: Processes that read images; 0 reads in the main process.
@@ -126,7 +126,7 @@ class SyntheticFabricBoxes(BoxDataModule):
         return BoxContent(self.class_names, **subsets)
 
     def _subset(self, image: CocoImage) -> str:
-        """Say where an image belongs: by the number in its name, which is that of its piece of cloth."""
+        """Say where an image belongs: by the number in its name, which is that of its piece of fabric."""
         split, kind, name = image.file_name.split("/")
         if split == "train":
             return "train"

@@ -16,7 +16,7 @@ from anomalib_ot.integration.metrics.accumulator import FIELDS, BoxRecord
 from anomalib_ot.vision.metrics import (
     false_positives_per_good_image,
     recall_at_false_positives,
-    tianchi_figures,
+    tianchi_values,
 )
 
 __all__ = [
@@ -140,7 +140,7 @@ class CocoPrecision(BoxMetric):
 
 
 class TianchiScore(BoxMetric):
-    """Score of the Tianchi fabric contest or one of its parts, see `tianchi_figures`; not reported without true boxes.
+    """Score of the Tianchi fabric contest or one of its parts, see `tianchi_values`; not reported without true boxes.
 
     Args:
         key: "score", "accuracy" (of the images) or "map" (of the boxes); the metric is called such as "tianchi_score".
@@ -163,10 +163,10 @@ class TianchiScore(BoxMetric):
         self.image_threshold = image_threshold
 
     def measure(self, record: BoxRecord) -> float | None:
-        """Return the figure."""
+        """Return the value."""
         threshold = self.model_threshold if self.image_threshold is None else self.image_threshold
-        figures = tianchi_figures(record.compute(), threshold)
-        return None if figures is None else getattr(figures, self.key)
+        values = tianchi_values(record.compute(), threshold)
+        return None if values is None else getattr(values, self.key)
 
 
 class FalsePositivesPerGoodImage(BoxMetric):

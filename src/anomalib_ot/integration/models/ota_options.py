@@ -157,7 +157,7 @@ def build_detector(
     tile_size: Sequence[int] | None,
     tile_overlap: float,
 ) -> DenseDetector:
-    """Build an untrained detector; the backbone's weights are still without worth.
+    """Build an untrained detector; the backbone's weights are randomly initialized.
 
     Args:
         preset: Sizes and choices.

@@ -10,7 +10,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
 from torch import Tensor, nn
 
-from anomalib_ot.detection.mixture import mixture_losses, risen
+from anomalib_ot.detection.mixture import linear_ramp, mixture_losses
 from anomalib_ot.detection.set_loss import MATCHERS, set_losses
 from anomalib_ot.detection.sparse_mdod import SparseDetector
 from anomalib_ot.integration.checks.errors import install_short_errors
@@ -188,7 +188,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
             stages,
             boxes,
             labels,
-            mcm_weight=risen(self.preset.mcm_weight, self.preset.mcm_rise, self.trained_part),
+            mcm_weight=linear_ramp(self.preset.mcm_weight, self.preset.mcm_rise, self.trained_part),
             presence_weight=self.preset.presence_weight,
             domain=self.preset.domain,
         )

@@ -116,8 +116,8 @@ class ExplainedPostProcessor(PostProcessor):
     def transport_threshold(self) -> float | None:
         """The transport score that makes an image defective on its own, in the score's own units before normalization.
 
-        An image is as odd as the odder of its map and its amounts says, so the image's threshold holds for both. None
-        before thresholds are found, or without normalization.
+        An image's score is the maximum of the local score and the transport score, so the image's threshold holds for
+        both. None before thresholds are found, or without normalization.
         """
         if not self.enable_normalization:
             return None

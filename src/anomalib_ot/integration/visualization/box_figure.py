@@ -18,7 +18,7 @@ __all__ = ["DetectedBoxes", "box_picture", "class_name"]
 HEIGHT_SHARE, LARGEST_SCALE, LEAST_WIDTH = 0.7, 4.0, 640
 MARGIN = 26  # of paper around the part: room for the plates of boxes at its border
 MEETS = 0.3  # intersection over union from which on a box has found a known defect
-LEGEND_LINE, SWATCH, CLOTH = 24, 22, (128, 132, 140)
+LEGEND_LINE, SWATCH, FABRIC = 24, 22, (128, 132, 140)
 NAMED_KINDS = 4
 
 
@@ -263,7 +263,7 @@ def _legend(samples: list[_Sample], width: int) -> Image.Image:
             x, y = MARGIN, y + LEGEND_LINE
         middle = y + LEGEND_LINE // 2
         if color is not None:
-            ground = CLOTH if dashed else DARK if inverted else color
+            ground = FABRIC if dashed else DARK if inverted else color
             draw.rectangle((x, middle - 6, x + SWATCH, middle + 6), ground, outline=color if inverted else INK)
         if inverted:
             draw.rectangle((x + 5, middle - 2, x + SWATCH - 5, middle + 2), color)

@@ -22,7 +22,7 @@ __all__ = ["ExplanationVisualizer", "arrows", "explain_picture", "explanation_of
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Correlation between the file and what the network saw: resizing alone leaves at least .98 on fabric, tiles, cells,
-# boards and steel; cutting off a border of 16 pixels in 256 leaves at most .88.
+# PCBs and steel; cutting off a border of 16 pixels in 256 leaves at most .88.
 SAME_VIEW = 0.95
 # A deep image whose brightest pixels, but for a few hot ones, stay below this is brightened for the eye.
 DIM, WHITE = 0.5, 0.001
