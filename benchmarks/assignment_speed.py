@@ -15,8 +15,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from anomalib_ot.detection.assigner import OTAssigner
-from anomalib_ot.detection.pair_cost import candidate_points
+from anomalib_ot.detection.assigner import OTAssigner, candidate_points
 from anomalib_ot.vision.boxes import decode_ltrb, grid_points, pairwise_iou
 
 STRIDES = (8, 16, 32, 64, 128)

@@ -12,7 +12,7 @@ import time
 import torch
 from torchvision.ops import roi_align
 
-from anomalib_ot.detection.pooling import BoxPooling, box_levels
+from anomalib_ot.detection.sparse_head import BoxPooling, box_levels
 
 STRIDES, SIZE, REPEATS = (4, 8, 16, 32), 384, 7
 

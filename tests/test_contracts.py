@@ -78,3 +78,11 @@ def test_readme_lists_every_room_and_only_files_that_exist():
     named = re.findall(r"`([a-z_]+/[\w/]+(?:\.py)?)`", section)
     assert len(named) > 20
     assert not [name for name in named if not (PACKAGE / name).exists()]
+
+
+def test_no_module_is_hidden_by_a_function_of_its_package():
+    for init in PACKAGE.rglob("__init__.py"):
+        modules = {path.stem for path in init.parent.iterdir()}
+        imported = re.findall(r"^from [\w.]+ import (.+)$", init.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        hidden = modules & {name.strip() for names in imported for name in names.split(",")} - {"import_module"}
+        assert not hidden, f"{init.parent.name}: a function hides the module of the same name: {hidden}"

@@ -11,11 +11,11 @@ from anomalib_ot.detection.assigner import (
     FCOSAssigner,
     OTAssigner,
     SimOTAssigner,
+    candidate_points,
     cheapest_labels,
     transport_labels,
 )
-from anomalib_ot.detection.pair_cost import candidate_points
-from anomalib_ot.ot.sinkhorn import sinkhorn
+from anomalib_ot.ot.dense import sinkhorn
 from anomalib_ot.vision.boxes import decode_ltrb, grid_points
 
 from .test_pair_cost import worked_example

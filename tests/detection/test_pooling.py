@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from anomalib_ot.detection.pooling import BoxPooling, box_levels
+from anomalib_ot.detection.sparse_head import BoxPooling, box_levels
 
 STRIDES = [4, 8, 16, 32]
 

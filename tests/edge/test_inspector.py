@@ -15,8 +15,7 @@ from PIL import Image
 
 from anomalib_ot import Inspector
 from anomalib_ot.edge.drift import Drift
-from anomalib_ot.edge.frames import Frame
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import Frame, InspectError
 
 from .conftest import MANIFEST, box_graph, bright_graph, broken_frames, frame, without_latency
 

@@ -9,8 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
-from anomalib_ot.postprocess.duplicate_losses import duplicate_losses
-from anomalib_ot.postprocess.duplicate_targets import duplicate_targets, match_regions
+from anomalib_ot.postprocess.nms_losses import duplicate_losses, duplicate_targets, match_regions
 
 IMAGE_SIZE = (100, 200)
 SCALE = torch.tensor([200.0, 100, 200, 100])

@@ -6,8 +6,8 @@ import torch
 from torchvision.ops import batched_nms
 
 from anomalib_ot.postprocess import SinkhornNMSSettings, sinkhorn_nms
-from anomalib_ot.vision.average_precision import EvaluatedBoxes, average_precision, box_hits
 from anomalib_ot.vision.detections import stack_detections
+from anomalib_ot.vision.metrics import EvaluatedBoxes, average_precision, box_hits
 
 COUNT, PAIRS, DUPLICATES, BACKGROUND = 20, 6, 6, 60
 

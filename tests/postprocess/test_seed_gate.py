@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from anomalib_ot.postprocess import SinkhornNMSSettings
-from anomalib_ot.postprocess.seed_gate import outranking, seed_gate
+from anomalib_ot.postprocess.nms import outranking, seed_gate
 
 SHARP = SinkhornNMSSettings(overlap_softness=1e-4, order_softness=1e-5)
 

@@ -8,9 +8,9 @@ import torch
 from torchvision.ops import batched_nms
 
 from anomalib_ot.postprocess import SinkhornNMSSettings, sinkhorn_nms, sinkhorn_regions
+from anomalib_ot.postprocess.nms import _grow, _transport
 from anomalib_ot.postprocess.proposals import check_proposals
 from anomalib_ot.postprocess.region_cost import region_cost
-from anomalib_ot.postprocess.sinkhorn_nms import _grow, _transport
 
 MERGE = SinkhornNMSSettings(decode="merge", max_regions=12)
 

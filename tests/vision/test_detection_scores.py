@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from anomalib_ot.vision.average_precision import EvaluatedBoxes
 from anomalib_ot.vision.metrics import (
+    EvaluatedBoxes,
     class_results,
     false_positives_per_good_image,
     recall_at_false_positives,

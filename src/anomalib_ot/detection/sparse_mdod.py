@@ -6,11 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from anomalib_ot.detection.decoding import Suppress
-from anomalib_ot.detection.detector import Detector
+from anomalib_ot.detection.detector import Detector, Suppress
 from anomalib_ot.detection.mixture import Mixture
-from anomalib_ot.detection.sparse_head import SparseHead
-from anomalib_ot.detection.sparse_outputs import BoxSet, Proposed
+from anomalib_ot.detection.sparse_head import BoxSet, Proposed, SparseHead
 from anomalib_ot.vision.boxes import clip_boxes
 from anomalib_ot.vision.detections import EMPTY, Detections
 from anomalib_ot.vision.neck import Pyramid

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from anomalib_ot.edge import fields
 from anomalib_ot.edge.drift import LEAST
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import InspectError
 
 __all__ = ["Manifest", "find_model", "read_manifest"]
 

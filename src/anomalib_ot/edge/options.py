@@ -4,8 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from anomalib_ot.edge.frames import MAX_PIXELS
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import MAX_PIXELS, InspectError
 
 __all__ = ["check_options", "read_options"]
 

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import InspectError
 from anomalib_ot.edge.monitor import Monitor
 
 __all__ = ["LOOPBACK", "Page"]

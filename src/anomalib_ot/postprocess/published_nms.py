@@ -6,12 +6,19 @@ import torch
 from torch import Tensor
 
 from anomalib_ot.ot.cost import cosine_cost
+from anomalib_ot.ot.dense import sinkhorn
 from anomalib_ot.ot.marginals import append_slack
 from anomalib_ot.ot.precision import full_precision
-from anomalib_ot.ot.sinkhorn import sinkhorn
-from anomalib_ot.postprocess.nms_settings import FRACTION, POSITIVE, WEIGHT, WHOLE, Range, check_settings
-from anomalib_ot.postprocess.proposal_regions import Regions
-from anomalib_ot.postprocess.proposals import check_proposals
+from anomalib_ot.postprocess.proposals import (
+    FRACTION,
+    POSITIVE,
+    WEIGHT,
+    WHOLE,
+    Range,
+    Regions,
+    check_proposals,
+    check_settings,
+)
 from anomalib_ot.postprocess.region_cost import take
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from anomalib_ot.ot.cost import cosine_cost
-from anomalib_ot.postprocess.nms_settings import SinkhornNMSSettings
-from anomalib_ot.postprocess.pair_geometry import center_distance, overlap
+from anomalib_ot.postprocess.proposals import SinkhornNMSSettings
+from anomalib_ot.vision.boxes import center_distance, overlap
 
 
 def region_cost(

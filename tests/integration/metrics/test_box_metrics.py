@@ -27,8 +27,8 @@ from anomalib_ot.integration.metrics.metrics import (
     RecallAtFalsePositives,
     TianchiScore,
 )
-from anomalib_ot.vision.average_precision import class_average_precisions
 from anomalib_ot.vision.detections import stack_detections
+from anomalib_ot.vision.metrics import class_average_precisions
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchmetrics.utilities import dim_zero_cat
 
 from anomalib_ot.integration.data.box_batch import BoxBatch
-from anomalib_ot.vision.average_precision import EvaluatedBoxes
+from anomalib_ot.vision.metrics import EvaluatedBoxes
 
 __all__ = ["BoxRecord", "coco_summary"]
 

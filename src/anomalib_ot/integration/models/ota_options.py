@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from anomalib_ot.detection.assigner import ASSIGNERS, Assigner
-from anomalib_ot.detection.decoding import Decoding, Suppress
+from anomalib_ot.detection.detector import Decoding, Suppress
 from anomalib_ot.detection.ota import DenseDetector
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.values import check_fraction, check_known

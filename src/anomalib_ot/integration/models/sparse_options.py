@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from anomalib_ot.detection.set_loss import MATCHERS
-from anomalib_ot.detection.sparse_head import SparseHead, grid_proposals, whole_proposals
+from anomalib_ot.detection.sparse_head import BoxOutput, MixtureOutput, SparseHead, grid_proposals, whole_proposals
 from anomalib_ot.detection.sparse_mdod import SparseDecoding, SparseDetector
-from anomalib_ot.detection.sparse_outputs import BoxOutput, MixtureOutput
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.values import check_fraction, check_known
 from anomalib_ot.integration.models.backbone import build_pyramid_extractor

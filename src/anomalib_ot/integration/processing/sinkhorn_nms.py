@@ -11,10 +11,10 @@ from torch import Tensor
 
 from anomalib_ot.integration.checks.errors import InputError, install_short_errors
 from anomalib_ot.integration.checks.values import check_known
-from anomalib_ot.postprocess.duplicate_losses import duplicate_losses
-from anomalib_ot.postprocess.nms_settings import FRACTION, WEIGHT, WHOLE, SinkhornNMSSettings, check_settings
+from anomalib_ot.postprocess.nms import PRESETS, sinkhorn_nms, sinkhorn_regions
+from anomalib_ot.postprocess.nms_losses import duplicate_losses
+from anomalib_ot.postprocess.proposals import FRACTION, WEIGHT, WHOLE, SinkhornNMSSettings, check_settings
 from anomalib_ot.postprocess.published_nms import PublishedNMSSettings
-from anomalib_ot.postprocess.sinkhorn_nms import PRESETS, sinkhorn_nms, sinkhorn_regions
 from anomalib_ot.vision.detections import EMPTY, Detections, stack_detections
 
 SOFT, SHARP = 0.1, 0.02  # softness of the gate at the beginning and at the end of a training
@@ -56,7 +56,7 @@ class SinkhornNMS(PostProcessor):
 
     References:
         Z. Lu et al., "Differentiable NMS via Sinkhorn matching for end-to-end fabric defect detection", arXiv
-        2505.07040. The losses are ours (`anomalib_ot.postprocess.duplicate_losses`); the paper gives none.
+        2505.07040. The losses are ours (`anomalib_ot.postprocess.nms_losses`); the paper gives none.
 
     >>> boxes = torch.tensor([[10.0, 10, 50, 50], [12, 10, 52, 50], [70, 10, 90, 30]])
     >>> found = {"boxes": boxes, "scores": torch.tensor([0.9, 0.7, 0.6]), "labels": torch.tensor([0, 0, 0])}
@@ -175,7 +175,7 @@ class SinkhornNMS(PostProcessor):
             over_devices: Averages over the devices of the training.
 
         Returns:
-            See `anomalib_ot.postprocess.duplicate_losses`.
+            See `anomalib_ot.postprocess.nms_losses`.
         """
         boxes, scores, labels = (part[:, : self.max_candidates] for part in found[:3])
         valid, labels = labels != EMPTY, labels.clamp(min=0)

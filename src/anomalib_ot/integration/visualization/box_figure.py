@@ -11,7 +11,7 @@ from anomalib_ot.imaging.box_drawing import DARK, MISSED, WHITE, Mark, class_col
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, header
 from anomalib_ot.integration.visualization.insets import INSET, Inset, find_insets, inset_strip
 from anomalib_ot.integration.visualization.soft_edges import draw_soft_edges
-from anomalib_ot.vision.average_precision import pair_iou
+from anomalib_ot.vision.metrics import pair_iou
 
 __all__ = ["DetectedBoxes", "box_picture", "class_name"]
 
