@@ -90,11 +90,6 @@ def test_merging_hardly_helps_where_duplicates_err_together():
     assert abs(gain) < 0.1
 
 
-def test_the_published_form_reports_every_duplicate():
-    objects, proposals = touching_pairs(jitter=0.09)
-    assert precision(sinkhorn_nms(*proposals, preset="paper"), objects, 0.5) < 0.5
-
-
 def test_a_slack_that_costs_too_little_or_too_much_does_not_break_merging():
     objects, proposals = touching_pairs(jitter=0.09)
     best = precision(sinkhorn_nms(*proposals, decode="merge"), objects, 0.75)

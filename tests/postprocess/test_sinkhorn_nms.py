@@ -8,9 +8,8 @@ import torch
 from torchvision.ops import batched_nms
 
 from anomalib_ot.postprocess import SinkhornNMSSettings, sinkhorn_nms, sinkhorn_regions
-from anomalib_ot.postprocess.nms import _grow, _transport
+from anomalib_ot.postprocess.nms import _grow, _transport, region_cost
 from anomalib_ot.postprocess.proposals import check_proposals
-from anomalib_ot.postprocess.region_cost import region_cost
 
 MERGE = SinkhornNMSSettings(decode="merge", max_regions=12)
 
@@ -323,10 +322,3 @@ def test_fragments_of_a_long_defect_go_with_the_inner_overlap():
     scores, labels = torch.tensor([[0.9, 0.8]]), torch.zeros(1, 2, dtype=torch.long)
     assert sinkhorn_nms(boxes, scores, labels).valid.sum() == 2
     assert sinkhorn_nms(boxes, scores, labels, inner_weight=0.9).valid.sum() == 1
-
-
-def test_regions_average_whatever_their_members_have(make_scenes):
-    scenes = make_scenes(2)
-    regions = of_settings(scenes.proposals, MERGE)
-    torch.testing.assert_close(regions.aggregate(scenes.boxes), regions.boxes)
-    assert regions.aggregate(torch.rand(2, scenes.scores.shape[1], 5, 7)).shape == (2, 12, 5, 7)

@@ -9,7 +9,6 @@ from anomalib_ot.vision.metrics import (
     EvaluatedBoxes,
     class_results,
     false_positives_per_good_image,
-    recall_at_false_positives,
     tianchi_values,
 )
 
@@ -70,21 +69,6 @@ class TestFalsePositives:
 
     def test_only_good_images(self):
         assert false_positives_per_good_image(NO_TRUTHS, 0.3) == 0.75
-
-    def test_recall_at_false_positives(self):
-        # By score: right (.9), false (.6), right at IoU .3 (.5): one false box in four images is .25 per image.
-        assert recall_at_false_positives(DATA, 0.0, iou=0.3) == 0.5
-        assert recall_at_false_positives(DATA, 0.24, iou=0.3) == 0.5
-        assert recall_at_false_positives(DATA, 0.25, iou=0.3) == 1.0
-
-    def test_boxes_of_one_score_come_together(self):
-        same = DATA._replace(scores=np.full(3, 0.7))
-        assert recall_at_false_positives(same, 0.0, iou=0.3) == 0.0
-        assert recall_at_false_positives(same, 0.25, iou=0.3) == 1.0
-
-    def test_recall_without_boxes_or_truths(self):
-        assert recall_at_false_positives(NO_BOXES, 1.0) == 0.0
-        assert recall_at_false_positives(NO_TRUTHS, 1.0) is None
 
 
 class TestClassResults:

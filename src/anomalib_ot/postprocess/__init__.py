@@ -5,17 +5,14 @@ from anomalib_ot.postprocess.mask_refinement import RefinedRegions, entropy_weig
 from anomalib_ot.postprocess.nms import sinkhorn_nms, sinkhorn_regions
 from anomalib_ot.postprocess.nms_losses import duplicate_losses
 from anomalib_ot.postprocess.proposals import Regions, SinkhornNMSSettings
-from anomalib_ot.postprocess.published_nms import PublishedNMSSettings, published_regions
 
 __all__ = [
-    "PublishedNMSSettings",
     "RefinedRegions",
     "Regions",
     "SinkhornNMSSettings",
     "duplicate_losses",
     "entropy_weights",
     "masks_in_boxes",
-    "published_regions",
     "refine_regions",
     "sinkhorn_nms",
     "sinkhorn_regions",

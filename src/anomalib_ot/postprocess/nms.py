@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anomalib_ot.ot.cost import cosine_cost
 from anomalib_ot.ot.dense import sinkhorn
 from anomalib_ot.ot.marginals import append_slack
 from anomalib_ot.ot.precision import full_precision
@@ -18,14 +19,11 @@ from anomalib_ot.postprocess.proposals import (
     heaviest_labels,
     member_weights,
 )
-from anomalib_ot.postprocess.published_nms import PublishedNMSSettings, published_regions
-from anomalib_ot.postprocess.region_cost import region_cost, take
-from anomalib_ot.vision.boxes import overlap
+from anomalib_ot.vision.boxes import center_distance, overlap
 from anomalib_ot.vision.detections import Detections
 from anomalib_ot.vision.suppression import top_detections
 
 OPEN = 0.5  # a gate from here on makes a detection
-PRESETS = ("sinkhorn", "paper")
 TIE_LOGIT = 10.0  # far enough from 0 for a sigmoid to decide
 LEAST_OPEN = 1e-6  # what one proposal leaves of another's gate at least
 LEAST_LOG_GATE = -20.0  # a gate of 2e-9 is closed; further down numbers only become slow
@@ -39,7 +37,6 @@ def sinkhorn_nms(
     valid: Tensor | None = None,
     *,
     scales: Tensor | None = None,
-    preset: str = "sinkhorn",
     **settings: bool | float | str,
 ) -> Detections:
     """Make detections of proposals, one per object: choose among duplicates, or merge them.
@@ -56,9 +53,7 @@ def sinkhorn_nms(
         valid: Which of them exist (B, N), bool; None: all. What is not valid has no influence.
         scales: How uncertain each side of the boxes is (B, N, 4): scales of Cauchy distributions, in the boxes' unit.
             A detection has those of its box, see `sinkhorn_regions`. None: the detections have none.
-        preset: "sinkhorn", or "paper": what the authors published, which does not suppress duplicates.
-        settings: Fields of `SinkhornNMSSettings`, such as ``decode="merge"``; with the preset "paper" fields of
-            `PublishedNMSSettings`.
+        settings: Fields of `SinkhornNMSSettings`, such as ``decode="merge"``.
 
     Returns:
         Detections, best first, in as many slots as `max_regions` says.
@@ -79,12 +74,6 @@ def sinkhorn_nms(
             [70., 10., 90., 30.],
             [ 0.,  0.,  0.,  0.]])
     """
-    if preset == "paper":
-        published = PublishedNMSSettings(**settings)
-        return published_regions(boxes, scores, labels, features, valid, published, scales=scales).detections
-    if preset != "sinkhorn":
-        msg = f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}"
-        raise ValueError(msg)
     chosen = SinkhornNMSSettings(**settings)
     if chosen.decode == "select" and chosen.score == "seed":  # what the seeds are decides alone
         found = check_proposals(boxes, scores, labels, features, valid, scales).padded(chosen.max_regions)
@@ -321,3 +310,67 @@ def _round(outranks: Tensor, gate: Tensor, scratch: Tensor | None) -> Tensor:
     else:
         logs = torch.mul(outranks, -gate.unsqueeze(-1), out=scratch).clamp_(min=LEAST_OPEN - 1).log1p_()
     return logs.sum(-2).clamp(min=LEAST_LOG_GATE).exp()
+
+
+def region_cost(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    features: Tensor | None,
+    seeds: Tensor,
+    settings: SinkhornNMSSettings,
+) -> Tensor:
+    """Return the cost of each proposal in each region.
+
+    ``score_weight (1 - s_i) + feature_weight (1 - cos_ik) / 2 + spatial_weight d_ik + class_weight [c_i != c_k]``
+
+    Args:
+        boxes: Boxes xyxy (B, N, 4), any unit.
+        scores: Scores (B, N) in [0, 1].
+        labels: Class indices (B, N).
+        features: Features (B, N, D), any unit, or None.
+        seeds: Which proposal is each region's seed, index (B, K).
+        settings: Weights; which spatial term.
+
+    Returns:
+        Cost (B, N, K) without a unit; before their weights all terms are in [0, 1].
+
+    References:
+        Z. Lu et al., "Differentiable NMS via Sinkhorn matching for end-to-end fabric defect detection", arXiv
+        2505.07040: three terms, of which the spatial one there is a distance of centers.
+    """
+    places = take(boxes, seeds)
+    cost = settings.score_weight * (1 - scores).unsqueeze(-1)
+    cost = cost + settings.spatial_weight * spatial_cost(boxes, places, settings.spatial)
+    if features is not None:
+        cost = cost + settings.feature_weight / 2 * cosine_cost(features, take(features, seeds))
+    if settings.class_aware:
+        different = labels.unsqueeze(-1) != labels.gather(1, seeds).unsqueeze(-2)
+        cost = cost + settings.class_weight * different
+    return cost
+
+
+def spatial_cost(boxes: Tensor, places: Tensor, kind: str) -> Tensor:
+    """Return how far boxes (B, N, 4) are from places (B, K, 4): (B, N, K) in [0, 1], the same at any scale.
+
+    Args:
+        boxes: Boxes xyxy.
+        places: Boxes xyxy, in the same unit.
+        kind: "diou" or "centre", see `SinkhornNMSSettings`.
+
+    >>> line, spot = torch.tensor([[[0.0, 9, 100, 11]]]), torch.tensor([[[49.0, 9, 51, 11]]])
+    >>> spatial_cost(line, spot, "diou").item(), spatial_cost(line, spot, "centre").item()
+    (0.49000000953674316, 0.0)
+    """
+    distance = center_distance(boxes, places)
+    if kind == "diou":
+        return (1 - overlap(boxes, places) + distance) / 2
+    there = distance > 0  # the root's gradient at 0 is infinite
+    return torch.where(
+        there, torch.where(there, distance, torch.ones_like(distance)).sqrt(), torch.zeros_like(distance)
+    )
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Return the values (B, N, D) at an index (B, K): (B, K, D)."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

@@ -309,10 +309,6 @@ class Regions(NamedTuple):
         found = Detections(self.boxes, self.scores, self.labels, self.scales)
         return top_detections(found, self.keep, self.scores.shape[1])
 
-    def aggregate(self, values: Tensor) -> Tensor:
-        """Return each region's mean (B, K, ...) of what its proposals have (B, N, ...): features, masks."""
-        return (self.weights.transpose(-2, -1) @ values.flatten(2)).unflatten(2, values.shape[2:])
-
 
 def member_weights(plan: Tensor, seeds: Tensor) -> Tensor:
     """Return the weight of each proposal in its regions' means.

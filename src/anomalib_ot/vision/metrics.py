@@ -16,7 +16,6 @@ __all__ = [
     "class_results",
     "false_positives_per_good_image",
     "pair_iou",
-    "recall_at_false_positives",
     "tianchi_values",
 ]
 
@@ -260,28 +259,6 @@ def false_positives_per_good_image(data: EvaluatedBoxes, score_threshold: float)
     if not good.any():
         return None
     return float((good[data.images] & (data.scores > score_threshold)).sum() / good.sum())
-
-
-def recall_at_false_positives(data: EvaluatedBoxes, per_image: float, iou: float = 0.5) -> float | None:
-    """Compute the share of truths that are found at a score threshold that allows so many false boxes per image.
-
-    One threshold for all classes; boxes of equal score are accepted or refused together.
-
-    Args:
-        data: The boxes of a data set.
-        per_image: False boxes allowed per image, good or not, >= 0.
-        iou: Least intersection over union of a right box, in (0, 1].
-
-    Returns:
-        The greatest such recall, in [0, 1]; None without true boxes.
-    """
-    if not len(data.gt_boxes):
-        return None
-    order = np.argsort(-data.scores, kind="stable")
-    scores, hits = data.scores[order], box_hits(data, iou)[order]
-    ends = np.append(scores[1:] != scores[:-1], np.ones(min(1, len(scores)), dtype=bool))
-    allowed = ends & (np.cumsum(~hits) <= per_image * data.num_images)
-    return float(np.cumsum(hits)[allowed].max(initial=0) / len(data.gt_boxes))
 
 
 def class_results(data: EvaluatedBoxes, score_threshold: float, iou: float = 0.5) -> list[ClassResult]:

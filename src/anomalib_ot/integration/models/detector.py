@@ -30,7 +30,7 @@ from anomalib_ot.integration.models.box_guard import BoxGuard
 from anomalib_ot.integration.models.box_training import BoxTraining
 from anomalib_ot.integration.models.ota_options import SUPPRESSIONS
 from anomalib_ot.integration.processing.box_processors import BoxPreProcessor
-from anomalib_ot.integration.processing.sinkhorn_nms import CHECKPOINT_KEY, SinkhornNMS
+from anomalib_ot.integration.processing.sinkhorn_nms import CHECKPOINT_KEY, SinkhornNMS, sinkhorn_nms_of
 from anomalib_ot.integration.visualization.box_visualizer import BoxVisualizer
 from anomalib_ot.vision.backbone import normalization
 from anomalib_ot.vision.detections import Detections
@@ -259,7 +259,7 @@ class BoxModel(BoxTraining, CheckedExport):
             self.hparams["class_names"] = list(names)
         kept = checkpoint.get("anomalib_post_processor_config") or {}
         if self.post_processor is None and self.takes_post_processor and CHECKPOINT_KEY in kept:
-            self.post_processor = SinkhornNMS(**kept[CHECKPOINT_KEY])
+            self.post_processor = sinkhorn_nms_of(kept[CHECKPOINT_KEY])
             self.model = None
         chosen, parts = self.post_processor, (self.evaluator, self.visualizer)
         trained = trained_arguments(checkpoint, self.hparams, self.trained_by)

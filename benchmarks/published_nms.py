@@ -1,4 +1,7 @@
-"""Sinkhorn-NMS as its authors published it in code, for comparison: it does not suppress duplicates."""
+"""Sinkhorn-NMS as its authors published it in code, for comparison: it does not suppress duplicates.
+
+Run by `nms_rows.py`; `tests/postprocess/test_published_nms.py` compares it with the published computation.
+"""
 
 from dataclasses import dataclass
 
@@ -9,6 +12,7 @@ from anomalib_ot.ot.cost import cosine_cost
 from anomalib_ot.ot.dense import sinkhorn
 from anomalib_ot.ot.marginals import append_slack
 from anomalib_ot.ot.precision import full_precision
+from anomalib_ot.postprocess.nms import take
 from anomalib_ot.postprocess.proposals import (
     FRACTION,
     POSITIVE,
@@ -19,7 +23,6 @@ from anomalib_ot.postprocess.proposals import (
     check_proposals,
     check_settings,
 )
-from anomalib_ot.postprocess.region_cost import take
 
 
 @dataclass(frozen=True)
