@@ -15,8 +15,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from anomalib_ot.detection.assigner import OTAssigner
-from anomalib_ot.detection.pair_cost import candidate_points
+from anomalib_ot.detection.assigner import OTAssigner, candidate_points
 from anomalib_ot.vision.boxes import decode_ltrb, grid_points, pairwise_iou
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -29,11 +28,11 @@ def scene(objects: int, size: tuple[int, int], seed: int) -> dict[str, torch.Ten
     generator = torch.Generator().manual_seed(seed)
     points, strides = grid_points([(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES], STRIDES)
     scale = torch.tensor([size[1], size[0]])
-    centre = torch.rand(objects, 2, generator=generator) * scale
+    center = torch.rand(objects, 2, generator=generator) * scale
     sides = torch.exp(torch.rand(objects, 2, generator=generator) * 2.7 + 2.5)  # 12 to 180 pixels
-    boxes = torch.cat([(centre - sides / 2).clamp(min=0), torch.minimum(centre + sides / 2, scale)], 1)
+    boxes = torch.cat([(center - sides / 2).clamp(min=0), torch.minimum(center + sides / 2, scale)], 1)
     labels = torch.randint(CLASSES, (objects,), generator=generator)
-    nearest = torch.cdist(points, centre).argmin(1)
+    nearest = torch.cdist(points, center).argmin(1)
     noise = torch.randn(len(points), 4, generator=generator) * sides[nearest].repeat(1, 2) * 0.15
     near = boxes[nearest] + noise
     elsewhere = decode_ltrb(points, torch.rand(len(points), 4, generator=generator) * 4 * strides[:, None])

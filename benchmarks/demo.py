@@ -65,7 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-test-good", type=int, default=20, help="good images to validate and test with")
     parser.add_argument("--num-per-defect", type=int, default=6, help="images per kind of defect")
     parser.add_argument("--image-size", type=int, default=256, help="side of the images in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="names the cloth, the split and the fit")
+    parser.add_argument("--seed", type=int, default=0, help="names the fabric, the split and the fit")
     return parser.parse_args(arguments)
 
 

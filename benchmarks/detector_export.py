@@ -27,7 +27,7 @@ def main() -> None:
     import anomalib_ot
     from anomalib_ot.integration.export import export as checked_export
     from anomalib_ot.integration.export.parity import torch_outputs
-    from anomalib_ot.integration.export.quantization import Judged, Samples, figure
+    from anomalib_ot.integration.export.quantization import EvaluationResult, Samples, accuracy_value
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the sets")
@@ -57,7 +57,7 @@ def main() -> None:
         runs[f"OpenVINO {name}"] = compiled(path, args.threads)
         ways[f"OpenVINO {name}, sync"] = sync_way(path, args.threads)
         ways[f"OpenVINO {name}, {STREAMS} streams"] = async_way(path, args.threads)
-    figures = {name: figure(Judged(run, samples)) for name, run in runs.items()}
+    figures = {name: accuracy_value(EvaluationResult(run, samples)) for name, run in runs.items()}
     images = np.stack([samples.image(row).numpy() for row in range(min(len(samples), 16))])
     rates = speeds(ways, images)
     counts = f"{len(samples)} test images, calibrated on {args.calibration}, {args.threads} threads"

@@ -2,7 +2,7 @@
 
     python benchmarks/detectors.py --data ../shared/data --weights ../shared/weights
 
-All runs share the backbone with its ImageNet weights, the pyramid, image size, augmentation, batches, steps, optimiser
+All runs share the backbone with its ImageNet weights, the pyramid, image size, augmentation, batches, steps, optimizer
 and schedule; they differ in head, assigner, losses and decoding. Every run is a process of its own. Results go to
 OUT/runs.jsonl as they come; runs that are there already are not repeated. At the end: a table of all runs, also in
 OUT/table.md, and the learning curves in OUT/curves.png.

@@ -26,15 +26,15 @@ from anomalib_ot.synthetic.fabric import render_fabric
 
 ROOT = Path(__file__).parents[1]
 OF_THE_NOTEBOOK = ("plan", "epsilon", "slack", "patches", "causes", "labels", "duplicates")
-COLOURS = 128  # of the palette of a picture
+COLORS = 128  # of the palette of a picture
 WIDTH = 720  # of the first picture, pixels
 NARROW = 0.25  # image sides: a prototype whose normal patches all lie so near has a place of its own
-SIDE = 128  # of a piece of cloth, pixels
+SIDE = 128  # of a piece of fabric, pixels
 
 
-def save(picture: Image.Image, path: Path, colours: int = COLOURS) -> None:
+def save(picture: Image.Image, path: Path, colors: int = COLORS) -> None:
     """Write a picture with a palette, which makes it small."""
-    few = picture.convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few = picture.convert("RGB").quantize(colors, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few.save(path, optimize=True)
     print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
@@ -57,7 +57,7 @@ def notebook_pictures(out: Path) -> None:
 
 
 def layouts(out: Path) -> None:
-    """Show where free and local prototypes lie on cloth with a motif; filled: with a place of its own."""
+    """Show where free and local prototypes lie on fabric with a motif; filled: with a place of its own."""
     from anomalib.engine import Engine
 
     from anomalib_ot import OTPrototypes, SyntheticFabric
@@ -71,7 +71,7 @@ def layouts(out: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(8, 4.2))
     with tempfile.TemporaryDirectory() as folder:
         data = SyntheticFabric(
-            root=Path(folder) / "cloth",
+            root=Path(folder) / "fabric",
             num_train=8,
             num_test_good=2,
             num_per_defect=1,
@@ -106,7 +106,7 @@ def layouts(out: Path) -> None:
 def mixture(out: Path) -> None:
     """Show a mixture of four proposals: two have an object each, one doubles another, one is switched off."""
     pieces = [render_fabric(seed=4, index=1, defect=kind, size=(160, 240)) for kind in ("hole", "stain")]
-    cloth = np.where(pieces[1].mask[..., None] > 0, pieces[1].image, pieces[0].image)
+    fabric = np.where(pieces[1].mask[..., None] > 0, pieces[1].image, pieces[0].image)
     truth = torch.tensor(np.stack([piece.boxes[0] for piece in pieces]))
     means = truth[[0, 1, 1, 1]] + torch.tensor([[2.0, -1, 1, 2], [-2, 1, 1, -1], [3, 2, 4, -2], [-90, -20, -80, -30]])
     scales = torch.tensor([[2.0] * 4, [3.0] * 4, [4.0] * 4, [12.0] * 4])
@@ -116,17 +116,17 @@ def mixture(out: Path) -> None:
 
     palette = ["tab:blue", "tab:red", "tab:orange", "0.45"]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7.5, 7), sharex=True, height_ratios=[1.35, 1])
-    top.imshow(cloth, aspect="auto")
+    top.imshow(fabric, aspect="auto")
     x = torch.arange(0, 240, 0.5)
     total = torch.zeros_like(x)
-    for number, colour in enumerate(palette):
+    for number, color in enumerate(palette):
         left, up, right, down = means[number].tolist()
         label = f"proposal {number}, weight {float(weights[number]):.2f}"
-        box = plt.Rectangle((left, up), right - left, down - up, fill=False, edgecolor=colour, linewidth=2, label=label)
+        box = plt.Rectangle((left, up), right - left, down - up, fill=False, edgecolor=color, linewidth=2, label=label)
         top.add_patch(box)
         scale = scales[number, 0]
         density = weights[number] / (torch.pi * scale * (1 + ((x - left) / scale) ** 2))
-        bottom.plot(x, density, color=colour, linewidth=1.5)
+        bottom.plot(x, density, color=color, linewidth=1.5)
         total += density
     bottom.fill_between(x, total, color="0.88", label="the mixture")
     for number, box in enumerate(truth.tolist()):

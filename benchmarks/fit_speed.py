@@ -81,7 +81,7 @@ def published_problem(known: "Patches", grids: int) -> tuple[Tensor, Tensor]:  #
 
 
 def published_step(known: "Patches", iterations: int, grids: int = 1) -> None:  # noqa: F821
-    """Make one step of the published fit with fewer iterations: cost, plan, barycentres."""
+    """Make one step of the published fit with fewer iterations: cost, plan, barycenters."""
     import ot
 
     cost, x = published_problem(known, grids)

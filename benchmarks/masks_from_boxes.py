@@ -5,8 +5,8 @@
 Detections are simulated: each connected part of a true mask is an object, found by several boxes around its true box
 with independent Gaussian jitter, scored by their overlap with noise. Real duplicates err together, so that merging
 helps them less. Two maps of each image: the anomaly map of OTPrototypes, trained on good images alone, and how far a
-pixel's grey is from the image's median, which costs nothing. IoU of masks in pixels of the file, mean over objects;
-`--maps grey` needs seconds and no weights.
+pixel's gray is from the image's median, which costs nothing. IoU of masks in pixels of the file, mean over objects;
+`--maps gray` needs seconds and no weights.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from anomalib_ot.postprocess.mask_refinement import RefinedRegions, refine_regio
 from anomalib_ot.vision.boxes import pairwise_iou
 
 KINDS = ("blowhole", "break", "crack", "fray")
-GREY_BLUR = 1.5  # pixels
+GRAY_BLUR = 1.5  # pixels
 
 
 def objects_of(mask_path: Path) -> tuple[Tensor, Tensor]:
@@ -91,16 +91,16 @@ def of_weights(weights: Tensor, boxes: Tensor, draw) -> RefinedRegions:
     return RefinedRegions(weights[None], frame, draw(weights[None], boxes[None], frame))
 
 
-def grey_map(path: Path) -> Tensor:
-    grey = np.asarray(Image.open(path).convert("L"), dtype=np.float32)
-    return torch.from_numpy(ndimage.gaussian_filter(np.abs(grey - np.median(grey)), GREY_BLUR))
+def gray_map(path: Path) -> Tensor:
+    gray = np.asarray(Image.open(path).convert("L"), dtype=np.float32)
+    return torch.from_numpy(ndimage.gaussian_filter(np.abs(gray - np.median(gray)), GRAY_BLUR))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds magnetic_tile")
     parser.add_argument("--weights", type=Path, help="folder that holds the checkpoints")
-    parser.add_argument("--maps", nargs="+", default=["grey", "prototypes"], choices=["grey", "prototypes"])
+    parser.add_argument("--maps", nargs="+", default=["gray", "prototypes"], choices=["gray", "prototypes"])
     parser.add_argument("--backbone", default="resnet18", choices=list(BACKBONES))
     parser.add_argument("--image_size", type=int, default=256, help="side that images are resized to for OTPrototypes")
     parser.add_argument("--members", type=int, default=6, help="boxes per object")
@@ -113,7 +113,7 @@ def main() -> None:
     if not root.is_dir():
         parser.error(f"{root}: no such folder")
     if "prototypes" in args.maps and args.weights is None:
-        parser.error("--weights: needed for the maps of OTPrototypes; --maps grey does without")
+        parser.error("--weights: needed for the maps of OTPrototypes; --maps gray does without")
     warnings.filterwarnings("ignore")
     args.out.mkdir(parents=True, exist_ok=True)
     trained = {}
@@ -127,7 +127,7 @@ def main() -> None:
             masks, true = objects_of(root / "ground_truth" / kind / f"{path.stem}.png")
             size = tuple(masks.shape[1:])
             boxes, scores = detections(true, size, args, seed=1000 * KINDS.index(kind) + number)
-            maps = {"": None, "grey: ": grey_map(path)}
+            maps = {"": None, "gray: ": gray_map(path)}
             if trained:
                 small = trained[path.resolve()][None]
                 maps["prototypes: "] = F.interpolate(small, size=size, mode="bilinear", antialias=True)[0, 0]

@@ -24,7 +24,7 @@ from torchvision.ops import batched_nms
 
 from anomalib_ot.integration.models.ota_options import PRESETS, build_detector
 from anomalib_ot.postprocess import sinkhorn_nms, sinkhorn_regions
-from anomalib_ot.postprocess.nms_settings import SinkhornNMSSettings
+from anomalib_ot.postprocess.proposals import SinkhornNMSSettings
 
 GREEDY, NETWORK, TRAINING = "batched_nms", "network, forward", "merge, torch, with gradients"
 NUMBERS = (100, 300, 1000)

@@ -12,7 +12,7 @@ import time
 import torch
 from torchvision.ops import roi_align
 
-from anomalib_ot.detection.pooling import BoxPooling, box_levels
+from anomalib_ot.detection.sparse_head import BoxPooling, box_levels
 
 STRIDES, SIZE, REPEATS = (4, 8, 16, 32), 384, 7
 
@@ -33,9 +33,9 @@ def with_torchvision(levels: list[torch.Tensor], boxes: torch.Tensor) -> torch.T
 def main() -> None:
     generator = torch.Generator().manual_seed(0)
     levels = [torch.randn(8, 128, SIZE // s, SIZE // s, generator=generator).requires_grad_() for s in STRIDES]
-    centres = torch.rand(8, 100, 2, generator=generator) * SIZE
+    centers = torch.rand(8, 100, 2, generator=generator) * SIZE
     halves = 10 ** (torch.rand(8, 100, 2, generator=generator) * 1.5 + 0.5) / 2
-    boxes = torch.cat([centres - halves, centres + halves], -1)
+    boxes = torch.cat([centers - halves, centers + halves], -1)
     weights = torch.randn(8, 100, 49, 128, generator=generator)
     ways = {
         "torchvision": lambda: with_torchvision(levels, boxes),

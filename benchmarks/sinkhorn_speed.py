@@ -105,7 +105,7 @@ def prototypes(rounds: int) -> None:
     head = ["size", "epsilon", "L1 error", "iterations, ours / POT", "ours ms", "POT ms", "to POT numpy"]
     print_table(
         "Prototype fitting, one problem to an L1 error of 1e-3 (POT `sinkhorn_log`)",
-        [*head, "to POT torch", "with cost and barycentres, to POT numpy"],
+        [*head, "to POT torch", "with cost and barycenters, to POT numpy"],
         [prototype_row(*size, rounds) for size in sizes],
     )
     memory = {who: child_memory(who) for who in ("ours", "pot")}
@@ -133,7 +133,7 @@ def prototype_row(n: int, m: int, epsilon: float, rounds: int) -> list[object]:
 
     def end_to_end_ours() -> Tensor:
         cost = ground_cost(*parts)
-        return sinkhorn(cost, epsilon=epsilon, tolerance=1e-3, gradient="none").barycentres(parts[0])
+        return sinkhorn(cost, epsilon=epsilon, tolerance=1e-3, gradient="none").barycenters(parts[0])
 
     times = interleaved(
         {
@@ -192,7 +192,7 @@ def measure_memory(who: str) -> None:
 def detector_problem(objects: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Make the cost (objects, points) and background cost (points,) of an image of 800 x 800, and who is a candidate.
 
-    Points and centre prior are those of a five-level dense head; classification and box costs are made up, better for
+    Points and center prior are those of a five-level dense head; classification and box costs are made up, better for
     the points near the middle of an object.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -211,8 +211,8 @@ def detector_problem(objects: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         * 2 ** (4 * torch.rand(objects, 1, generator=generator))
         * (0.7 + 0.6 * torch.rand(objects, 2, generator=generator))
     )
-    centre = size / 2 + (800 - size).clamp(min=1) * torch.rand(objects, 2, generator=generator)
-    away = (points[None] - centre[:, None]).abs()
+    center = size / 2 + (800 - size).clamp(min=1) * torch.rand(objects, 2, generator=generator)
+    away = (points[None] - center[:, None]).abs()
     candidate = (away < torch.minimum(size[:, None] / 2, reach[None, :, None])).all(-1)
     quality = torch.exp(-(away / size[:, None]).square().sum(-1) * 8) * (
         0.5 + 0.5 * torch.rand(candidate.shape, generator=generator)
@@ -226,7 +226,7 @@ def detector_problem(objects: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dense_labels(cost: Tensor, background: Tensor, supply: Tensor, num_iters: int = 50, epsilon: float = 0.1) -> Tensor:
-    """Assign as published: all points, log domain, a price of 1e6 outside the centre prior; labels (points,)."""
+    """Assign as published: all points, log domain, a price of 1e6 outside the center prior; labels (points,)."""
     cost = torch.cat((torch.where(torch.isinf(cost), 1e6, cost), background[None]))
     count = cost.shape[1]
     log_a = torch.cat((supply, count - supply.sum(0, keepdim=True))).log()

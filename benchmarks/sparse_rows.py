@@ -174,8 +174,8 @@ def draw_nms(rows: list[tuple[str, float, float]], path: Path) -> None:
 
     figure, panel = plt.subplots(figsize=(max(7, 1.6 * len(rows)), 3.6))
     for place, (_, without, with_nms) in enumerate(rows):
-        for shift, value, colour in ((-0.18, without, "#4477aa"), (0.18, with_nms, "#cc6677")):
-            panel.bar(place + shift, value, 0.34, color=colour)
+        for shift, value, color in ((-0.18, without, "#4477aa"), (0.18, with_nms, "#cc6677")):
+            panel.bar(place + shift, value, 0.34, color=color)
             panel.text(place + shift, value, f"{value:.3f}", ha="center", va="bottom", fontsize=8)
     panel.bar([0], [0], color="#4477aa", label="as it is")
     panel.bar([0], [0], color="#cc6677", label="with greedy NMS")

@@ -74,21 +74,21 @@ def compare(features: Tensor, n: int, m: int, epsilons: list[float], sizes: list
     rows = torch.arange(0, len(x), max(len(x) // 256, 1))
     print(f"\n{len(x)} x {bank.num_prototypes}\n")
     print(
-        "| epsilon | k rows + k columns | density | kept mass | plan L1 | cost | barycentres, mean error | memory | s |"
+        "| epsilon | k rows + k columns | density | kept mass | plan L1 | cost | barycenters, mean error | memory | s |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for epsilon in epsilons:
         dense = sinkhorn(cost, epsilon=epsilon, tolerance=TOLERANCE, gradient="none")
         dense_s = seconds(lambda e=epsilon: sinkhorn(cost, epsilon=e, tolerance=TOLERANCE, gradient="none"))
-        centres = dense.barycentres(x)
+        centers = dense.barycenters(x)
         print(f"| {epsilon} | dense | 100 % | 1 | | | | 1 | {dense_s:.2f} |")
         for k in sizes:
             support = nearest_support(x, y, bank, k, energy_unit=unit)
             sparse = sparse_sinkhorn(support, epsilon=epsilon, tolerance=TOLERANCE)
             time_s = seconds(lambda s=support, e=epsilon: sparse_sinkhorn(s, epsilon=e, tolerance=TOLERANCE))
             away = (sparse.plan.to_dense() - dense.plan).abs().sum()
-            found = sparse.barycentres(x)
-            error = ((found - centres).norm(dim=1) / centres.norm(dim=1)).mean()
+            found = sparse.barycenters(x)
+            error = ((found - centers).norm(dim=1) / centers.norm(dim=1)).mean()
             kept = sparse.kept_mass(rows, cost[rows]).mean()
             held = sum(part.nbytes for part in (support.cost, support.columns, support.starts, sparse.values))
             share = held / (2 * cost.nbytes)
@@ -102,7 +102,7 @@ def compare(features: Tensor, n: int, m: int, epsilons: list[float], sizes: list
 
 
 def measure(features: Tensor, n: int, m: int, which: str) -> None:
-    """Solve once, from features to barycentres, and print the memory that this added at its peak."""
+    """Solve once, from features to barycenters, and print the memory that this added at its peak."""
     bank, x, y, unit = problem(features, n, m)
     small = bank.prototypes[:50]
     nearest_support(small, y[:50], bank, 4, energy_unit=unit)  # whatever is loaded on first use
@@ -110,11 +110,11 @@ def measure(features: Tensor, n: int, m: int, which: str) -> None:
 
     def dense() -> Tensor:
         cost = dense_cost(x, y, bank, unit)
-        return sinkhorn(cost, epsilon=0.01, tolerance=TOLERANCE, gradient="none").barycentres(x)
+        return sinkhorn(cost, epsilon=0.01, tolerance=TOLERANCE, gradient="none").barycenters(x)
 
     def sparse() -> Tensor:
         support = nearest_support(x, y, bank, 128, energy_unit=unit)
-        return sparse_sinkhorn(support, epsilon=0.01, tolerance=TOLERANCE).barycentres(x)
+        return sparse_sinkhorn(support, epsilon=0.01, tolerance=TOLERANCE).barycenters(x)
 
     print(json.dumps(added_at_peak({"dense": dense, "sparse": sparse}[which])))
 
@@ -146,7 +146,7 @@ def main() -> None:
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peaks[which] = json.loads(output.splitlines()[-1]) / 1e6
     print(
-        f"\nMeasured peak from features to barycentres, {max(args.sources)} x {args.targets}, epsilon 0.01: dense "
+        f"\nMeasured peak from features to barycenters, {max(args.sources)} x {args.targets}, epsilon 0.01: dense "
         f"{peaks['dense']:.0f} MB, k = 128 {peaks['sparse']:.0f} MB, {peaks['sparse'] / peaks['dense']:.3f} of it"
     )
 

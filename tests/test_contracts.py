@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports go down only, rooms have names, files are read in one sitting."""
+"""The layout: imports go down only, rooms have names, files stay short, the README shows where things are."""
 
 import os
 import re
@@ -69,3 +69,20 @@ def test_room_has_a_name_and_is_read_in_one_sitting(path):
     assert not vague, f"{path}: a room called {vague} says nothing; a function lives where its noun lives"
     lines = len((PACKAGE / path).read_text(encoding="utf-8").splitlines())
     assert lines <= 600, f"{path} has {lines} lines, more than the 600 of one file: split it by its nouns"
+
+
+def test_readme_lists_every_room_and_only_files_that_exist():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Architecture")[2].partition("\n## ")[0]
+    rooms = {path.parent.as_posix() for path in FILES if path.parent != Path()} - {"integration"}
+    assert set(re.findall(r"^\| `([\w/]+)` \|", section, flags=re.MULTILINE)) == rooms
+    named = re.findall(r"`([a-z_]+/[\w/]+(?:\.py)?)`", section)
+    assert len(named) > 20
+    assert not [name for name in named if not (PACKAGE / name).exists()]
+
+
+def test_no_module_is_hidden_by_a_function_of_its_package():
+    for init in PACKAGE.rglob("__init__.py"):
+        modules = {path.stem for path in init.parent.iterdir()}
+        imported = re.findall(r"^from [\w.]+ import (.+)$", init.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        hidden = modules & {name.strip() for names in imported for name in names.split(",")} - {"import_module"}
+        assert not hidden, f"{init.parent.name}: a function hides the module of the same name: {hidden}"

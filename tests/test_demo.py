@@ -72,7 +72,7 @@ def test_every_figure_is_there(finished):
     assert steps["all"] >= steps["train"] > 0
 
 
-def test_a_misplaced_motif_is_found_by_its_place_and_a_missing_one_by_the_amounts(finished):
+def test_a_misplaced_motif_is_found_by_its_place_and_a_missing_one_by_the_count(finished):
     defects = json.loads((finished[1] / "metrics.json").read_text())["per_defect"]
     assert defects["misplaced_motif"]["position_map"] == 1
     assert defects["missing_motif"]["transport_score"] >= 0.75

@@ -1,7 +1,7 @@
 """The script ``anomalib-ot``: ``inspect``, ``calibrate``, ``benchmark``, else Anomalib's command with ours in it.
 
-``inspect`` is for the box beside the line; ``calibrate`` sets thresholds from good images; ``benchmark``
-reads Anomalib's benchmark files and can be gone on with.
+``inspect`` is for the edge device; ``calibrate`` sets thresholds from good images; ``benchmark`` reads Anomalib's
+benchmark files and can be resumed.
 
 The plain ``anomalib`` command knows them too wherever the start-up hook runs. It does not run under ``python -S``, in a
 frozen application, or for a package that lies on ``PYTHONPATH``; this command works there as well.

@@ -57,7 +57,7 @@ def test_a_sparse_solution_is_near_the_dense_one():
     sparse = sparse_sinkhorn(nearest_support(x, y, bank, 64), epsilon=0.01 * scale, tolerance=1e-3)
     assert sparse.reached_tolerance
     assert abs(sparse.value - dense.value) <= 0.01 * dense.value
-    error = (sparse.barycentres(x) - dense.barycentres(x)).norm(dim=1) / dense.barycentres(x).norm(dim=1)
+    error = (sparse.barycenters(x) - dense.barycenters(x)).norm(dim=1) / dense.barycenters(x).norm(dim=1)
     assert error.mean() <= 0.02
     rows = torch.arange(0, len(x), 20)
     assert sparse.kept_mass(rows, cost[rows]).mean() > 0.97

@@ -11,11 +11,11 @@ from anomalib_ot.detection.assigner import (
     FCOSAssigner,
     OTAssigner,
     SimOTAssigner,
+    candidate_points,
     cheapest_labels,
     transport_labels,
 )
-from anomalib_ot.detection.pair_cost import candidate_points
-from anomalib_ot.ot.sinkhorn import sinkhorn
+from anomalib_ot.ot.dense import sinkhorn
 from anomalib_ot.vision.boxes import decode_ltrb, grid_points
 
 from .test_pair_cost import worked_example
@@ -32,15 +32,15 @@ def scene(objects: int, size: tuple[int, int] = (256, 256), classes: int = 6, se
     generator = torch.Generator().manual_seed(seed)
     points, strides = grid_points(levels(*size), STRIDES)
     scale = torch.tensor([size[1], size[0]])
-    centre = torch.rand(objects, 2, generator=generator) * scale * 0.8 + scale * 0.1
+    center = torch.rand(objects, 2, generator=generator) * scale * 0.8 + scale * 0.1
     sides = torch.rand(objects, 2, generator=generator) * 60 + 12
-    boxes = torch.cat([centre - sides / 2, centre + sides / 2], 1)
+    boxes = torch.cat([center - sides / 2, center + sides / 2], 1)
     labels = torch.randint(classes, (objects,), generator=generator)
     logits = torch.randn(len(points), classes, generator=generator) - 3
     distances = torch.rand(len(points), 4, generator=generator) * 2 * strides[:, None]
     predicted = decode_ltrb(points, distances)
     if objects:
-        nearest = torch.cdist(points, centre).argmin(1)
+        nearest = torch.cdist(points, center).argmin(1)
         known = torch.rand(len(points), generator=generator) < good
         noise = torch.randn(len(points), 4, generator=generator) * 5
         predicted = torch.where(known[:, None], boxes[nearest] + noise, predicted)
@@ -151,14 +151,14 @@ def test_candidate_columns_change_no_label(spatial_weight):
         assert torch.equal(few(**image).objects, all_points(**image).objects)
 
 
-def test_spatial_cost_draws_positives_to_the_centre():
+def test_spatial_cost_draws_positives_to_the_center():
     image = scene(objects=10, seed=1)
     away = []
     for weight in (0.0, 3.0):
         found = OTAssigner(spatial_weight=weight)(**image).objects
         box = image["boxes"][found[found >= 0]]
-        centre, half = (box[:, :2] + box[:, 2:]) / 2, (box[:, 2:] - box[:, :2]) / 2
-        away.append(float(((image["points"][found >= 0] - centre).abs() / half).amax(1).mean()))
+        center, half = (box[:, :2] + box[:, 2:]) / 2, (box[:, 2:] - box[:, :2]) / 2
+        away.append(float(((image["points"][found >= 0] - center).abs() / half).amax(1).mean()))
     assert away[1] < away[0]
 
 

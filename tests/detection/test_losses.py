@@ -1,4 +1,4 @@
-"""Losses: against plain sums, one normaliser for the batch, images without objects, and no gradient into targets."""
+"""Losses: against plain sums, one normalizer for the batch, images without objects, and no gradient into targets."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_against_plain_sums():
     assert float(losses.total) == pytest.approx(sum(expected), rel=1e-5)
 
 
-def test_normaliser_is_of_the_batch_and_of_all_devices():
+def test_normalizer_is_of_the_batch_and_of_all_devices():
     dense = batch()
     one = dense_losses(dense, ASSIGNMENTS, BOXES, LABELS)
     several = dense_losses(dense, ASSIGNMENTS, BOXES, LABELS, over_devices=lambda count: count * 2)

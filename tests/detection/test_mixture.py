@@ -215,17 +215,17 @@ def fit(mcm_weight: float, presence_weight: float = 0.0) -> tuple[list[float], t
     torch.manual_seed(0)
     boxes = torch.tensor([[10.0, 10, 40, 50], [60, 20, 90, 80], [30, 70, 70, 95]])
     labels = torch.tensor([0, 1, 1])
-    centres = torch.rand(1, 10, 2) * 100
+    centers = torch.rand(1, 10, 2) * 100
     raw = torch.zeros(1, 10, 4, requires_grad=True)
-    parts = [torch.zeros(1, 10), torch.zeros(1, 10, 2), torch.cat([centres - 20, centres + 20], -1)]
+    parts = [torch.zeros(1, 10), torch.zeros(1, 10, 2), torch.cat([centers - 20, centers + 20], -1)]
     parts = [part.requires_grad_() for part in parts]
-    optimiser = torch.optim.Adam([{"params": [*parts[:2]], "lr": 0.05}, {"params": [parts[2], raw], "lr": 0.3}])
+    optimizer = torch.optim.Adam([{"params": [*parts[:2]], "lr": 0.05}, {"params": [parts[2], raw], "lr": 0.3}])
     for _ in range(600):
         mixture = Mixture(*parts, 4 * F.softplus(raw))
         loss = mixture_losses([mixture], [boxes], [labels], mcm_weight=mcm_weight, presence_weight=presence_weight)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.total.backward()
-        optimiser.step()
+        optimizer.step()
     mixture = Mixture(*(part.detach() for part in mixture))
     found = mixture_terms(mixture, boxes, labels, torch.zeros(3).long())
     return (-found.mcm).exp().tolist(), mixture.mixture_logits[0].sigmoid(), found.responsibilities

@@ -7,11 +7,9 @@ import torch
 from torch import nn
 from torchvision.ops import batched_nms
 
-from anomalib_ot.detection.decoding import Decoding
-from anomalib_ot.detection.detector import freeze_stages
-from anomalib_ot.detection.heads import DenseHead
+from anomalib_ot.detection.detector import Decoding, freeze_stages
 from anomalib_ot.detection.losses import Dense
-from anomalib_ot.detection.ota import DenseDetector
+from anomalib_ot.detection.ota import DenseDetector, DenseHead
 from anomalib_ot.vision.suppression import keep_all
 from anomalib_ot.vision.tiling import Tiling
 

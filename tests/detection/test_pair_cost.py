@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from anomalib_ot.detection.pair_cost import candidate_points, dynamic_counts, focal_terms, pair_cost, spatial_cost
+from anomalib_ot.detection.assigner import candidate_points, dynamic_counts, focal_terms, pair_cost, spatial_cost
 from anomalib_ot.vision.boxes import grid_points, pairwise_iou
 
 
@@ -47,7 +47,7 @@ def worked_example():
 
 def test_whole_cost_of_the_worked_example(monkeypatch):
     logits, iou, fg, bg = worked_example()
-    monkeypatch.setattr("anomalib_ot.detection.pair_cost.pairwise_iou", lambda *_: iou)
+    monkeypatch.setattr("anomalib_ot.detection.assigner.pairwise_iou", lambda *_: iou)
     pair = pair_cost(logits, torch.zeros(4, 4), torch.zeros(2, 4), torch.tensor([0, 1]), torch.ones(2, 4).bool())
     torch.testing.assert_close(pair.cost, fg, atol=2e-5, rtol=0)
     torch.testing.assert_close(pair.background, bg, atol=2e-5, rtol=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from anomalib_ot.detection.pooling import BoxPooling, box_levels
+from anomalib_ot.detection.sparse_head import BoxPooling, box_levels
 
 STRIDES = [4, 8, 16, 32]
 
@@ -46,8 +46,8 @@ def test_worked_numbers():
 def test_each_box_looks_at_the_level_of_its_size():
     levels = [torch.full((1, 1, 128 // stride, 128 // stride), float(stride)) for stride in STRIDES]
     boxes = torch.tensor([[[10.0, 10, 30, 30], [0, 0, 115, 120], [-60, -60, 180, 180], [-300, -300, 400, 400]]])
-    centre = pool_boxes(levels, boxes, STRIDES, size=7)[0, :, 24, 0]
-    assert centre.tolist() == [4, 8, 16, 32]
+    center = pool_boxes(levels, boxes, STRIDES, size=7)[0, :, 24, 0]
+    assert center.tolist() == [4, 8, 16, 32]
 
 
 def test_images_do_not_mix():

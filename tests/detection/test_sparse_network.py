@@ -10,9 +10,15 @@ from torch import nn
 
 from anomalib_ot.detection.mixture import mixture_losses
 from anomalib_ot.detection.set_loss import set_losses
-from anomalib_ot.detection.sparse_head import SparseHead, grid_proposals, whole_proposals
+from anomalib_ot.detection.sparse_head import (
+    BoxOutput,
+    MixtureOutput,
+    Proposed,
+    SparseHead,
+    grid_proposals,
+    whole_proposals,
+)
 from anomalib_ot.detection.sparse_mdod import SparseDecoding, SparseDetector
-from anomalib_ot.detection.sparse_outputs import BoxOutput, MixtureOutput, Proposed
 from anomalib_ot.vision.suppression import suppress_duplicates
 from anomalib_ot.vision.tiling import Tiling
 

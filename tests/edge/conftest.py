@@ -50,7 +50,7 @@ def save_graph(folder, outputs, image, manifest):
 
 
 def bright_graph(folder, manifest=MANIFEST, size=(-1, -1)):
-    """A model for which a bright pixel is an anomaly: the map is the mean of the colours, the score its maximum."""
+    """A model for which a bright pixel is an anomaly: the map is the mean of the colors, the score its maximum."""
     image = ops.parameter([-1, 3, *size], np.float32, name="input")
     values = ops.reduce_mean(image, np.array([1]), keep_dims=True)
     score = ops.reduce_max(values, np.array([1, 2, 3]), keep_dims=False)

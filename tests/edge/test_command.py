@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_ot.edge import video
+from anomalib_ot.edge import sources
 from anomalib_ot.edge.command import run
 
 from .conftest import broken_frames, frame, lines, start, wait_until, without_latency
@@ -253,11 +253,11 @@ class FakeCamera:
 
 
 def test_a_camera_that_is_lost_comes_back(monkeypatch):
-    monkeypatch.setattr(video, "_opencv", lambda what: FakeCamera())
-    monkeypatch.setattr(video, "RETRY", 0.0)
+    monkeypatch.setattr(sources, "_opencv", lambda what: FakeCamera())
+    monkeypatch.setattr(sources, "RETRY", 0.0)
     stop = threading.Event()
     found = []
-    for one in video.camera_frames(0, stop):
+    for one in sources.camera_frames(0, stop):
         if one is not None:
             found.append(one)
         if len(found) == 5:

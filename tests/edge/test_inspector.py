@@ -15,8 +15,7 @@ from PIL import Image
 
 from anomalib_ot import Inspector
 from anomalib_ot.edge.drift import Drift
-from anomalib_ot.edge.frames import Frame
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import Frame, InspectError
 
 from .conftest import MANIFEST, box_graph, bright_graph, broken_frames, frame, without_latency
 
@@ -292,13 +291,13 @@ def test_a_cache_is_written_and_used(bright, tmp_path):
 
 
 def test_pictures_show_the_verdict_and_keep_labels_in_sight(tmp_path):
-    from anomalib_ot.edge.drawing import COLOURS, draw_result
+    from anomalib_ot.edge.drawing import COLORS, draw_result
 
     graph = box_graph(tmp_path, BOXES)
     with Inspector(graph, views=True, threshold=0.1) as inspector:
         found = inspector.one(frame(0, 0.9, (64, 48)))
     drawn = np.asarray(draw_result(found))
-    assert tuple(drawn[2, 2]) == COLOURS["defect"]
+    assert tuple(drawn[2, 2]) == COLORS["defect"]
     assert drawn.shape[1] == 480  # small frames are enlarged
     bare = np.asarray(found.view.picture.resize((480, 360), Image.Resampling.BILINEAR))
     changed = (drawn[46:] != bare).any(-1)
@@ -308,7 +307,7 @@ def test_pictures_show_the_verdict_and_keep_labels_in_sight(tmp_path):
 
 
 def test_a_narrow_part_leaves_room_for_the_name_of_its_file(bright):
-    from anomalib_ot.edge.drawing import BESIDE, COLOURS, draw_result
+    from anomalib_ot.edge.drawing import BESIDE, COLORS, draw_result
 
     with Inspector(bright, views=True) as inspector:
         wide, narrow = (
@@ -318,7 +317,7 @@ def test_a_narrow_part_leaves_room_for_the_name_of_its_file(bright):
     first, second = (picture[:46, -250:] for picture in (wide, narrow))
     assert narrow.shape[1] > 300  # the frame alone has 60 pixels
     assert np.array_equal(first[:, -200:], second[:, -200:])  # the end of the caption is the same
-    assert tuple(narrow[45, 0]) == COLOURS["good"]
+    assert tuple(narrow[45, 0]) == COLORS["good"]
     assert tuple(narrow[-1, 0]) == tuple(narrow[-1, -1]) == BESIDE  # the frame is in the middle
     assert narrow.shape[0] == 480 + 46
 

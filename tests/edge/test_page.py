@@ -15,8 +15,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from anomalib_ot.edge.frames import Frame
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import Frame, InspectError
 from anomalib_ot.edge.inspector import Inspector
 from anomalib_ot.edge.monitor import HISTORY, Monitor
 from anomalib_ot.edge.page import ASSETS, FRESH, MOST_OPEN, Pace, Page

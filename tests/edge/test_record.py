@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from anomalib_ot.edge.command import run
-from anomalib_ot.edge.frames import Frame
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import Frame, InspectError
 from anomalib_ot.edge.output_file import OutputFile
 from anomalib_ot.edge.record import Record
 from anomalib_ot.edge.results import Result

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_ot.edge import video, watched
+from anomalib_ot.edge import sources, watched
 from anomalib_ot.edge.command import run
-from anomalib_ot.edge.frames import Frame
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import Frame, InspectError
 from anomalib_ot.edge.inspector import Inspector
 from anomalib_ot.edge.polling import polled
 from anomalib_ot.edge.sources import open_source
@@ -223,7 +222,7 @@ class Camera:
 @pytest.fixture
 def camera(monkeypatch):
     made = Camera()
-    monkeypatch.setattr(video, "_opencv", lambda what: made)
+    monkeypatch.setattr(sources, "_opencv", lambda what: made)
     yield made
     made.trigger.put(True)
 
@@ -258,7 +257,7 @@ def test_a_camera_that_hangs_holds_up_no_end(camera):
 
 def test_a_camera_that_hangs_is_said_once_when_asked(camera):
     stop = threading.Event()
-    frames = video.camera_frames(0, stop, stalled_after=0.01)
+    frames = sources.camera_frames(0, stop, stalled_after=0.01)
     found = [one for one in (next(frames) for _ in range(8)) if one is not None]
     assert ["has given none for 0.01 s" in one.problem for one in found] == [True]
     camera.trigger.put(True)
@@ -270,7 +269,7 @@ def test_a_camera_that_hangs_is_said_once_when_asked(camera):
 def test_what_breaks_in_the_reader_is_not_lost(camera, monkeypatch):
     monkeypatch.setattr(camera, "read", lambda: 1 / 0, raising=False)
     with pytest.raises(ZeroDivisionError):
-        list(video.camera_frames(0, threading.Event()))
+        list(sources.camera_frames(0, threading.Event()))
 
 
 def test_nothing_is_waited_for_while_something_is_there():

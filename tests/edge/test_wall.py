@@ -15,8 +15,7 @@ from openvino import opset13 as ops
 from PIL import Image
 
 from anomalib_ot.edge.command import run
-from anomalib_ot.edge.frames import FrameError, read_pixels
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import FrameError, InspectError, read_pixels
 from anomalib_ot.edge.inspector import Inspector
 from anomalib_ot.edge.manifest import Manifest, read_manifest
 from anomalib_ot.edge.record import Record

@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_ot.imaging.box_drawing import CLASS_COLOURS, DARK, WHITE, Mark, class_colour, draw_marks
+from anomalib_ot.imaging.box_drawing import CLASS_COLORS, DARK, WHITE, Mark, class_color, draw_marks
 
-GREY = (128, 128, 128)
+GRAY = (128, 128, 128)
 
 
-def drawn(marks: list[Mark], size: tuple[int, int] = (400, 300), ground: tuple = GREY) -> tuple[np.ndarray, int]:
+def drawn(marks: list[Mark], size: tuple[int, int] = (400, 300), ground: tuple = GRAY) -> tuple[np.ndarray, int]:
     picture = Image.new("RGB", size, ground)
     left_out = draw_marks(picture, marks)
     return np.asarray(picture), left_out
 
 
-def count(pixels: np.ndarray, colour: tuple) -> int:
-    return int((pixels == colour).all(axis=-1).sum())
+def count(pixels: np.ndarray, color: tuple) -> int:
+    return int((pixels == color).all(axis=-1).sum())
 
 
 class TestOutlines:
@@ -24,12 +24,12 @@ class TestOutlines:
     @pytest.mark.parametrize("inverted", [False, True])
     @pytest.mark.parametrize("box", [(100, 80, 106, 86), (100, 80, 140, 120), (50, 50, 250, 200)])
     def test_the_inside_of_the_box_stays_in_view(self, box, dashed, inverted):
-        pixels, _ = drawn([Mark(box, "hole 0.90", CLASS_COLOURS[0], dashed, inverted)])
-        assert (pixels[box[1] : box[3], box[0] : box[2]] == GREY).all()
-        assert count(pixels, CLASS_COLOURS[0]) > 0
+        pixels, _ = drawn([Mark(box, "hole 0.90", CLASS_COLORS[0], dashed, inverted)])
+        assert (pixels[box[1] : box[3], box[0] : box[2]] == GRAY).all()
+        assert count(pixels, CLASS_COLORS[0]) > 0
 
-    @pytest.mark.parametrize("ground", [(0, 0, 0), (255, 255, 255), GREY])
-    @pytest.mark.parametrize("mark", [Mark((50, 50, 90, 90), "", c) for c in CLASS_COLOURS])
+    @pytest.mark.parametrize("ground", [(0, 0, 0), (255, 255, 255), GRAY])
+    @pytest.mark.parametrize("mark", [Mark((50, 50, 90, 90), "", c) for c in CLASS_COLORS])
     def test_lines_show_on_any_ground(self, mark, ground):
         pixels, _ = drawn([mark], ground=ground)
         difference = np.abs(pixels.astype(int) - ground).max(axis=-1)
@@ -43,16 +43,16 @@ class TestOutlines:
 
     def test_dashes_run_outside_the_line_of_the_same_box(self):
         box = (50, 50, 150, 150)
-        plain, _ = drawn([Mark(box, "", CLASS_COLOURS[0])])
-        both, _ = drawn([Mark(box, "", CLASS_COLOURS[0]), Mark(box, "", WHITE, dashed=True)])
-        assert count(both, CLASS_COLOURS[0]) == count(plain, CLASS_COLOURS[0])
+        plain, _ = drawn([Mark(box, "", CLASS_COLORS[0])])
+        both, _ = drawn([Mark(box, "", CLASS_COLORS[0]), Mark(box, "", WHITE, dashed=True)])
+        assert count(both, CLASS_COLORS[0]) == count(plain, CLASS_COLORS[0])
         assert count(both, WHITE) > 200
 
     @pytest.mark.parametrize(
         "box", [(0, 0, 400, 300), (-5, -5, 3, 3), (399, 299, 400, 300), (10.2, 10.7, 10.4, 10.9), (500, 500, 510, 510)]
     )
     def test_at_and_beyond_the_border(self, box):
-        pixels, left_out = drawn([Mark(box, "hole 0.90", CLASS_COLOURS[0])])
+        pixels, left_out = drawn([Mark(box, "hole 0.90", CLASS_COLORS[0])])
         assert pixels.shape == (300, 400, 3)
         assert left_out in (0, 1)
 
@@ -60,27 +60,27 @@ class TestOutlines:
 class TestPlates:
     def test_they_cover_no_box_and_each_other(self):
         boxes = [(x, y, x + 24, y + 24) for x in range(40, 760, 120) for y in range(40, 560, 60)]
-        marks = [Mark(box, f"spot 0.{i:02d}", CLASS_COLOURS[i % 7]) for i, box in enumerate(boxes)]
+        marks = [Mark(box, f"spot 0.{i:02d}", CLASS_COLORS[i % 7]) for i, box in enumerate(boxes)]
         pixels, left_out = drawn(marks, size=(800, 600))
         assert left_out == 0
         for x1, y1, x2, y2 in boxes:
-            assert (pixels[y1:y2, x1:x2] == GREY).all()
+            assert (pixels[y1:y2, x1:x2] == GRAY).all()
         alone = [
-            drawn([Mark(box, mark.text, mark.colour)], size=(800, 600))[0]
+            drawn([Mark(box, mark.text, mark.color)], size=(800, 600))[0]
             for box, mark in zip(boxes, marks, strict=True)
         ]
-        for colour in CLASS_COLOURS:  # nothing of a plate is hidden by another one
-            expected = sum(count(one, colour) for one, mark in zip(alone, marks, strict=True) if mark.colour == colour)
-            assert count(pixels, colour) == pytest.approx(expected, rel=0.02)
+        for color in CLASS_COLORS:  # nothing of a plate is hidden by another one
+            expected = sum(count(one, color) for one, mark in zip(alone, marks, strict=True) if mark.color == color)
+            assert count(pixels, color) == pytest.approx(expected, rel=0.02)
 
     def test_a_box_at_the_top_has_its_plate_below_or_beside(self):
-        pixels, left_out = drawn([Mark((100, 2, 140, 30), "hole 0.90", CLASS_COLOURS[3])])
+        pixels, left_out = drawn([Mark((100, 2, 140, 30), "hole 0.90", CLASS_COLORS[3])])
         assert left_out == 0
-        assert count(pixels[34:], CLASS_COLOURS[3]) > 500
+        assert count(pixels[34:], CLASS_COLORS[3]) > 500
 
     def test_a_large_box_may_hold_plates_of_small_ones(self):
-        around = Mark((2, 2, 398, 298), "", CLASS_COLOURS[1])
-        inner = [Mark((x, 150, x + 10, 160), "hole 0.90", CLASS_COLOURS[0]) for x in (60, 200, 340)]
+        around = Mark((2, 2, 398, 298), "", CLASS_COLORS[1])
+        inner = [Mark((x, 150, x + 10, 160), "hole 0.90", CLASS_COLORS[0]) for x in (60, 200, 340)]
         assert drawn([around, *inner])[1] == 0
 
     def test_what_finds_no_room_is_counted(self):
@@ -88,33 +88,33 @@ class TestPlates:
         assert drawn(marks, size=(100, 100))[1] == 100
 
     def test_a_needed_plate_is_drawn_anyhow(self):
-        marks = [Mark((x, y, x + 9, y + 9), "", GREY) for x in range(0, 100, 10) for y in range(0, 100, 10)]
-        frame = Mark((20, 20, 60, 60), "A", CLASS_COLOURS[2], needed=True)
+        marks = [Mark((x, y, x + 9, y + 9), "", GRAY) for x in range(0, 100, 10) for y in range(0, 100, 10)]
+        frame = Mark((20, 20, 60, 60), "A", CLASS_COLORS[2], needed=True)
         assert drawn([frame, *marks], size=(100, 100))[1] == 0
         assert drawn([frame._replace(needed=False), *marks], size=(100, 100))[1] == 1
 
     def test_a_plate_far_from_its_box_is_tied_to_it(self):
-        wall = [Mark((100 + dx, 100 + dy, 140 + dx, 140 + dy), "", GREY) for dx in (-48, 0, 48) for dy in (-48, 0, 48)]
-        own = Mark((100, 100, 140, 140), "hole", CLASS_COLOURS[3])
+        wall = [Mark((100 + dx, 100 + dy, 140 + dx, 140 + dy), "", GRAY) for dx in (-48, 0, 48) for dy in (-48, 0, 48)]
+        own = Mark((100, 100, 140, 140), "hole", CLASS_COLORS[3])
         pixels, left_out = drawn([own, *wall])
         assert left_out == 0
-        rows, columns = np.nonzero((pixels == CLASS_COLOURS[3]).all(axis=-1))
+        rows, columns = np.nonzero((pixels == CLASS_COLORS[3]).all(axis=-1))
         reach = set(np.maximum(np.abs(columns - 120), np.abs(rows - 120)).tolist())
         assert max(reach) > 75  # beyond the wall
         assert len(set(range(21, max(reach))) - reach) <= 3  # but for dark rims there is no gap between box and plate
 
     def test_the_first_mark_is_on_top(self):
         box = (50, 50, 90, 90)
-        pixels, _ = drawn([Mark(box, "", CLASS_COLOURS[0]), Mark(box, "", CLASS_COLOURS[1])])
-        assert count(pixels, CLASS_COLOURS[1]) == 0
+        pixels, _ = drawn([Mark(box, "", CLASS_COLORS[0]), Mark(box, "", CLASS_COLORS[1])])
+        assert count(pixels, CLASS_COLORS[1]) == 0
 
 
-class TestClassColour:
+class TestClassColor:
     def test_fourteen_classes_differ(self):
-        assert len({class_colour(label) for label in range(14)}) == 14
-        assert class_colour(14) == class_colour(0)
+        assert len({class_color(label) for label in range(14)}) == 14
+        assert class_color(14) == class_color(0)
 
     def test_inverted_plates_are_dark(self):
-        plain, _ = drawn([Mark((100, 100, 150, 150), "hole 0.90", CLASS_COLOURS[0])])
-        inverted, _ = drawn([Mark((100, 100, 150, 150), "hole 0.90", CLASS_COLOURS[0], inverted=True)])
+        plain, _ = drawn([Mark((100, 100, 150, 150), "hole 0.90", CLASS_COLORS[0])])
+        inverted, _ = drawn([Mark((100, 100, 150, 150), "hole 0.90", CLASS_COLORS[0], inverted=True)])
         assert count(inverted, DARK) > count(plain, DARK) + 500

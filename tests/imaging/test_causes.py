@@ -70,7 +70,7 @@ def test_only_local_maxima_strongest_first_at_most_so_many():
     for i in range(12):
         row, column = 2 * i, 0
         strengths[row, column] = 0.5 + 0.03 * i
-        matched[:, row, column] = [row / 23, (1.0, 0.6)[i % 2]]  # neighbours are not one thing
+        matched[:, row, column] = [row / 23, (1.0, 0.6)[i % 2]]  # neighbors are not one thing
     strengths[22, 1] = 0.7  # beside a stronger one
     matched[:, 22, 1] = [0.0, 1.0]
     found = arrows(spots(h, w, strengths), matched, spacing=2.0)
@@ -150,7 +150,7 @@ def test_shares_in_the_top_percent_without_a_mask():
 
 
 def test_what_normal_surroundings_have_too_is_no_cause():
-    # A normalised map: normal cloth lies near .4 by its looks; a motif in the wrong place adds .2 for its place.
+    # A normalized map: normal cloth lies near .4 by its looks; a motif in the wrong place adds .2 for its place.
     feature_map, position_map = np.full((20, 20), 0.4), np.zeros((20, 20))
     mask = np.zeros((20, 20), bool)
     mask[5:10, 5:10] = True

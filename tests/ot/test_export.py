@@ -24,7 +24,7 @@ class Grouping(nn.Module):
         columns = torch.ones_like(b, dtype=torch.bool)
         rho_b = torch.tensor([math.inf, math.inf, 1.0, 0.1, 0.0])
         transport = sinkhorn(cost, None, b, epsilon=0.05, rho_b=rho_b, mask=(valid, columns), num_iters=10)
-        return transport.plan, transport.barycentres(x)
+        return transport.plan, transport.barycenters(x)
 
 
 def inputs(batch, n):
@@ -44,10 +44,10 @@ def test_openvino_gives_what_torch_gives(tmp_path):
     for batch, n in ((2, 9), (1, 9), (3, 25)):
         x, valid = inputs(batch, n)
         with torch.no_grad():
-            plan, barycentres = model(x, valid)
+            plan, barycenters = model(x, valid)
         exported = compiled((x.numpy(), valid.numpy()))
         assert (torch.from_numpy(exported[0]) - plan).abs().sum((-2, -1)).max() < 1e-5
-        torch.testing.assert_close(torch.from_numpy(exported[1]), barycentres, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(exported[1]), barycenters, rtol=1e-4, atol=1e-4)
         assert (exported[0][~valid.numpy()] == 0).all()
 
 

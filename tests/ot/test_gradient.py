@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from anomalib_ot.ot import normalise, sinkhorn
+from anomalib_ot.ot import normalize, sinkhorn
 
 TIGHT = {"tolerance": 1e-13, "max_iters": 20000}
 RHOS = [(math.inf, math.inf), (0.3, 0.5), (math.inf, 0.3), (math.inf, torch.tensor([math.inf, math.inf, 0.2, 0.0]))]
@@ -22,7 +22,7 @@ def answers(cost, a, b, rho, **settings):
     transport = sinkhorn(cost, a, b, epsilon=0.1, rho_a=rho[0], rho_b=rho[1], **settings)
     points = torch.linspace(0, 1, 10, dtype=torch.float64).reshape(5, 2).sin()
     both = transport.f.unsqueeze(-1) + transport.g.unsqueeze(-2)
-    return transport.plan, transport.value, transport.barycentres(points), both
+    return transport.plan, transport.value, transport.barycenters(points), both
 
 
 @pytest.mark.parametrize("gradient", ["implicit", "unrolled"])
@@ -43,7 +43,7 @@ def test_gradcheck(rho, gradient):
 
 def test_implicit_and_unrolled_agree_where_it_has_converged():
     cost, a, b = problem(batch=3, n=30, m=20)
-    a, b = normalise(a), normalise(b)
+    a, b = normalize(a), normalize(b)
     weights = torch.rand_like(cost)
     grads = []
     for gradient in ("implicit", "unrolled"):
@@ -80,10 +80,10 @@ def test_zero_masses_forbidden_and_masked_pairs_have_finite_gradients(epsilon, r
     mask[1, :, 3] = False
     leaves = [tensor.requires_grad_() for tensor in (cost, a, b)]
     b = b * torch.tensor([[True] * 4, [True] * 3 + [False]])
-    transport = sinkhorn(cost, normalise(a), normalise(b), epsilon=epsilon, rho=rho, mask=mask, **settings)
+    transport = sinkhorn(cost, normalize(a), normalize(b), epsilon=epsilon, rho=rho, mask=mask, **settings)
     loss = (
         transport.value.sum()
-        + transport.barycentres(torch.rand(2, 5, 3)).sum()
+        + transport.barycenters(torch.rand(2, 5, 3)).sum()
         + transport.f.sum()
         + transport.plan.square().sum()
     )
@@ -99,7 +99,7 @@ def test_an_item_s_gradient_does_not_depend_on_its_batch_mates():
     cost = cost * torch.tensor([1.0, 20.0, 0.1], dtype=torch.float64).view(3, 1, 1)
     weights = torch.rand_like(cost)
     together = cost.clone().requires_grad_()
-    a, b = normalise(a), normalise(b)
+    a, b = normalize(a), normalize(b)
     (sinkhorn(together, a, b, epsilon=0.1).plan * weights).sum().backward()
     for item in range(3):
         alone = cost[item].clone().requires_grad_()

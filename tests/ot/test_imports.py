@@ -20,7 +20,7 @@ def test_public_names_change_only_on_purpose():
         "cosine_cost",
         "euclidean_cost",
         "fused_cost",
-        "normalise",
+        "normalize",
         "position_cost",
         "sinkhorn",
         "sparse_sinkhorn",

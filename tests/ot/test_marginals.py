@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from anomalib_ot.ot import append_slack, normalise, sinkhorn, uniform
+from anomalib_ot.ot import append_slack, normalize, sinkhorn, uniform
 
 
 def test_uniform_over_what_is_there():
@@ -12,9 +12,9 @@ def test_uniform_over_what_is_there():
     assert uniform((2, 3), dtype=torch.float64).sum(-1).tolist() == [1.0, 1.0]
 
 
-def test_normalise_keeps_proportions_and_empty_items():
+def test_normalize_keeps_proportions_and_empty_items():
     mass = torch.tensor([[1.0, 3.0], [0.0, 0.0]], requires_grad=True)
-    result = normalise(mass)
+    result = normalize(mass)
     torch.testing.assert_close(result, torch.tensor([[0.25, 0.75], [0.0, 0.0]]))
     result[:, 0].sum().backward()
     assert torch.isfinite(mass.grad).all()

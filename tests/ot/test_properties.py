@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_ot.ot import normalise, sinkhorn
+from anomalib_ot.ot import normalize, sinkhorn
 
 
 @st.composite
@@ -32,7 +32,7 @@ def problems(draw):
     else:
         a[:, 0], b[:, 0] = 1, 1
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    return cost.to(dtype), normalise(a).to(dtype), normalise(b).to(dtype), 10 ** draw(st.floats(-4, 1))
+    return cost.to(dtype), normalize(a).to(dtype), normalize(b).to(dtype), 10 ** draw(st.floats(-4, 1))
 
 
 relaxations = st.sampled_from([math.inf, math.inf, 0.0, 1e-3, 1.0, 1e3])
@@ -65,7 +65,7 @@ def test_any_problem(problem, rho_a, rho_b, form):
 @given(problems(), relaxations)
 def test_the_fast_form_follows_the_log_form(problem, rho):
     cost, a, b, epsilon = problem
-    cost, a, b = cost.double().requires_grad_(), normalise(a.double()), normalise(b.double())
+    cost, a, b = cost.double().requires_grad_(), normalize(a.double()), normalize(b.double())
     fast = sinkhorn(cost, a, b, epsilon=epsilon, rho=rho, num_iters=12)
     in_log_domain = sinkhorn(cost, a, b, epsilon=epsilon, rho=rho, num_iters=12, gradient="unrolled")
     unit = max(1.0, cost[torch.isfinite(cost)].max().item() / epsilon)
@@ -77,7 +77,7 @@ def test_the_fast_form_follows_the_log_form(problem, rho):
 @given(problems(), relaxations)
 def test_acceleration_goes_where_plain_iterations_go(problem, rho):
     cost, a, b, epsilon = problem
-    cost, a, b = cost.double(), normalise(a.double()), normalise(b.double())
+    cost, a, b = cost.double(), normalize(a.double()), normalize(b.double())
     fast = sinkhorn(cost, a, b, epsilon=epsilon, rho=rho, tolerance=1e-9, max_iters=3000)
     plain = sinkhorn(cost, a, b, epsilon=epsilon, rho=rho, num_iters=3000)
     both = fast.reached_tolerance & (plain.marginal_error <= 1e-9)

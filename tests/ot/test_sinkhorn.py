@@ -6,7 +6,7 @@ import ot as pot
 import pytest
 import torch
 
-from anomalib_ot.ot import normalise, sinkhorn, squared_euclidean_cost, uniform
+from anomalib_ot.ot import normalize, sinkhorn, squared_euclidean_cost, uniform
 
 FORMS = ("checked", "unrolled", "fixed")
 
@@ -18,7 +18,7 @@ def problem(n=12, m=9, batch=None, seed=0, dtype=torch.float64, scale=1.0):
     cost = scale * torch.rand(*shape, n, m, generator=generator, dtype=torch.float64)
     a, b = (torch.rand(*shape, size, generator=generator, dtype=torch.float64) + 0.1 for size in (n, m))
     a[..., 1], b[..., 2] = 0, 0
-    return cost.to(dtype), normalise(a).to(dtype), normalise(b).to(dtype)
+    return cost.to(dtype), normalize(a).to(dtype), normalize(b).to(dtype)
 
 
 def tight(cost, a=None, b=None, *, form="checked", **settings):
@@ -72,7 +72,7 @@ def test_a_cheap_permutation_is_found():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_one_target_takes_everything(form):
-    a = normalise(torch.arange(5, dtype=torch.float64))
+    a = normalize(torch.arange(5, dtype=torch.float64))
     transport = tight(torch.rand(5, 1, dtype=torch.float64), a, epsilon=0.1, form=form)
     torch.testing.assert_close(transport.plan.detach(), a.unsqueeze(-1))
 
@@ -88,7 +88,7 @@ def test_relaxed_mass_of_one_pair_has_a_closed_form():
     cost, rho, epsilon = 0.7, 0.4, 0.1
     one = torch.ones(1, dtype=torch.float64)
     transport = tight(torch.full((1, 1), cost, dtype=torch.float64), 2 * one, 3 * one, epsilon=epsilon, rho=rho)
-    # p minimises cost p + epsilon KL(p|6) + rho KL(p|2) + rho KL(p|3)
+    # p minimizes cost p + epsilon KL(p|6) + rho KL(p|2) + rho KL(p|3)
     log_p = (epsilon * math.log(6) + rho * math.log(6) - cost) / (epsilon + 2 * rho)
     torch.testing.assert_close(transport.plan.item(), math.exp(log_p), rtol=1e-9, atol=0)
 
@@ -240,9 +240,9 @@ def test_a_warm_start_arrives_at_the_same_place_sooner():
 
 def test_clustered_points_converge():
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(4, 8, generator=generator)
-    x = centres.repeat(25, 1) + 1e-3 * torch.randn(100, 8, generator=generator)
-    y = centres.repeat(8, 1) + 1e-3 * torch.randn(32, 8, generator=generator)
+    centers = torch.randn(4, 8, generator=generator)
+    x = centers.repeat(25, 1) + 1e-3 * torch.randn(100, 8, generator=generator)
+    y = centers.repeat(8, 1) + 1e-3 * torch.randn(32, 8, generator=generator)
     cost = squared_euclidean_cost(x, y)
     for epsilon in (0.03, 0.1, 1.0):
         transport = sinkhorn(cost / cost.max(), epsilon=epsilon)
@@ -305,23 +305,23 @@ def test_half_inputs_and_autocast_still_give_full_precision(dtype, settings):
         assert transport.plan.dtype == torch.float32
         torch.testing.assert_close(transport.plan, expected.plan, rtol=0, atol=0)
         torch.testing.assert_close(transport.value, expected.value, rtol=0, atol=0)
-        torch.testing.assert_close(transport.barycentres(points), expected.barycentres(points.float()), rtol=0, atol=0)
+        torch.testing.assert_close(transport.barycenters(points), expected.barycenters(points.float()), rtol=0, atol=0)
 
 
-def test_barycentres_are_weighted_means():
+def test_barycenters_are_weighted_means():
     cost, a, b = problem(batch=3)
     transport = sinkhorn(cost, a, b, epsilon=0.05)
     x = torch.rand(3, 12, 4, dtype=torch.float64)
     expected = torch.einsum("bnm,bnd->bmd", transport.plan, x) / transport.plan.sum(1).unsqueeze(-1)
     there = b > 0
-    torch.testing.assert_close(transport.barycentres(x)[there], expected[there])
-    assert (transport.barycentres(x)[~there] == 0).all()
+    torch.testing.assert_close(transport.barycenters(x)[there], expected[there])
+    assert (transport.barycenters(x)[~there] == 0).all()
     old = torch.rand(9, 4, dtype=torch.float64)
-    torch.testing.assert_close(transport.barycentres(x, default=old)[:, 2], old[2].expand(3, 4))
-    shared = transport.barycentres(x[0])
-    torch.testing.assert_close(shared[0], transport.barycentres(x)[0])
+    torch.testing.assert_close(transport.barycenters(x, default=old)[:, 2], old[2].expand(3, 4))
+    shared = transport.barycenters(x[0])
+    torch.testing.assert_close(shared[0], transport.barycenters(x)[0])
     with pytest.raises(ValueError, match="a point for each of 12 sources"):
-        transport.barycentres(x[:, :5])
+        transport.barycenters(x[:, :5])
 
 
 @pytest.mark.parametrize("seed", [1, 4, 10, 15])

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from anomalib_ot.ot import Support, normalise, sinkhorn, sparse_sinkhorn, squared_euclidean_cost
+from anomalib_ot.ot import Support, normalize, sinkhorn, sparse_sinkhorn, squared_euclidean_cost
 
 
 def problem(n=40, m=25, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x, y = (torch.rand(size, 2, generator=generator, dtype=dtype) for size in (n, m))
-    a, b = (normalise(0.2 + torch.rand(size, generator=generator, dtype=dtype)) for size in (n, m))
+    a, b = (normalize(0.2 + torch.rand(size, generator=generator, dtype=dtype)) for size in (n, m))
     return squared_euclidean_cost(x, y), a, b
 
 
@@ -38,7 +38,7 @@ def test_all_pairs_give_the_dense_answer(epsilon, rho):
     torch.testing.assert_close(sparse.plan.to_dense(), dense.plan, rtol=0, atol=1e-9)
     torch.testing.assert_close(sparse.value, dense.value, rtol=1e-7, atol=0)
     x = torch.rand(len(a), 3, dtype=torch.float64)
-    torch.testing.assert_close(sparse.barycentres(x), dense.barycentres(x), rtol=0, atol=1e-7)
+    torch.testing.assert_close(sparse.barycenters(x), dense.barycenters(x), rtol=0, atol=1e-7)
     torch.testing.assert_close(sparse.f - sparse.f[0], dense.f - dense.f[0], rtol=0, atol=1e-6)
 
 
@@ -85,7 +85,7 @@ def test_a_warm_start_arrives_at_once():
 def test_points_without_mass_take_no_part():
     cost, a, b = problem()
     a[3], b[5] = 0, 0
-    a, b = normalise(a), normalise(b)
+    a, b = normalize(a), normalize(b)
     sparse = sparse_sinkhorn(support_of(cost, torch.ones_like(cost, dtype=torch.bool)), a, b, epsilon=0.05)
     plan = sparse.plan.to_dense()
     assert plan[3].sum() == 0
@@ -164,7 +164,7 @@ def pairs(rows=(0, 1), columns=(0, 1), cost=(1.0, 1.0), shape=(2, 2)):
         (lambda: sparse_sinkhorn(pairs(), epsilon=1.0, rho=-1.0), "rho_a is -1"),
         (lambda: sparse_sinkhorn(pairs(), epsilon=1.0, init=torch.zeros(3)), r"expected \(2,\)"),
         (
-            lambda: sparse_sinkhorn(pairs(), epsilon=1.0).barycentres(torch.zeros(3, 1)),
+            lambda: sparse_sinkhorn(pairs(), epsilon=1.0).barycenters(torch.zeros(3, 1)),
             r"x is \(3, 1\); expected \(N, D\)",
         ),
     ],

@@ -32,9 +32,9 @@ def make_scenes():
         cell = 1000 / side
         rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
         places = torch.stack([columns, rows], -1).reshape(-1, 2)[:objects]
-        centre = (places + 0.5 + 0.1 * (torch.rand(count, objects, 2, generator=generator) - 0.5)) * cell
+        center = (places + 0.5 + 0.1 * (torch.rand(count, objects, 2, generator=generator) - 0.5)) * cell
         size = cell * (0.4 + 0.3 * torch.rand(count, objects, 2, generator=generator))
-        truth = torch.cat([centre - size / 2, centre + size / 2], -1)
+        truth = torch.cat([center - size / 2, center + size / 2], -1)
         truth_labels = torch.randint(2, (count, objects), generator=generator)
 
         near = truth.repeat_interleave(duplicates, 1)

@@ -9,8 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
-from anomalib_ot.postprocess.duplicate_losses import duplicate_losses
-from anomalib_ot.postprocess.duplicate_targets import duplicate_targets, match_regions
+from anomalib_ot.postprocess.nms_losses import duplicate_losses, duplicate_targets, match_regions
 
 IMAGE_SIZE = (100, 200)
 SCALE = torch.tensor([200.0, 100, 200, 100])
@@ -298,7 +297,7 @@ def test_training_leaves_one_output_per_object(warm_steps):
     boxes, scores, objects, labels = scene(3, members=6)
     boxes = boxes.requires_grad_()
     logits = scores.logit().requires_grad_()
-    optimiser = torch.optim.Adam([{"params": [logits], "lr": 0.05}, {"params": [boxes], "lr": 0.1}])
+    optimizer = torch.optim.Adam([{"params": [logits], "lr": 0.05}, {"params": [boxes], "lr": 0.1}])
     history, outputs = [], []
     for step in range(150):
         found = found_in(boxes, logits.sigmoid(), regions=8)
@@ -306,10 +305,10 @@ def test_training_leaves_one_output_per_object(warm_steps):
         outputs.append(int(((found.gate > 0.1) & (found.scores > 0.25)).sum()))
         loss = sum(losses.values())
         history.append(loss.item())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([logits, boxes], 1.0)
-        optimiser.step()
+        optimizer.step()
     assert history[-1] < 0.3 * history[0]
     assert outputs[0] > 9
     assert outputs[-1] == 6  # two objects in each of three images

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anomalib_ot.postprocess.entropy_weights import entropy_weights
+from anomalib_ot.postprocess.mask_refinement import entropy_weights
 
 
 def qualities(*shape: int, seed: int = 0) -> Tensor:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_ot.postprocess.box_masks import box_masks
-from anomalib_ot.postprocess.entropy_weights import entropy_weights
-from anomalib_ot.postprocess.mask_refinement import refine_regions, total_variation, weigh_regions
+from anomalib_ot.postprocess.mask_refinement import entropy_weights, refine_regions, total_variation, weigh_regions
 from anomalib_ot.vision.boxes import pairwise_iou
 
 SIZE = 96

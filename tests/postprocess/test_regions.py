@@ -21,10 +21,10 @@ def boxes_of(anomaly_map, **settings):
     return find_regions(anomaly_map, RegionSettings(**settings)).of_image(0)[0].tolist()
 
 
-def bump(centre, sigma, peak, size=(64, 96)):
-    """A Gaussian (H, W) around `centre` (x, y)."""
+def bump(center, sigma, peak, size=(64, 96)):
+    """A Gaussian (H, W) around `center` (x, y)."""
     y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
-    return peak * torch.exp(-((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / (2 * sigma**2))
+    return peak * torch.exp(-((x - center[0]) ** 2 + (y - center[1]) ** 2) / (2 * sigma**2))
 
 
 def random_maps(count, seed=0):

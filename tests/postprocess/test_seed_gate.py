@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from anomalib_ot.postprocess import SinkhornNMSSettings
-from anomalib_ot.postprocess.seed_gate import outranking, seed_gate
+from anomalib_ot.postprocess.nms import outranking, seed_gate
 
 SHARP = SinkhornNMSSettings(overlap_softness=1e-4, order_softness=1e-5)
 
@@ -33,7 +33,7 @@ def test_the_better_one_outranks_what_it_overlaps():
 
 
 def test_what_is_dropped_drops_nothing():
-    # Each overlaps its neighbours only: greedy suppression keeps every other one.
+    # Each overlaps its neighbors only: greedy suppression keeps every other one.
     boxes, scores = row(0.0, 3.0, 6.0, 9.0, 12.0), [0.9, 0.8, 0.7, 0.6, 0.5]
     assert gate_of(boxes, scores).round().tolist() == [1, 0, 1, 0, 1]
 

@@ -8,9 +8,8 @@ import torch
 from torchvision.ops import batched_nms
 
 from anomalib_ot.postprocess import SinkhornNMSSettings, sinkhorn_nms, sinkhorn_regions
+from anomalib_ot.postprocess.nms import _grow, _transport, region_cost
 from anomalib_ot.postprocess.proposals import check_proposals
-from anomalib_ot.postprocess.region_cost import region_cost
-from anomalib_ot.postprocess.sinkhorn_nms import _grow, _transport
 
 MERGE = SinkhornNMSSettings(decode="merge", max_regions=12)
 
@@ -63,7 +62,7 @@ def test_plan_is_that_of_the_written_iterations(make_scenes):
     regions = of_settings(double(scenes), settings, features)
     found = check_proposals(*double(scenes), features, None)
     seeds = _grow(found, settings)
-    assert seeds.openness.min() > 1 - 1e-6
+    assert seeds.gate_value.min() > 1 - 1e-6
     cost = region_cost(*found[:4], seeds.index, settings)
     for image in range(3):
         expected = specified_plan(cost[image], 1 + seeds.outranked[image], settings)
@@ -75,12 +74,12 @@ def test_without_hold_rows_are_softmaxes_and_with_full_hold_regions_have_their_s
     settings = replace(MERGE, max_regions=4)
     found = check_proposals(*double(scenes), None, None)
     seeds = _grow(found, settings)
-    logits = -region_cost(*found[:4], seeds.index, settings) / settings.epsilon + seeds.openness.log().unsqueeze(1)
+    logits = -region_cost(*found[:4], seeds.index, settings) / settings.epsilon + seeds.gate_value.log().unsqueeze(1)
     logits = torch.cat([logits, torch.full_like(logits[..., :1], -settings.slack_cost / settings.epsilon)], -1)
     free = of_settings(double(scenes), replace(settings, rho=0.0))
     torch.testing.assert_close(free.plan, logits.softmax(-1)[..., :-1])
     held = of_settings(double(scenes), replace(settings, rho=math.inf, num_iters=300))
-    torch.testing.assert_close(held.plan.sum(1), seeds.openness * (1 + seeds.outranked), rtol=1e-3, atol=0)
+    torch.testing.assert_close(held.plan.sum(1), seeds.gate_value * (1 + seeds.outranked), rtol=1e-3, atol=0)
 
 
 # Property 2
@@ -323,10 +322,3 @@ def test_fragments_of_a_long_defect_go_with_the_inner_overlap():
     scores, labels = torch.tensor([[0.9, 0.8]]), torch.zeros(1, 2, dtype=torch.long)
     assert sinkhorn_nms(boxes, scores, labels).valid.sum() == 2
     assert sinkhorn_nms(boxes, scores, labels, inner_weight=0.9).valid.sum() == 1
-
-
-def test_regions_average_whatever_their_members_have(make_scenes):
-    scenes = make_scenes(2)
-    regions = of_settings(scenes.proposals, MERGE)
-    torch.testing.assert_close(regions.aggregate(scenes.boxes), regions.boxes)
-    assert regions.aggregate(torch.rand(2, scenes.scores.shape[1], 5, 7)).shape == (2, 12, 5, 7)

@@ -75,7 +75,7 @@ def test_the_fault_is_where_the_mask_says(defect):
         assert 0.002 < inside.mean() < 0.2
         assert change[inside].mean() > 7
         assert change[inside].mean() > 3 * change[~inside].mean()
-        far = ndimage.distance_transform_edt(~inside) > 36  # the neighbours of a yarn give way, some three yarns far
+        far = ndimage.distance_transform_edt(~inside) > 36  # the neighbors of a yarn give way, some three yarns far
         assert far.any()
         assert not change[far].any()
 
@@ -110,7 +110,7 @@ def test_local_faults_leave_the_motif_free(defect, size):
         assert not sample.mask[motif_disc(seed, size, 0.1 * min(size) + 0.5)].any()
 
 
-def centres(boxes):
+def centers(boxes):
     return (boxes[:, :2] + boxes[:, 2:]) / 2
 
 
@@ -120,10 +120,10 @@ def test_motif_faults_mark_the_right_place_and_the_wrong_one(size):
         right = np.array(FabricStyle.of(seed).motif_place) * size[::-1]
         missing = render_fabric(seed, 9, "missing_motif", size=size)
         assert len(missing.boxes) == 1
-        assert np.linalg.norm(centres(missing.boxes) - right, axis=1).max() <= 2.5
+        assert np.linalg.norm(centers(missing.boxes) - right, axis=1).max() <= 2.5
         misplaced = render_fabric(seed, 9, "misplaced_motif", size=size)
         assert len(misplaced.boxes) == 2
-        distance = np.sort(np.linalg.norm(centres(misplaced.boxes) - right, axis=1))
+        distance = np.sort(np.linalg.norm(centers(misplaced.boxes) - right, axis=1))
         assert distance[0] <= 2.5
         assert distance[1] >= 0.25 * min(size)
         # The print left its place: there the two images agree, and the mask holds the whole motif twice.

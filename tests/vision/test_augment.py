@@ -114,14 +114,14 @@ def test_focus_shows_a_box_and_no_focus_any_place():
     assert sum(len(BoxSafeCrop((32, 32), focus=0.0)(far)["boxes"]) for _ in range(30)) <= 3
 
 
-def test_a_defect_longer_than_the_window_stays_labelled():
+def test_a_defect_longer_than_the_window_stays_labeled():
     torch.manual_seed(0)
     for _ in range(20):
         out = BoxSafeCrop((32, 32), focus=1.0)(scene([[0, 60, 400, 64]], (120, 400)))
         assert (out["boxes"][0, 2:] - out["boxes"][0, :2]).tolist() == [32, 4]
 
 
-def test_padding_has_the_mean_colour_and_the_image_lies_anywhere():
+def test_padding_has_the_mean_color_and_the_image_lies_anywhere():
     torch.manual_seed(0)
     image = tv_tensors.Image(torch.tensor([0.2, 0.4, 0.6])[:, None, None].expand(3, 4, 6).clone())
     image[:, 0] += 0.1

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from anomalib_ot.vision.average_precision import (
+from anomalib_ot.vision.metrics import (
     EvaluatedBoxes,
     average_precision,
     box_hits,

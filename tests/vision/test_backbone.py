@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from anomalib_ot.vision.backbone import known_layers, load_weights, normalisation, read_weights
+from anomalib_ot.vision.backbone import known_layers, load_weights, normalization, read_weights
 
 WEIGHTS = Path(os.environ.get("ANOMALIB_OT_WEIGHTS", Path(__file__).parents[3] / "shared" / "weights"))
 
@@ -221,10 +221,10 @@ def test_backbones_without_usable_maps_are_refused(backbone):
         known_layers(backbone)
 
 
-def test_normalisation_is_the_models_own():
-    assert normalisation("resnet18")[0] == pytest.approx((0.485, 0.456, 0.406))
-    assert normalisation("vit_tiny_patch16_224") == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    assert normalisation("filter_bank")[1] == pytest.approx((0.229, 0.224, 0.225))
+def test_normalization_is_the_models_own():
+    assert normalization("resnet18")[0] == pytest.approx((0.485, 0.456, 0.406))
+    assert normalization("vit_tiny_patch16_224") == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert normalization("filter_bank")[1] == pytest.approx((0.229, 0.224, 0.225))
 
 
 @pytest.mark.parametrize(

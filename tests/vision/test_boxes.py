@@ -10,7 +10,7 @@ from anomalib_ot.vision.boxes import (
     encode_ltrb,
     grid_points,
     inside_boxes,
-    near_centres,
+    near_centers,
     pairwise_giou,
     pairwise_iou,
 )
@@ -68,12 +68,12 @@ def test_inside_is_strict():
     assert inside_boxes(points, torch.tensor([[0.0, 0, 10, 10]])).tolist() == [[True, False, True, False]]
 
 
-def test_near_centre_depends_on_the_stride():
+def test_near_center_depends_on_the_stride():
     points, strides = torch.tensor([[50.0, 50], [62, 50], [62, 50]]), torch.tensor([4.0, 4.0, 8.0])
     box = torch.tensor([[0.0, 0, 100, 100]])
-    assert near_centres(points, strides, box, 2.0, clipped=False).tolist() == [[True, False, True]]
+    assert near_centers(points, strides, box, 2.0, clipped=False).tolist() == [[True, False, True]]
     small = torch.tensor([[48.0, 48, 52, 52]])
-    assert near_centres(points, strides, small, 2.0, clipped=True).tolist() == [[True, False, False]]
+    assert near_centers(points, strides, small, 2.0, clipped=True).tolist() == [[True, False, False]]
 
 
 def test_clip():

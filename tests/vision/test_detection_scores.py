@@ -5,12 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from anomalib_ot.vision.average_precision import EvaluatedBoxes
 from anomalib_ot.vision.metrics import (
+    EvaluatedBoxes,
     class_results,
     false_positives_per_good_image,
-    recall_at_false_positives,
-    tianchi_figures,
+    tianchi_values,
 )
 
 # Image 0: a truth, found. Image 1: a truth of another class, overlapped by .4. Image 2: good, with a false box.
@@ -24,19 +23,19 @@ NO_TRUTHS = DATA._replace(gt_boxes=np.zeros((0, 4)), gt_labels=np.zeros(0, int),
 NO_BOXES = DATA.predicted(np.zeros(3, bool))
 
 
-class TestTianchiFigures:
+class TestTianchiValues:
     def test_everything_handed_in(self):
         # ACC 3/4. Class 0: AP 1 at each IoU. Class 1: rank 1 false, rank 2 right at .1 and .3: AP 1/2, 1/2, 0.
         means = [(1 + 1 / 2) / 2, (1 + 1 / 2) / 2, (1 + 0) / 2]
         expected = (0.2 * 3 / 4 + 0.8 * sum(means) / 3, 3 / 4, sum(means) / 3)
-        assert tianchi_figures(DATA, 0.1) == pytest.approx(expected)
+        assert tianchi_values(DATA, 0.1) == pytest.approx(expected)
 
     def test_images_called_good_are_not_handed_in(self):
         # Image 1 is now called good: its box is gone, the false one stays: ACC 2/4, class 1 has AP 0.
-        assert tianchi_figures(DATA, 0.55) == pytest.approx((0.2 * 2 / 4 + 0.8 * 1 / 2, 2 / 4, 1 / 2))
+        assert tianchi_values(DATA, 0.55) == pytest.approx((0.2 * 2 / 4 + 0.8 * 1 / 2, 2 / 4, 1 / 2))
 
     def test_the_threshold_is_exclusive(self):
-        assert tianchi_figures(DATA, 0.5) == tianchi_figures(DATA, 0.55)
+        assert tianchi_values(DATA, 0.5) == tianchi_values(DATA, 0.55)
 
     def test_weak_boxes_of_a_defective_image_count(self):
         weak = DATA.predicted(np.array([0]))._replace(scores=np.array([0.9]))
@@ -47,17 +46,17 @@ class TestTianchiFigures:
             gt_labels=np.array([0, 0]),
             gt_images=np.array([0, 0]),
         )
-        assert tianchi_figures(two, 0.3) == pytest.approx((1.0, 1.0, 1.0))
+        assert tianchi_values(two, 0.3) == pytest.approx((1.0, 1.0, 1.0))
 
     def test_perfect_and_blind(self):
         perfect = DATA._replace(
             boxes=DATA.gt_boxes, labels=DATA.gt_labels, images=DATA.gt_images, scores=np.array([0.9, 0.8])
         )
-        assert tianchi_figures(perfect, 0.3) == pytest.approx((1.0, 1.0, 1.0))
-        assert tianchi_figures(NO_BOXES, 0.3) == pytest.approx((0.2 * 2 / 4, 2 / 4, 0.0))
+        assert tianchi_values(perfect, 0.3) == pytest.approx((1.0, 1.0, 1.0))
+        assert tianchi_values(NO_BOXES, 0.3) == pytest.approx((0.2 * 2 / 4, 2 / 4, 0.0))
 
     def test_without_truths(self):
-        assert tianchi_figures(NO_TRUTHS, 0.3) is None
+        assert tianchi_values(NO_TRUTHS, 0.3) is None
 
 
 class TestFalsePositives:
@@ -70,21 +69,6 @@ class TestFalsePositives:
 
     def test_only_good_images(self):
         assert false_positives_per_good_image(NO_TRUTHS, 0.3) == 0.75
-
-    def test_recall_at_false_positives(self):
-        # By score: right (.9), false (.6), right at IoU .3 (.5): one false box in four images is .25 per image.
-        assert recall_at_false_positives(DATA, 0.0, iou=0.3) == 0.5
-        assert recall_at_false_positives(DATA, 0.24, iou=0.3) == 0.5
-        assert recall_at_false_positives(DATA, 0.25, iou=0.3) == 1.0
-
-    def test_boxes_of_one_score_come_together(self):
-        same = DATA._replace(scores=np.full(3, 0.7))
-        assert recall_at_false_positives(same, 0.0, iou=0.3) == 0.0
-        assert recall_at_false_positives(same, 0.25, iou=0.3) == 1.0
-
-    def test_recall_without_boxes_or_truths(self):
-        assert recall_at_false_positives(NO_BOXES, 1.0) == 0.0
-        assert recall_at_false_positives(NO_TRUTHS, 1.0) is None
 
 
 class TestClassResults:

@@ -42,10 +42,10 @@ def test_only_the_layers_asked_for():
     assert torch.equal(FilterBank(["scale2"])(x)["scale2"], FilterBank(SCALES)(x)["scale2"])
 
 
-def test_colour_is_the_mean_of_the_patch():
+def test_color_is_the_mean_of_the_patch():
     x = torch.rand(1, 3, 32, 32)
-    colour = FilterBank(["scale2"])(x)["scale2"][0, -3:]
-    torch.testing.assert_close(colour[:, 1, 2], x[0, :, 8:16, 16:24].mean((1, 2)))
+    color = FilterBank(["scale2"])(x)["scale2"][0, -3:]
+    torch.testing.assert_close(color[:, 1, 2], x[0, :, 8:16, 16:24].mean((1, 2)))
 
 
 def test_a_spot_is_seen_where_it_is():

@@ -35,7 +35,7 @@ def test_positions_cover_the_unit_square(size):
     assert len(positions.unique(dim=0)) == size[0] * size[1]
 
 
-def test_pooling_averages_the_neighbourhood():
+def test_pooling_averages_the_neighborhood():
     feature = maps(1, 2, 6, 7)
     pooled = patch_embeddings([feature], pooling=3)[0].transpose(1, 2).view(1, 2, 6, 7)
     torch.testing.assert_close(pooled[0, :, 2, 3], feature[0, :, 1:4, 2:5].mean((1, 2)))

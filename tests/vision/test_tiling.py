@@ -78,7 +78,7 @@ def test_cut_objects_are_whole_again(truths, whole_image):
     torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), atol=1e-3, rtol=0)
 
 
-def test_other_classes_and_neighbours_are_not_joined():
+def test_other_classes_and_neighbors_are_not_joined():
     tiling, size = Tiling((100, 100), 0.25, whole_image=False, max_detections=10), (100, 175)
     truths = [[60.0, 10, 130, 20], [60, 10, 130, 20], [60, 40, 130, 50]]
     merged = tiling.merge(seen_in_tiles(truths, [0, 1, 0], tiling, size), size, suppress_duplicates)

@@ -1,1 +1,1 @@
-"""Detectors for labelled defects, without any framework: label assignment, heads, losses."""
+"""Detectors for labeled defects, without any framework: label assignment, heads, losses."""

@@ -1,18 +1,76 @@
-"""What all detectors' networks share: the backbone's mode, bounded memory, large images tile by tile."""
+"""What all detectors' networks share: decoding, the backbone's mode, bounded memory, large images tile by tile."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from anomalib_ot.detection.decoding import Suppress
-from anomalib_ot.vision.detections import Detections, join_detections
+from anomalib_ot.detection.losses import Dense
+from anomalib_ot.vision.boxes import clip_boxes
+from anomalib_ot.vision.detections import EMPTY, Detections, join_detections
 from anomalib_ot.vision.neck import Pyramid
+from anomalib_ot.vision.suppression import suppress_duplicates, top_detections
 from anomalib_ot.vision.tiling import Tiling
 
+Suppress = Callable[[Detections], Tensor]
+LEAST_CHANCE = 1e-12
 CPU_PORTION = 4  # images
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a dense head's outputs become detections: `score = sqrt(p(class) p(overlap))`, the best, no duplicates.
+
+    Args:
+        suppress: Says which detections (B, K), sorted by score, are no duplicates: bool (B, K).
+        score_threshold: Scores must be above it.
+        level_top: Pairs of a point and a class that stay per level.
+        max_candidates: Pairs per image that are compared for duplicates.
+        max_detections: Slots of the result.
+
+    References:
+        Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021, and the authors' code, where
+        all levels' candidates are compared for duplicates.
+    """
+
+    suppress: Suppress = suppress_duplicates
+    score_threshold: float = 0.05
+    level_top: int = 1000
+    max_candidates: int = 512
+    max_detections: int = 100
+
+    def __call__(self, dense: Dense, image_size: tuple[int, int]) -> Detections:
+        """Decode; boxes are clipped to `image_size`, height and width of the network's input."""
+        found = self.candidates(dense, image_size)
+        return top_detections(found, self.suppress(found), self.max_detections)
+
+    def candidates(self, dense: Dense, image_size: tuple[int, int]) -> Detections:
+        """Return the pairs of a point and a class that are compared for duplicates; differentiable."""
+        num_classes = dense.logits.shape[2]
+        chances = dense.logits.float().sigmoid() * dense.iou_logits.float().sigmoid().unsqueeze(-1)
+        scores = chances.clamp(min=LEAST_CHANCE).sqrt()  # the slope of the root is infinite at 0
+        values, indices = [], []
+        start = 0
+        for size in dense.level_sizes:
+            level = scores[:, start : start + size].flatten(1)
+            best = level.topk(min(self.level_top, size * num_classes), dim=1)
+            values.append(best.values)
+            indices.append(best.indices + start * num_classes)
+            start += size
+        value, index = torch.cat(values, dim=1), torch.cat(indices, dim=1)
+        best = value.topk(min(self.max_candidates, value.shape[1]), dim=1)
+        index = index.gather(1, best.indices)
+        point = (index // num_classes).unsqueeze(-1).expand(-1, -1, 4)
+        boxes = clip_boxes(dense.boxes.gather(1, point), *image_size)
+        keep = best.values > self.score_threshold
+        return Detections(
+            torch.where(keep.unsqueeze(-1), boxes, 0.0),
+            torch.where(keep, best.values, 0.0),
+            torch.where(keep, index % num_classes, EMPTY),
+        )
 
 
 class Suppresses(Protocol):
@@ -54,16 +112,16 @@ class Detector(nn.Module):
         return self
 
     def levels(self, images: Tensor) -> list[Tensor]:
-        """Return the pyramid (B, channels, h, w) of normalised images (B, 3, H, W), finest level first."""
+        """Return the pyramid (B, channels, h, w) of normalized images (B, 3, H, W), finest level first."""
         images = images.contiguous(memory_format=torch.channels_last)
         return self.pyramid(list(self.feature_extractor(images).values()))
 
     def detect(self, images: Tensor) -> Detections:
-        """Detect in normalised images that are as large as those of the training."""
+        """Detect in normalized images that are as large as those of the training."""
         raise NotImplementedError
 
     def forward(self, images: Tensor, group: Callable[[Detections], Detections] | None = None) -> Detections:
-        """Detect in normalised images (B, 3, H, W); boxes in their pixels.
+        """Detect in normalized images (B, 3, H, W); boxes in their pixels.
 
         Args:
             images: The images.

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-from anomalib_ot.detection.assigner import Assignment
-from anomalib_ot.detection.pair_cost import FOCAL_ALPHA, FOCAL_GAMMA
+from anomalib_ot.detection.assigner import FOCAL_ALPHA, FOCAL_GAMMA, Assignment
 from anomalib_ot.ot.precision import full_precision
 
 
@@ -38,7 +37,7 @@ class DenseLosses(NamedTuple):
 
     Args:
         class_loss: Focal loss of all points.
-        box_loss: Generalised IoU loss of the positive points.
+        box_loss: Generalized IoU loss of the positive points.
         iou_loss: Cross-entropy of the overlap's estimate at the positive points.
         num_positives: Positive points of the batch, on this device.
     """

@@ -49,7 +49,7 @@ class MixtureTerms(NamedTuple):
 
     Args:
         nll: Negative log-likelihood (N,).
-        mcm: Loss (N,) of maximum component maximisation, at least 0.
+        mcm: Loss (N,) of maximum component maximization, at least 0.
         responsibilities: Part (N, K) that each component has in the object's likelihood; without gradient.
     """
 
@@ -62,7 +62,7 @@ class MixtureLosses(NamedTuple):
     """The loss of a batch, and what it consists of, stage by stage.
 
     Args:
-        total: To be minimised: sums over stages and objects, divided by the number of images.
+        total: To be minimized: sums over stages and objects, divided by the number of images.
         nll: Mean (S,) over objects of their negative log-likelihood; NaN without objects, as `best_share`.
         best_share: Mean (S,) over objects of `exp(-mcm)`, the part of the best component in the likelihood. It rises
             from stage to stage where training is healthy.
@@ -160,8 +160,8 @@ def presence_loss(mixture_logits: Tensor, responsibilities: Tensor, images: Tens
     return F.binary_cross_entropy_with_logits(mixture_logits, targets, reduction="sum")
 
 
-def risen(weight: float, rise: Sequence[float], part: float) -> float:
-    """Return the weight of maximum component maximisation when a part of the training is done.
+def linear_ramp(weight: float, rise: Sequence[float], part: float) -> float:
+    """Return the weight of maximum component maximization when a part of the training is done.
 
     A proposal that another one beats gets no gradient of its boxes any more. Chosen from the first step on, the best
     are those that began well; later, they are the best of many that have learned.
@@ -171,7 +171,7 @@ def risen(weight: float, rise: Sequence[float], part: float) -> float:
         rise: Parts of the training between which it rises linearly from 0; (0, 0), as published, is not at all.
         part: Part of the training that is done, 0 to 1.
 
-    >>> [round(risen(0.5, (0.25, 0.75), part), 3) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    >>> [round(linear_ramp(0.5, (0.25, 0.75), part), 3) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
     [0.0, 0.0, 0.25, 0.5, 0.5]
     """
     begin, end = rise
@@ -197,7 +197,7 @@ def mixture_losses(
         stages: The mixture that each stage of the head proposes.
         boxes: Objects (G, 4) per image, pixels of the network's input; G may be 0.
         labels: Their class indices (G,) per image.
-        mcm_weight: Weight of maximum component maximisation, 0 to 1; without it objects are found several times.
+        mcm_weight: Weight of maximum component maximization, 0 to 1; without it objects are found several times.
         presence_weight: Weight of `presence_loss`, at least 0; 0, as published, learns nothing from good images.
         domain: "log", or "linear" as published.
 

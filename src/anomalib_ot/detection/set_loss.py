@@ -9,10 +9,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-from anomalib_ot.detection.pair_cost import FOCAL_ALPHA, FOCAL_GAMMA, focal_terms
-from anomalib_ot.detection.sparse_outputs import BoxSet
+from anomalib_ot.detection.assigner import FOCAL_ALPHA, FOCAL_GAMMA, focal_terms
+from anomalib_ot.detection.sparse_head import BoxSet
+from anomalib_ot.ot.dense import sinkhorn
 from anomalib_ot.ot.precision import full_precision
-from anomalib_ot.ot.sinkhorn import sinkhorn
 from anomalib_ot.vision.boxes import pairwise_giou
 
 CLASS_WEIGHT, DISTANCE_WEIGHT, OVERLAP_WEIGHT = 2.0, 5.0, 2.0
@@ -28,7 +28,7 @@ class SetLosses(NamedTuple):
     Args:
         class_loss: Focal loss (S,) of all proposals.
         distance_loss: Distance (S,) of the matched boxes' sides, in parts of the image.
-        overlap_loss: Generalised IoU loss (S,) of the matched boxes.
+        overlap_loss: Generalized IoU loss (S,) of the matched boxes.
     """
 
     class_loss: Tensor

@@ -1,14 +1,341 @@
-"""The sparse head: a few learned proposals, refined stage by stage."""
+"""The sparse head: a few learned proposals, pooled, refined stage by stage, and turned into a mixture or boxes."""
 
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import roi_align
 
-from anomalib_ot.detection.mixture import Mixture
-from anomalib_ot.detection.pooling import BoxPooling
-from anomalib_ot.detection.sparse_outputs import BoxOutput, BoxSet, MixtureOutput, Proposed
-from anomalib_ot.detection.sparse_stage import SparseStage, start_weights
+from anomalib_ot.detection.mixture import Mixture, floor_scales
+
+CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4  # a box of 224 x 224 pixels belongs to the level of stride 2^4
+SAMPLES = 2  # per bin and axis
+FARTHEST = 1e5  # pixels; a box farther out shows nothing
+MOST_GROWTH = math.log(1e5 / 16)  # logarithm of the factor by which a side may grow
+DELTA_UNITS = (0.5, 0.5, 1.0, 1.0)  # of x, y, width, height
+
+
+def box_levels(boxes: Tensor, strides: Sequence[int]) -> Tensor:
+    """Say which level of a pyramid suits each box (..., 4): `4 + log2(sqrt(area) / 224)`, rounded down.
+
+    Args:
+        boxes: Boxes xyxy, pixels, finite.
+        strides: Strides of the levels, powers of 2, each twice the one before.
+
+    Returns:
+        Indices (...) into `strides`.
+
+    References:
+        T.-Y. Lin et al., "Feature pyramid networks for object detection", CVPR 2017, equation 1.
+
+    >>> box_levels(torch.tensor([[0.0, 0, 112, 112], [0, 0, 448, 448]]), [4, 8, 16, 32])
+    tensor([1, 3])
+    """
+    area = (boxes[..., 2:] - boxes[..., :2]).abs().prod(-1)
+    level = (CANONICAL_LEVEL + torch.log2(area.sqrt() / CANONICAL_SIZE + 1e-8)).floor().long()
+    return (level - int(math.log2(strides[0]))).clamp(0, len(strides) - 1)
+
+
+class BoxPooling:
+    """Samples what a pyramid shows within boxes on a grid of `size` x `size` bins (RoIAlign, aligned).
+
+    Boxes get no gradient. A box that is not finite counts as one without extent in the corner. In a traced graph all
+    levels are sampled by torchvision's operator and the right one is selected. Elsewhere every bin is a weighted sum of
+    16 cells out of all cells of all levels: the same numbers, and on a CPU several times as fast, most of all backwards
+    (`benchmarks/pooling_speed.py`).
+
+    Args:
+        levels: Feature maps (B, D, h, w), finest first.
+        strides: Pixels per cell of each level.
+        size: Bins per side.
+
+    References:
+        K. He et al., "Mask R-CNN", ICCV 2017 (RoIAlign).
+    """
+
+    def __init__(self, levels: Sequence[Tensor], strides: Sequence[int], size: int = 7) -> None:
+        self.levels, self.strides, self.size = levels, strides, size
+        self.traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not self.traced:
+            self.cells = torch.cat([level.float().permute(0, 2, 3, 1).flatten(0, 2) for level in levels])
+            heights, widths = ([level.shape[axis] for level in levels] for axis in (2, 3))
+            counts = [level.shape[0] * level.shape[2] * level.shape[3] for level in levels]
+            starts = [sum(counts[:number]) for number in range(len(counts))]
+            self.shapes = torch.tensor([heights, widths, starts, strides], device=self.cells.device)
+
+    def __call__(self, boxes: Tensor) -> Tensor:
+        """Sample boxes xyxy (B, K, 4), pixels of the image.
+
+        Returns:
+            Features (B, K, size * size, D), float32, bins row by row.
+        """
+        count, slots = boxes.shape[:2]
+        boxes = boxes.detach().float().nan_to_num(0.0, 0.0, 0.0).clamp(-FARTHEST, FARTHEST)
+        level = box_levels(boxes, self.strides).flatten()
+        image = torch.arange(count, device=boxes.device).unsqueeze(1).expand(count, slots).flatten()
+        sample = self._sample_all_levels if self.traced else self._sample_cells
+        return sample(boxes.flatten(0, 1), image, level).unflatten(0, (count, slots))
+
+    def _sample_all_levels(self, boxes: Tensor, image: Tensor, level: Tensor) -> Tensor:
+        regions = torch.cat([image.unsqueeze(-1).to(boxes), boxes], dim=-1)
+        pooled = None
+        for number, (maps, stride) in enumerate(zip(self.levels, self.strides, strict=True)):
+            found = roi_align(maps.float(), regions, self.size, 1 / stride, SAMPLES, aligned=True)
+            pooled = found if pooled is None else torch.where((level == number)[:, None, None, None], found, pooled)
+        return pooled.flatten(2).transpose(1, 2)
+
+    def _sample_cells(self, boxes: Tensor, image: Tensor, level: Tensor) -> Tensor:
+        height, width, start, stride = self.shapes[:, level]
+        boxes = boxes / stride.unsqueeze(-1) - 0.5
+        rows, row_weights = self._cells_along(boxes[:, 1], boxes[:, 3], height)
+        columns, column_weights = self._cells_along(boxes[:, 0], boxes[:, 2], width)
+        first = (start + image * height * width)[:, None, None, None, None]
+        width = width[:, None, None, None, None]
+        cells = first + rows[:, :, None, :, None] * width + columns[:, None, :, None, :]
+        weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
+        cells, weights = cells.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)
+        pooled = F.embedding_bag(cells, self.cells, per_sample_weights=weights, mode="sum")
+        return pooled.unflatten(0, (len(boxes), -1))
+
+    def _cells_along(self, low: Tensor, high: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return, for each bin along an axis, the cells (R, size, 2 * SAMPLES) that it sees, and their weights."""
+        samples = self.size * SAMPLES
+        parts = (torch.arange(samples, device=low.device) + 0.5) / samples
+        at = low.unsqueeze(1) + (high - low).unsqueeze(1) * parts
+        last = (extent - 1).unsqueeze(1)
+        outside = (at < -1) | (at > last + 1)
+        at = at.clamp(min=0).minimum(last)
+        cell = at.long()
+        part = at - cell
+        cells = torch.stack([cell, (cell + 1).minimum(last)], dim=-1)
+        weights = torch.stack([1 - part, part], dim=-1).masked_fill(outside.unsqueeze(-1), 0.0) / SAMPLES
+        return cells.unflatten(1, (self.size, -1)).flatten(2), weights.unflatten(1, (self.size, -1)).flatten(2)
+
+
+class DynamicInteraction(nn.Module):
+    """Let each proposal look at its place with filters of its own: two 1 x 1 convolutions that its feature makes.
+
+    Args:
+        channels: Channels D of features and pyramid.
+        dynamic_channels: Channels between the two convolutions.
+        size: Bins per side of a place.
+
+    References:
+        P. Sun et al., "Sparse R-CNN: End-to-end object detection with learnable proposals", CVPR 2021, figure 4.
+    """
+
+    def __init__(self, channels: int, dynamic_channels: int, size: int) -> None:
+        super().__init__()
+        self.dynamic_channels = dynamic_channels
+        self.filters = nn.Linear(channels, 2 * channels * dynamic_channels)
+        self.inner_norm = nn.LayerNorm(dynamic_channels)
+        self.outer_norm = nn.LayerNorm(channels)
+        self.merge = nn.Linear(channels * size * size, channels)
+        self.merge_norm = nn.LayerNorm(channels)
+
+    def forward(self, features: Tensor, places: Tensor) -> Tensor:
+        """Return what features (B, K, D) find in their places (B, K, size * size, D): (B, K, D)."""
+        channels = features.shape[-1]
+        inner, outer = self.filters(features).chunk(2, dim=-1)
+        seen = F.relu(self.inner_norm(places @ inner.unflatten(-1, (channels, self.dynamic_channels))))
+        seen = F.relu(self.outer_norm(seen @ outer.unflatten(-1, (self.dynamic_channels, channels))))
+        return F.relu(self.merge_norm(self.merge(seen.flatten(2))))
+
+
+class ProposalAttention(nn.Module):
+    """Let the proposals of one image look at each other, so that they can agree on who answers for what.
+
+    Args:
+        channels: Channels D, a multiple of `num_heads`.
+        num_heads: Attention heads.
+    """
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.inputs = nn.Linear(channels, 3 * channels)
+        self.outputs = nn.Linear(channels, channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the attended features (B, K, D)."""
+        heads = self.inputs(features).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(*heads.unbind(0))
+        return self.outputs(seen.transpose(1, 2).flatten(2))
+
+
+class SparseStage(nn.Module):
+    """Refine the features of proposals: attention, dynamic interaction, feed-forward; each added and normalized.
+
+    Args:
+        channels: Channels D of features and pyramid, a multiple of `num_heads`.
+        dynamic_channels: See `DynamicInteraction`.
+        hidden_channels: Width of the feed-forward layer.
+        num_heads: Attention heads.
+        size: Bins per side of a place.
+
+    References:
+        P. Sun et al., CVPR 2021, and the authors' code.
+    """
+
+    def __init__(self, channels: int, dynamic_channels: int, hidden_channels: int, num_heads: int, size: int) -> None:
+        super().__init__()
+        self.attention = ProposalAttention(channels, num_heads)
+        self.interaction = DynamicInteraction(channels, dynamic_channels, size)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(channels, hidden_channels), nn.ReLU(), nn.Linear(hidden_channels, channels)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
+
+    def forward(self, features: Tensor, places: Tensor) -> Tensor:
+        """Refine features (B, K, D) that look at places (B, K, size * size, D)."""
+        features = self.norms[0](features + self.attention(features))
+        features = self.norms[1](features + self.interaction(features, places))
+        return self.norms[2](features + self.feed_forward(features))
+
+
+def dense_layers(channels: int, count: int) -> nn.Sequential:
+    """Stack linear layers without bias, each with layer norm and ReLU."""
+    layers: list[nn.Module] = []
+    for _ in range(count):
+        layers += [nn.Linear(channels, channels, bias=False), nn.LayerNorm(channels), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def start_weights(module: nn.Module) -> None:
+    """Draw all matrices of a module anew (Glorot, uniform); biases and norms stay as they are."""
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            nn.init.xavier_uniform_(parameter)
+
+
+class BoxSet(NamedTuple):
+    """K boxes for each of B images, each with its own classes.
+
+    Args:
+        class_logits: Logits (B, K, C); every class is present or not by itself (sigmoid).
+        boxes: Boxes xyxy (B, K, 4), pixels.
+    """
+
+    class_logits: Tensor
+    boxes: Tensor
+
+
+class Proposed(NamedTuple):
+    """What the last stage proposes, ready to be decoded.
+
+    Args:
+        boxes: Boxes xyxy (B, K, 4), pixels.
+        scores: Confidence (B, K, C) that box and class are true, 0 to 1.
+        scales: Scale (B, K, 4) of each side's distribution, pixels; None where none is known.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    scales: Tensor | None
+
+
+class MixtureOutput(nn.Module):
+    """Say for each proposal whether it shows an object, of which class, where its sides are, and how surely.
+
+    `mean = box + unit * output`, `scale = unit * softplus(output)`: pixels are added, not parts of the box, so that a
+    proposal goes anywhere. With a unit of 1, as published, that takes many small steps.
+
+    Args:
+        num_classes: Classes C.
+        channels: Channels D of the features.
+        coord_unit: Pixels per unit of the outputs; 1 as published.
+        prior: Presence of every proposal at the start; 0.5 as published.
+
+    References:
+        J. Yoo et al., "End-to-end multi-object detection with a regularized mixture model", ICML 2023, and the
+        authors' code.
+    """
+
+    def __init__(self, num_classes: int, channels: int, coord_unit: float = 1.0, prior: float = 0.5) -> None:
+        super().__init__()
+        self.coord_unit = coord_unit
+        self.class_layers = dense_layers(channels, 1)
+        self.box_layers = dense_layers(channels, 3)
+        self.mixture_and_class_logits = nn.Linear(channels, 1 + num_classes)
+        self.sides = nn.Linear(channels, 8)
+        start_weights(self)
+        nn.init.constant_(self.mixture_and_class_logits.bias[:1], math.log(prior / (1 - prior)))
+
+    def forward(self, features: Tensor, boxes: Tensor) -> Mixture:
+        """Read features (B, K, D) of proposals with boxes (B, K, 4)."""
+        logits = self.mixture_and_class_logits(self.class_layers(features)).float()
+        shifts, widths = self.sides(self.box_layers(features)).float().chunk(2, dim=-1)
+        means, scales = boxes + self.coord_unit * shifts, self.coord_unit * F.softplus(widths)
+        return Mixture(logits[..., 0], logits[..., 1:], means, scales)
+
+    @staticmethod
+    def boxes(mixture: Mixture) -> Tensor:
+        """Return the boxes (B, K, 4) that the next stage looks at."""
+        return mixture.means
+
+    @staticmethod
+    def propose(mixture: Mixture) -> Proposed:
+        """Score every class of every component by presence times class probability."""
+        presence = mixture.mixture_logits.sigmoid().unsqueeze(-1)
+        scores = presence * mixture.class_logits.softmax(-1)
+        return Proposed(mixture.means, scores, floor_scales(mixture.scales, mixture.means))
+
+
+class BoxOutput(nn.Module):
+    """Say for each proposal which classes it shows, and how its box has to be moved and stretched.
+
+    Args:
+        num_classes: Classes C.
+        channels: Channels D of the features.
+        prior: Probability of every class at the start; focal loss needs a small one.
+
+    References:
+        P. Sun et al., "Sparse R-CNN: End-to-end object detection with learnable proposals", CVPR 2021, and the
+        authors' code.
+    """
+
+    def __init__(self, num_classes: int, channels: int, prior: float = 0.01) -> None:
+        super().__init__()
+        self.class_layers = dense_layers(channels, 1)
+        self.box_layers = dense_layers(channels, 3)
+        self.class_logits = nn.Linear(channels, num_classes)
+        self.deltas = nn.Linear(channels, 4)
+        start_weights(self)
+        nn.init.constant_(self.class_logits.bias, math.log(prior / (1 - prior)))
+
+    def forward(self, features: Tensor, boxes: Tensor) -> BoxSet:
+        """Read features (B, K, D) of proposals with boxes (B, K, 4)."""
+        logits = self.class_logits(self.class_layers(features)).float()
+        return BoxSet(logits, decode_deltas(boxes, self.deltas(self.box_layers(features)).float()))
+
+    @staticmethod
+    def boxes(found: BoxSet) -> Tensor:
+        """Return the boxes (B, K, 4) that the next stage looks at."""
+        return found.boxes
+
+    @staticmethod
+    def propose(found: BoxSet) -> Proposed:
+        """Score every class of every box by its probability."""
+        return Proposed(found.boxes, found.class_logits.sigmoid(), None)
+
+
+def decode_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
+    """Move boxes (..., 4) by parts of their sides and stretch them by exponentials: deltas (..., 4) of x, y, w, h.
+
+    References:
+        R. Girshick et al., "Rich feature hierarchies", CVPR 2014 (the coding); units as in Sparse R-CNN's code.
+
+    >>> decode_deltas(torch.tensor([100.0, 200, 200, 300]), torch.tensor([0.2, -0.4, 0.693147, -0.693147])).round()
+    tensor([ 60., 205., 260., 255.])
+    """
+    sides = boxes[..., 2:] - boxes[..., :2]
+    deltas = deltas * deltas.new_tensor(DELTA_UNITS)
+    centers = (boxes[..., :2] + boxes[..., 2:]) / 2 + sides * deltas[..., :2]
+    halves = sides * deltas[..., 2:].clamp(max=MOST_GROWTH).exp() / 2
+    return torch.cat([centers - halves, centers + halves], dim=-1)
 
 
 class SparseHead(nn.Module):
@@ -65,8 +392,8 @@ class SparseHead(nn.Module):
         count = levels[0].shape[0]
         height, width = image_size
         boxes_cxcywh = self.proposal_boxes.float() * self.proposal_boxes.new_tensor([width, height, width, height])
-        centres, halves = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
-        boxes = torch.cat([centres - halves, centres + halves], dim=-1).expand(count, -1, -1)
+        centers, halves = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
+        boxes = torch.cat([centers - halves, centers + halves], dim=-1).expand(count, -1, -1)
         features = self.proposal_features.expand(count, -1, -1)
         pooling = BoxPooling(levels, self.strides, self.size)
         found = []
@@ -97,8 +424,8 @@ def grid_proposals(rows: int, columns: int, size: float = 0.5) -> Tensor:
     tensor([0.0250, 0.0333, 0.5000, 0.5000])
     """
     y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
-    centres = torch.stack([x, y], dim=-1).reshape(-1, 2)
-    return torch.cat([centres, torch.full_like(centres, size)], dim=-1)
+    centers = torch.stack([x, y], dim=-1).reshape(-1, 2)
+    return torch.cat([centers, torch.full_like(centers, size)], dim=-1)
 
 
 def whole_proposals(count: int) -> Tensor:

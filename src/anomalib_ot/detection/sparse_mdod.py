@@ -6,11 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from anomalib_ot.detection.decoding import Suppress
-from anomalib_ot.detection.detector import Detector
+from anomalib_ot.detection.detector import Detector, Suppress
 from anomalib_ot.detection.mixture import Mixture
-from anomalib_ot.detection.sparse_head import SparseHead
-from anomalib_ot.detection.sparse_outputs import BoxSet, Proposed
+from anomalib_ot.detection.sparse_head import BoxSet, Proposed, SparseHead
 from anomalib_ot.vision.boxes import clip_boxes
 from anomalib_ot.vision.detections import EMPTY, Detections
 from anomalib_ot.vision.neck import Pyramid
@@ -99,9 +97,9 @@ class SparseDetector(Detector):
         self.head = head
 
     def stages(self, images: Tensor) -> list[Mixture] | list[BoxSet]:
-        """Return what each stage of the head says of normalised images (B, 3, H, W)."""
+        """Return what each stage of the head says of normalized images (B, 3, H, W)."""
         return self.head(self.levels(images), images.shape[-2:])
 
     def detect(self, images: Tensor) -> Detections:
-        """Detect in normalised images of at most a tile's size."""
+        """Detect in normalized images of at most a tile's size."""
         return self.decoding(self.head.propose(self.stages(images)[-1]), images.shape[-2:])

@@ -1,1 +1,1 @@
-"""The box beside the line: exported models inspect frames with OpenVINO, NumPy and Pillow alone, without PyTorch."""
+"""The edge device: exported models inspect frames with OpenVINO, NumPy and Pillow alone, without PyTorch."""

@@ -17,8 +17,7 @@ from PIL import Image
 
 from anomalib_ot.edge.drawing import draw_result, picture_name
 from anomalib_ot.edge.drift import Drift
-from anomalib_ot.edge.frames import Frame
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import Frame, InspectError
 from anomalib_ot.edge.inspector import Inspector
 from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.edge.monitor import Monitor

@@ -8,16 +8,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_ot.edge.results import Result
-from anomalib_ot.imaging.box_drawing import Mark, class_colour, draw_marks
+from anomalib_ot.imaging.box_drawing import Mark, class_color, draw_marks
 from anomalib_ot.imaging.heat import draw_outline, overlay
 
-__all__ = ["COLOURS", "WORDS", "draw_result", "draw_view", "picture_name"]
+__all__ = ["COLORS", "WORDS", "draw_result", "draw_view", "picture_name"]
 
-COLOURS = {"good": (24, 128, 56), "defect": (198, 40, 40), "unknown": (98, 104, 116), "error": (176, 96, 0)}
+COLORS = {"good": (24, 128, 56), "defect": (198, 40, 40), "unknown": (98, 104, 116), "error": (176, 96, 0)}
 WORDS = {"good": "GOOD", "defect": "DEFECT", "unknown": "NO VERDICT", "error": "BROKEN FRAME"}
 WHITE, BESIDE = (255, 255, 255), (98, 104, 116)
 LEAST_SIDE, MOST_SIDE = 480, 1600  # of the drawn frame: small frames are enlarged, labels stay legible
-THRESHOLD = 0.5  # of a normalised map: the colours of the heat map are made for it
+THRESHOLD = 0.5  # of a normalized map: the colors of the heat map are made for it
 STRIP, MARGIN, TITLE, SMALL = 46, 12, 26, 15
 WIDEST_STRIP = 1000  # that a long name asks for, pixels
 LONGEST_NAME = 80
@@ -29,21 +29,21 @@ def draw_result(result: Result, pixel_threshold: float | None = None) -> Image.I
 
     Args:
         result: With a view.
-        pixel_threshold: Value of the map above which a pixel is defective; None: the map is taken as normalised.
+        pixel_threshold: Value of the map above which a pixel is defective; None: the map is taken as normalized.
     """
     drawn = draw_view(result, pixel_threshold)
     title, small = ImageFont.load_default(TITLE), ImageFont.load_default(SMALL)
     word = WORDS[result.verdict]
     score = "" if result.score is None else f"score {result.score:.3f}"
-    if result.amounts_are_off:
-        score += ", one missing or too many"
+    if result.count_is_anomalous:
+        score += ", count anomaly"
     second = MARGIN + title.getlength(word) + MARGIN
     left = second + small.getlength(score) + 2 * MARGIN
     # A narrow frame stands in the middle of a strip that is wide enough for the name of its file.
     own = small.getlength(_printable(re.split(r"[/\\]", result.name)[-1]) + "…/")
     width = max(drawn.width, min(math.ceil(left + own) + MARGIN, WIDEST_STRIP))
     made = Image.new("RGB", (width, drawn.height + STRIP), BESIDE)
-    made.paste(COLOURS[result.verdict], (0, 0, width, STRIP))
+    made.paste(COLORS[result.verdict], (0, 0, width, STRIP))
     made.paste(drawn, ((width - drawn.width) // 2, STRIP))
     pen = ImageDraw.Draw(made)
     pen.text((MARGIN, STRIP // 2), word, WHITE, title, anchor="lm")
@@ -82,9 +82,9 @@ def draw_view(
     marks = []
     edges = [*result.size, *result.size]  # a box that reaches far beyond the frame is drawn as far as the frame goes
     for found in (result.boxes or ())[:MOST_DRAWN]:
-        colour, inverted = class_colour(found.label)
+        color, inverted = class_color(found.label)
         box = tuple((np.clip(found.box, 0, edges) * stretch).tolist())
-        marks.append(Mark(box, f"{_printable(found.name)} {found.score:.2f}", colour, inverted=inverted))
+        marks.append(Mark(box, f"{_printable(found.name)} {found.score:.2f}", color, inverted=inverted))
     draw_marks(drawn, marks)
     return drawn
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import InspectError
 
 __all__ = ["DAMAGE", "count", "damaged", "names", "number", "one_of", "quantiles", "read_text", "short", "size"]
 __all__ += ["strict_json", "table", "word"]

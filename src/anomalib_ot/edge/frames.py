@@ -1,10 +1,12 @@
-"""One frame: from a file or an array to what the graph takes."""
+"""One frame: from a file or an array to what the graph takes, and the errors of frames and models."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,12 +23,30 @@ from anomalib_ot.imaging.samples import (
     size_problem,
 )
 
-__all__ = ["MAX_PIXELS", "Frame", "FrameError", "Pixels", "changed_at", "network_input", "read_pixels"]
+__all__ = [
+    "MAX_PIXELS",
+    "Expected",
+    "Frame",
+    "FrameError",
+    "Pixels",
+    "changed_at",
+    "network_input",
+    "read_pixels",
+]
 
 CHANNELS = (1, 3, 4)
 MAX_PIXELS = 50_000_000  # more would take gigabytes before the network has seen any; 14 bytes for each on the way there
-# Looked up: a third faster than arithmetic. Multiplied as torchvision does, a division differs in the last bit.
 UNIT = np.arange(EIGHT_BIT_MAX + 1, dtype=np.float32) * np.float32(1 / EIGHT_BIT_MAX)
+
+
+class InspectError(ValueError):
+    """A model, a source or an argument of no use; the message is one line that names it and says what to do.
+
+    A frame that cannot be read is no such error: it becomes a result that says why.
+    """
+
+
+# Looked up: a third faster than arithmetic. Multiplied as torchvision does, a division differs in the last bit.
 
 
 class FrameError(ValueError):
@@ -174,3 +194,33 @@ def _of_array(values: np.ndarray) -> Samples:
     if values.ndim == 3:
         values = values[..., 0] if values.shape[2] == 1 else values[..., :3]
     return Samples(values, EIGHT_BIT_MAX if values.dtype == np.uint8 else SIXTEEN_BIT_MAX)
+
+
+class Expected(NamedTuple):
+    """Width and height in pixels, and bits of a sample; None for any.
+
+    Example:
+        >>> Expected.parse("640x480x8")
+        Expected(width=640, height=480, bits=8)
+    """
+
+    width: int
+    height: int
+    bits: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Expected":
+        """Read ``640x480`` or ``640x480x8``."""
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:x(8|16|32))?", text)
+        if found is None:
+            msg = f"expect is '{text}'; expected WIDTHxHEIGHT or WIDTHxHEIGHTxBITS, such as 640x480x8 (bits 8, 16, 32)"
+            raise InspectError(msg)
+        return cls(int(found[1]), int(found[2]), None if found[3] is None else int(found[3]))
+
+    def problem(self, pixels: Pixels) -> str | None:
+        """Say how a frame differs, as the end of a sentence that begins with its name; None: it does not."""
+        if (pixels.width, pixels.height) != (self.width, self.height):
+            return f"has {pixels.width} x {pixels.height} pixels; expected {self.width} x {self.height}"
+        if self.bits is not None and pixels.bits != self.bits:
+            return f"has {pixels.bits} bits per sample; expected {self.bits}"
+        return None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import openvino
 
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import InspectError
 from anomalib_ot.edge.manifest import Manifest
 
 __all__ = ["embedded", "file_sha256", "first_line", "input_size", "output_name", "read_graph"]

@@ -16,10 +16,17 @@ import numpy as np
 import openvino
 from PIL import Image
 
-from anomalib_ot.edge.expected import Expected
-from anomalib_ot.edge.frames import MAX_PIXELS, Frame, FrameError, changed_at, network_input, read_pixels
+from anomalib_ot.edge.frames import (
+    MAX_PIXELS,
+    Expected,
+    Frame,
+    FrameError,
+    InspectError,
+    changed_at,
+    network_input,
+    read_pixels,
+)
 from anomalib_ot.edge.graph import embedded, file_sha256, first_line, input_size, output_name, read_graph
-from anomalib_ot.edge.inspect_error import InspectError
 from anomalib_ot.edge.manifest import Manifest, find_model, read_manifest
 from anomalib_ot.edge.results import Result, Stamp, broken, read_outputs
 
@@ -64,7 +71,7 @@ class Inspector:
         max_pixels: A frame with more is a broken one; files are not decoded then.
 
     Raises:
-        InspectError: If the model cannot be read, or an argument is of no use.
+        InspectError: If the model cannot be read, or an argument is invalid.
 
     Example:
         >>> with Inspector("weights/openvino") as inspector:  # doctest: +SKIP

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from anomalib_ot.edge import fields
 from anomalib_ot.edge.drift import LEAST
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import InspectError
 
 __all__ = ["Manifest", "find_model", "read_manifest"]
 
@@ -15,7 +15,7 @@ FORMAT = 1
 HINT = {"inference_precision": "f32"}  # where nothing is said
 PRECISIONS = ("f32", "f16", "bf16", "undefined")
 SUFFIXES = (".xml", ".onnx")
-PLAIN_COLOUR = {"layout": "NCHW", "range": [0, 1], "color": "RGB"}
+PLAIN_COLOR = {"layout": "NCHW", "range": [0, 1], "color": "RGB"}
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _parse(text: str, origin: str, outputs: Sequence[str]) -> Manifest:
             msg = f"{said}: update anomalib-ot, or export again with it"
             raise InspectError(msg)
         given, scores = (fields.table(found, key) for key in ("input", "scores"))
-        for key, value in PLAIN_COLOUR.items():
+        for key, value in PLAIN_COLOR.items():
             if given.get(key, value) != value:
                 said = f"{origin} asks for input {key} {fields.short(given[key])}; expected {value}"
                 msg = f"{said}: export the model again"

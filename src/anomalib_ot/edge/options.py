@@ -4,8 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from anomalib_ot.edge.frames import MAX_PIXELS
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import MAX_PIXELS, InspectError
 
 __all__ = ["check_options", "read_options"]
 
@@ -14,7 +13,7 @@ MOST_MEGAPIXELS, MOST_SECONDS = 1000, 3600
 EPILOG = """exit status:
   0  every frame was inspected, or SIGTERM or SIGINT (Ctrl-C) asked to end: the frames in hand are finished first
   1  the source is at its end, and some frames could not be inspected; their lines have "error"
-  2  the model, the source or an argument is of no use, or nobody takes the results; a line on stderr says why
+  2  the model, the source or an argument is invalid, or nobody takes the results; a line on stderr says why
   3  a defect of this program: the last line on stderr names it, the lines above say where; lines of results are whole
 """
 

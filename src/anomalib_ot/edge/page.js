@@ -25,7 +25,7 @@ function details(frame) {
   const said = [];
   if (frame.boxes && frame.boxes.length) said.push(frame.boxes.slice(0, 3).join(", "));
   if (frame.verdict === "defect" && frame.area) said.push((100 * frame.area).toFixed(1) + " % of the area");
-  if (frame.amounts_are_off) said.push("something missing, or one too many");
+  if (frame.count_is_anomalous) said.push("count anomaly: part missing or extra");
   else if (frame.verdict === "defect" && frame.causes)
     said.push(frame.causes.feature >= frame.causes.position
       ? "looks wrong: " + frame.causes.feature + " %" : "in the wrong place: " + frame.causes.position + " %");

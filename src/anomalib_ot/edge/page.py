@@ -12,7 +12,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import InspectError
 from anomalib_ot.edge.monitor import Monitor
 
 __all__ = ["LOOPBACK", "Page"]
@@ -207,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(HTTPStatus.NOT_FOUND, b"There is nothing here.\n", "text/plain")
 
     def _is_addressed(self) -> bool:
-        """Whether the browser means this server: a foreign page whose name was bent to this address does not."""
+        """Check the Host header: refuse requests from other sites that reach this address by DNS rebinding."""
         if self.server.hosts is None:
             return True
         found = HOST.fullmatch(self.headers.get("Host", "").lower())

@@ -1,4 +1,4 @@
-"""The file of results, a line of JSON each, that survives a power cut and is gone on with."""
+"""The file of results, a line of JSON each, that survives a power cut and can be resumed."""
 
 import json
 import os
@@ -7,8 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from anomalib_ot.edge.frames import Frame, changed_at
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import Frame, InspectError, changed_at
 from anomalib_ot.edge.output_file import OutputFile, whole_bytes, write_all
 from anomalib_ot.edge.results import Result, broken
 

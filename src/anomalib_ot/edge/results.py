@@ -84,8 +84,8 @@ class Result:
         map: Summary of the anomaly map; None for a model without.
         causes: Percent of the anomaly that looks wrong, and that is in the wrong place; None: not exported, or nothing
             rises above what is normal.
-        transport_score: How unusual the amounts are; None: not exported. Where it makes a frame defective on its own,
-            something is missing or there is one too many, and the map shows nothing.
+        transport_score: How unusual the masses of prototypes are; None: not exported. Where it makes a frame defective
+            on its own, a part is missing or there is one too many, and the map shows nothing.
         time: When the frame was taken, in UTC; "" if not known.
         stamp: What decided.
         changed: When the file was last changed, in UTC; None for an array, or a file that is not there.
@@ -111,7 +111,7 @@ class Result:
     view: View | None = field(default=None, repr=False, compare=False)
 
     @property
-    def amounts_are_off(self) -> bool:
+    def count_is_anomalous(self) -> bool:
         """Whether the frame is defective though no pixel is: something is missing, or there is one too many."""
         return (
             self.verdict == DEFECT and self.transport_score is not None and self.map is not None and self.map.area == 0

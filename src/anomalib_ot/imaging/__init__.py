@@ -1,1 +1,1 @@
-"""Image files in, pictures out, with NumPy and Pillow alone: what the lab and the box beside the line share."""
+"""Image files in, pictures out, with NumPy and Pillow alone: shared by training and by the edge device."""

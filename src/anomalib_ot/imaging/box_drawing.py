@@ -6,13 +6,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["CLASS_COLOURS", "DARK", "MISSED", "WHITE", "Mark", "class_colour", "dashed_line", "draw_marks"]
+__all__ = ["CLASS_COLORS", "DARK", "MISSED", "WHITE", "Mark", "class_color", "dashed_line", "draw_marks"]
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Area = tuple[int, int, int, int]  # xyxy, pixels, both ends included
-# Okabe and Ito's colours, which the colour-blind tell apart, in an order in which neighbours differ most; the two dark
+# Okabe and Ito's colors, which the color-blind tell apart, in an order in which neighbors differ most; the two dark
 # ones lightened, to be seen on dark parts too.
-CLASS_COLOURS: tuple[Colour, ...] = (
+CLASS_COLORS: tuple[Color, ...] = (
     (240, 160, 0),  # orange
     (86, 190, 245),  # sky
     (240, 228, 66),  # yellow
@@ -38,23 +38,23 @@ class Mark(NamedTuple):
     Args:
         box: xyxy, pixels of the drawing; the outline runs around it.
         text: On the plate; "" draws none.
-        colour: Of the outline and the plate.
+        color: Of the outline and the plate.
         dashed: Whether the outline is dashed; it then runs further out, beside one that is not.
-        inverted: Whether the outline is double and the plate dark with coloured letters: a second row of colours.
+        inverted: Whether the outline is double and the plate dark with colored letters: a second row of colors.
         needed: Whether the plate is drawn even where there is no free place for it.
     """
 
     box: tuple[float, float, float, float]
     text: str
-    colour: Colour
+    color: Color
     dashed: bool = False
     inverted: bool = False
     needed: bool = False
 
 
-def class_colour(label: int) -> tuple[Colour, bool]:
-    """Return the colour of a class, and whether it is inverted; the same in every picture, for 14 classes different."""
-    return CLASS_COLOURS[label % len(CLASS_COLOURS)], label // len(CLASS_COLOURS) % 2 == 1
+def class_color(label: int) -> tuple[Color, bool]:
+    """Return the color of a class, and whether it is inverted; the same in every picture, for 14 classes different."""
+    return CLASS_COLORS[label % len(CLASS_COLORS)], label // len(CLASS_COLORS) % 2 == 1
 
 
 def draw_marks(drawn: Image.Image, marks: Sequence[Mark]) -> int:
@@ -94,20 +94,20 @@ def draw_marks(drawn: Image.Image, marks: Sequence[Mark]) -> int:
         placed.append((mark, outline, place))
         _take(taken, (place[0] - 1, place[1] - 1, place[2] + 1, place[3] + 1))
     for mark, outline, place in placed:
-        _draw_tie(draw, outline, place, mark.colour)
+        _draw_tie(draw, outline, place, mark.color)
     for mark, _, place in placed:
         _draw_plate(draw, place, mark)
     return left_out
 
 
-def dashed_line(draw: ImageDraw.ImageDraw, start: tuple[int, int], end: tuple[int, int], colour: Colour) -> None:
+def dashed_line(draw: ImageDraw.ImageDraw, start: tuple[int, int], end: tuple[int, int], color: Color) -> None:
     """Draw a level or upright line of dashes on a dark ground, 3 pixels wide."""
     draw.line((*start, *end), DARK, 3)
     length = max(abs(end[0] - start[0]), abs(end[1] - start[1]))
     step = (np.array(end) - start) / max(length, 1)
     for at in range(0, length + 1, DASH + DASH_GAP):
         first, last = start + step * at, start + step * min(at + DASH, length)
-        draw.line((*first.tolist(), *last.tolist()), colour, 2)
+        draw.line((*first.tolist(), *last.tolist()), color, 2)
 
 
 def _line_width(mark: Mark) -> int:
@@ -126,11 +126,11 @@ def _draw_outline(draw: ImageDraw.ImageDraw, mark: Mark, outline: Area, width: i
     x1, y1, x2, y2 = outline
     if mark.dashed:
         for line in ((x1, y1, x2, y1), (x1, y2, x2, y2), (x1, y1, x1, y2), (x2, y1, x2, y2)):
-            dashed_line(draw, line[:2], line[2:], mark.colour)
+            dashed_line(draw, line[:2], line[2:], mark.color)
         return
     outer = (x1 - width, y1 - width, x2 + width, y2 + width)
     draw.rectangle(outer, outline=DARK, width=width + 1)
-    draw.rectangle((outer[0] + 1, outer[1] + 1, outer[2] - 1, outer[3] - 1), outline=mark.colour, width=width)
+    draw.rectangle((outer[0] + 1, outer[1] + 1, outer[2] - 1, outer[3] - 1), outline=mark.color, width=width)
     if mark.inverted and width == 3:
         draw.rectangle((outer[0] + 2, outer[1] + 2, outer[2] - 2, outer[3] - 2), outline=DARK, width=1)
 
@@ -175,7 +175,7 @@ def _places(outline: Area, size: tuple[int, int], width: int, reaches: Sequence[
             yield round(middle_x + away_x - w / 2), round(middle_y + away_y - h / 2)
 
 
-def _draw_tie(draw: ImageDraw.ImageDraw, outline: Area, place: Area, colour: Colour) -> None:
+def _draw_tie(draw: ImageDraw.ImageDraw, outline: Area, place: Area, color: Color) -> None:
     """Join a plate to its box by the shortest line, unless it touches it or lies in it."""
     start, end = [], []
     for low, high, plate_low, plate_high in ((outline[i], outline[i + 2], place[i], place[i + 2]) for i in (0, 1)):
@@ -184,13 +184,13 @@ def _draw_tie(draw: ImageDraw.ImageDraw, outline: Area, place: Area, colour: Col
         end.append(min(max(near, plate_low), plate_high))
     if max(abs(start[0] - end[0]), abs(start[1] - end[1])) > 8:
         draw.line((*start, *end), DARK, 3)
-        draw.line((*start, *end), colour, 1)
+        draw.line((*start, *end), color, 1)
 
 
 def _draw_plate(draw: ImageDraw.ImageDraw, place: Area, mark: Mark) -> None:
-    light = np.dot(mark.colour, (0.299, 0.587, 0.114)) > 115
-    ground, ink = (DARK, mark.colour) if mark.inverted else (mark.colour, DARK if light else WHITE)
-    draw.rectangle(place, ground, outline=mark.colour if mark.inverted else DARK)
+    light = np.dot(mark.color, (0.299, 0.587, 0.114)) > 115
+    ground, ink = (DARK, mark.color) if mark.inverted else (mark.color, DARK if light else WHITE)
+    draw.rectangle(place, ground, outline=mark.color if mark.inverted else DARK)
     middle = (place[1] + place[3]) / 2
     draw.text((place[0] + PAD + 1, middle), mark.text, ink, ImageFont.load_default(TEXT_SIZE), anchor="lm")
 

@@ -98,10 +98,10 @@ def arrows(
 
     Args:
         position_map: (H, W) part of the anomaly map that is due to place, >= 0, H >= h and W >= w.
-        matched_position: (2, h, w) y and x of each patch's prototype in [0, 1]; 0 is the centre of the first row or
+        matched_position: (2, h, w) y and x of each patch's prototype in [0, 1]; 0 is the center of the first row or
             column of the patch grid, 1 that of the last.
         max_arrows: Most arrows to return.
-        min_strength: Least strength in units of the map; 0.25 is half of the threshold of a normalised map.
+        min_strength: Least strength in units of the map; 0.25 is half of the threshold of a normalized map.
         min_share: Least strength as a share of the strongest patch, in [0, 1].
         min_displacement: Least distance between the patch and its prototype, in patches.
         spacing: Least distance between the starts of two arrows, in patches.
@@ -174,7 +174,7 @@ def _patch_means(position_map: np.ndarray, grid: np.ndarray) -> np.ndarray:
 
 
 def _local_maxima(strengths: np.ndarray) -> np.ndarray:
-    """Where a patch is at least as strong as each of its eight neighbours."""
+    """Where a patch is at least as strong as each of its eight neighbors."""
     padded = np.pad(strengths, 1, constant_values=-np.inf)
     return strengths >= np.lib.stride_tricks.sliding_window_view(padded, (3, 3)).max(axis=(2, 3))
 

@@ -1,56 +1,56 @@
-"""A map over an image: the same colours for the same values in every picture, in the lab and beside the line."""
+"""A map over an image: the same colors for the same values in every picture, in training and on the edge device."""
 
 from functools import cache
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["colour_bar", "draw_outline", "overlay"]
+__all__ = ["color_bar", "draw_outline", "overlay"]
 
 # Matplotlib's "inferno" at every 15th of its 256 values: grows lighter with the value, so that it is also readable in
-# grey and by the colour-blind.
-COLOURS = (
+# gray and by the color-blind.
+COLORS = (
     "000004 0a0722 1e0c45 380962 510e6c 69166e 801f6c 982766 b0315b "
     "c63d4d d94d3d e9612b f47918 fa9407 fcb014 f8cd37 f2ea69 fcffa4"
 )
-# Opacity of the map over the image: none up to the first value, where normal surroundings lie on a normalised map (its
+# Opacity of the map over the image: none up to the first value, where normal surroundings lie on a normalized map (its
 # threshold is at .5), the most from the second on.
 OPACITY, CLEAR_UP_TO, FULL_FROM = 0.9, 0.4, 0.7
-CHECK = 8  # side in pixels of the squares behind the colour bar, which show how much of the image shines through
-SHADES = (35, 160)  # black and white of the grey image below a map: muted, so that bright cloth is not taken for a map
+CHECK = 8  # side in pixels of the squares behind the color bar, which show how much of the image shines through
+SHADES = (35, 160)  # black and white of the gray image below a map: muted, so that bright fabric is not taken for a map
 DARK = (15, 15, 20)
 
 
 @cache
-def _colours() -> tuple[np.ndarray, np.ndarray]:
-    """Colour (256, 3) and opacity (256, 1) of each value from 0 to 1."""
-    known = np.array([list(bytes.fromhex(colour)) for colour in COLOURS.split()], dtype=float)
+def _colors() -> tuple[np.ndarray, np.ndarray]:
+    """Color (256, 3) and opacity (256, 1) of each value from 0 to 1."""
+    known = np.array([list(bytes.fromhex(color)) for color in COLORS.split()], dtype=float)
     at = np.linspace(0, 1, len(known))
-    colours = np.stack([np.interp(np.linspace(0, 1, 256), at, channel) for channel in known.T], axis=1)
+    colors = np.stack([np.interp(np.linspace(0, 1, 256), at, channel) for channel in known.T], axis=1)
     rise = ((np.linspace(0, 1, 256) - CLEAR_UP_TO) / (FULL_FROM - CLEAR_UP_TO)).clip(0, 1)
-    return colours, OPACITY * (rise**2 * (3 - 2 * rise))[:, None]
+    return colors, OPACITY * (rise**2 * (3 - 2 * rise))[:, None]
 
 
 def overlay(image: Image.Image, values: np.ndarray) -> Image.Image:
-    """Lay a map over the grey image; colours mean the same in every picture, from 0 to 1.
+    """Lay a map over the gray image; colors mean the same in every picture, from 0 to 1.
 
     Args:
         image: The panel's image.
-        values: (H, W), stretched to the image's size; values outside [0, 1] take the colour of the nearer end.
+        values: (H, W), stretched to the image's size; values outside [0, 1] take the color of the nearer end.
 
     Returns:
         RGB image of the same size.
     """
     stretched = Image.fromarray(values.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
     index = (np.nan_to_num(np.asarray(stretched)).clip(0, 1) * 255).round().astype(np.uint8)
-    colours, opacity = _colours()
-    grey = SHADES[0] + (SHADES[1] - SHADES[0]) / 255 * np.asarray(image.convert("L"), dtype=float)[..., None]
-    mixed = grey * (1 - opacity[index]) + colours[index] * opacity[index]
+    colors, opacity = _colors()
+    gray = SHADES[0] + (SHADES[1] - SHADES[0]) / 255 * np.asarray(image.convert("L"), dtype=float)[..., None]
+    mixed = gray * (1 - opacity[index]) + colors[index] * opacity[index]
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def colour_bar(width: int, height: int) -> Image.Image:
-    """Return the colours from 1 (top) to 0 (bottom) as they look over squares of light and dark grey.
+def color_bar(width: int, height: int) -> Image.Image:
+    """Return the colors from 1 (top) to 0 (bottom) as they look over squares of light and dark gray.
 
     Where a map is opaque the squares are hidden, where it is clear they are all there is to see.
     """
@@ -59,13 +59,13 @@ def colour_bar(width: int, height: int) -> Image.Image:
     return overlay(squares, np.linspace(1, 0, height)[:, None].repeat(width, axis=1))
 
 
-def draw_outline(image: Image.Image, mask: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
+def draw_outline(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int]) -> Image.Image:
     """Draw a line with a dark rim around a mask, outside of it so that the defect itself stays in view.
 
     Args:
         image: The panel's image.
         mask: (H, W) bool, stretched to the image's size.
-        colour: RGB of the line.
+        color: RGB of the line.
 
     Returns:
         RGB image of the same size.
@@ -76,7 +76,7 @@ def draw_outline(image: Image.Image, mask: np.ndarray, colour: tuple[int, int, i
     line = _dilate(inside, 4)
     rim = _dilate(line, 2)
     drawn = image.convert("RGB")
-    for shape, paint in ((rim & ~line, DARK), (line & ~inside, colour)):
+    for shape, paint in ((rim & ~line, DARK), (line & ~inside, color)):
         alpha = Image.fromarray(shape.astype(np.uint8) * 255).resize(image.size, Image.Resampling.BOX)
         drawn.paste(paint, mask=alpha)
     return drawn

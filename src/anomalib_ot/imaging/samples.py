@@ -85,7 +85,7 @@ def read_samples(path: str | Path, max_pixels: int | None = None) -> Samples:
         sample = sample_format(image)
         if sample == "8":
             return Samples(np.asarray(image.convert("RGB")), EIGHT_BIT_MAX)
-        values = _colour_samples(path, image.format) if sample == "16 colour" else np.asarray(image)
+        values = _color_samples(path, image.format) if sample == "16 color" else np.asarray(image)
     if values.dtype.kind == "f":
         return Samples(values, 1 if values.max() <= 1 else EIGHT_BIT_MAX)
     return Samples(values, SIXTEEN_BIT_MAX)
@@ -98,7 +98,7 @@ def sample_format(image: Image.Image) -> str:
         image: As ``PIL.Image.open`` returns it; only its header is looked at.
 
     Returns:
-        ``"float"``, ``"16"`` (one channel of 16 or 32 bits), ``"16 colour"`` (PNG and TIFF with several 16-bit
+        ``"float"``, ``"16"`` (one channel of 16 or 32 bits), ``"16 color"`` (PNG and TIFF with several 16-bit
         channels, which PIL cuts to 8), or ``"8"`` for everything that Anomalib's 8-bit reading gets right.
     """
     if image.mode == "F":
@@ -107,9 +107,9 @@ def sample_format(image: Image.Image) -> str:
         return "16"
     if image.mode in {"RGB", "RGBA", "LA"}:
         if image.format == "TIFF" and max(image.tag_v2.get(258, (8,))) == 16:
-            return "16 colour"
+            return "16 color"
         if image.format == "PNG" and any(";16" in str(tile.args) for tile in image.tile):
-            return "16 colour"
+            return "16 color"
     return "8"
 
 
@@ -169,7 +169,7 @@ def out_of_scale(values: np.ndarray) -> str | None:
     return None
 
 
-def _colour_samples(path: str | Path, file_format: str | None) -> np.ndarray:
+def _color_samples(path: str | Path, file_format: str | None) -> np.ndarray:
     """Read several 16-bit channels as (H, W, 3) in the order red, green, blue."""
     if file_format == "TIFF":
         tifffile = _module("tifffile", "a TIFF with several 16-bit channels")

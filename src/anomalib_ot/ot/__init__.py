@@ -1,8 +1,8 @@
 """Optimal transport in plain torch: costs, marginals, Sinkhorn's algorithm, and plans that know how good they are."""
 
 from anomalib_ot.ot.cost import cosine_cost, euclidean_cost, fused_cost, position_cost, squared_euclidean_cost
-from anomalib_ot.ot.marginals import append_slack, normalise, uniform
-from anomalib_ot.ot.sinkhorn import sinkhorn
+from anomalib_ot.ot.dense import sinkhorn
+from anomalib_ot.ot.marginals import append_slack, normalize, uniform
 from anomalib_ot.ot.sparse import SparseTransport, sparse_sinkhorn
 from anomalib_ot.ot.support import Support
 from anomalib_ot.ot.transport import Transport
@@ -15,7 +15,7 @@ __all__ = [
     "cosine_cost",
     "euclidean_cost",
     "fused_cost",
-    "normalise",
+    "normalize",
     "position_cost",
     "sinkhorn",
     "sparse_sinkhorn",

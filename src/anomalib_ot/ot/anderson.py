@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 MEMORY = 8
-REGULARISATION = 1e-6  # of the least squares, relative to each difference's own length
+REGULARIZATION = 1e-6  # of the least squares, relative to each difference's own length
 WORSE = 5.0  # an error this many times the best one is a failure
 LONGEST = 1e4  # corrections longer than this, in plain steps, are not made
 PATIENCE, HALVED = 10, 0.5  # so is an error that has not been halved within this many steps
@@ -89,7 +89,7 @@ class Anderson:
         self.gram[:, :, self.slot] = products[..., 0]
         self.slot = (self.slot + 1) % MEMORY
         lengths = self.gram.diagonal(dim1=-2, dim2=-1)
-        ridge = (REGULARISATION * lengths).masked_fill_(lengths <= 0, 1.0)
+        ridge = (REGULARIZATION * lengths).masked_fill_(lengths <= 0, 1.0)
         gamma = torch.linalg.solve_ex(self.gram + torch.diag_embed(ridge), products[..., 1]).result
         return torch.bmm(self.jumps.mT, gamma.to(x).unsqueeze(-1)).squeeze(-1)
 

@@ -43,7 +43,7 @@ def squared_euclidean_cost(x: Tensor, y: Tensor) -> Tensor:
         y: Target vectors (..., M, D), in the unit of `x`.
 
     Returns:
-        Cost (..., N, M), at least 0. Rounding is relative to the vectors' lengths, not to their distance: centre the
+        Cost (..., N, M), at least 0. Rounding is relative to the vectors' lengths, not to their distance: center the
         vectors where they lie close together and far from the origin.
 
     Raises:

@@ -32,10 +32,10 @@ def uniform(
     tensor([0.5000, 0.5000, 0.0000, 0.0000])
     """
     mass = torch.ones(shape, dtype=dtype, device=device)
-    return normalise(mass if valid is None else torch.where(valid, mass, 0))
+    return normalize(mass if valid is None else torch.where(valid, mass, 0))
 
 
-def normalise(mass: Tensor) -> Tensor:
+def normalize(mass: Tensor) -> Tensor:
     """Scale masses to 1 in total.
 
     Args:
@@ -44,7 +44,7 @@ def normalise(mass: Tensor) -> Tensor:
     Returns:
         Masses (..., N) that sum to 1 over the last dimension; an item without mass stays without.
 
-    >>> normalise(torch.tensor([[1.0, 3.0], [0.0, 0.0]]))
+    >>> normalize(torch.tensor([[1.0, 3.0], [0.0, 0.0]]))
     tensor([[0.2500, 0.7500],
             [0.0000, 0.0000]])
     """
@@ -138,7 +138,7 @@ def check_sums(a: Tensor, b: Tensor, rho_a: Tensor, rho_b: Tensor) -> None:
         item = wrong.nonzero()[0].item()
         msg = (
             f"a sums to {sum_a[item].item():.9g} and b to {sum_b[item].item():.9g} in batch item {item}; expected "
-            "equal sums (relative 1e-6), or no more in the hard part than the other side has: normalise both, or "
+            "equal sums (relative 1e-6), or no more in the hard part than the other side has: normalize both, or "
             "relax one with rho"
         )
         raise ValueError(msg)

@@ -124,7 +124,7 @@ class SparseTransport:
         """Whether `marginal_error` is within `tolerance`. A support may be too poor for any plan: then it is not."""
         return self.marginal_error <= self.tolerance
 
-    def barycentres(self, x: Tensor, default: float | Tensor = 0.0) -> Tensor:
+    def barycenters(self, x: Tensor, default: float | Tensor = 0.0) -> Tensor:
         """Average the source points (N, D) that each target receives (M, D); `default` where it receives nothing.
 
         Raises:

@@ -75,7 +75,7 @@ class Transport:
         """Whether each item's `marginal_error` is within `tolerance` (B,), as booleans."""
         return self.marginal_error <= self.tolerance
 
-    def barycentres(self, x: Tensor, default: float | Tensor = 0.0) -> Tensor:
+    def barycenters(self, x: Tensor, default: float | Tensor = 0.0) -> Tensor:
         """Average the source points that each target receives.
 
         ``y_j = sum_i plan_ij x_i / sum_i plan_ij``
@@ -85,14 +85,14 @@ class Transport:
             default: What to return for targets that receive nothing, broadcastable to (B, M, D).
 
         Returns:
-            Barycentres (B, M, D), in float32 or better; convex combinations of the points, and `default`.
+            Barycenters (B, M, D), in float32 or better; convex combinations of the points, and `default`.
 
         Raises:
             ValueError: If `x` has not one point per source.
 
         >>> from anomalib_ot.ot import sinkhorn
         >>> cost = torch.tensor([[0.0, 9.0], [9.0, 0.0]])
-        >>> sinkhorn(cost, epsilon=0.1).barycentres(torch.tensor([[1.0], [5.0]]))
+        >>> sinkhorn(cost, epsilon=0.1).barycenters(torch.tensor([[1.0], [5.0]]))
         tensor([[1.],
                 [5.]])
         """

@@ -18,7 +18,7 @@ def box_masks(boxes: Tensor, frame: Tensor, mask_size: int = 28, softness: float
     """Draw soft boxes into the grid of another box.
 
     `M(x, y) = S((x - x1) / e_x) S((x2 - x) / e_x) S((y - y1) / e_y) S((y2 - y) / e_y)` with the logistic function S
-    and `e` the `softness` of the box's own width or height, at the centres of the grid's cells.
+    and `e` the `softness` of the box's own width or height, at the centers of the grid's cells.
 
     Args:
         boxes: Boxes (..., 4), pixels.
@@ -106,7 +106,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Te
         image_size: Height and width of the image, pixels.
 
     Returns:
-        Masks (..., H, W). A pixel is within a box if its centre is.
+        Masks (..., H, W). A pixel is within a box if its center is.
 
     >>> paste_masks(torch.ones(1, 2, 2), torch.tensor([[1.0, 0, 3, 1]]), (2, 4))
     tensor([[[0., 1., 1., 0.],
@@ -126,7 +126,7 @@ def masks_in_boxes(
 
     The boxes may be a detector's, as its predictions have them, and the map any of the same image, at any resolution
     and on any scale: each box has a scale of its own, see `aggregate_map_masks`. Look at some before relying on them:
-    cracks profit from maps as sharp as the image, such as differences of grey; anomaly maps are blurred, and defects
+    cracks profit from maps as sharp as the image, such as differences of gray; anomaly maps are blurred, and defects
     that fill their boxes are best left the boxes (`benchmarks/masks_from_boxes.py`).
 
     Args:
@@ -204,8 +204,8 @@ def _crops(maps: Tensor, boxes: Tensor, map_scale: float, mask_size: int) -> Ten
 def _interpolation(start: Tensor, stop: Tensor, cells: int, pixels: int) -> Tensor:
     """Return the linear weights (..., pixels, cells) of a grid's cells at the pixels; 0 outside the box."""
     start, stop = widen(start).unsqueeze(-1), widen(stop).unsqueeze(-1)
-    centres = torch.arange(pixels, device=start.device, dtype=start.dtype) + 0.5
-    place = (centres - start) / (stop - start).clamp(min=LEAST_SIDE) * cells - 0.5
+    centers = torch.arange(pixels, device=start.device, dtype=start.dtype) + 0.5
+    place = (centers - start) / (stop - start).clamp(min=LEAST_SIDE) * cells - 0.5
     distance = place.clamp(0, cells - 1).unsqueeze(-1) - torch.arange(cells, device=start.device)
-    inside = (centres >= start) & (centres < stop)
+    inside = (centers >= start) & (centers < stop)
     return (1 - distance.abs()).clamp(min=0) * inside.unsqueeze(-1)

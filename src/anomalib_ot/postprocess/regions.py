@@ -23,9 +23,9 @@ class RegionSettings:
 
     Args:
         threshold: Peaks above it start regions, in units of the map; .5 is the pixel threshold of maps that Anomalib
-            has normalised.
+            has normalized.
         extent: How far down a region grows, as a fraction of its peak's height above the background, within (0, 1).
-            Smaller values join what is faintly connected: long scratches stay whole, but close neighbours become one.
+            Smaller values join what is faintly connected: long scratches stay whole, but close neighbors become one.
         edge: Where the box ends, as a fraction of the height of the region near by, `extent` to 1 (excluded). Maps are
             blurred, and peaks of small defects are much wider than the defects; .5 would be their width at half height.
         reach: What "near by" means: the highest pixel at most so far away to each side, >= 0.
@@ -87,7 +87,7 @@ def find_regions(anomaly_map: Tensor, settings: RegionSettings | None = None) ->
 
     Args:
         anomaly_map: Maps (B, 1, H, W), higher is odder, on any scale.
-        settings: How to cut; None: the defaults, for normalised maps.
+        settings: How to cut; None: the defaults, for normalized maps.
 
     Returns:
         Boxes in pixels of the map, right and bottom exclusive, in `max_boxes` slots per image, label 0. Scores are in

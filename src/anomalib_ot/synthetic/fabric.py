@@ -1,6 +1,6 @@
 """Images of printed woven fabric, faultless or with one known fault: the data set that the package carries with it.
 
-The cloth is computed from its yarns (`weave.py`), the faults change the yarns or the print (`faults.py`);
+The fabric is computed from its yarns (`weave.py`), the faults change the yarns or the print (`faults.py`);
 this file prints the motif, lights the scene, takes the picture and measures the boxes.
 """
 
@@ -47,13 +47,13 @@ class FabricSample:
 def render_fabric(seed: int, index: int, defect: str | None = None, size: tuple[int, int] = (256, 256)) -> FabricSample:
     """Take a picture of one piece of printed fabric.
 
-    The picture depends on the four arguments and on nothing else. Without ``defect`` it shows the same piece of cloth
+    The picture depends on the four arguments and on nothing else. Without ``defect`` it shows the same piece of fabric
     in the same light, before the fault happened.
 
     Args:
-        seed: Names the data set, at least 0: weave, yarn periods, colours, motif and its place.
-        index: Names the piece of cloth, at least 0: yarn irregularities, light, sensor noise.
-        defect: One of ``DEFECTS``, or None for faultless cloth.
+        seed: Names the data set, at least 0: weave, yarn periods, colors, motif and its place.
+        index: Names the piece of fabric, at least 0: yarn irregularities, light, sensor noise.
+        defect: One of ``DEFECTS``, or None for faultless fabric.
         size: Height and width in pixels, at least 64 each.
 
     Returns:
@@ -82,10 +82,10 @@ def render_fabric(seed: int, index: int, defect: str | None = None, size: tuple[
 
     # One stream per step, so that a fault in one step leaves the random numbers of the others alone.
     yarn_rng, print_rng, light_rng, sensor_rng = rng.spawn(4)
-    colour, relief = weave(style, fault.grid, yarn_rng)
-    _print_motif(colour, relief, style, fault, radius, print_rng)
-    _lay_on(colour, style, fault)
-    image = _photograph(colour, light_rng, sensor_rng)
+    color, relief = weave(style, fault.grid, yarn_rng)
+    _print_motif(color, relief, style, fault, radius, print_rng)
+    _lay_on(color, style, fault)
+    image = _photograph(color, light_rng, sensor_rng)
     mask, boxes = _measure(fault.region)
     return FabricSample(image, mask, boxes, [defect] * len(boxes) if defect else [])
 
@@ -104,7 +104,7 @@ def _check(seed: int, index: int, defect: str | None, size: tuple[int, int]) -> 
 
 
 def _print_motif(
-    colour: np.ndarray,
+    color: np.ndarray,
     relief: np.ndarray,
     style: FabricStyle,
     fault: Fault,
@@ -114,43 +114,43 @@ def _print_motif(
     """Print an emblem, a flower in a ring, at each of the fault's motif places; the ink misses the gaps."""
     mottle = 1 + np.float32(0.06) * smooth_noise(rng, relief.shape, 9 * OVERSAMPLING)
     bleed = np.float32(0.35) * smooth_noise(rng, relief.shape, 2.5 * OVERSAMPLING)
-    brightness = np.float32(np.mean(style.warp_colour))
-    for centre in fault.motif_places:
-        near, dx, dy = window(fault.grid, centre, radius + 1)
+    brightness = np.float32(np.mean(style.warp_color))
+    for center in fault.motif_places:
+        near, dx, dy = window(fault.grid, center, radius + 1)
         distance, angle = np.hypot(dx, dy), np.arctan2(dy, dx)
         petals = np.float32(radius) * (np.float32(0.42) + np.float32(0.20) * np.cos(style.petals * angle)) - distance
         ring = np.float32(0.11 * radius) - np.abs(distance - np.float32(0.86 * radius))
         ink = np.clip((np.maximum(petals, ring) + bleed[near]) * np.float32(0.9) + np.float32(0.5), 0, 1)
         ink *= mottle[near] * np.clip(np.float32(0.58) + np.float32(0.40) * relief[near], 0, 0.93)
         ink[(distance > radius) | (relief[near] < 0)] = 0
-        cloth = colour[near]
-        shade = cloth.mean(axis=-1, keepdims=True) / brightness
-        cloth += ink[..., None] * (np.float32(style.ink) * (np.float32(0.15) + np.float32(0.95) * shade) - cloth)
+        fabric = color[near]
+        shade = fabric.mean(axis=-1, keepdims=True) / brightness
+        fabric += ink[..., None] * (np.float32(style.ink) * (np.float32(0.15) + np.float32(0.95) * shade) - fabric)
 
 
-def _lay_on(colour: np.ndarray, style: FabricStyle, fault: Fault) -> None:
-    """Soak the cloth with the fault's soil and lay its loose threads on top."""
+def _lay_on(color: np.ndarray, style: FabricStyle, fault: Fault) -> None:
+    """Soak the fabric with the fault's soil and lay its loose threads on top."""
     if fault.soil is not None:
-        tint = np.float32(fault.soil_colour) / np.float32(0.75)
-        colour *= 1 - fault.soil[..., None] * (1 - tint)
+        tint = np.float32(fault.soil_color) / np.float32(0.75)
+        color *= 1 - fault.soil[..., None] * (1 - tint)
     if fault.thread is not None:
         shadow = _shifted(_shifted(fault.thread, OVERSAMPLING, 0), OVERSAMPLING, 1)
-        colour *= 1 - np.float32(0.3) * shadow[..., None]
-        lit = np.float32(style.weft_colour) * (np.float32(0.55) + np.float32(0.5) * fault.thread[..., None])
-        colour += fault.thread[..., None] * (lit - colour)
+        color *= 1 - np.float32(0.3) * shadow[..., None]
+        lit = np.float32(style.weft_color) * (np.float32(0.55) + np.float32(0.5) * fault.thread[..., None])
+        color += fault.thread[..., None] * (lit - color)
 
 
-def _photograph(colour: np.ndarray, light_rng: np.random.Generator, sensor_rng: np.random.Generator) -> np.ndarray:
-    """Light the cloth unevenly, blur it as a lens does, average it to pixels and add the noise of the sensor."""
-    h, w = colour.shape[:2]
+def _photograph(color: np.ndarray, light_rng: np.random.Generator, sensor_rng: np.random.Generator) -> np.ndarray:
+    """Light the fabric unevenly, blur it as a lens does, average it to pixels and add the noise of the sensor."""
+    h, w = color.shape[:2]
     u, v = np.linspace(-1, 1, w, dtype=np.float32)[None, :], np.linspace(-1, 1, h, dtype=np.float32)[:, None]
     tilt_x, tilt_y, bow = light_rng.uniform((-0.10, -0.10, -0.09), (0.10, 0.10, 0.02)).astype(np.float32)
     exposure = np.float32(light_rng.uniform(0.93, 1.07))
     light = exposure * (1 + tilt_x * u + tilt_y * v + bow * (u * u + v * v))
-    colour = colour * light[..., None]
+    color = color * light[..., None]
     for axis in (0, 1):
-        colour = 0.5 * colour + 0.25 * (_shifted(colour, 1, axis) + _shifted(colour, -1, axis))
-    pixels = _to_pixels(colour)
+        color = 0.5 * color + 0.25 * (_shifted(color, 1, axis) + _shifted(color, -1, axis))
+    pixels = _to_pixels(color)
     noise = sensor_rng.standard_normal(pixels.shape, dtype=np.float32)
     pixels = pixels + noise * (np.float32(0.006) + np.float32(0.012) * np.sqrt(np.clip(pixels, 0, 1)))
     return (np.clip(pixels, 0, 1) * 255 + np.float32(0.5)).astype(np.uint8)
@@ -202,7 +202,7 @@ def tight_boxes(mask: np.ndarray) -> np.ndarray:
 def _parts(mask: np.ndarray) -> np.ndarray:
     """Number the connected parts of a bool mask from 1 in reading order, corners count as contact; 0 is outside."""
     labels = np.zeros(mask.shape, dtype=np.int64)
-    parent = [0]  # of each run of pixels in a row; a run without an earlier neighbour is its own parent
+    parent = [0]  # of each run of pixels in a row; a run without an earlier neighbor is its own parent
 
     def root(run: int) -> int:
         while parent[run] != run:

@@ -1,4 +1,4 @@
-"""Weaving and printing faults: each one moves yarns, tints the cloth or moves the print, and knows its own region."""
+"""Weaving and printing faults: each one moves yarns, tints the fabric or moves the print, and knows its own region."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _CLEARANCE = 3.0  # pixels between a local fault and the motif
 _SMALLEST_AREA = 20.0  # square pixels
 _TRIES = 1000  # a free place is found after a few
 
-_SOILS = ((0.45, 0.36, 0.22), (0.30, 0.29, 0.28), (0.52, 0.27, 0.15), (0.38, 0.40, 0.30))  # oil, grease, rust, mould
+_SOILS = ((0.45, 0.36, 0.22), (0.30, 0.29, 0.28), (0.52, 0.27, 0.15), (0.38, 0.40, 0.30))  # oil, grease, rust, mold
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One image's fault: the yarns it leaves, its region, where the motif is printed, and what lies on the cloth.
+    """One image's fault: the yarns it leaves, its region, where the motif is printed, and what lies on the fabric.
 
     ``region`` (h, w) is bool on the sample points. ``motif_places`` holds pixel coordinates (x, y).
-    ``soil`` (h, w) in [0, 1] is how much of ``soil_colour`` the cloth took up, ``thread`` (h, w) in [0, 1] the
+    ``soil`` (h, w) in [0, 1] is how much of ``soil_color`` the fabric took up, ``thread`` (h, w) in [0, 1] the
     coverage of loose threads on top of it.
     """
 
@@ -31,7 +31,7 @@ class Fault:
     region: np.ndarray
     motif_places: tuple[tuple[float, float], ...]
     soil: np.ndarray | None = None
-    soil_colour: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    soil_color: tuple[float, float, float] = (0.0, 0.0, 0.0)
     thread: np.ndarray | None = None
 
 
@@ -43,7 +43,7 @@ def draw_fault(
     Args:
         defect: One of ``DEFECTS``.
         grid: The yarns of the faultless image.
-        motif_place: Centre (x, y) of the motif in the faultless image, in pixels.
+        motif_place: Center (x, y) of the motif in the faultless image, in pixels.
         motif_radius: Its radius in pixels.
         rng: Source of the fault's size, place and strength.
 
@@ -66,20 +66,20 @@ def draw_fault(
     raise RuntimeError(msg)
 
 
-def disc(grid: YarnGrid, centre: tuple[float, float], radius: float) -> np.ndarray:
-    """Mark the sample points within ``radius`` pixels of ``centre`` (x, y)."""
-    return np.square(grid.x - np.float32(centre[0])) + np.square(grid.y - np.float32(centre[1])) <= radius**2
+def disc(grid: YarnGrid, center: tuple[float, float], radius: float) -> np.ndarray:
+    """Mark the sample points within ``radius`` pixels of ``center`` (x, y)."""
+    return np.square(grid.x - np.float32(center[0])) + np.square(grid.y - np.float32(center[1])) <= radius**2
 
 
 def window(
-    grid: YarnGrid, centre: tuple[float, float], radius: float
+    grid: YarnGrid, center: tuple[float, float], radius: float
 ) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
     """Cut out the surroundings of a place: the slices (rows, columns), and the pixel distances dx (1, n), dy (m, 1)."""
     rows, columns = (
         slice(max(int((c - radius) * OVERSAMPLING), 0), max(int((c + radius) * OVERSAMPLING) + 1, 0))
-        for c in centre[::-1]
+        for c in center[::-1]
     )
-    return (rows, columns), grid.x[:, columns] - np.float32(centre[0]), grid.y[rows] - np.float32(centre[1])
+    return (rows, columns), grid.x[:, columns] - np.float32(center[0]), grid.y[rows] - np.float32(center[1])
 
 
 def _another_place(
@@ -97,10 +97,10 @@ def _another_place(
 
 
 def _blob(grid: YarnGrid, radius: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a round-ish outline in the image: the distance to its centre, 1 on the outline, and the centre (x, y)."""
+    """Draw a round-ish outline in the image: the distance to its center, 1 on the outline, and the center (x, y)."""
     height, width = (side / OVERSAMPLING for side in grid.warp.shape)
-    centre = rng.uniform(1.2 * radius, np.array([width, height]) - 1.2 * radius)
-    dx, dy = grid.x - np.float32(centre[0]), grid.y - np.float32(centre[1])
+    center = rng.uniform(1.2 * radius, np.array([width, height]) - 1.2 * radius)
+    dx, dy = grid.x - np.float32(center[0]), grid.y - np.float32(center[1])
     stretch, turn = np.float32(rng.uniform(0.75, 1.3)), rng.uniform(0, np.pi)
     cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
     dx, dy = (cos * dx + sin * dy) * stretch, (cos * dy - sin * dx) / stretch
@@ -108,7 +108,7 @@ def _blob(grid: YarnGrid, radius: float, rng: np.random.Generator) -> tuple[np.n
     outline = np.ones_like(angle)
     for waves in (2, 3, 5):
         outline += np.float32(rng.uniform(0, 0.3 / waves)) * np.cos(waves * angle + np.float32(rng.uniform(0, 6.3)))
-    return np.hypot(dx, dy) / (np.float32(radius) * outline), centre
+    return np.hypot(dx, dy) / (np.float32(radius) * outline), center
 
 
 def _smaller_side(grid: YarnGrid) -> float:
@@ -117,9 +117,9 @@ def _smaller_side(grid: YarnGrid) -> float:
 
 
 def _hole(grid: YarnGrid, rng: np.random.Generator) -> Fault:
-    """Tear yarns out of a blob: every yarn ends at a length of its own, and single fibres reach over the gap."""
+    """Tear yarns out of a blob: every yarn ends at a length of its own, and single fibers reach over the gap."""
     radius = rng.uniform(0.016, 0.07) * _smaller_side(grid) + 1.5
-    distance, centre = _blob(grid, radius, rng)
+    distance, center = _blob(grid, radius, rng)
     lift = []
     for yarns in (grid.warp, grid.weft):
         index = yarns.astype(np.int32)
@@ -130,8 +130,8 @@ def _hole(grid: YarnGrid, rng: np.random.Generator) -> Fault:
     for _ in range(rng.integers(2, 7)):
         angle, bend = rng.uniform(0, 2 * np.pi), rng.uniform(-0.5, 0.5, size=2)
         rim = radius * np.array([np.cos(angle), np.sin(angle)])
-        end = centre + rim * rng.uniform(-0.4, 0.4)
-        _add_thread(thread, grid, centre + rim, centre + 0.5 * rim + radius * bend, end, 0.35)
+        end = center + rim * rng.uniform(-0.4, 0.4)
+        _add_thread(thread, grid, center + rim, center + 0.5 * rim + radius * bend, end, 0.35)
     return Fault(replace(grid, warp_lift=lift[0], weft_lift=lift[1]), region, (), thread=thread * region)
 
 
@@ -148,7 +148,7 @@ def _stain(grid: YarnGrid, rng: np.random.Generator) -> Fault:
     rim = 1 + np.float32(rng.uniform(0, 0.6)) * np.exp(-np.square((edge - np.float32(0.92)) / np.float32(0.12)))
     strength = np.float32(rng.uniform(0.16, 0.50))
     soil = np.clip(strength * soaked * clouds * rim, 0, 0.85)
-    return Fault(grid, soaked > 0.35, (), soil=soil, soil_colour=_SOILS[rng.integers(len(_SOILS))])
+    return Fault(grid, soaked > 0.35, (), soil=soil, soil_color=_SOILS[rng.integers(len(_SOILS))])
 
 
 def _stretch_of_yarn(
@@ -172,12 +172,12 @@ def _stretch_of_yarn(
 
 
 def _widen(distance: np.ndarray, amount: np.ndarray) -> np.ndarray:
-    """Give the yarn at distance 0 ``1 / (1 - amount)`` of its room; its neighbours give way, 3.5 yarns far."""
+    """Give the yarn at distance 0 ``1 / (1 - amount)`` of its room; its neighbors give way, 3.5 yarns far."""
     return -distance * amount * np.square(np.maximum(1 - np.square(distance / np.float32(3.5)), 0))
 
 
 def _broken_yarn(grid: YarnGrid, rng: np.random.Generator) -> Fault:
-    """Take out a stretch of one yarn: its neighbours close in, and an end may stick out of the cloth."""
+    """Take out a stretch of one yarn: its neighbors close in, and an end may stick out of the fabric."""
     system, distance, presence = _stretch_of_yarn(grid, rng, (0.2, 0.7), taper=7)
     moved = _widen(distance, np.float32(rng.uniform(-0.45, 0.0)) * presence)
     torn = (np.abs(distance + moved) < 0.5) & (presence > 0.5)
@@ -217,7 +217,7 @@ def _add_thread(
 
 
 def _coarse_yarn(grid: YarnGrid, rng: np.random.Generator) -> Fault:
-    """Thicken a stretch of one yarn: it stands out of the cloth and pushes its neighbours aside."""
+    """Thicken a stretch of one yarn: it stands out of the fabric and pushes its neighbors aside."""
     system, distance, presence = _stretch_of_yarn(grid, rng, (0.3, 1.2), taper=14)
     moved = _widen(distance, np.float32(rng.uniform(0.42, 0.64)) * presence)
     inside = np.abs(distance + moved) < 0.5

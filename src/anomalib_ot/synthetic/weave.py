@@ -1,4 +1,4 @@
-"""From yarns to cloth: where the yarns of a woven fabric lie, how high they stand, and how they look in oblique light.
+"""From yarns to fabric: where the yarns of a woven fabric lie, how high they stand, and how they look in oblique light.
 
 Everything here works on a grid of sample points that is finer than the pixels; `fabric.py` averages it down.
 """
@@ -14,9 +14,9 @@ from PIL import Image
 OVERSAMPLING = 2
 """Sample points per pixel and axis."""
 
-_FLOOR = -1.6  # height of what lies under the cloth, in yarn radii
+_FLOOR = -1.6  # height of what lies under the fabric, in yarn radii
 _MARGIN = 8  # yarns counted beyond each border; paths that wander or give way stay within
-_BACKING = 0.17  # brightness of what lies under the cloth
+_BACKING = 0.17  # brightness of what lies under the fabric
 _CRIMP = 0.55  # how far a yarn swings up and down between crossings, in yarn radii
 _LIGHT = (0.17, 0.12)  # gain in brightness per slope in x and y: the lamp stands to the upper left
 
@@ -27,24 +27,24 @@ _WEAVES = {
     "twill 2/1": ((1, 1, 0), (0, 1, 1), (1, 0, 1)),
 }
 
-# Warp colour, weft colour, ink of the motif; linear RGB in [0, 1].
+# Warp color, weft color, ink of the motif; linear RGB in [0, 1].
 _PALETTES = (
     ((0.63, 0.67, 0.55), (0.73, 0.75, 0.64), (0.26, 0.20, 0.16)),  # sage, umber ink
     ((0.62, 0.70, 0.79), (0.78, 0.81, 0.84), (0.16, 0.20, 0.36)),  # oxford blue, navy ink
-    ((0.66, 0.65, 0.63), (0.74, 0.73, 0.71), (0.44, 0.15, 0.18)),  # pearl grey, bordeaux ink
+    ((0.66, 0.65, 0.63), (0.74, 0.73, 0.71), (0.44, 0.15, 0.18)),  # pearl gray, bordeaux ink
     ((0.80, 0.74, 0.62), (0.72, 0.65, 0.52), (0.20, 0.24, 0.44)),  # linen, indigo ink
 )
 
 
 @dataclass(frozen=True)
 class FabricStyle:
-    """What all images of one data set share: the weave, the yarn periods in pixels, the colours and the motif."""
+    """What all images of one data set share: the weave, the yarn periods in pixels, the colors and the motif."""
 
     weave: str
     warp_period: float
     weft_period: float
-    warp_colour: tuple[float, float, float]
-    weft_colour: tuple[float, float, float]
+    warp_color: tuple[float, float, float]
+    weft_color: tuple[float, float, float]
     ink: tuple[float, float, float]
     petals: int
     motif_place: tuple[float, float]
@@ -53,13 +53,13 @@ class FabricStyle:
     def of(cls, seed: int) -> FabricStyle:
         """Draw the style that belongs to a data set's seed."""
         rng = np.random.default_rng(np.random.SeedSequence([seed]))
-        warp_colour, weft_colour, ink = _PALETTES[rng.integers(len(_PALETTES))]
+        warp_color, weft_color, ink = _PALETTES[rng.integers(len(_PALETTES))]
         return cls(
             weave=tuple(_WEAVES)[rng.integers(len(_WEAVES))],
             warp_period=float(rng.uniform(6.2, 7.6)),
             weft_period=float(rng.uniform(6.6, 8.8)),
-            warp_colour=warp_colour,
-            weft_colour=weft_colour,
+            warp_color=warp_color,
+            weft_color=weft_color,
             ink=ink,
             petals=int(rng.integers(5, 9)),
             motif_place=(float(rng.uniform(0.32, 0.68)), float(rng.uniform(0.32, 0.68))),
@@ -107,7 +107,7 @@ def resize(field: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def weave(style: FabricStyle, grid: YarnGrid, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Weave the cloth of one image and light it.
+    """Weave the fabric of one image and light it.
 
     Each yarn is a cylinder whose axis swings up and down with the crossings; of warp and weft the higher one shows.
 
@@ -117,8 +117,8 @@ def weave(style: FabricStyle, grid: YarnGrid, rng: np.random.Generator) -> tuple
         rng: Source of the yarn irregularities of this image.
 
     Returns:
-        The colours (h, w, 3), about in [0, 1], and the relief (h, w): 0 at the deepest visible yarn, 1 at the crowns,
-        negative where one looks through the cloth.
+        The colors (h, w, 3), about in [0, 1], and the relief (h, w): 0 at the deepest visible yarn, 1 at the crowns,
+        negative where one looks through the fabric.
     """
     over = np.array(_WEAVES[style.weave], dtype=np.float32).T * 2 - 1  # [warp, weft] -> +1 warp on top, -1 below
     warp_height, warp_tone = _yarns(grid.warp, grid.weft, grid.warp_lift, style.warp_period, over, rng)
@@ -134,8 +134,8 @@ def weave(style: FabricStyle, grid: YarnGrid, rng: np.random.Generator) -> tuple
     shade = 0.36 + 0.58 * np.clip(relief, 0, 1) + _LIGHT[0] * slope_x + _LIGHT[1] * slope_y
     shade *= tone
     shade[height <= _FLOOR] = _BACKING
-    colour = np.where(warp_on_top[..., None], np.float32(style.warp_colour), np.float32(style.weft_colour))
-    return colour * shade[..., None], np.where(height <= _FLOOR, np.float32(-1), relief)
+    color = np.where(warp_on_top[..., None], np.float32(style.warp_color), np.float32(style.weft_color))
+    return color * shade[..., None], np.where(height <= _FLOOR, np.float32(-1), relief)
 
 
 def _yarns(
@@ -163,14 +163,14 @@ def _yarns(
     offset = across - yarn - np.float32(0.5) - per_yarn(26, 0.035, 0.02).take(here)
     half_width = np.clip(0.47 * (1 + per_yarn(22, 0.07, 0.05)), 0.34, 0.58).take(here)
     tone = (1 + per_yarn(30, 0.03, 0.03)).take(here)
-    # The fibres: five strands of random brightness per yarn, and the faint oblique streaks of their twist.
+    # The fibers: five strands of random brightness per yarn, and the faint oblique streaks of their twist.
     strands = resize(rng.standard_normal((length // 5 + 2, 5 * num_yarns), dtype=np.float32), (length, 5 * num_yarns))
     tone *= 1 + np.float32(0.06) * strands.take(here * 5 + (5 * (across - yarn)).astype(np.int32))
     twist = rng.uniform(0, 1, num_yarns).astype(np.float32).take(yarn)
     streaks = np.sin(np.float32(2 * np.pi) * (along * np.float32(1.9) + offset * np.float32(1.1) + twist))
     tone *= 1 + np.float32(0.035) * streaks
 
-    # The axis swings between the crossings: cosine interpolation from one crossing's centre to the next.
+    # The axis swings between the crossings: cosine interpolation from one crossing's center to the next.
     crossing = along - np.float32(0.5)
     first = crossing.astype(np.int32)
     blend = np.float32(0.5) - np.float32(0.5) * np.cos(np.float32(np.pi) * (crossing - first))

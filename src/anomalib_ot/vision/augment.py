@@ -95,11 +95,11 @@ class BoxSafeCrop(v2.Transform):
     so that they show one box, chosen at random, as far as it fits. A box that is cut all the same is clipped to the
     window if at least `min_part` of what the window could show of it is left (see `seen_parts`); else it is dropped,
     and its stump stays in the picture without a label. Where the image is smaller than the window, it lies at a random
-    place in it, amid its own mean colour.
+    place in it, amid its own mean color.
 
     Args:
         size: Height and width of the window, pixels.
-        min_part: The least part of a cut box that stays labelled, in (0, 1].
+        min_part: The least part of a cut box that stays labeled, in (0, 1].
         focus: Probability to look at a box, in [0, 1]; has no meaning for images without boxes.
 
     Raises:
@@ -158,7 +158,7 @@ class BoxSafeCrop(v2.Transform):
 
 
 class _Window(v2.Transform):
-    """Cut out one given window, padded with the image's mean colour where it reaches over the border."""
+    """Cut out one given window, padded with the image's mean color where it reaches over the border."""
 
     def __init__(self, top: int, left: int, height: int, width: int) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class DefectAugmentation(v2.Transform):
         scale: Least and greatest factor of magnification, above 0.
         brightness: Greatest relative change of brightness, in [0, 1].
         contrast: Greatest relative change of contrast, in [0, 1].
-        min_part: Least part of a cut box that stays labelled, see `BoxSafeCrop`.
+        min_part: Least part of a cut box that stays labeled, see `BoxSafeCrop`.
         focus: Probability that a crop shows a box, see `BoxSafeCrop`.
 
     Raises:

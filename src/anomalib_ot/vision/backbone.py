@@ -48,7 +48,7 @@ def known_layers(backbone: str) -> list[str]:
     return [info["module"] for info in model.feature_info.info]
 
 
-def normalisation(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and standard deviation per channel that a backbone's published weights were trained with."""
     config = timm.get_pretrained_cfg(backbone)
     if config is None:

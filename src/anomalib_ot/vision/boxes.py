@@ -1,6 +1,7 @@
-"""Boxes and the points of feature grids that predict them; boxes are xyxy in pixels throughout."""
+"""Boxes, their pairwise geometry, and the points of feature grids that predict them; boxes are xyxy in pixels."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def pairwise_giou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Return the generalised intersection over union (N, M) of boxes (N, 4) with others (M, 4), in (-1, 1].
+    """Return the generalized intersection over union (N, M) of boxes (N, 4) with others (M, 4), in (-1, 1].
 
     `IoU - (hull - union) / hull`, finite for boxes without any area, where torchvision's has NaN.
 
@@ -93,8 +94,8 @@ def inside_boxes(points: Tensor, boxes: Tensor, margin: float = 0.01) -> Tensor:
     return encode_ltrb(points, boxes[:, None]).amin(-1) > margin
 
 
-def near_centres(points: Tensor, strides: Tensor, boxes: Tensor, radius: float, *, clipped: bool) -> Tensor:
-    """Say which points lie near the centre of which box: strictly within `radius` strides of it in x and in y.
+def near_centers(points: Tensor, strides: Tensor, boxes: Tensor, radius: float, *, clipped: bool) -> Tensor:
+    """Say which points lie near the center of which box: strictly within `radius` strides of it in x and in y.
 
     Args:
         points: Points (P, 2), pixels.
@@ -106,9 +107,9 @@ def near_centres(points: Tensor, strides: Tensor, boxes: Tensor, radius: float, 
     Returns:
         Bool (G, P).
     """
-    centres = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
+    centers = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
     reach = radius * strides[:, None]
-    low, high = centres - reach, centres + reach
+    low, high = centers - reach, centers + reach
     if clipped:
         low, high = torch.maximum(low, boxes[:, None, :2]), torch.minimum(high, boxes[:, None, 2:])
     return torch.minimum(points - low, high - points).amin(-1) > 0
@@ -118,3 +119,73 @@ def clip_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
     """Cut boxes (..., 4) to an image of this size, pixels."""
     limits = boxes.new_ones(4) * boxes.new_tensor([width, height, width, height])
     return torch.minimum(boxes.clamp(min=0), limits)
+
+
+class Sides(NamedTuple):
+    """Boxes as their four sides, each shaped to broadcast against those of other boxes."""
+
+    left: Tensor
+    top: Tensor
+    right: Tensor
+    bottom: Tensor
+
+    @property
+    def area(self) -> Tensor:
+        """Area of each box; 0 where a box is turned inside out."""
+        return (self.right - self.left).clamp(min=0) * (self.bottom - self.top).clamp(min=0)
+
+
+def pair_up(boxes: Tensor, others: Tensor) -> tuple[Sides, Sides]:
+    """Shape boxes (B, N, 4) and others (B, M, 4) so that each meets each: sides (B, N, 1) and (B, 1, M)."""
+    return Sides(*boxes.unsqueeze(-2).unbind(-1)), Sides(*others.unsqueeze(-3).unbind(-1))
+
+
+def overlap(boxes: Tensor, others: Tensor, *, inner_weight: float = 0.0) -> Tensor:
+    """Return how much each box (B, N, 4) overlaps each other one (B, M, 4): (B, N, M) in [0, 1].
+
+    ``max(intersection / union, inner_weight * intersection / smaller area)``
+
+    Args:
+        boxes: Boxes xyxy, any unit.
+        others: Boxes xyxy, in the same unit.
+        inner_weight: Weight of the second ratio, [0, 1]. It is high for a fragment of a long box, which has a small
+            intersection over union; 0: that one alone.
+
+    >>> overlap(torch.tensor([[[0.0, 0, 10, 2]]]), torch.tensor([[[0.0, 0, 2, 2]]]), inner_weight=0.9)
+    tensor([[[0.9000]]])
+    """
+    one, other = pair_up(boxes, others)
+    width = torch.minimum(one.right, other.right).sub_(torch.maximum(one.left, other.left)).clamp_(min=0)
+    height = torch.minimum(one.bottom, other.bottom).sub_(torch.maximum(one.top, other.top)).clamp_(min=0)
+    intersection = width.mul_(height)
+    ratio = intersection / _nonzero(one.area + other.area - intersection)
+    if inner_weight == 0:
+        return ratio
+    smaller = torch.minimum(one.area, other.area)
+    return torch.maximum(ratio, inner_weight * intersection / _nonzero(smaller))
+
+
+def center_distance(boxes: Tensor, others: Tensor) -> Tensor:
+    """Return the squared distance of centers, over the squared diagonal of the box round both: (B, N, M) in [0, 1).
+
+    Args:
+        boxes: Boxes xyxy (B, N, 4), any unit.
+        others: Boxes xyxy (B, M, 4), in the same unit.
+
+    References:
+        Z. Zheng et al., "Distance-IoU loss: faster and better learning for bounding box regression", AAAI 2020.
+
+    >>> center_distance(torch.tensor([[[0.0, 0, 2, 2]]]), torch.tensor([[[2.0, 0, 4, 2]]]))
+    tensor([[[0.2000]]])
+    """
+    one, other = pair_up(boxes, others)
+    across = (one.left + one.right) / 2 - (other.left + other.right) / 2
+    down = (one.top + one.bottom) / 2 - (other.top + other.bottom) / 2
+    width = torch.maximum(one.right, other.right).sub_(torch.minimum(one.left, other.left))
+    height = torch.maximum(one.bottom, other.bottom).sub_(torch.minimum(one.top, other.top))
+    return (across.square() + down.square()) / _nonzero(width.square() + height.square())
+
+
+def _nonzero(size: Tensor) -> Tensor:
+    """Make sizes 1 where they are 0: what is divided by them is 0 there, and its gradient stays finite."""
+    return size.add_(size <= 0)

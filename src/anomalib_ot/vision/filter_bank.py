@@ -1,4 +1,4 @@
-"""A backbone without weights: oriented filters and colour, for where no pretrained network can be had."""
+"""A backbone without weights: oriented filters and color, for where no pretrained network can be had."""
 
 import math
 from collections.abc import Sequence
@@ -43,10 +43,10 @@ def gabor_kernels(wavelength: float, num_orientations: int = NUM_ORIENTATIONS) -
 
 
 class FilterBank(nn.Module):
-    """Describe images by local contrast at several wavelengths and orientations, and by colour.
+    """Describe images by local contrast at several wavelengths and orientations, and by color.
 
     Each scale holds the energies of quadrature pairs of Gabor filters of its wavelength and the next longer one, and
-    the mean colour, averaged to its stride: 4, 8 and 16 pixels, with wavelengths of 4, 8 and 16 pixels. It has no
+    the mean color, averaged to its stride: 4, 8 and 16 pixels, with wavelengths of 4, 8 and 16 pixels. It has no
     weights to fetch and nothing random: a fall-back for demonstrations and textures, no match for a pretrained network
     elsewhere.
 
@@ -64,7 +64,7 @@ class FilterBank(nn.Module):
             self.register_buffer(f"kernels{i}", gabor_kernels(wavelength), persistent=False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the maps (B, C, h, w) of the scales asked for, of normalised images (B, 3, H, W)."""
+        """Return the maps (B, C, h, w) of the scales asked for, of normalized images (B, 3, H, W)."""
         luminance = images.mean(1, keepdim=True)
         energies = []
         for i in range(len(WAVELENGTHS)):

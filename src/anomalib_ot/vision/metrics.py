@@ -1,24 +1,183 @@
-"""What a set of detections is worth to a factory or to a contest, in one number each."""
+"""Metrics of detections: average precision by class, the score of the Tianchi contest, false boxes on good images."""
 
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-from anomalib_ot.vision.average_precision import EvaluatedBoxes, average_precision, box_hits, class_average_precisions
-
 __all__ = [
     "TIANCHI_IOUS",
     "ClassResult",
-    "TianchiFigures",
+    "EvaluatedBoxes",
+    "TianchiValues",
+    "average_precision",
+    "box_hits",
+    "class_average_precisions",
     "class_results",
     "false_positives_per_good_image",
-    "recall_at_false_positives",
-    "tianchi_figures",
+    "pair_iou",
+    "tianchi_values",
 ]
 
 TIANCHI_IOUS = (0.1, 0.3, 0.5)
 ACCURACY_SHARE = 0.2
+
+
+class EvaluatedBoxes(NamedTuple):
+    """The predicted and the true boxes of a whole data set, in flat arrays.
+
+    Args:
+        num_images: Number of images I, those without any box included.
+        boxes: Predicted boxes xyxy (N, 4), pixels.
+        scores: Their confidence (N,).
+        labels: Their class index (N,), int64.
+        images: Their image (N,), int64 in [0, I).
+        gt_boxes: True boxes xyxy (G, 4), pixels.
+        gt_labels: Their class index (G,), int64.
+        gt_images: Their image (G,), int64 in [0, I).
+    """
+
+    num_images: int
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    images: np.ndarray
+    gt_boxes: np.ndarray
+    gt_labels: np.ndarray
+    gt_images: np.ndarray
+
+    @property
+    def is_defective(self) -> np.ndarray:
+        """Which images (I,) hold a true box, bool."""
+        return np.bincount(self.gt_images, minlength=self.num_images) > 0
+
+    def predicted(self, keep: np.ndarray) -> "EvaluatedBoxes":
+        """Keep the predicted boxes that a mask (N,) or an index names; all images and true boxes stay."""
+        names = ("boxes", "scores", "labels", "images")
+        return self._replace(**{name: getattr(self, name)[keep] for name in names})
+
+    def class_agnostic(self) -> "EvaluatedBoxes":
+        """Give all boxes the class 0."""
+        return self._replace(labels=np.zeros_like(self.labels), gt_labels=np.zeros_like(self.gt_labels))
+
+
+def box_hits(data: EvaluatedBoxes, iou: float) -> np.ndarray:
+    """Tell which predicted boxes are right, by the rule of Pascal VOC.
+
+    A box is compared with the true box of its image and class that it overlaps most. It is right if their intersection
+    over union reaches `iou` and no box of a higher score has taken that truth; a second box on one truth is wrong.
+
+    Args:
+        data: The boxes of a data set.
+        iou: Least intersection over union, in (0, 1].
+
+    Returns:
+        Whether each predicted box is right (N,), bool; for each truth at most one is.
+
+    References:
+        Everingham, Van Gool, Williams, Winn, Zisserman: The Pascal Visual Object Classes (VOC) Challenge, IJCV 2010,
+        section 4.2.
+
+    >>> one, two = np.array([[0.0, 0, 4, 4]]), np.array([[0.0, 0, 4, 4], [0, 0, 4, 3]])
+    >>> data = EvaluatedBoxes(1, two, np.array([0.2, 0.9]), *np.zeros((2, 2), int), one, *np.zeros((2, 1), int))
+    >>> box_hits(data, iou=0.5)
+    array([False,  True])
+    """
+    overlap, truth = _best_overlaps(data)
+    ranked = np.argsort(-data.scores, kind="stable")
+    close = ranked[overlap[ranked] >= iou]
+    first = np.unique(truth[close], return_index=True)[1]
+    hits = np.zeros(len(data.boxes), dtype=bool)
+    hits[close[first]] = True
+    return hits
+
+
+def average_precision(hits: np.ndarray, scores: np.ndarray, num_truths: int) -> float:
+    r"""Compute the area below the precision-recall curve, with all its points.
+
+    .. math::
+        AP = \sum_n (r_n - r_{n-1}) \max_{m \ge n} p_m
+
+    with precision :math:`p_n` and recall :math:`r_n` of the n best boxes.
+
+    Args:
+        hits: Whether each box is right (N,), see `box_hits`.
+        scores: Confidence of each box (N,).
+        num_truths: Number of true boxes, >= 1.
+
+    Returns:
+        The average precision, in [0, 1]; 0 without boxes.
+
+    Raises:
+        ValueError: If there is no truth, for then there is no recall.
+
+    References:
+        Everingham, Winn: The PASCAL VOC 2010 Development Kit, section 3.4.1; Padilla, Netto, da Silva: A Survey on
+        Performance Metrics for Object-Detection Algorithms, IWSSIP 2020, equations 4 and 5.
+
+    >>> average_precision(np.array([True, False, True]), np.array([0.9, 0.8, 0.7]), num_truths=2)
+    0.8333333333333333
+    """
+    if num_truths < 1:
+        msg = f"num_truths is {num_truths}; expected at least 1: leave out classes that do not occur."
+        raise ValueError(msg)
+    right = hits[np.argsort(-scores, kind="stable")]
+    precision = np.cumsum(right) / np.arange(1, len(right) + 1)
+    best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(best_from_here[right].sum() / num_truths)
+
+
+def class_average_precisions(data: EvaluatedBoxes, iou: float) -> dict[int, float]:
+    """Compute the average precision of each class that has true boxes.
+
+    Args:
+        data: The boxes of a data set.
+        iou: Least intersection over union of a right box, in (0, 1].
+
+    Returns:
+        Class index to average precision, ascending. Boxes of classes without any truth count nowhere.
+    """
+    hits = box_hits(data, iou)
+    found = {}
+    for label, num_truths in zip(*np.unique(data.gt_labels, return_counts=True), strict=True):
+        own = data.labels == label
+        found[int(label)] = average_precision(hits[own], data.scores[own], int(num_truths))
+    return found
+
+
+def _best_overlaps(data: EvaluatedBoxes) -> tuple[np.ndarray, np.ndarray]:
+    """For each predicted box the truth of its image and class that it overlaps most: overlap (N,) and index (N,).
+
+    Where there is none, overlap and index are -1. Of several the first wins.
+    """
+    num_classes = 1 + max((int(labels.max()) for labels in (data.labels, data.gt_labels) if len(labels)), default=0)
+    group, gt_group = data.images * num_classes + data.labels, data.gt_images * num_classes + data.gt_labels
+    by_group = np.argsort(gt_group, kind="stable")
+    start = np.searchsorted(gt_group[by_group], group, side="left")
+    count = np.searchsorted(gt_group[by_group], group, side="right") - start
+    # All pairs of a box and a truth of its group, box by box.
+    box = np.repeat(np.arange(len(group)), count)
+    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    truth = by_group[np.repeat(start, count) + within]
+    overlaps = pair_iou(data.boxes[box], data.gt_boxes[truth])
+    order = np.lexsort((within, -overlaps, box))
+    box_of_best, first = np.unique(box[order], return_index=True)
+    overlap, index = np.full(len(group), -1.0), np.full(len(group), -1)
+    overlap[box_of_best], index[box_of_best] = overlaps[order][first], truth[order][first]
+    return overlap, index
+
+
+def pair_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Intersection over union of each box with the one at the same place, (P,); 0 where both are empty."""
+    boxes, others = boxes.astype(float), others.astype(float)
+    sides = (np.minimum(boxes[:, 2:], others[:, 2:]) - np.maximum(boxes[:, :2], others[:, :2])).clip(0)
+    shared = sides.prod(axis=1)
+    union = _areas(boxes) + _areas(others) - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=1)
 
 
 class ClassResult(NamedTuple):
@@ -39,7 +198,7 @@ class ClassResult(NamedTuple):
     num_false: int
 
 
-class TianchiFigures(NamedTuple):
+class TianchiValues(NamedTuple):
     """The score of the Tianchi fabric contest, and the two parts that it is made of; each in [0, 1].
 
     Args:
@@ -53,7 +212,7 @@ class TianchiFigures(NamedTuple):
     map: float
 
 
-def tianchi_figures(data: EvaluatedBoxes, image_threshold: float) -> TianchiFigures | None:
+def tianchi_values(data: EvaluatedBoxes, image_threshold: float) -> TianchiValues | None:
     r"""Compute the score of the Tianchi fabric contest, with its two parts.
 
     .. math::
@@ -70,7 +229,7 @@ def tianchi_figures(data: EvaluatedBoxes, image_threshold: float) -> TianchiFigu
         image_threshold: Score above which a box makes its image defective, in [0, 1].
 
     Returns:
-        The figures; None without true boxes, where mAP means nothing.
+        The values; None without true boxes, where mAP means nothing.
 
     References:
         Tianchi "Guangdong Industrial Intelligence Innovation Contest", fabric defect detection, 2019, rules of round 1,
@@ -83,7 +242,7 @@ def tianchi_figures(data: EvaluatedBoxes, image_threshold: float) -> TianchiFigu
     handed_in = data.predicted(called[data.images])
     means = [np.mean(list(class_average_precisions(handed_in, iou).values())) for iou in TIANCHI_IOUS]
     precision = float(np.mean(means))
-    return TianchiFigures(ACCURACY_SHARE * accuracy + (1 - ACCURACY_SHARE) * precision, accuracy, precision)
+    return TianchiValues(ACCURACY_SHARE * accuracy + (1 - ACCURACY_SHARE) * precision, accuracy, precision)
 
 
 def false_positives_per_good_image(data: EvaluatedBoxes, score_threshold: float) -> float | None:
@@ -100,28 +259,6 @@ def false_positives_per_good_image(data: EvaluatedBoxes, score_threshold: float)
     if not good.any():
         return None
     return float((good[data.images] & (data.scores > score_threshold)).sum() / good.sum())
-
-
-def recall_at_false_positives(data: EvaluatedBoxes, per_image: float, iou: float = 0.5) -> float | None:
-    """Compute the share of truths that are found at a score threshold that allows so many false boxes per image.
-
-    One threshold for all classes; boxes of equal score are accepted or refused together.
-
-    Args:
-        data: The boxes of a data set.
-        per_image: False boxes allowed per image, good or not, >= 0.
-        iou: Least intersection over union of a right box, in (0, 1].
-
-    Returns:
-        The greatest such recall, in [0, 1]; None without true boxes.
-    """
-    if not len(data.gt_boxes):
-        return None
-    order = np.argsort(-data.scores, kind="stable")
-    scores, hits = data.scores[order], box_hits(data, iou)[order]
-    ends = np.append(scores[1:] != scores[:-1], np.ones(min(1, len(scores)), dtype=bool))
-    allowed = ends & (np.cumsum(~hits) <= per_image * data.num_images)
-    return float(np.cumsum(hits)[allowed].max(initial=0) / len(data.gt_boxes))
 
 
 def class_results(data: EvaluatedBoxes, score_threshold: float, iou: float = 0.5) -> list[ClassResult]:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 def patch_embeddings(features: Sequence[Tensor], pooling: int = 3) -> tuple[Tensor, tuple[int, int]]:
     """Turn feature maps of one backbone pass into one embedding per patch.
 
-    Each map is averaged over its `pooling` x `pooling` neighbourhood (what lies outside the map counts as zero, which
+    Each map is averaged over its `pooling` x `pooling` neighborhood (what lies outside the map counts as zero, which
     sets patches at the border apart: means over what lies inside cost .05 to .08 of image AUROC on tiles and fabric),
     brought to the grid of the first map (bilinear) and concatenated along the channels.
 
     Args:
         features: Maps (B, C, h, w), finest first; their grids may differ.
-        pooling: Odd side of the neighbourhood in patches; 1 leaves the maps as they are.
+        pooling: Odd side of the neighborhood in patches; 1 leaves the maps as they are.
 
     Returns:
         Embeddings (B, h * w, D) in float32, row by row, and their grid size (h, w).
@@ -83,7 +83,7 @@ class MapSmoother(nn.Module):
     """Brings maps of patches to pixels, bilinear, and smooths them with a Gaussian, reflecting at the border.
 
     Both are linear, and act on one axis at a time: a small matrix for each axis does both, `R M C^T`. The cost is that
-    of the coarse map's rows, not of every pixel's neighbourhood.
+    of the coarse map's rows, not of every pixel's neighborhood.
 
     Args:
         sigma: Standard deviation in pixels of the map, at least 0; 0 does not smooth.

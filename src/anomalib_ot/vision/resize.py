@@ -12,8 +12,8 @@ from torch import Tensor, nn
 def resize_weights(in_size: int, out_size: int, device: torch.device | None = None) -> Tensor:
     """Return the matrix (out_size, in_size) of an antialiased bilinear resize of one axis.
 
-    Row `i` is the triangle filter `max(0, 1 - |j + 1/2 - c_i| / s)` with centre `c_i = (i + 1/2) in/out` and support
-    `s = max(in/out, 1)`, normalised to 1: bilinear interpolation where the image grows, its antialiased form where it
+    Row `i` is the triangle filter `max(0, 1 - |j + 1/2 - c_i| / s)` with center `c_i = (i + 1/2) in/out` and support
+    `s = max(in/out, 1)`, normalized to 1: bilinear interpolation where the image grows, its antialiased form where it
     shrinks.
 
     Args:

@@ -17,14 +17,14 @@ AGREEMENT = 0.5  # overlap at which two views of one place show the same object
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles that cover an image, neighbours overlapping; as a last one the whole image, shrunk to a tile.
+    """Tiles that cover an image, neighbors overlapping; as a last one the whole image, shrunk to a tile.
 
     What is larger than the overlap is cut in every tile. Its parts are put together: two detections of one class in
     different tiles are the same object if they agree (IoU at least 0.5) on the area that both tiles show.
 
     Args:
         size: Height and width of a tile, pixels; an image smaller than that is one tile, padded with 0.
-        overlap: Least part of a tile's side that it shares with its neighbour, 0 to below 1.
+        overlap: Least part of a tile's side that it shares with its neighbor, 0 to below 1.
         whole_image: Whether the whole image is looked at too, for objects larger than a tile.
         max_detections: Slots per image of the merged result.
     """

@@ -1,4 +1,4 @@
-"""`anomalib-ot benchmark`: killed, gone on with by two processes, and with jobs that are not run at all."""
+"""`anomalib-ot benchmark`: killed, resumed by two processes, and with jobs that are not run at all."""
 
 import csv
 import json

@@ -16,7 +16,7 @@ FAILED = {"status": "failed", "error": "ValueError: [not] good " + "x" * 200, "s
 
 @pytest.fixture(params=[True, False], ids=["terminal", "file"])
 def said(request):
-    """Say what there is to say of two jobs; whether it was on a terminal, and the words without their colours."""
+    """Say what there is to say of two jobs; whether it was on a terminal, and the words without their colors."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=request.param, width=80)
     with SweepProgress(2, SweepShare(1, 3), console) as progress:

@@ -107,7 +107,7 @@ def test_a_row_that_comes_while_the_report_is_written_is_in_it(tmp_path):
 
 def test_the_plots_show_every_model_that_has_results(table):
     picture = np.asarray(Image.open(io.BytesIO(sweep_plots(table))).convert("RGB")).reshape(-1, 3)
-    for colour in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0)):
-        assert (picture == colour).all(1).sum() > 100
+    for color in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0)):
+        assert (picture == color).all(1).sum() > 100
     assert not (picture == (0, 0x9E, 0x73)).all(1).any()  # Dinomaly has none
     assert sweep_plots(SweepTable(["A"], ["d"], [], {}, [])) is None

@@ -22,17 +22,17 @@ from anomalib_ot.integration.data.deep_images import check_augmentations, read_i
 
 HEIGHT, WIDTH = 24, 20
 GRAY16 = np.random.default_rng(0).integers(17219, 40606, (HEIGHT, WIDTH), dtype=np.uint16)
-COLOUR16 = np.random.default_rng(1).integers(0, 65536, (HEIGHT, WIDTH, 4), dtype=np.uint16)
-COLOUR8 = np.random.default_rng(2).integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
+COLOR16 = np.random.default_rng(1).integers(0, 65536, (HEIGHT, WIDTH, 4), dtype=np.uint16)
+COLOR8 = np.random.default_rng(2).integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
 
 
-def write_png(path, samples, colour_type):
-    """A 16-bit PNG of any colour type, written chunk by chunk: the independent witness of the readers."""
+def write_png(path, samples, color_type):
+    """A 16-bit PNG of any color type, written chunk by chunk: the independent witness of the readers."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], 16, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], 16, color_type, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
     gamma = chunk(b"gAMA", struct.pack(">I", 30000))
     body = chunk(b"IHDR", header) + gamma + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
@@ -53,7 +53,7 @@ def error_of(call, *arguments) -> str:
 
 @pytest.fixture
 def good(tmp_path):
-    Image.fromarray(COLOUR8[..., :3]).save(tmp_path / "good.png")
+    Image.fromarray(COLOR8[..., :3]).save(tmp_path / "good.png")
     return tmp_path / "good.png"
 
 
@@ -73,7 +73,7 @@ def good(tmp_path):
 def test_eight_bits_are_read_as_anomalib_reads_them(tmp_path, name, modes):
     for mode in modes:
         path = tmp_path / f"{mode}_{name}"
-        image = Image.fromarray(COLOUR8)
+        image = Image.fromarray(COLOR8)
         (image if mode == "RGBA" else image.convert("RGB").convert(mode)).save(path)
         ours = read_image_deep(path)
         assert type(ours) is torch.Tensor
@@ -109,11 +109,11 @@ def test_twelve_bits_in_sixteen_keep_the_fixed_scale(tmp_path):
     assert torch.equal(read_image_deep(tmp_path / "a.png"), expected16(GRAY16 // 16))
 
 
-@pytest.mark.parametrize(("channels", "colour_type"), [(3, 2), (4, 6), (2, 4)])
-def test_colour_png_of_sixteen_bits(tmp_path, channels, colour_type):
+@pytest.mark.parametrize(("channels", "color_type"), [(3, 2), (4, 6), (2, 4)])
+def test_color_png_of_sixteen_bits(tmp_path, channels, color_type):
     path = tmp_path / "a.png"
-    samples = COLOUR16[..., :channels]
-    write_png(path, samples, colour_type)
+    samples = COLOR16[..., :channels]
+    write_png(path, samples, color_type)
     assert torch.equal(read_image_deep(path), expected16(samples[..., 0] if channels == 2 else samples))
     report = check_images([path], "images")
     assert report.deep == {str(path)}
@@ -125,9 +125,9 @@ def test_colour_png_of_sixteen_bits(tmp_path, channels, colour_type):
     [{}, {"byteorder": ">"}, {"compression": "zlib", "predictor": True}, {"planarconfig": "separate"}, {"pages": 2}],
     ids=str,
 )
-def test_colour_tiff_of_sixteen_bits(tmp_path, options):
+def test_color_tiff_of_sixteen_bits(tmp_path, options):
     path = tmp_path / "a.tif"
-    samples = COLOUR16[..., :3]
+    samples = COLOR16[..., :3]
     stored = np.moveaxis(samples, -1, 0) if "planarconfig" in options else samples
     with tifffile.TiffWriter(path, byteorder=options.get("byteorder")) as writer:
         for page in range(options.get("pages", 1)):
@@ -139,8 +139,8 @@ def test_colour_tiff_of_sixteen_bits(tmp_path, options):
 
 def test_tiff_of_sixteen_bits_with_alpha(tmp_path):
     path = tmp_path / "a.tif"
-    tifffile.imwrite(path, COLOUR16, photometric="rgb", extrasamples=["unassalpha"])
-    assert torch.equal(read_image_deep(path), expected16(COLOUR16))
+    tifffile.imwrite(path, COLOR16, photometric="rgb", extrasamples=["unassalpha"])
+    assert torch.equal(read_image_deep(path), expected16(COLOR16))
     assert check_images([path], "images").alpha == (str(path),)
 
 
@@ -188,7 +188,7 @@ def test_integers_of_32_bits(tmp_path):
 
 def damaged(tmp_path, kind):
     path = tmp_path / f"{kind}.png"
-    Image.fromarray(np.kron(COLOUR8[..., :3], np.ones((4, 4, 1), np.uint8))).save(path)
+    Image.fromarray(np.kron(COLOR8[..., :3], np.ones((4, 4, 1), np.uint8))).save(path)
     content = path.read_bytes()
     if kind == "missing":
         path.unlink()
@@ -204,7 +204,7 @@ def damaged(tmp_path, kind):
     elif kind == "text":
         path.write_text("seam 12, roll 7: replaced by a note")
     elif kind == "tiny":
-        Image.fromarray(COLOUR8[:15, :, :3]).save(path)
+        Image.fromarray(COLOR8[:15, :, :3]).save(path)
     return path
 
 
@@ -229,7 +229,7 @@ def test_bad_file_is_named_with_its_cure(tmp_path, good, kind):
 
 
 def test_truncated_jpeg(tmp_path):
-    Image.fromarray(np.kron(COLOUR8[..., :3], np.ones((8, 8, 1), np.uint8))).save(tmp_path / "a.jpg")
+    Image.fromarray(np.kron(COLOR8[..., :3], np.ones((8, 8, 1), np.uint8))).save(tmp_path / "a.jpg")
     content = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "a.jpg").write_bytes(content[: len(content) // 2])
     for message in (error_of(check_images, [tmp_path / "a.jpg"], "x"), error_of(read_image_deep, tmp_path / "a.jpg")):
@@ -237,7 +237,7 @@ def test_truncated_jpeg(tmp_path):
 
 
 def test_tiff_that_pillow_cannot_open(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", COLOUR16[..., :3].astype(np.float32), photometric="rgb")
+    tifffile.imwrite(tmp_path / "a.tif", COLOR16[..., :3].astype(np.float32), photometric="rgb")
     assert "save it with 8 or 16 bits" in error_of(check_images, [tmp_path / "a.tif"], "images")
 
 
@@ -252,7 +252,7 @@ def test_report_sorts_the_modes_and_says_so_once(tmp_path, good, caplog):
     caplog.set_level(logging.INFO)
     paths = {mode: tmp_path / f"{mode}.png" for mode in ("RGBA", "LA", "L", "P")}
     for mode, path in paths.items():
-        Image.fromarray(COLOUR8).convert("RGB").convert(mode).save(path)
+        Image.fromarray(COLOR8).convert("RGB").convert(mode).save(path)
     for _ in range(2):
         report = check_images([good, *paths.values(), good], "training images")
     assert report.count == 5
@@ -284,7 +284,7 @@ def test_files_are_decoded_once_until_they_change(tmp_path, good, monkeypatch):
     assert decoded == [str(good)]
     good.write_bytes(b"")
     error_of(check_images, [good], "images")
-    Image.fromarray(COLOUR8).save(good)
+    Image.fromarray(COLOR8).save(good)
     os.utime(good, ns=(1, 1))
     check_images([good], "images")
     assert len(decoded) == 3
@@ -304,7 +304,7 @@ def test_progress_bar_only_for_long_checks(good, monkeypatch, tmp_path):
     monkeypatch.setattr(images, "PATIENCE", 0.0)
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for path in paths:
-        Image.fromarray(COLOUR8).save(path)
+        Image.fromarray(COLOR8).save(path)
     check_images(paths, "training images")
     assert started == [("Checking training images", 3)]
 
@@ -317,7 +317,7 @@ def mixed(tmp_path):
     """A folder with 8-bit and 16-bit images of several sizes."""
     (tmp_path / "good").mkdir()
     for index in range(3):
-        Image.fromarray(np.roll(COLOUR8[..., :3], index, axis=0)).save(tmp_path / "good" / f"eight{index}.png")
+        Image.fromarray(np.roll(COLOR8[..., :3], index, axis=0)).save(tmp_path / "good" / f"eight{index}.png")
         cv2.imwrite(str(tmp_path / "good" / f"sixteen{index}.png"), GRAY16[: HEIGHT - index])
     datamodule = Folder(name="mixed", root=tmp_path, normal_dir="good", num_workers=0, train_batch_size=8, seed=0)
     datamodule.setup("fit")

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule
-from anomalib_ot.integration.data.records import LabelledImage
+from anomalib_ot.integration.data.records import LabeledImage
 from anomalib_ot.vision.augment import DefectAugmentation
 
 BOX = (6, 4, 18, 16)
@@ -35,7 +35,7 @@ class Given(BoxDataModule):
         if num_boxes:
             pixels[BOX[1] : BOX[3], BOX[0] : BOX[2]] = 255
         Image.fromarray(pixels).save(self.root / name)
-        return LabelledImage.of(str(self.root / name), (40, 30), [BOX] * num_boxes, [0] * num_boxes)
+        return LabeledImage.of(str(self.root / name), (40, 30), [BOX] * num_boxes, [0] * num_boxes)
 
 
 def names(dataset):

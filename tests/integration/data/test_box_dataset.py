@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from anomalib_ot.integration.data.box_batch import BoxBatch, BoxItem
 from anomalib_ot.integration.data.dataset import BoxDataset
-from anomalib_ot.integration.data.records import LabelledImage
+from anomalib_ot.integration.data.records import LabeledImage
 
 BOX = (10, 4, 22, 16)
 
@@ -29,7 +29,7 @@ def records(tmp_path):
             pixels[BOX[1] : BOX[3], BOX[0] : BOX[2]] = 255
         path = tmp_path / f"{number}.png"
         Image.fromarray(pixels).save(path)
-        found.append(LabelledImage.of(str(path), (40, 30), [BOX] * has_box, [number // 2] * has_box))
+        found.append(LabeledImage.of(str(path), (40, 30), [BOX] * has_box, [number // 2] * has_box))
     return found
 
 
@@ -80,7 +80,7 @@ def test_boxes_follow_a_flip(records):
 def test_labels_stay_in_step_with_boxes_that_vanish(tmp_path):
     Image.new("L", (40, 30)).save(tmp_path / "a.png")
     boxes, labels = [(0, 0, 8, 8), (14, 10, 18, 12), (30, 20, 36, 26), (25, 1, 35, 9)], [4, 5, 6, 7]
-    record = LabelledImage.of(str(tmp_path / "a.png"), (40, 30), boxes, labels)
+    record = LabeledImage.of(str(tmp_path / "a.png"), (40, 30), boxes, labels)
     item = BoxDataset([record], Split.TRAIN, v2.CenterCrop((30, 16)))[0]
     assert item.gt_boxes.tolist() == [[2, 10, 6, 12], [13, 1, 16, 9]]
     assert item.gt_box_labels.tolist() == [5, 7]
@@ -91,7 +91,7 @@ def test_labels_stay_in_step_with_boxes_that_vanish(tmp_path):
 
 def test_thin_boxes_survive_a_strong_resize(tmp_path):
     Image.new("L", (400, 300)).save(tmp_path / "a.png")
-    record = LabelledImage.of(str(tmp_path / "a.png"), (400, 300), [(10, 100, 390, 102)], [0])
+    record = LabeledImage.of(str(tmp_path / "a.png"), (400, 300), [(10, 100, 390, 102)], [0])
     item = BoxDataset([record], Split.TEST, v2.Resize((30, 40), antialias=True))[0]
     torch.testing.assert_close(item.gt_boxes, torch.tensor([[1.0, 10.0, 39.0, 10.2]]))
 
@@ -105,14 +105,14 @@ def test_one_item_does_not_change_the_next(records):
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "RGB", "1"])
 def test_images_of_all_modes_have_three_channels(tmp_path, mode):
     Image.new("RGB", (20, 20), (255, 255, 255)).convert("L").convert(mode).save(tmp_path / "a.png")
-    item = BoxDataset([LabelledImage.of(str(tmp_path / "a.png"), (20, 20), [], [])], Split.TEST)[0]
+    item = BoxDataset([LabeledImage.of(str(tmp_path / "a.png"), (20, 20), [], [])], Split.TEST)[0]
     torch.testing.assert_close(item.image, torch.ones(3, 20, 20))
 
 
 def test_sixteen_bit_images_keep_their_depth(tmp_path):
     values = np.linspace(17219, 40606, 400).astype(np.uint16).reshape(20, 20)
     Image.fromarray(values).save(tmp_path / "a.png")
-    item = BoxDataset([LabelledImage.of(str(tmp_path / "a.png"), (20, 20), [], [])], Split.TEST)[0]
+    item = BoxDataset([LabeledImage.of(str(tmp_path / "a.png"), (20, 20), [], [])], Split.TEST)[0]
     torch.testing.assert_close(item.image[0], torch.from_numpy(values.astype(np.float32)) / 65535)
 
 
@@ -135,4 +135,4 @@ def test_workers_get_the_dataset(records):
 
 def test_a_missing_image_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
-        BoxDataset([LabelledImage.of(str(tmp_path / "gone.png"), (4, 4), [], [])], Split.TEST)
+        BoxDataset([LabeledImage.of(str(tmp_path / "gone.png"), (4, 4), [], [])], Split.TEST)

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from anomalib_ot.integration.data.records import Findings, LabelledImage
+from anomalib_ot.integration.data.records import Findings, LabeledImage
 from anomalib_ot.integration.data.splits import (
     check_distance,
+    group_near_duplicates,
     groups_by_pattern,
-    groups_by_sight,
     joined_groups,
     split_images,
 )
@@ -18,7 +18,7 @@ from anomalib_ot.integration.data.splits import (
 
 def records(labels):
     return [
-        LabelledImage.of(f"{number:04}.png", (9, 9), [(0, 0, 1, 1)] * len(classes), classes)
+        LabeledImage.of(f"{number:04}.png", (9, 9), [(0, 0, 1, 1)] * len(classes), classes)
         for number, classes in enumerate(labels)
     ]
 
@@ -104,11 +104,11 @@ def test_near_duplicates_are_grouped_and_too_many_are_told(tmp_path, monkeypatch
         paths.append(str(tmp_path / f"{number}.png"))
         Image.fromarray(pixels[which]).resize((64, 64)).save(paths[-1])
     findings = Findings()
-    groups = groups_by_sight(20, paths, findings)
+    groups = group_near_duplicates(20, paths, findings)
     assert groups[0] == groups[2] == groups[5]
     assert len(set(groups)) == 4
     assert findings.warnings[0].startswith("1 group of 3 near duplicates among 6 images")
-    assert groups_by_sight(None, paths, findings) is None
+    assert group_near_duplicates(None, paths, findings) is None
     assert (tmp_path / "cache" / "image_hashes.json").is_file()
 
 

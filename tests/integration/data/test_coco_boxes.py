@@ -200,7 +200,7 @@ def test_what_was_put_right_is_told_once(root, caplog):
 
 def test_one_file_for_training_and_validation_is_told(root, caplog):
     boards(root, val_json="train.json").prepare_data()
-    assert "20 validation images also used for training, so that figures flatter" in caplog.text
+    assert "20 validation images also used for training, scores will be optimistic (data leakage)" in caplog.text
     assert "20 test images also used" in caplog.text
 
 

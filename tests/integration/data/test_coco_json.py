@@ -200,7 +200,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(read, tmp_path, content, mes
     assert any(word in said for word in ("expected", "correct it", "remove it", "write both"))
 
 
-def test_a_missing_file_is_refused_and_its_neighbours_are_named(tmp_path):
+def test_a_missing_file_is_refused_and_its_neighbors_are_named(tmp_path):
     (tmp_path / "instances.json").write_text("{}")
     with pytest.raises(ValueError, match=r"train\.json do not exist, where there is instances\.json"):
         read_coco(tmp_path / "train.json")

@@ -60,7 +60,7 @@ def test_adopt_upgrades_the_very_same_object():
 
 def test_plain_update_would_have_dropped_the_explanation():
     batch = plain_batch().update(**predictions())
-    assert not hasattr(batch, "feature_map")  # the host behaviour that makes adopt necessary
+    assert not hasattr(batch, "feature_map")  # the host behavior that makes adopt necessary
 
 
 def test_adopt_twice_keeps_what_is_not_named():

@@ -33,8 +33,8 @@ def test_pictures_of_one_piece_are_one_group(pieces, tmp_path):
 
 def test_groups_are_those_of_a_plain_loop():
     rng = np.random.default_rng(0)
-    centres = rng.integers(0, 2**63, (40, 4)).astype(np.uint64)
-    hashes = centres[rng.integers(0, 40, 1200)]
+    centers = rng.integers(0, 2**63, (40, 4)).astype(np.uint64)
+    hashes = centers[rng.integers(0, 40, 1200)]
     hashes[:, 2] ^= np.uint64(1) << rng.integers(0, 63, 1200).astype(np.uint64)
     groups = near_duplicate_groups(hashes, 2)
     apart = np.unpackbits((hashes[:, None] ^ hashes[None]).view(np.uint8), axis=-1).sum(-1)

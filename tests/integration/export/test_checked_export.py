@@ -17,9 +17,9 @@ import anomalib_ot
 from anomalib_ot import OTADetector, OTPrototypes, SinkhornNMS, SparseMDOD, SyntheticFabric, SyntheticFabricBoxes
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.export import parity
-from anomalib_ot.integration.export.known_scores import summarised_scores
+from anomalib_ot.integration.export.known_scores import summarized_scores
 from anomalib_ot.integration.export.parity import ParityError, measured_parity, synthetic_images
-from anomalib_ot.integration.export.quantization import Judged, Samples, verdicts_changed
+from anomalib_ot.integration.export.quantization import EvaluationResult, Samples, verdicts_changed
 from anomalib_ot.integration.export.runtime import openvino_predict
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("converted_once")]
@@ -149,18 +149,18 @@ def test_scores_are_those_of_the_validation_images_as_the_graph_gives_them(proto
 
 
 def test_scores_that_are_no_numbers_are_none():
-    assert summarised_scores(torch.tensor([float("nan")])) is None
-    assert summarised_scores(torch.tensor([1.0, float("inf"), 3.0])) == {
+    assert summarized_scores(torch.tensor([float("nan")])) is None
+    assert summarized_scores(torch.tensor([1.0, float("inf"), 3.0])) == {
         "count": 1 + 1, "quantiles": pytest.approx(np.linspace(1, 3, 101)), "good": None,
     }  # fmt: skip
 
 
 def test_scores_of_good_images_are_kept_apart():
     scores = torch.tensor([5.0, 1.0, 9.0, 3.0, float("nan")])
-    found = summarised_scores(scores, torch.tensor([1, 0, 1, 0, 0]))
+    found = summarized_scores(scores, torch.tensor([1, 0, 1, 0, 0]))
     assert (found["count"], found["quantiles"][-1]) == (4, 9.0)
     assert found["good"] == {"count": 2, "quantiles": pytest.approx(np.linspace(1, 3, 101))}
-    assert summarised_scores(scores, torch.ones(5))["good"] is None
+    assert summarized_scores(scores, torch.ones(5))["good"] is None
 
 
 def test_onnx_says_it_too_and_has_the_size_asked_for(sparse, tmp_path):
@@ -237,7 +237,7 @@ def test_boxes_lost_are_no_agreement():
     parity.check_parity(found | {"tolerance": {"score": 1e-3, "boxes": 0.1, "boxes_lost": 1.2}})
 
 
-def test_images_are_always_the_same_and_have_the_colours_asked_for():
+def test_images_are_always_the_same_and_have_the_colors_asked_for():
     one, other = (synthetic_images(6, (40, 50), [0.2, 0.5, 0.7], [0.1] * 3) for _ in range(2))
     assert torch.equal(one, other)
     assert (one >= 0).all()
@@ -273,7 +273,7 @@ def test_integers_are_calibrated_and_measured(prototypes, cloth, tmp_path, caplo
     assert (accuracy["metric"], accuracy["images"]) == ("image_AUROC", len(cloth.val_data))
     assert abs(accuracy["fp32"] - accuracy["int8"]) < 0.2
     samples, precise = Samples(cloth, "val", 400), openvino_predict(model.to_openvino(tmp_path / "fp32"))
-    before, after = Judged(precise, samples), Judged(openvino_predict(path), samples)
+    before, after = EvaluationResult(precise, samples), EvaluationResult(openvino_predict(path), samples)
     flips = [
         bool(one.pred_label) != bool(two.pred_label) for one, two in zip(before.batches, after.batches, strict=True)
     ]

@@ -24,11 +24,10 @@ from anomalib_ot.integration.metrics.metrics import (
     FalsePositivesPerGoodImage,
     ImageAUROC,
     ImageF1Score,
-    RecallAtFalsePositives,
     TianchiScore,
 )
-from anomalib_ot.vision.average_precision import class_average_precisions
 from anomalib_ot.vision.detections import stack_detections
+from anomalib_ot.vision.metrics import class_average_precisions
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +85,6 @@ def shared_metrics() -> list[AnomalibMetric]:
         *(CocoPrecision(key, record=record) for key in ("map", "map_50", "map_75", "map_small", "map_medium")),
         *(TianchiScore(key, record=record) for key in TIANCHI_KEYS),
         FalsePositivesPerGoodImage(record=record),
-        RecallAtFalsePositives(record=record),
     ]
 
 
@@ -288,14 +286,10 @@ class TestWithoutMeaning:
             "false_positives_per_good_image is not reported: no image is free of true boxes"
         ]
 
-    @pytest.mark.parametrize("metric", [TianchiScore(), RecallAtFalsePositives()])
-    def test_no_truths(self, metric):
+    def test_no_truths(self):
+        metric = TianchiScore()
         metric.update(made_up_batch(0, good=(0, 1, 2, 3)))
         assert metric.compute() is None
-
-    def test_names(self):
-        assert RecallAtFalsePositives(0.5).name == "recall_at_0.5_false_positives"
-        assert RecallAtFalsePositives(2).name == "recall_at_2_false_positives"
 
     @pytest.mark.parametrize(
         "build",
@@ -303,7 +297,6 @@ class TestWithoutMeaning:
             lambda: TianchiScore(image_threshold=1.5),
             lambda: TianchiScore("mean"),
             lambda: FalsePositivesPerGoodImage(-1),
-            lambda: RecallAtFalsePositives(-1),
         ],
     )
     def test_bad_arguments(self, build):

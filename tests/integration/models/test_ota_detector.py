@@ -1,4 +1,4 @@
-"""OTADetector as Anomalib trains it: it learns, resumes, honours its user, and says what is wrong in one line."""
+"""OTADetector as Anomalib trains it: it learns, resumes, honors its user, and says what is wrong in one line."""
 
 import json
 from pathlib import Path

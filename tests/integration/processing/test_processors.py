@@ -1,4 +1,4 @@
-"""Normalisation stretches and shifts the map; the causes stay what they were, in training's batches and in exports."""
+"""Normalization stretches and shifts the map; the causes stay what they were, in training's batches and in exports."""
 
 import openvino
 import pytest
@@ -27,7 +27,7 @@ def raw() -> dict[str, torch.Tensor]:
     feature_map = 1 + 0.1 * torch.rand(2, 1, 8, 8, generator=generator)
     position_map = torch.zeros(2, 1, 8, 8)
     position_map[0, 0, 2:4, 2:4] = 1.6
-    position_map[1, 0, 5, 5] = 90.0  # the normalised map stops at 1
+    position_map[1, 0, 5, 5] = 90.0  # the normalized map stops at 1
     return {"anomaly_map": feature_map + position_map, "feature_map": feature_map, "position_map": position_map}
 
 
@@ -67,7 +67,7 @@ def test_batches_and_exports_are_split_alike():
 
 @pytest.mark.parametrize("process", [as_batch, as_export])
 @pytest.mark.parametrize("built", [ExplainedPostProcessor(), post_processor(enable_normalization=False)])
-def test_what_is_not_normalised_keeps_its_parts(process, built):
+def test_what_is_not_normalized_keeps_its_parts(process, built):
     for part, given in zip(process(built), raw().values(), strict=True):
         torch.testing.assert_close(part, given[:, 0])
 
@@ -75,7 +75,7 @@ def test_what_is_not_normalised_keeps_its_parts(process, built):
 def test_the_transport_threshold_is_the_images_in_the_scores_own_units():
     built = post_processor()
     assert built.transport_threshold == pytest.approx(3)
-    built.image_sensitivity = 0.4  # less sensitive: a normalised threshold of .6, a tenth of the span of 20 above
+    built.image_sensitivity = 0.4  # less sensitive: a normalized threshold of .6, a tenth of the span of 20 above
     assert built.transport_threshold == pytest.approx(5)
     score = torch.tensor([4.9, 5.1])
     done = built(Explained(score, None, pred_mask=None, matched_position=None, transport_score=score, **raw()))

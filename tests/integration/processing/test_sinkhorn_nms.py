@@ -31,7 +31,7 @@ TERMS = {"region_score", "region_l1", "region_giou", "duplicate"}
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Eight images of 64 x 80 pixels: a dark square, a grey bar; two of the images are good."""
+    """Eight images of 64 x 80 pixels: a dark square, a gray bar; two of the images are good."""
     root = tmp_path_factory.mktemp("shapes")
     rng = np.random.default_rng(0)
     (root / "images").mkdir()
@@ -493,13 +493,13 @@ def test_steps_on_these_losses_lower_them(checkpoint, scene):
     images, *objects = scene
     for names in (["duplicate"], sorted(TERMS)):
         model = loaded(checkpoint, post_processor=SinkhornNMS(train_weight=1.0, warm_up=0.0)).train()
-        optimiser, history = torch.optim.AdamW(model.parameters(), lr=3e-4), []
+        optimizer, history = torch.optim.AdamW(model.parameters(), lr=3e-4), []
         for _ in range(20):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             found = model.model.decoding.candidates(model.model.dense(images), images.shape[-2:])
             losses = model.post_processor.losses(found, *objects, images.shape[-2:], 0.0)
             loss = torch.stack([losses[name] for name in names]).sum()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             history.append(float(loss.detach()))
         assert sum(history[-3:]) < 0.75 * sum(history[:3])

@@ -5,6 +5,7 @@ import torch
 
 from anomalib_ot import SinkhornNMS
 from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.processing.sinkhorn_nms import CHECKPOINT_KEY, sinkhorn_nms_of
 
 
 def image_of(*scores):
@@ -99,10 +100,6 @@ def test_what_are_no_detections(found, message):
         ({"threshold": "0.5"}, "^threshold is '0.5'"),
         ({"score_threshold": [0.1]}, r"^score_threshold is \[0.1\]; expected a number from 0 to 1"),
         ({"class_aware": 1}, "^class_aware is 1; expected True or False"),
-        ({"preset": "papers"}, "^preset is 'papers'.*did you mean 'paper'"),
-        ({"preset": "paper", "decode": "merge"}, "^decode is 'merge'; expected 'select' with preset 'paper'"),
-        ({"preset": "paper", "train_weight": 1.0}, "^train_weight is 1.0; expected 0.0 with preset 'paper'"),
-        ({"preset": "paper", "settings": {"rho": 1.0}}, "^settings is 'rho', which is not known"),
         ({"settings": "epsilon"}, "^settings is 'epsilon'; expected names with values"),
         ({"settings": {"epsilonn": 1.0}}, "^settings is 'epsilonn'.*did you mean 'epsilon'"),
         ({"settings": {"epsilon": None}}, "^epsilon is None; expected a finite number above 0"),
@@ -114,3 +111,10 @@ def test_wrong_arguments(arguments, message):
     with pytest.raises(InputError, match=message) as caught:
         SinkhornNMS(**arguments)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_arguments_of_an_older_checkpoint_are_read_and_the_removed_preset_is_refused():
+    kept = SinkhornNMS(decode="merge", threshold=0.5).checkpoint_config()[CHECKPOINT_KEY]
+    assert sinkhorn_nms_of(kept | {"preset": "sinkhorn"}).arguments == kept
+    with pytest.raises(InputError, match=r"keeps a SinkhornNMS with preset 'paper', .* expected 'sinkhorn'"):
+        sinkhorn_nms_of(kept | {"preset": "paper"})

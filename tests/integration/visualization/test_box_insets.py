@@ -38,7 +38,7 @@ class TestFindInsets:
         (inset,) = find_insets([(1, 1, 3, 3)], (20, 10), scale=4.0, most=5)
         assert inset.region == (0, 0, 10, 10)
 
-    def test_neighbours_share_a_cut(self):
+    def test_neighbors_share_a_cut(self):
         insets = find_insets([(500, 500, 506, 506), (510, 508, 516, 514), (900, 500, 906, 506)], SIZE, 0.5, 5)
         assert [len(inset.members) for inset in insets] == [2, 1]
 

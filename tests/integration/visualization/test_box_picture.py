@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from anomalib_ot.imaging.box_drawing import CLASS_COLOURS, MISSED
+from anomalib_ot.imaging.box_drawing import CLASS_COLORS, MISSED
 from anomalib_ot.integration.visualization import box_figure as module
 from anomalib_ot.integration.visualization.box_figure import DetectedBoxes, box_picture, class_name
 from anomalib_ot.integration.visualization.header import Verdict
@@ -23,8 +23,8 @@ def found(*rows: tuple, known: list[tuple] | None = None) -> DetectedBoxes:
     return DetectedBoxes(table[:, 2:], table[:, 1], table[:, 0].astype(int), truths[:, 1:], truths[:, 0].astype(int))
 
 
-def count(picture: Image.Image, colour: tuple) -> int:
-    return int((np.asarray(picture) == colour).all(axis=-1).sum())
+def count(picture: Image.Image, color: tuple) -> int:
+    return int((np.asarray(picture) == color).all(axis=-1).sum())
 
 
 @pytest.fixture
@@ -92,11 +92,11 @@ class TestDrawing:
         pictures = [box_picture(PART, found(*rows), NAMES, verdict=VERDICT) for rows in ([strong], [strong, weak])]
         assert ImageChops.difference(*pictures).getbbox() is None
         bolder = box_picture(PART, found(strong, weak), NAMES, 0.1, verdict=VERDICT)
-        assert count(bolder, CLASS_COLOURS[1]) > 500 > count(pictures[0], CLASS_COLOURS[1])
+        assert count(bolder, CLASS_COLORS[1]) > 500 > count(pictures[0], CLASS_COLORS[1])
 
     def test_the_box_is_where_it_belongs(self):
         picture = np.asarray(box_picture(PART, found((0, 0.9, 100, 60, 300, 240)), NAMES, size=800))[:-40]
-        rows, columns = np.nonzero((picture == CLASS_COLOURS[0]).all(axis=-1))
+        rows, columns = np.nonzero((picture == CLASS_COLORS[0]).all(axis=-1))
         scale = 0.7 * 800 / 300
         assert columns.min() == pytest.approx(26 + 100 * scale, abs=5)
         assert columns.max() == pytest.approx(26 + 300 * scale, abs=5)
@@ -120,7 +120,7 @@ class TestDrawing:
         tiny = box_picture(wide, found((0, 0.9, 500, 500, 506, 506)), NAMES)
         assert tiny.width == large.width == 1280 + 2 * 26
         assert tiny.height - large.height == 20 + 230 + 14
-        assert count(tiny.crop((0, large.height - 40, tiny.width, tiny.height)), CLASS_COLOURS[0]) > 500
+        assert count(tiny.crop((0, large.height - 40, tiny.width, tiny.height)), CLASS_COLORS[0]) > 500
 
     def test_every_frame_has_its_letter_in_a_crowd(self, monkeypatch):
         seen = []

@@ -9,7 +9,7 @@ import torch
 from anomalib.data import ImageBatch
 from PIL import Image
 
-from anomalib_ot.imaging.box_drawing import CLASS_COLOURS
+from anomalib_ot.imaging.box_drawing import CLASS_COLORS
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.box_batch import BoxBatch, BoxItem
 from anomalib_ot.integration.data.deep_images import read_image_deep
@@ -21,7 +21,7 @@ FILE = (240, 120)  # width, height
 
 
 def write_part(path: Path, seed: int = 0, mode: str = "L") -> str:
-    """A part with coarse texture, so that the network's view is recognised."""
+    """A part with coarse texture, so that the network's view is recognized."""
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = np.random.default_rng(seed).integers(0, 255, (6, 9), dtype=np.uint8)
     part = Image.fromarray(coarse).resize(FILE, Image.Resampling.BICUBIC)
@@ -84,7 +84,7 @@ class TestCallback:
         BoxVisualizer().on_test_batch_end(trainer_at(tmp_path / "out"), model, None, batch_of(paths), 0)
         assert written(tmp_path / "out") == ["images/left/1.jpg.png", "images/right/1.jpg.png"]
         picture = np.asarray(Image.open(tmp_path / "out/images/left/1.jpg.png"))
-        assert (picture == CLASS_COLOURS[1]).all(axis=-1).sum() > 500
+        assert (picture == CLASS_COLORS[1]).all(axis=-1).sum() > 500
 
     def test_paths_below_the_root_are_kept_and_names_never_collide(self, tmp_path):
         paths = [write_part(tmp_path / f"data/{side}/bad/1.png") for side in ("left", "right")]

@@ -5,10 +5,10 @@ import pytest
 from PIL import Image, ImageChops
 
 from anomalib_ot.imaging.causes import Arrow, CauseShares
-from anomalib_ot.imaging.heat import colour_bar, draw_outline, overlay
+from anomalib_ot.imaging.heat import color_bar, draw_outline, overlay
 from anomalib_ot.integration.visualization.anomaly_figure import BAR_WIDTH, LEAST_CELL, TITLE_HEIGHT, explain_picture
 from anomalib_ot.integration.visualization.header import (
-    AMOUNTS,
+    COUNTS,
     DEFECT,
     GOOD,
     LOOKS,
@@ -112,13 +112,13 @@ def test_the_cause_bar_is_as_long_as_the_shares():
     assert len(looks) == pytest.approx(3 * len(place), abs=4)
 
 
-def test_the_same_value_has_the_same_colour_in_every_panel_and_on_the_bar():
+def test_the_same_value_has_the_same_color_in_every_panel_and_on_the_bar():
     value, looks, place = (np.full((16, 16), part) for part in (0.6, 0.4, 0.2))
     picture = explain_picture(Image.new("L", (320, 320), 128), value, looks, place)
-    colours = {tuple(panel(picture, index, 320, 320)[100, 100]) for index in (1, 2, 3)}
-    assert len(colours) == 1
-    row = np.asarray(colour_bar(16, 201))[80].mean(axis=0)  # a light and a dark square
-    assert row == pytest.approx(next(iter(colours)), abs=3)
+    colors = {tuple(panel(picture, index, 320, 320)[100, 100]) for index in (1, 2, 3)}
+    assert len(colors) == 1
+    row = np.asarray(color_bar(16, 201))[80].mean(axis=0)  # a light and a dark square
+    assert row == pytest.approx(next(iter(colors)), abs=3)
 
 
 def test_each_cause_is_shown_as_if_it_were_the_only_one():
@@ -145,7 +145,7 @@ def test_normal_surroundings_stay_clear_and_the_defect_stands_out():
 
 
 def test_the_bar_shows_how_much_shines_through():
-    bar = np.asarray(colour_bar(16, 201)).astype(int)
+    bar = np.asarray(color_bar(16, 201)).astype(int)
     contrast = np.ptp(bar[:, [4, 12]], axis=1).max(axis=1)  # between the two squares of a row
     assert contrast[200] > 40  # value 0: clear
     assert contrast[0] < 15  # value 1: the map hides what is below
@@ -173,16 +173,16 @@ def words(verdict: Verdict, shares: CauseShares | None, inside: bool | None) -> 
 def test_a_missing_thing_is_told_plainly_and_not_as_wrong_looks():
     shares = CauseShares(100, 0)
     missing = Verdict(score=0.65, transport_score=11.8, transport_threshold=2.2)
-    assert words(missing, shares, False) == "amounts are off: something missing, or one too many"
+    assert words(missing, shares, False) == "count anomaly: part missing or extra"
     unknown = Verdict(score=0.65, transport_score=11.8)  # no threshold known: no pixel explains the verdict
-    assert words(unknown, shares, False) == "amounts are off: something missing, or one too many"
+    assert words(unknown, shares, False) == "count anomaly: part missing or extra"
     assert words(unknown, shares, None) == "looks wrong 100 %"  # nobody has looked at the pixels
     assert words(unknown, shares, True) == "looks wrong 100 %"
 
 
-def test_amounts_are_a_cause_beside_the_others_and_only_above_their_threshold():
+def test_a_count_anomaly_is_a_cause_beside_the_others_and_only_above_their_threshold():
     both = Verdict(score=0.8, transport_score=3.5, transport_threshold=2.2)
-    told = "wrong place 60 %; looks wrong 40 %; amounts are off: something missing, or one too many"
+    told = "wrong place 60 %; looks wrong 40 %; count anomaly: part missing or extra"
     assert words(both, CauseShares(40, 60), True) == told
     within = Verdict(score=0.8, transport_score=1.5, transport_threshold=2.2)
     assert words(within, CauseShares(40, 60), True) == "wrong place 60 %; looks wrong 40 %"
@@ -198,18 +198,18 @@ def test_a_good_part_has_no_cause():
 def test_the_header_draws_the_third_cause():
     missing = Verdict(score=0.65, transport_score=11.8)
     strip = np.asarray(header(1408, missing, CauseShares(100, 0), inside=False))
-    assert (strip == AMOUNTS).all(axis=2).any()
+    assert (strip == COUNTS).all(axis=2).any()
     assert not (strip == LOOKS).all(axis=2).any()
     strip = np.asarray(header(1408, missing, CauseShares(75, 25), inside=True))
-    assert not (strip == AMOUNTS).all(axis=2).any()
+    assert not (strip == COUNTS).all(axis=2).any()
     assert (strip == LOOKS).all(axis=2).any()
 
 
-def test_colours_do_not_stretch_to_the_maximum_and_stop_at_the_ends():
-    grey = Image.new("L", (8, 8), 128)
-    weak, strong = overlay(grey, np.full((8, 8), 0.1)), overlay(grey, np.full((8, 8), 0.9))
+def test_colors_do_not_stretch_to_the_maximum_and_stop_at_the_ends():
+    gray = Image.new("L", (8, 8), 128)
+    weak, strong = overlay(gray, np.full((8, 8), 0.1)), overlay(gray, np.full((8, 8), 0.9))
     assert np.abs(np.asarray(weak).astype(int) - np.asarray(strong)).mean() > 50
-    assert overlay(grey, np.full((8, 8), 7.0)).getpixel((0, 0)) == overlay(grey, np.ones((8, 8))).getpixel((0, 0))
+    assert overlay(gray, np.full((8, 8), 7.0)).getpixel((0, 0)) == overlay(gray, np.ones((8, 8))).getpixel((0, 0))
 
 
 def test_ground_truth_is_outlined_in_the_first_panel_only_if_there_is_one():
@@ -271,7 +271,7 @@ def test_the_badge_says_the_verdict(verdict, paint):
     assert header(800, verdict).getpixel((GAP + 3, GAP + 3)) == paint
 
 
-def test_the_words_differ_not_only_the_colour():
+def test_the_words_differ_not_only_the_color():
     badges = [
         header(800, Verdict(defect=defect)).convert("L").point(lambda v: 255 * (v > 200)) for defect in (True, False)
     ]
@@ -283,7 +283,7 @@ def test_every_known_thing_adds_to_the_header():
     for more in ({"transport_score": 0.3}, {"truth": True}, {"name": "bad/000.png"}):
         verdicts.append(Verdict(**{**vars(verdicts[-1]), **more}))
     strips = [header(2000, verdict) for verdict in verdicts]
-    strips.append(header(2000, verdicts[-1], normalised=False))
+    strips.append(header(2000, verdicts[-1], normalized=False))
     ink = [int((np.asarray(strip.convert("L")) < 200).sum()) for strip in strips]
     assert ink == sorted(set(ink))
     assert header(300, verdicts[-1]).height > header(2000, verdicts[-1]).height  # goes on in a new line

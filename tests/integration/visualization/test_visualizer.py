@@ -147,7 +147,7 @@ def test_a_plain_file_fits_everywhere(tmp_path):
     assert shown_image(ImageItem(image=seen(str(path)), image_path=str(path)))[0].size == (70, 50)
 
 
-def test_the_fallback_undoes_the_normalisation(tmp_path):
+def test_the_fallback_undoes_the_normalization(tmp_path):
     path = write_image(tmp_path / "a.png", size=(SIZE, SIZE), mode="RGB")
     image, note = shown_image(ImageItem(image=seen(path), image_path=str(tmp_path / "gone.png")))
     assert "no file" in note

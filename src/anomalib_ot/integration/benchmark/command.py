@@ -34,7 +34,7 @@ left out, failed ones are tried again. Started by torchrun or srun, each process
 exit status:
   0    every job has a result, or was skipped because its data are not there
   1    some jobs failed, or none has a result; the table says why
-  2    the configuration or DIR is of no use; a line on stderr says why
+  2    the configuration or DIR is invalid; a line on stderr says why
   130  Ctrl-C or SIGTERM; the same command goes on
 """
 
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", metavar="FILE", nargs="+", required=True, help="benchmark files of Anomalib; their jobs are joined")
-    add("--out", metavar="DIR", type=Path, required=True, help="folder of the results; one that exists is gone on with")
+    add("--out", metavar="DIR", type=Path, required=True, help="folder of the results; an existing run is resumed")
     add(
         "--processes",
         metavar="N",

@@ -16,7 +16,7 @@ __all__ = ["sweep_plots"]
 
 FIRST_CHOICE = ("image_AUROC", "pixel_AUPRO", "pixel_AUROC")  # what is plotted, if it was measured
 PANELS = 2
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # Okabe and Ito
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # Okabe and Ito
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -37,7 +37,7 @@ def sweep_plots(table: SweepTable) -> bytes | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    styles = {model: (COLOURS[k % len(COLOURS)], MARKS[k % len(MARKS)]) for k, model in enumerate(models)}
+    styles = {model: (COLORS[k % len(COLORS)], MARKS[k % len(MARKS)]) for k, model in enumerate(models)}
     data = [name for name in table.data if any(found == name for _, found, _ in table.values)]
     width = min(max(9.0, 0.22 * len(data) * (len(models) + 1.5) + 1), 20.0)
     figure = Figure(figsize=(width, 3.4 + 2.6 * len(names)), layout="constrained")
@@ -59,10 +59,10 @@ def _against_latency(axes: Axes, table: SweepTable, name: str, styles: Mapping[s
 
     points = {model: (table.mean(model, "latency_ms"), table.mean(model, name)) for model in styles}
     for model, (latency, value) in points.items():
-        colour, mark = styles[model]
+        color, mark = styles[model]
         if latency is None or value is None:
             latency = value = math.nan  # for the legend
-        axes.plot(latency, value, mark, color=colour, markersize=9, label=model)
+        axes.plot(latency, value, mark, color=color, markersize=9, label=model)
     axes.set(xscale="log", xlabel="latency of one image, ms (less is better)", ylabel=f"mean {name}")
     seen = sorted(latency for latency, _ in points.values() if latency is not None)
     if seen:
@@ -77,11 +77,11 @@ def _against_latency(axes: Axes, table: SweepTable, name: str, styles: Mapping[s
 def _by_data(axes: Axes, table: SweepTable, name: str, styles: Mapping[str, tuple[str, str]], data: list[str]) -> None:
     width = 0.8 / len(styles)
     lowest = 1.0
-    for number, (model, (colour, _)) in enumerate(styles.items()):
+    for number, (model, (color, _)) in enumerate(styles.items()):
         at = [k + (number - (len(styles) - 1) / 2) * width for k in range(len(data))]
         heights = [table.values.get((model, each, name), math.nan) for each in data]
         lowest = min([lowest, *(height for height in heights if not math.isnan(height))])
-        axes.bar(at, heights, width * 0.92, color=colour)
+        axes.bar(at, heights, width * 0.92, color=color)
     axes.set_xticks(
         range(len(data)), data, rotation=30 if len(data) > 6 else 0, ha="right" if len(data) > 6 else "center"
     )

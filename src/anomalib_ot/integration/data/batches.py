@@ -209,7 +209,7 @@ class ExplainedBatch(ImageBatch, _ExplanationFields):
     def adopt(cls, batch: ImageBatch, **predictions: torch.Tensor | None) -> "ExplainedBatch":
         """Turn an `ImageBatch` into an `ExplainedBatch` in place, and set its predictions.
 
-        In place, because Anomalib's evaluator and visualiser read the batch that the trainer holds, not what the test
+        In place, because Anomalib's evaluator and visualizer read the batch that the trainer holds, not what the test
         step returns; and `ImageBatch.update` drops the fields that it does not know.
 
         Args:

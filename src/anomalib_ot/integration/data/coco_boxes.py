@@ -9,11 +9,11 @@ from torchvision.transforms.v2 import Transform
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import CocoFile, read_coco
 from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule, check_ratio
-from anomalib_ot.integration.data.records import Findings, LabelledImage
+from anomalib_ot.integration.data.records import Findings, LabeledImage
 from anomalib_ot.integration.data.splits import (
     check_distance,
+    group_near_duplicates,
     groups_by_pattern,
-    groups_by_sight,
     joined_groups,
     split_images,
 )
@@ -35,7 +35,7 @@ class CocoBoxes(BoxDataModule):
         val_split_ratio: Which part of the training images is split off where there is no ``val_json``, within (0, 1);
             stratified by class.
         group_pattern: Regular expression with one group in parentheses, which catches from a file name what images
-            must have in common to stay together in that split, such as the board in ``^([0-9]{5})``.
+            must have in common to stay together in that split, such as the PCB in ``^([0-9]{5})``.
         duplicate_distance: Images whose perceptual hashes of 256 bits differ in at most so many stay together too, such
             as two pictures of one piece; between files that are split already they are counted. None: no search for
             near duplicates.
@@ -53,9 +53,9 @@ class CocoBoxes(BoxDataModule):
         InputError: If an argument is out of range, or (from ``prepare_data`` on) a file cannot be used.
 
     Example:
-        >>> datamodule = CocoBoxes("datasets/boards", train_json="train.json", val_json="val.json", image_dir="images")
+        >>> datamodule = CocoBoxes("datasets/pcbs", train_json="train.json", val_json="val.json", image_dir="images")
         >>> datamodule.name
-        'boards'
+        'pcbs'
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class CocoBoxes(BoxDataModule):
             names = [Path(os.path.relpath(record.image_path, folder)).as_posix() for record in train]
             groups = joined_groups(
                 groups_by_pattern("group_pattern", self.group_pattern, names),
-                groups_by_sight(self.duplicate_distance, [record.image_path for record in train], findings),
+                group_near_duplicates(self.duplicate_distance, [record.image_path for record in train], findings),
             )
             ratios = (1 - self.val_split_ratio, self.val_split_ratio)
             train, val = split_images(train, ratios, self.seed, groups)
@@ -129,25 +129,29 @@ class CocoBoxes(BoxDataModule):
         return BoxContent(class_names, train, val, test)
 
     def _count_likenesses(
-        self, train: Sequence[LabelledImage], held_out: Sequence[LabelledImage], findings: Findings
+        self, train: Sequence[LabeledImage], held_out: Sequence[LabeledImage], findings: Findings
     ) -> None:
         """Count held-out images that resemble a training image; those that are one are counted elsewhere."""
         known = {record.image_path for record in train}
         others = [record.image_path for record in held_out if record.image_path not in known]
-        groups = groups_by_sight(self.duplicate_distance, [*known, *others], Findings())
+        groups = group_near_duplicates(self.duplicate_distance, [*known, *others], Findings())
         if groups is None:
             return
         trained = set(groups[: len(known)])
         for path, group in zip(others, groups[len(known) :], strict=True):
             if group in trained:
-                findings.add("held-out image", "nearly the same as a training image, so that figures flatter", path)
+                findings.add(
+                    "held-out image",
+                    "nearly the same as a training image, scores will be optimistic (data leakage)",
+                    path,
+                )
 
     def _image_dir(self, subset: str) -> Path:
         return self.root if self.image_dirs[subset] is None else self.root / Path(self.image_dirs[subset]).expanduser()
 
     def _read_subset(
         self, subset: str, class_names: Sequence[str] | None, findings: Findings
-    ) -> tuple[list[str], list[LabelledImage]]:
+    ) -> tuple[list[str], list[LabeledImage]]:
         """Read one COCO file; `class_names` are those of the training file."""
         json_path = self.root / Path(self.json_paths[subset]).expanduser()
         coco = read_coco(json_path, findings)
@@ -164,7 +168,7 @@ class CocoBoxes(BoxDataModule):
         for image in coco.images:
             path = folder / image.file_name
             labels = [label_of[label] for label in image.labels]
-            records.append(LabelledImage.of(str(path), (image.width, image.height), image.boxes, labels))
+            records.append(LabeledImage.of(str(path), (image.width, image.height), image.boxes, labels))
         return names, records
 
     def _cure_of_missing(self, folder: Path, file_name: str, argument: str) -> str:

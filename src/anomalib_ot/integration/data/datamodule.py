@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import Compose, Resize, Transform
 
 from anomalib_ot.integration.checks.errors import InputError, install_short_errors
 from anomalib_ot.integration.data.dataset import BoxDataset
-from anomalib_ot.integration.data.records import Findings, LabelledImage, check_image_files
+from anomalib_ot.integration.data.records import Findings, LabeledImage, check_image_files
 from anomalib_ot.vision.augment import DefectAugmentation
 
 __all__ = ["BoxContent", "BoxDataModule", "check_ratio"]
@@ -35,9 +35,9 @@ class BoxContent:
     """
 
     class_names: list[str]
-    train: list[LabelledImage]
-    val: list[LabelledImage]
-    test: list[LabelledImage]
+    train: list[LabeledImage]
+    val: list[LabeledImage]
+    test: list[LabeledImage]
 
 
 class BoxDataModule(AnomalibDataModule):
@@ -196,12 +196,16 @@ class BoxDataModule(AnomalibDataModule):
                 findings.add("class", "without any training box", repr(name))
 
 
-def _count_overlap(subsets: Mapping[str, Sequence[LabelledImage]], findings: Findings) -> None:
+def _count_overlap(subsets: Mapping[str, Sequence[LabeledImage]], findings: Findings) -> None:
     trained = {record.image_path for record in subsets["training"]}
     for name in ("validation", "test"):
         for record in subsets[name]:
             if record.image_path in trained:
-                findings.add(f"{name} image", "also used for training, so that figures flatter", record.image_path)
+                findings.add(
+                    f"{name} image",
+                    "also used for training, scores will be optimistic (data leakage)",
+                    record.image_path,
+                )
 
 
 def check_ratio(name: str, value: float) -> None:

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from anomalib_ot.integration.data.box_batch import BoxBatch, BoxItem
 from anomalib_ot.integration.data.deep_images import read_image_deep
-from anomalib_ot.integration.data.records import LabelledImage
+from anomalib_ot.integration.data.records import LabeledImage
 
 __all__ = ["BoxDataset"]
 
@@ -34,7 +34,7 @@ class BoxDataset(AnomalibDataset):
         FileNotFoundError: If an image does not exist.
     """
 
-    def __init__(self, records: Sequence[LabelledImage], split: Split, augmentations: Transform | None = None) -> None:
+    def __init__(self, records: Sequence[LabeledImage], split: Split, augmentations: Transform | None = None) -> None:
         """Build the table of samples; no image is read yet."""
         super().__init__(augmentations=augmentations)
         abnormal = [LabelName.ABNORMAL if len(record.boxes) else LabelName.NORMAL for record in records]

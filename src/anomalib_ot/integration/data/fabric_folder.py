@@ -49,7 +49,7 @@ class FabricFolder:
         num_per_defect: Test images per defect, at least 1, and 2 in all.
         image_size: Height and width in pixels, at least 64 each.
         defects: Names out of ``anomalib_ot.synthetic.fabric.DEFECTS``, each at most once; their order does not matter.
-        seed: Names the cloth and its pieces, at least 0.
+        seed: Names the fabric and its pieces, at least 0.
 
     Raises:
         InputError: If an argument is out of range or a defect is unknown.

@@ -8,8 +8,8 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule, check_ratio
 from anomalib_ot.integration.data.image_search import find_images
 from anomalib_ot.integration.data.mask_regions import mask_boxes, mask_oddity, read_mask
-from anomalib_ot.integration.data.records import Findings, LabelledImage, image_sizes
-from anomalib_ot.integration.data.splits import check_distance, groups_by_sight, split_images
+from anomalib_ot.integration.data.records import Findings, LabeledImage, image_sizes
+from anomalib_ot.integration.data.splits import check_distance, group_near_duplicates, split_images
 
 __all__ = ["MaskBoxes"]
 
@@ -117,16 +117,16 @@ class MaskBoxes(BoxDataModule):
         return self.root.name
 
     def _read(self, findings: Findings) -> BoxContent:
-        normal = [LabelledImage.of(path, size, [], []) for path, size in self._normal_images("normal_dir", findings)]
+        normal = [LabeledImage.of(path, size, [], []) for path, size in self._normal_images("normal_dir", findings)]
         divided = [
-            LabelledImage.of(path, size, [], []) for path, size in self._normal_images("normal_test_dir", findings)
+            LabeledImage.of(path, size, [], []) for path, size in self._normal_images("normal_test_dir", findings)
         ]
         kinds = self._defect_kinds(findings)
         class_names = [SINGLE] if self.single_class else [folder.name for folder in kinds]
         for index, (folder, paths) in enumerate(kinds.items()):
             divided += self._defective_images(folder, paths, 0 if self.single_class else index, findings)
 
-        groups = groups_by_sight(self.duplicate_distance, [r.image_path for r in (*normal, *divided)], findings)
+        groups = group_near_duplicates(self.duplicate_distance, [r.image_path for r in (*normal, *divided)], findings)
         if groups is not None:
             taken = set(groups[: len(normal)])
             rest = groups[len(normal) :]
@@ -180,7 +180,7 @@ class MaskBoxes(BoxDataModule):
             raise InputError(msg)
         return kinds
 
-    def _defective_images(self, folder: Path, paths: list[Path], label: int, findings: Findings) -> list[LabelledImage]:
+    def _defective_images(self, folder: Path, paths: list[Path], label: int, findings: Findings) -> list[LabeledImage]:
         """Read the masks of one kind of defect."""
         mask_dir, is_top = self._folder("mask_dir"), folder == self._folder("defect_dir")
         if not is_top:
@@ -215,7 +215,7 @@ class MaskBoxes(BoxDataModule):
                     continue
             boxes = mask_boxes(mask, self.min_area, self.gap)
             if boxes:
-                records.append(LabelledImage.of(str(path), size, boxes, [label] * len(boxes)))
+                records.append(LabeledImage.of(str(path), size, boxes, [label] * len(boxes)))
             else:
                 what = f"with no object of at least {self.min_area} pixels left out"
                 findings.add("mask", what, str(found[0]))

@@ -15,7 +15,7 @@ from anomalib_ot.imaging.samples import DECODE_ERRORS
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.images import ORIENTATION
 
-__all__ = ["Findings", "LabelledImage", "check_image_files", "clean_box", "image_sizes"]
+__all__ = ["Findings", "LabeledImage", "check_image_files", "clean_box", "image_sizes"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ PLURAL = {"box": "boxes", "class": "classes"}
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledImage:
+class LabeledImage:
     """One image and its boxes.
 
     Args:
@@ -43,7 +43,7 @@ class LabelledImage:
     labels: np.ndarray
 
     @classmethod
-    def of(cls, image_path: str, size: tuple[int, int], boxes: Sequence, labels: Sequence[int]) -> "LabelledImage":
+    def of(cls, image_path: str, size: tuple[int, int], boxes: Sequence, labels: Sequence[int]) -> "LabeledImage":
         """Build a record from the image's (width, height) and plain lists."""
         rows = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
         return cls(str(image_path), int(size[0]), int(size[1]), rows, np.asarray(labels, dtype=np.int64).reshape(-1))
@@ -140,7 +140,7 @@ def clean_box(
     return left, top, right, bottom
 
 
-def check_image_files(records: Iterable[LabelledImage], findings: Findings) -> None:
+def check_image_files(records: Iterable[LabeledImage], findings: Findings) -> None:
     """Check that every image is there and has the size that its boxes were drawn on; only headers are read.
 
     Args:

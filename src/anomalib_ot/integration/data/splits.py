@@ -8,16 +8,16 @@ import numpy as np
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.near_duplicates import HASH_BITS, image_hashes, near_duplicate_groups
-from anomalib_ot.integration.data.records import Findings, LabelledImage
+from anomalib_ot.integration.data.records import Findings, LabeledImage
 
-__all__ = ["check_distance", "groups_by_pattern", "groups_by_sight", "joined_groups", "split_images"]
+__all__ = ["check_distance", "group_near_duplicates", "groups_by_pattern", "joined_groups", "split_images"]
 
 LARGE_GROUP = 0.3  # of all images; a split can hardly keep its ratios then
 
 
 def split_images(
-    records: Sequence[LabelledImage], ratios: Sequence[float], seed: int, groups: Sequence[Hashable] | None = None
-) -> list[list[LabelledImage]]:
+    records: Sequence[LabeledImage], ratios: Sequence[float], seed: int, groups: Sequence[Hashable] | None = None
+) -> list[list[LabeledImage]]:
     """Split images into subsets, stratified by class as far as the groups allow.
 
     The rarest class is dealt out first, group by group, each to the subset that lacks most images of that class; images
@@ -63,7 +63,7 @@ def split_images(
     return [sorted((records[index] for index in subset), key=lambda record: record.image_path) for subset in subsets]
 
 
-def _classes(record: LabelledImage) -> list[int]:
+def _classes(record: LabeledImage) -> list[int]:
     return sorted({int(label) for label in record.labels}) or [-1]
 
 
@@ -119,7 +119,7 @@ def check_distance(name: str, value: int | None) -> None:
         raise InputError(msg)
 
 
-def groups_by_sight(distance: int | None, paths: Sequence[str], findings: Findings) -> list[int] | None:
+def group_near_duplicates(distance: int | None, paths: Sequence[str], findings: Findings) -> list[int] | None:
     """Group near duplicates, so that a split cannot put one of them on each side.
 
     Args:

@@ -1,4 +1,4 @@
-"""The data set that the package carries with it, as an Anomalib datamodule: no download, no licence, a few seconds."""
+"""The data set that the package carries with it, as an Anomalib datamodule: no download, no license, a few seconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SyntheticFabric(AnomalibDataModule):
         image_size: Height and width in pixels, at least 64 each.
         defects: Which faults the test images show: ``hole``, ``stain``, ``broken_yarn``, ``coarse_yarn``,
             ``misplaced_motif``, ``missing_motif``, each at most once.
-        seed: Names the cloth, its pieces and the split, at least 0: the same seed, the same data, the same split.
+        seed: Names the fabric, its pieces and the split, at least 0: the same seed, the same data, the same split.
         train_batch_size: Images per training batch.
         eval_batch_size: Images per validation or test batch.
         num_workers: Processes that read images; 0 reads in the main process.

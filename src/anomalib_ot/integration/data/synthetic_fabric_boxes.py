@@ -1,4 +1,4 @@
-"""The synthetic fabric as data for detectors: labelled faults in training, validation and test."""
+"""The synthetic fabric as data for detectors: labeled faults in training, validation and test."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +10,17 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import CocoImage, read_coco
 from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule
 from anomalib_ot.integration.data.fabric_folder import ANNOTATIONS, FabricFolder
-from anomalib_ot.integration.data.records import Findings, LabelledImage
+from anomalib_ot.integration.data.records import Findings, LabeledImage
 from anomalib_ot.synthetic.fabric import DEFECTS
 
 __all__ = ["SyntheticFabricBoxes"]
 
 
 class SyntheticFabricBoxes(BoxDataModule):
-    """Images of printed woven fabric with the boxes of their faults: no download, no licence, half a minute to draw.
+    """Images of printed woven fabric with the boxes of their faults: no download, no license, half a minute to draw.
 
     The images are those of ``SyntheticFabric``, drawn once, when they are first needed. Every image shows another piece
-    of the same cloth, so that no piece is on two sides.
+    of the same fabric, so that no piece is on two sides.
 
     Args:
         root: Folder of the data set: new, empty, or one that holds exactly this data set. None: a folder of its own in
@@ -34,7 +34,7 @@ class SyntheticFabricBoxes(BoxDataModule):
         image_size: Height and width in pixels, at least 64 each.
         defects: Which faults the images show: ``hole``, ``stain``, ``broken_yarn``, ``coarse_yarn``,
             ``misplaced_motif``, ``missing_motif``, each at most once; they are the classes.
-        seed: Names the cloth and its pieces, at least 0.
+        seed: Names the fabric and its pieces, at least 0.
         train_batch_size: Images per training batch.
         eval_batch_size: Images per validation or test batch.
         num_workers: Processes that read images; 0 reads in the main process.
@@ -117,18 +117,16 @@ class SyntheticFabricBoxes(BoxDataModule):
 
     def _read(self, findings: Findings) -> BoxContent:
         self._folder.ensure(self.root)
-        subsets: dict[str, list[LabelledImage]] = {"train": [], "val": [], "test": []}
+        subsets: dict[str, list[LabeledImage]] = {"train": [], "val": [], "test": []}
         coco = read_coco(self.root / ANNOTATIONS, findings)
         for image in coco.images:
             labels = [self.class_names.index(coco.class_names[label]) for label in image.labels]
             path = str(self.root / image.file_name)
-            subsets[self._subset(image)].append(
-                LabelledImage.of(path, (image.width, image.height), image.boxes, labels)
-            )
+            subsets[self._subset(image)].append(LabeledImage.of(path, (image.width, image.height), image.boxes, labels))
         return BoxContent(self.class_names, **subsets)
 
     def _subset(self, image: CocoImage) -> str:
-        """Say where an image belongs: by the number in its name, which is that of its piece of cloth."""
+        """Say where an image belongs: by the number in its name, which is that of its piece of fabric."""
         split, kind, name = image.file_name.split("/")
         if split == "train":
             return "train"

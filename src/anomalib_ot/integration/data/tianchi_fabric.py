@@ -7,8 +7,8 @@ from torchvision.transforms.v2 import Transform
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule, check_ratio
-from anomalib_ot.integration.data.records import Findings, LabelledImage, clean_box, image_sizes
-from anomalib_ot.integration.data.splits import check_distance, groups_by_sight, joined_groups, split_images
+from anomalib_ot.integration.data.records import Findings, LabeledImage, clean_box, image_sizes
+from anomalib_ot.integration.data.splits import check_distance, group_near_duplicates, joined_groups, split_images
 from anomalib_ot.integration.data.tianchi_classes import class_table
 from anomalib_ot.integration.data.tianchi_files import FabricImage, read_tianchi
 
@@ -126,7 +126,7 @@ class TianchiFabric(BoxDataModule):
         train, val, test = split_images([record for _, record in pairs], ratios, self.seed, groups)
         return BoxContent(self.class_names, train, val, test)
 
-    def _record(self, image: FabricImage, size: tuple[int, int], findings: Findings) -> LabelledImage | None:
+    def _record(self, image: FabricImage, size: tuple[int, int], findings: Findings) -> LabeledImage | None:
         where = f"image {image.path}"
         boxes, labels = [], []
         for entry in image.entries:
@@ -140,11 +140,11 @@ class TianchiFabric(BoxDataModule):
         if len(boxes) > self.max_boxes:
             findings.add("image", f"with more than {self.max_boxes} boxes left out", str(image.path))
             return None
-        return LabelledImage.of(str(image.path), size, boxes, labels)
+        return LabeledImage.of(str(image.path), size, boxes, labels)
 
     def _groups(self, images: Sequence[FabricImage], findings: Findings) -> list[int] | None:
         """Group by template where there is one: its look, and its name unless that is the image's own."""
-        by_sight = groups_by_sight(self.duplicate_distance, [str(i.template or i.path) for i in images], findings)
+        by_sight = group_near_duplicates(self.duplicate_distance, [str(i.template or i.path) for i in images], findings)
         by_name = None
         if any(image.template is not None for image in images):
             by_name = [

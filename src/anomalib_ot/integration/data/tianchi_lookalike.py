@@ -1,4 +1,4 @@
-"""Drawn cloth in the folders of the Tianchi fabric contest, to try what needs them where its data are not there."""
+"""Drawn fabric in the folders of the Tianchi fabric contest, to try what needs them where its data are not there."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ FAULTS = {"hole": "破洞", "stain": "油渍", "broken_yarn": "断经", "coarse_
 """The contest's name for each fault that is drawn."""
 
 ARCHIVE = "guangdong1_round1_train1_20190818"
-NORMAL = 1_000_000  # number of the first piece of faultless cloth
+NORMAL = 1_000_000  # number of the first piece of faultless fabric
 
 
 def write_lookalike(
@@ -24,18 +24,18 @@ def write_lookalike(
     image_size: tuple[int, int] = (96, 160),
     seed: int = 0,
 ) -> Path:
-    """Draw cloth into folders as the archives of round 1 unpack.
+    """Draw fabric into folders as the archives of round 1 unpack.
 
     There are ``defect_Images``, ``normal_Images`` and ``Annotations/anno_train.json`` with Chinese names of faults. The
-    pictures are JPEG files of one cloth with the faults of `FAULTS`; the contest's are larger, harder and more varied,
-    so that figures reached here say nothing about it.
+    pictures are JPEG files of one fabric with the faults of `FAULTS`; the contest's are larger, harder and more varied,
+    so scores on them say nothing about it.
 
     Args:
         root: Folder to make the archive's folder in; nothing that is there is overwritten.
         num_per_fault: Images of each fault, at least 1.
         num_normal: Faultless images, at least 0.
         image_size: Height and width in pixels, at least 64 each; the contest's are 1000 and 2446.
-        seed: Names the cloth, at least 0.
+        seed: Names the fabric, at least 0.
 
     Returns:
         The `root` that `TianchiFabric` takes.

@@ -12,7 +12,7 @@ from anomalib.deploy.export import CompressionType
 from anomalib.post_processing import PostProcessor
 
 from anomalib_ot.integration.checks.values import check_fitted
-from anomalib_ot.integration.export.known_scores import summarised_scores
+from anomalib_ot.integration.export.known_scores import summarized_scores
 from anomalib_ot.integration.export.manifest import (
     RT_INFO,
     as_text,
@@ -55,7 +55,7 @@ SCORES, CALIBRATION = "anomalib_ot_scores", "anomalib_ot_calibration"
 # Anomalib asks for 14, which torch cannot write: it tries, prints a page of traceback, and writes 18.
 ONNX_DEFAULTS = {"opset_version": 18, "verbose": False}
 CALIBRATION_IMAGES, ACCURACY_IMAGES, PROBES = 128, 400, 8
-FEW = 30  # images that no figure should be taken from
+FEW = 30  # images that no metric should be computed from
 
 
 class CheckedExport:
@@ -242,11 +242,21 @@ class CheckedExport:
 
 def _measured(precise: Predict, predict: Predict, samples: "Samples", manifest: dict[str, Any]) -> dict[str, Any]:
     """Measure what compression costs on validation images, tell it, and return the entries for the manifest."""
-    from anomalib_ot.integration.export.quantization import Judged, accuracy_name, figure, verdicts_changed
+    from anomalib_ot.integration.export.quantization import (
+        EvaluationResult,
+        accuracy_name,
+        accuracy_value,
+        verdicts_changed,
+    )
 
     name = manifest["precision"].lower()
-    before, after = Judged(precise, samples), Judged(predict, samples)
-    accuracy = {"metric": accuracy_name(after), "images": len(samples), "fp32": figure(before), name: figure(after)}
+    before, after = EvaluationResult(precise, samples), EvaluationResult(predict, samples)
+    accuracy = {
+        "metric": accuracy_name(after),
+        "images": len(samples),
+        "fp32": accuracy_value(before),
+        name: accuracy_value(after),
+    }
     accuracy["verdicts_changed"] = verdicts_changed(before, after)
     if accuracy["fp32"] is None or accuracy[name] is None:
         logger.warning(
@@ -261,5 +271,5 @@ def _measured(precise: Predict, predict: Predict, samples: "Samples", manifest: 
         logger.warning("%d validation images are few: what %s costs is known roughly at best", len(samples), name)
     scores = manifest["scores"]
     if scores is None:
-        scores = summarised_scores(after.scores, after.labels)
+        scores = summarized_scores(after.scores, after.labels)
     return {"accuracy": accuracy, "scores": scores}

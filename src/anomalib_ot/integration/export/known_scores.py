@@ -6,13 +6,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-__all__ = ["ScoreKeeper", "summarised_scores"]
+__all__ = ["ScoreKeeper", "summarized_scores"]
 
 NUM_QUANTILES = 101  # 0 %, 1 %, ... 100 %
 
 
-def summarised_scores(scores: Tensor, labels: Tensor | None = None) -> dict[str, Any] | None:
-    """Summarise image scores (n,) as plain data.
+def summarized_scores(scores: Tensor, labels: Tensor | None = None) -> dict[str, Any] | None:
+    """Summarize image scores (n,) as plain data.
 
     Args:
         scores: One score per image, of any scale.
@@ -22,7 +22,7 @@ def summarised_scores(scores: Tensor, labels: Tensor | None = None) -> dict[str,
         `count`, 101 ascending `quantiles`, and `good`, the two of good images alone (None: there are none, or nobody
         knows which these are); None without finite scores.
 
-    >>> summarised_scores(torch.tensor([0.0, 0.5, 1.0]))["quantiles"][50]
+    >>> summarized_scores(torch.tensor([0.0, 0.5, 1.0]))["quantiles"][50]
     0.5
     """
     everything = _summary(scores)
@@ -70,4 +70,4 @@ class ScoreKeeper(Callback):
         """Hand the model what was seen."""
         if self._scores and not trainer.sanity_checking:
             labels = None if any(part is None for part in self._labels) else torch.cat(self._labels)
-            pl_module.known_scores = summarised_scores(torch.cat(self._scores), labels)
+            pl_module.known_scores = summarized_scores(torch.cat(self._scores), labels)

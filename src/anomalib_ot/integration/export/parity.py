@@ -45,7 +45,7 @@ def probe_images(model: Any, input_size: Sequence[int] | None, given: Sequence[T
     Args:
         model: The model, in evaluation mode.
         input_size: Height and width that the exported graph takes, pixels; None where it takes any.
-        given: Images (3, H, W) in [0, 1] of a data set; without any, candidates are drawn in the colours that the
+        given: Images (3, H, W) in [0, 1] of a data set; without any, candidates are drawn in the colors that the
             pre-processor expects.
 
     Returns:
@@ -55,7 +55,7 @@ def probe_images(model: Any, input_size: Sequence[int] | None, given: Sequence[T
     if len(given):
         candidates = torch.stack([AntialiasResize(size)(image) for image in given])
     else:
-        mean, std = _colours(model)
+        mean, std = _colors(model)
         candidates = synthetic_images(NUM_CANDIDATES, size, mean, std)
     told, start = [], time.perf_counter()
     for candidate in candidates:
@@ -92,7 +92,7 @@ def synthetic_images(count: int, size: tuple[int, int], mean: Sequence[float], s
     return (mean + strength * std * texture).clamp(0.0, 1.0)
 
 
-def _colours(model: Any) -> tuple[list[float], list[float]]:
+def _colors(model: Any) -> tuple[list[float], list[float]]:
     transform = getattr(model.pre_processor, "transform", None)
     for part in flat_transforms(transform):
         if isinstance(part, Normalize):

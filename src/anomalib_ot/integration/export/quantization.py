@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     import openvino
     from torchmetrics import Metric
 
-__all__ = ["Judged", "Samples", "accuracy_name", "compressed", "figure", "float_operations", "verdicts_changed"]
+__all__ = [
+    "EvaluationResult",
+    "Samples",
+    "accuracy_name",
+    "accuracy_value",
+    "compressed",
+    "float_operations",
+    "verdicts_changed",
+]
 
 HEAVY = ("Convolution", "GroupConvolution", "MatMul")
 ONNX_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch notes from which module an operation comes
@@ -170,7 +178,7 @@ def compressed(
     import nncf
 
     if not integers_pay(graph, float_names):
-        msg = "nothing in this model stands integers (the filter bank does not); take FP16, or another backbone"
+        msg = "no layer of this model can be quantized (those of the filter bank cannot); use FP16, or another backbone"
         raise InputError(msg)
     ignored = nncf.IgnoredScope(names=list(float_names), validate=False)
     if kind == CompressionType.INT8:
@@ -186,7 +194,7 @@ def compressed(
             return nncf.quantize(graph, shown, **options)
 
     def accuracy(compiled: Any, indices: Iterable[int]) -> tuple[float, None]:
-        return figure(Judged(compiled, validation, indices), metric), None
+        return accuracy_value(EvaluationResult(compiled, validation, indices), metric), None
 
     judged = nncf.Dataset(range(len(validation)), validation.array)
     with quiet_export():
@@ -196,7 +204,7 @@ def compressed(
 # ---- what it costs
 
 
-class Judged:
+class EvaluationResult:
     """What a compiled graph says of samples, batch by batch with what is true.
 
     Args:
@@ -220,7 +228,7 @@ class Judged:
         return torch.cat([batch.gt_label for batch in self.batches])
 
 
-def verdicts_changed(before: Judged, after: Judged) -> int:
+def verdicts_changed(before: EvaluationResult, after: EvaluationResult) -> int:
     """Count the images of which one says good and the other defective."""
     return sum(
         bool((one.pred_label != other.pred_label).any())
@@ -228,12 +236,12 @@ def verdicts_changed(before: Judged, after: Judged) -> int:
     )
 
 
-def accuracy_name(judged: Judged) -> str:
-    """Name what `figure` measures: mAP of boxes, AUROC of images without."""
+def accuracy_name(judged: EvaluationResult) -> str:
+    """Name what `accuracy_value` measures: mAP of boxes, AUROC of images without."""
     return "map" if isinstance(judged.batches[0], BoxBatch) else "image_AUROC"
 
 
-def figure(judged: Judged, metric: "Metric | None" = None) -> float | None:
+def accuracy_value(judged: EvaluationResult, metric: "Metric | None" = None) -> float | None:
     """Measure accuracy, more is better.
 
     Args:
@@ -241,7 +249,7 @@ def figure(judged: Judged, metric: "Metric | None" = None) -> float | None:
         metric: An Anomalib metric; None: image AUROC, or mAP of boxes.
 
     Returns:
-        The figure; None where it means nothing on these images, such as an AUROC without defective ones.
+        The value; None where it means nothing on these images, such as an AUROC without defective ones.
     """
     if metric is None and accuracy_name(judged) == "image_AUROC":
         labels = judged.labels.numpy()

@@ -12,7 +12,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchmetrics.utilities import dim_zero_cat
 
 from anomalib_ot.integration.data.box_batch import BoxBatch
-from anomalib_ot.vision.average_precision import EvaluatedBoxes
+from anomalib_ot.vision.metrics import EvaluatedBoxes
 
 __all__ = ["BoxRecord", "coco_summary"]
 
@@ -50,7 +50,7 @@ class BoxRecord(Metric):
         super().__init__(sync_on_compute=sync_on_compute)
         self.add_state("numbers", default=[], dist_reduce_fx="cat")
         self._summaries: dict[bool, dict[str, float]] = {}
-        self._summarised: EvaluatedBoxes | None = None
+        self._summarized: EvaluatedBoxes | None = None
 
     def update(self, batch: BoxBatch) -> None:
         """Add the images of a batch.
@@ -86,8 +86,8 @@ class BoxRecord(Metric):
             class_agnostic: Whether all boxes count as one class.
         """
         boxes = self.compute()
-        if self._summarised is not boxes:
-            self._summaries, self._summarised = {}, boxes
+        if self._summarized is not boxes:
+            self._summaries, self._summarized = {}, boxes
         if class_agnostic not in self._summaries:
             self._summaries[class_agnostic] = coco_summary(boxes.class_agnostic() if class_agnostic else boxes)
         return self._summaries[class_agnostic]
@@ -95,7 +95,7 @@ class BoxRecord(Metric):
     def reset(self) -> None:
         """Forget all images."""
         super().reset()
-        self._summaries, self._summarised = {}, None
+        self._summaries, self._summarized = {}, None
 
 
 def coco_summary(boxes: EvaluatedBoxes) -> dict[str, float]:

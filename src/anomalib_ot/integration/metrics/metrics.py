@@ -9,14 +9,12 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.values import check_fraction, check_known
 from anomalib_ot.integration.data.box_batch import BoxBatch
 from anomalib_ot.integration.metrics.accumulator import FIELDS, BoxRecord
 from anomalib_ot.vision.metrics import (
     false_positives_per_good_image,
-    recall_at_false_positives,
-    tianchi_figures,
+    tianchi_values,
 )
 
 __all__ = [
@@ -26,7 +24,6 @@ __all__ = [
     "FalsePositivesPerGoodImage",
     "ImageAUROC",
     "ImageF1Score",
-    "RecallAtFalsePositives",
     "TianchiScore",
 ]
 
@@ -140,7 +137,7 @@ class CocoPrecision(BoxMetric):
 
 
 class TianchiScore(BoxMetric):
-    """Score of the Tianchi fabric contest or one of its parts, see `tianchi_figures`; not reported without true boxes.
+    """Score of the Tianchi fabric contest or one of its parts, see `tianchi_values`; not reported without true boxes.
 
     Args:
         key: "score", "accuracy" (of the images) or "map" (of the boxes); the metric is called such as "tianchi_score".
@@ -163,10 +160,10 @@ class TianchiScore(BoxMetric):
         self.image_threshold = image_threshold
 
     def measure(self, record: BoxRecord) -> float | None:
-        """Return the figure."""
+        """Return the value."""
         threshold = self.model_threshold if self.image_threshold is None else self.image_threshold
-        figures = tianchi_figures(record.compute(), threshold)
-        return None if figures is None else getattr(figures, self.key)
+        values = tianchi_values(record.compute(), threshold)
+        return None if values is None else getattr(values, self.key)
 
 
 class FalsePositivesPerGoodImage(BoxMetric):
@@ -193,30 +190,6 @@ class FalsePositivesPerGoodImage(BoxMetric):
         """Return the mean number of boxes."""
         threshold = self.model_threshold if self.score_threshold is None else self.score_threshold
         return false_positives_per_good_image(record.compute(), threshold)
-
-
-class RecallAtFalsePositives(BoxMetric):
-    """Share of the true boxes found where so many false ones per image are allowed; not reported without true boxes.
-
-    Args:
-        per_image: False boxes allowed per image, >= 0; the metric is called such as "recall_at_1_false_positives".
-        record: The boxes, shared with other metrics; None: a record of its own.
-
-    Raises:
-        InputError: If `per_image` is negative.
-    """
-
-    def __init__(self, per_image: float = 1.0, record: BoxRecord | None = None) -> None:
-        """Keep the allowance; see the class."""
-        if not per_image >= 0:
-            msg = f"per_image is {per_image!r}; expected a number of false boxes per image, at least 0"
-            raise InputError(msg)
-        super().__init__(f"recall_at_{per_image:g}_false_positives", record)
-        self.per_image = per_image
-
-    def measure(self, record: BoxRecord) -> float | None:
-        """Return the recall at IoU .5."""
-        return recall_at_false_positives(record.compute(), self.per_image)
 
 
 class ImageAUROC(AUROC):

@@ -1,4 +1,4 @@
-"""How all detectors are trained: their length, optimiser, gradients, and the losses that a post-processor adds."""
+"""How all detectors are trained: their length, optimizer, gradients, and the losses that a post-processor adds."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.models.backbone import fill_weights
-from anomalib_ot.integration.models.recipe import Recipe, optimiser_and_schedule
+from anomalib_ot.integration.models.recipe import Recipe, optimizer_and_schedule
 from anomalib_ot.integration.processing.sinkhorn_nms import SinkhornNMS
 from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.vision.detections import Detections
@@ -50,7 +50,7 @@ class BoxTraining:
 
     @property
     def trained_part(self) -> float:
-        """Which part of the training's optimiser steps is done, 0 to 1."""
+        """Which part of the training's optimizer steps is done, 0 to 1."""
         return min(self.global_step / max(int(self.trainer.estimated_stepping_batches), 1), 1.0)
 
     def limit_epochs(self, epochs: int | None) -> int:
@@ -60,7 +60,7 @@ class BoxTraining:
             epochs: Passes over the training images; None: as many as make 1,000 steps, 12 at least and 100 at most.
 
         Returns:
-            Optimiser steps of the whole training.
+            Optimizer steps of the whole training.
         """
         fit_loop = self.trainer.fit_loop
         if self.trainer.max_epochs in UNLIMITED_EPOCHS and self.trainer.max_steps == -1:
@@ -72,10 +72,10 @@ class BoxTraining:
         return int(self.trainer.estimated_stepping_batches)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the preset's optimiser and its schedule over all steps of the training."""
+        """Return the preset's optimizer and its schedule over all steps of the training."""
         num_steps = self.limit_epochs(self.epochs)
         batch_size = getattr(self.trainer.datamodule, "train_batch_size", 16) * self.trainer.world_size
-        return optimiser_and_schedule(self.model, self.preset, num_steps, batch_size)
+        return optimizer_and_schedule(self.model, self.preset, num_steps, batch_size)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None

@@ -30,9 +30,9 @@ from anomalib_ot.integration.models.box_guard import BoxGuard
 from anomalib_ot.integration.models.box_training import BoxTraining
 from anomalib_ot.integration.models.ota_options import SUPPRESSIONS
 from anomalib_ot.integration.processing.box_processors import BoxPreProcessor
-from anomalib_ot.integration.processing.sinkhorn_nms import CHECKPOINT_KEY, SinkhornNMS
+from anomalib_ot.integration.processing.sinkhorn_nms import CHECKPOINT_KEY, SinkhornNMS, sinkhorn_nms_of
 from anomalib_ot.integration.visualization.box_visualizer import BoxVisualizer
-from anomalib_ot.vision.backbone import normalisation
+from anomalib_ot.vision.backbone import normalization
 from anomalib_ot.vision.detections import Detections
 
 NO_DATA = "no data to {}; name a data set with boxes (--data CocoBoxes --data.root ..., in Python datamodule=...)"
@@ -60,7 +60,7 @@ class BoxPredictions(NamedTuple):
 class BoxModel(BoxTraining, CheckedExport):
     """The part of a detector that does not depend on how it detects; before `AnomalibModule` among its bases.
 
-    A detector builds its network in `new_network`, which sets `preset`, and calls `start` when it is initialised; its
+    A detector builds its network in `new_network`, which sets `preset`, and calls `start` when it is initialized; its
     arguments are named as those of `OTADetector`. `own_entry` is a weight that only its checkpoints have, `trained_by`
     are the arguments that these decide about. With `takes_post_processor`, set before `start`, it becomes, where none
     was given, what the checkpoint was trained with.
@@ -145,7 +145,7 @@ class BoxModel(BoxTraining, CheckedExport):
         return {"nms": "none" if nms is None else nms, "max_detections": most}
 
     def detect(self, images: Tensor) -> Detections:
-        """Detect in normalised images (B, 3, H, W), without duplicates; boxes in their pixels."""
+        """Detect in normalized images (B, 3, H, W), without duplicates; boxes in their pixels."""
         return self.model(images, self.post_processor if isinstance(self.post_processor, SinkhornNMS) else None)
 
     # ---- before anything runs: the data, the classes, the weights
@@ -172,7 +172,7 @@ class BoxModel(BoxTraining, CheckedExport):
             self.build(names)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the pre-processor, the evaluator, the visualiser, and the guard of all input."""
+        """Return the pre-processor, the evaluator, the visualizer, and the guard of all input."""
         return [*super().configure_callbacks(), BoxGuard(), ScoreKeeper()]
 
     def train_dataloader(self) -> NoReturn:
@@ -259,7 +259,7 @@ class BoxModel(BoxTraining, CheckedExport):
             self.hparams["class_names"] = list(names)
         kept = checkpoint.get("anomalib_post_processor_config") or {}
         if self.post_processor is None and self.takes_post_processor and CHECKPOINT_KEY in kept:
-            self.post_processor = SinkhornNMS(**kept[CHECKPOINT_KEY])
+            self.post_processor = sinkhorn_nms_of(kept[CHECKPOINT_KEY])
             self.model = None
         chosen, parts = self.post_processor, (self.evaluator, self.visualizer)
         trained = trained_arguments(checkpoint, self.hparams, self.trained_by)
@@ -283,11 +283,11 @@ class BoxModel(BoxTraining, CheckedExport):
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> BoxPreProcessor:
-        """Return the default pre-processor: an exportable resize and ImageNet's normalisation."""
-        return BoxPreProcessor.of(image_size or (512, 512), *normalisation("resnet18"))
+        """Return the default pre-processor: an exportable resize and ImageNet's normalization."""
+        return BoxPreProcessor.of(image_size or (512, 512), *normalization("resnet18"))
 
     def configure_post_processor(self) -> None:
-        """Return nothing: boxes need no normalised scores."""
+        """Return nothing: boxes need no normalized scores."""
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
@@ -296,5 +296,5 @@ class BoxModel(BoxTraining, CheckedExport):
 
     @classmethod
     def configure_visualizer(cls) -> Visualizer:
-        """Return the default visualiser."""
+        """Return the default visualizer."""
         return BoxVisualizer()

@@ -36,7 +36,7 @@ from anomalib_ot.integration.models.prototypes_options import (
 )
 from anomalib_ot.integration.processing.pre_post import ExplainedPostProcessor, ExportablePreProcessor
 from anomalib_ot.integration.visualization.visualizer import ExplanationVisualizer
-from anomalib_ot.vision.backbone import normalisation
+from anomalib_ot.vision.backbone import normalization
 
 logger = logging.getLogger(__name__)
 install_short_errors()
@@ -89,7 +89,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         pre_processor: Anomalib pre-processor, or whether to use the default.
         post_processor: Anomalib post-processor, or whether to use the default.
         evaluator: Anomalib evaluator, or whether to use the default.
-        visualizer: Anomalib visualiser, or whether to use the default.
+        visualizer: Anomalib visualizer, or whether to use the default.
 
     Raises:
         InputError: If an argument is out of range or not known; the message names the known ones.
@@ -146,7 +146,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         )
         check_training_arguments(epochs, max_cached_gb)
         if pre_processor is True:
-            pre_processor = ExportablePreProcessor.of(image_size, *normalisation(backbone))
+            pre_processor = ExportablePreProcessor.of(image_size, *normalization(backbone))
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,
@@ -177,7 +177,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         check_datamodule(self.trainer.datamodule, self.trainer.state.fn)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the processors, the evaluator, the visualiser, the guard of all input, and what looks at verdicts."""
+        """Return the processors, the evaluator, the visualizer, the guard of all input, and what looks at verdicts."""
         own = [] if self.max_false_alarms is None else [FalseAlarmThreshold(self.max_false_alarms)]
         return [*super().configure_callbacks(), InputGuard(), ScoreKeeper(), *own, VerdictReport()]
 
@@ -225,7 +225,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         for start, images in portions(batch.image):
             self._cache.add(self.model.embed(images), None if paths is None else paths[start : start + len(images)])
         self._network_size = tuple(batch.image.shape[-2:])
-        # Without an optimiser Lightning counts no step, and then writes no checkpoint and never reaches max_steps.
+        # Without an optimizer Lightning counts no step, and then writes no checkpoint and never reaches max_steps.
         steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         steps.increment_ready()
         steps.increment_completed()
@@ -324,8 +324,8 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> ExportablePreProcessor:
-        """Return the default pre-processor: an exportable resize and ImageNet's normalisation."""
-        return ExportablePreProcessor.of(image_size or (256, 256), *normalisation("resnet18"))
+        """Return the default pre-processor: an exportable resize and ImageNet's normalization."""
+        return ExportablePreProcessor.of(image_size or (256, 256), *normalization("resnet18"))
 
     def configure_post_processor(self) -> ExplainedPostProcessor:
         """Return the default post-processor."""
@@ -342,5 +342,5 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
 
     @classmethod
     def configure_visualizer(cls) -> ExplanationVisualizer:
-        """Return the default visualiser."""
+        """Return the default visualizer."""
         return ExplanationVisualizer()

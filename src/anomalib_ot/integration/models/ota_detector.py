@@ -1,4 +1,4 @@
-"""OTADetector: labelled defects found by a dense detector with labels assigned by transport, in Anomalib."""
+"""OTADetector: labeled defects found by a dense detector with labels assigned by transport, in Anomalib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,13 +24,13 @@ from anomalib_ot.integration.models.ota_options import (
 )
 from anomalib_ot.integration.processing.box_processors import BoxPreProcessor
 from anomalib_ot.ot.precision import full_precision
-from anomalib_ot.vision.backbone import normalisation
+from anomalib_ot.vision.backbone import normalization
 
 install_short_errors()
 
 
 class OTADetector(BoxModel, AnomalibModule):
-    """Find labelled defects: boxes with classes, by an FCOS-style detector whose labels are assigned by transport.
+    """Find labeled defects: boxes with classes, by an FCOS-style detector whose labels are assigned by transport.
 
     During training each object supplies points to the feature grid as far as its predictions are good, and background
     supplies the rest; the cheapest transport of these supplies says what every point has to learn.
@@ -47,7 +47,7 @@ class OTADetector(BoxModel, AnomalibModule):
         image_size: Height and width that images are resized to, pixels.
         tile_size: Height and width of tiles that resized images are cut into to be predicted, pixels; None: they are
             not cut. Train on crops of that size then (`--data.train_augmentations`).
-        tile_overlap: Part of a tile that it shares with its neighbour, 0 to 0.9.
+        tile_overlap: Part of a tile that it shares with its neighbor, 0 to 0.9.
         channels: Channels of pyramid and head; None leaves the preset's, as for the following ones.
         num_convs: Convolutions per tower of the head.
         num_extra: Levels of the pyramid beyond the backbone's coarsest map.
@@ -71,7 +71,7 @@ class OTADetector(BoxModel, AnomalibModule):
         post_processor: A `SinkhornNMS` takes the place of `nms`; another module is called on `BoxPredictions`, in
             exports alone. True leaves what the checkpoint has, which otherwise is none.
         evaluator: Anomalib evaluator, or whether to use the default.
-        visualizer: Anomalib visualiser, or whether to use the default.
+        visualizer: Anomalib visualizer, or whether to use the default.
 
     Raises:
         InputError: If an argument is out of range or not known; the message names the known ones.
@@ -120,7 +120,7 @@ class OTADetector(BoxModel, AnomalibModule):
         install_short_errors()
         pre_trained, backbone_weights = checked_weights(pre_trained, backbone_weights)
         if pre_processor is True:
-            pre_processor = BoxPreProcessor.of(image_size, *normalisation(backbone))
+            pre_processor = BoxPreProcessor.of(image_size, *normalization(backbone))
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,

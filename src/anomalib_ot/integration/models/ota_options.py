@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from anomalib_ot.detection.assigner import ASSIGNERS, Assigner
-from anomalib_ot.detection.decoding import Decoding, Suppress
+from anomalib_ot.detection.detector import Decoding, Suppress
 from anomalib_ot.detection.ota import DenseDetector
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.values import check_fraction, check_known
@@ -47,7 +47,7 @@ class DetectorPreset:
         spatial_weight: Weight of where a point lies in the cost of OTA.
         top: Largest overlaps that make up an object's number of points in OTA.
         max_candidates: Detections per image that are compared for duplicates.
-        optimiser: "adamw" with one cycle, or "sgd" with warm-up and two steps.
+        optimizer: "adamw" with one cycle, or "sgd" with warm-up and two steps.
         lr: Learning rate, of a batch of 16 for "sgd".
         backbone_lr: The backbone's part of it.
         weight_decay: Weight decay; none on norms and biases.
@@ -65,7 +65,7 @@ class DetectorPreset:
     spatial_weight: float
     top: int
     max_candidates: int
-    optimiser: str
+    optimizer: str
     lr: float
     backbone_lr: float
     weight_decay: float
@@ -157,7 +157,7 @@ def build_detector(
     tile_size: Sequence[int] | None,
     tile_overlap: float,
 ) -> DenseDetector:
-    """Build an untrained detector; the backbone's weights are still without worth.
+    """Build an untrained detector; the backbone's weights are randomly initialized.
 
     Args:
         preset: Sizes and choices.
@@ -170,7 +170,7 @@ def build_detector(
         score_threshold: Least score of a detection.
         max_detections: Most detections per image.
         tile_size: Height and width of tiles; None: images are not cut.
-        tile_overlap: Part of a tile that it shares with its neighbour.
+        tile_overlap: Part of a tile that it shares with its neighbor.
 
     Raises:
         InputError: If an argument is out of range or not known; the message names the known ones.

@@ -1,4 +1,4 @@
-"""Optimisers and schedules of the detectors."""
+"""Optimizers and schedules of the detectors."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ PAPER_BATCH = 16
 class Recipe(Protocol):
     """What a preset says of the training; see `DetectorPreset`."""
 
-    optimiser: str
+    optimizer: str
     lr: float
     backbone_lr: float
     weight_decay: float
@@ -28,12 +28,12 @@ class Stepped:
     """A published recipe: warm-up, then a tenth of the rate from two steps on.
 
     Args:
-        optimiser: Makes the optimiser of groups of parameters.
+        optimizer: Makes the optimizer of groups of parameters.
         warm_up: Steps of the warm-up, a tenth of all steps where that is less.
         falls: Parts of the training after which the rate falls to a tenth.
     """
 
-    optimiser: Any
+    optimizer: Any
     warm_up: int
     falls: tuple[float, float]
 
@@ -44,8 +44,8 @@ STEPPED = {
 }
 
 
-def optimiser_and_schedule(model: nn.Module, preset: Recipe, num_steps: int, batch_size: int) -> dict[str, Any]:
-    """Return an optimiser with its schedule, as Lightning's `configure_optimizers` does.
+def optimizer_and_schedule(model: nn.Module, preset: Recipe, num_steps: int, batch_size: int) -> dict[str, Any]:
+    """Return an optimizer with its schedule, as Lightning's `configure_optimizers` does.
 
     "adamw" runs one cycle: up during the first tenth, then down along a cosine. "sgd" and "adamw_steps" are the
     published recipes of OTA and of the sparse mixture: warm-up over 1,000 or 500 steps (a tenth of all, where that is
@@ -64,8 +64,8 @@ def optimiser_and_schedule(model: nn.Module, preset: Recipe, num_steps: int, bat
         N. Topin, "Super-convergence", 2018 (one cycle).
     """
     groups = _groups(model, preset)
-    if preset.optimiser == "adamw":
-        optimiser: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=preset.lr)
+    if preset.optimizer == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=preset.lr)
         warm_up = max(round(WARM_UP * num_steps), 1)
 
         def factor(step: int) -> float:
@@ -74,10 +74,10 @@ def optimiser_and_schedule(model: nn.Module, preset: Recipe, num_steps: int, bat
             return rising * (CYCLE_END + (1 - CYCLE_END) * (1 + math.cos(math.pi * down)) / 2)
 
     else:
-        stepped = STEPPED[preset.optimiser]
+        stepped = STEPPED[preset.optimizer]
         for group in groups:
             group["lr"] *= batch_size / PAPER_BATCH
-        optimiser = stepped.optimiser(groups)
+        optimizer = stepped.optimizer(groups)
         warm_up = min(stepped.warm_up, max(num_steps // 10, 1))
 
         def factor(step: int) -> float:
@@ -85,8 +85,8 @@ def optimiser_and_schedule(model: nn.Module, preset: Recipe, num_steps: int, bat
             return rising * 0.1 ** sum(step >= part * num_steps for part in stepped.falls)
 
     # A function of the step alone: a training that is resumed for longer goes on along the longer schedule.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def _groups(model: nn.Module, preset: Recipe) -> list[dict[str, Any]]:

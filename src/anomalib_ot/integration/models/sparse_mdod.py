@@ -1,4 +1,4 @@
-"""SparseMDOD: labelled defects found by a few proposals that form a mixture, in Anomalib."""
+"""SparseMDOD: labeled defects found by a few proposals that form a mixture, in Anomalib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
 from torch import Tensor, nn
 
-from anomalib_ot.detection.mixture import mixture_losses, risen
+from anomalib_ot.detection.mixture import linear_ramp, mixture_losses
 from anomalib_ot.detection.set_loss import MATCHERS, set_losses
 from anomalib_ot.detection.sparse_mdod import SparseDetector
 from anomalib_ot.integration.checks.errors import install_short_errors
@@ -23,13 +23,13 @@ from anomalib_ot.integration.models.sparse_options import (
     sparse_preset,
 )
 from anomalib_ot.integration.processing.box_processors import BoxPreProcessor
-from anomalib_ot.vision.backbone import normalisation
+from anomalib_ot.vision.backbone import normalization
 
 install_short_errors()
 
 
 class SparseMDOD(BoxModel, AnomalibModule):
-    """Find labelled defects: a few learned proposals form a mixture, whose likelihood the true boxes maximise.
+    """Find labeled defects: a few learned proposals form a mixture, whose likelihood the true boxes maximize.
 
     Each proposal says whether it shows an object, of which class, where its sides are, and how surely. Nothing is
     matched in training, and no duplicates have to be removed from what it finds.
@@ -45,7 +45,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
         image_size: Height and width that images are resized to, pixels.
         tile_size: Height and width of tiles that resized images are cut into to be predicted, pixels; None: they are
             not cut. Train on crops of that size then (`--data.train_augmentations`).
-        tile_overlap: Part of a tile that it shares with its neighbour, 0 to 0.9.
+        tile_overlap: Part of a tile that it shares with its neighbor, 0 to 0.9.
         channels: Channels of pyramid and head; None leaves the preset's, as for the following ones.
         num_stages: Stages that refine the proposals.
         proposals: Rows and columns of the grid that the proposals begin on; their product is the number of proposals.
@@ -76,7 +76,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
         post_processor: A `SinkhornNMS` removes duplicates, too; another module is called on `BoxPredictions`, in
             exports alone. True leaves what the checkpoint has, which otherwise is none.
         evaluator: Anomalib evaluator, or whether to use the default.
-        visualizer: Anomalib visualiser, or whether to use the default.
+        visualizer: Anomalib visualizer, or whether to use the default.
 
     Raises:
         InputError: If an argument is out of range or not known; the message names the known ones.
@@ -130,7 +130,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
         install_short_errors()
         pre_trained, backbone_weights = checked_weights(pre_trained, backbone_weights)
         if pre_processor is True:
-            pre_processor = BoxPreProcessor.of(image_size, *normalisation(backbone))
+            pre_processor = BoxPreProcessor.of(image_size, *normalization(backbone))
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,
@@ -188,7 +188,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
             stages,
             boxes,
             labels,
-            mcm_weight=risen(self.preset.mcm_weight, self.preset.mcm_rise, self.trained_part),
+            mcm_weight=linear_ramp(self.preset.mcm_weight, self.preset.mcm_rise, self.trained_part),
             presence_weight=self.preset.presence_weight,
             domain=self.preset.domain,
         )

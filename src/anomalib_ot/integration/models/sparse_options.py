@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from anomalib_ot.detection.set_loss import MATCHERS
-from anomalib_ot.detection.sparse_head import SparseHead, grid_proposals, whole_proposals
+from anomalib_ot.detection.sparse_head import BoxOutput, MixtureOutput, SparseHead, grid_proposals, whole_proposals
 from anomalib_ot.detection.sparse_mdod import SparseDecoding, SparseDetector
-from anomalib_ot.detection.sparse_outputs import BoxOutput, MixtureOutput
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.values import check_fraction, check_known
 from anomalib_ot.integration.models.backbone import build_pyramid_extractor
@@ -43,7 +42,7 @@ class SparsePreset:
         proposals: Rows and columns of the proposals' grid.
         num_extra: Levels of the pyramid beyond the backbone's coarsest map.
         frozen_stages: Stages of the backbone that are not trained.
-        mcm_weight: Weight of maximum component maximisation.
+        mcm_weight: Weight of maximum component maximization.
         mcm_rise: Parts of the training between which it rises from 0 to that.
         presence_weight: Weight of learning from images without objects.
         dynamic_channels: Channels between the two dynamic convolutions.
@@ -53,7 +52,7 @@ class SparsePreset:
         coord_unit: Pixels per unit of the box outputs.
         prior: Presence of every proposal at the start.
         domain: How the likelihood is computed, "log" or "linear".
-        optimiser: "adamw" with one cycle, or "adamw_steps" with warm-up and two steps.
+        optimizer: "adamw" with one cycle, or "adamw_steps" with warm-up and two steps.
         lr: Learning rate, of a batch of 16 for "adamw_steps".
         backbone_lr: The backbone's part of it.
         weight_decay: Weight decay; none on norms and biases.
@@ -76,7 +75,7 @@ class SparsePreset:
     coord_unit: float
     prior: float
     domain: str
-    optimiser: str
+    optimizer: str
     lr: float
     backbone_lr: float
     weight_decay: float
@@ -101,7 +100,7 @@ SPARSE_PRESETS = {
         coord_unit=16.0,
         prior=0.01,
         domain="log",
-        optimiser="adamw",
+        optimizer="adamw",
         lr=3e-4,
         backbone_lr=1.0,
         weight_decay=0.02,
@@ -124,7 +123,7 @@ SPARSE_PRESETS = {
         coord_unit=1.0,
         prior=0.5,
         domain="linear",
-        optimiser="adamw_steps",
+        optimizer="adamw_steps",
         lr=5e-5,
         backbone_lr=1.0,
         weight_decay=5e-5,
@@ -188,7 +187,7 @@ def build_sparse_detector(
     tile_size: Sequence[int] | None,
     tile_overlap: float,
 ) -> SparseDetector:
-    """Build an untrained detector; the backbone's weights are still without worth.
+    """Build an untrained detector; the backbone's weights are randomly initialized.
 
     Args:
         preset: Sizes and choices.
@@ -202,7 +201,7 @@ def build_sparse_detector(
         score_threshold: Least score of a detection.
         max_detections: Most detections per image.
         tile_size: Height and width of tiles; None: images are not cut.
-        tile_overlap: Part of a tile that it shares with its neighbour.
+        tile_overlap: Part of a tile that it shares with its neighbor.
 
     Raises:
         InputError: If an argument is out of range or not known; the message names the known ones.

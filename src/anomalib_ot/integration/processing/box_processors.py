@@ -10,14 +10,14 @@ from anomalib_ot.integration.processing.pre_post import ExportablePreProcessor, 
 
 
 class BoxPreProcessor(ExportablePreProcessor):
-    """Resize and normalise images of a detector.
+    """Resize and normalize images of a detector.
 
-    Training images are only normalised: their data set resizes them, before it crops. In evaluation true boxes are put
+    Training images are only normalized: their data set resizes them, before it crops. In evaluation true boxes are put
     into pixels of the file, as predicted ones are. Batches of a plain folder, without boxes, become `BoxBatch`.
     """
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Normalise a training batch."""
+        """Normalize a training batch."""
         del trainer, pl_module, batch_idx
         kept = [part for part in flat_transforms(self.transform) if not isinstance(part, Resize)]
         if kept:

@@ -22,7 +22,7 @@ BILINEAR = (InterpolationMode.BILINEAR, InterpolationMode.BILINEAR.value, 2)
 
 
 class ExportablePreProcessor(PreProcessor):
-    """Resize and normalise, in training and in the exported graph alike.
+    """Resize and normalize, in training and in the exported graph alike.
 
     Anomalib trains with an antialiased resize and exports one without; thresholds then belong to other images than
     those that the exported model sees. Here the export resizes by matrix products that equal the antialiased resize.
@@ -39,7 +39,7 @@ class ExportablePreProcessor(PreProcessor):
 
     @classmethod
     def of(cls, image_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> "ExportablePreProcessor":
-        """Return the usual one: resize to `image_size` (height, width) and normalise channels by `mean` and `std`."""
+        """Return the usual one: resize to `image_size` (height, width) and normalize channels by `mean` and `std`."""
         size = (int(image_size[0]), int(image_size[1]))
         return cls(Compose([Resize(size, antialias=True), Normalize(mean=list(mean), std=list(std))]))
 
@@ -105,9 +105,9 @@ def _is_antialiased_resize(part: nn.Module) -> bool:
 
 
 class ExplainedPostProcessor(PostProcessor):
-    """Normalise and threshold scores, and keep the two causes exact parts of the normalised map.
+    """Normalize and threshold scores, and keep the two causes exact parts of the normalized map.
 
-    Normalisation stretches the anomaly map and shifts it, so that its threshold comes to .5. The position part is only
+    Normalization stretches the anomaly map and shifts it, so that its threshold comes to .5. The position part is only
     stretched: what is in its place stays at 0. The shift goes to the feature part, since every patch looks a little
     unlike its prototype.
     """
@@ -128,7 +128,7 @@ class ExplainedPostProcessor(PostProcessor):
 
     @property
     def transport_threshold(self) -> float | None:
-        """The transport score that makes an image defective on its own, in the score's own units before normalisation.
+        """The transport score that makes an image defective on its own, in the score's own units before normalization.
 
         It is in units of the score of a typical map, so that the image's threshold holds for both. None
         before thresholds are found, or without normalization.
@@ -162,7 +162,7 @@ class ExplainedPostProcessor(PostProcessor):
             batch.pred_mask = None
 
     def normalize_batch(self, batch: Batch) -> None:
-        """Normalise a batch; its causes, if it has any, follow."""
+        """Normalize a batch; its causes, if it has any, follow."""
         position_map = getattr(batch, "position_map", None)
         super().normalize_batch(batch)
         if position_map is not None:

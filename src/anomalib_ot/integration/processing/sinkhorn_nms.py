@@ -11,10 +11,9 @@ from torch import Tensor
 
 from anomalib_ot.integration.checks.errors import InputError, install_short_errors
 from anomalib_ot.integration.checks.values import check_known
-from anomalib_ot.postprocess.duplicate_losses import duplicate_losses
-from anomalib_ot.postprocess.nms_settings import FRACTION, WEIGHT, WHOLE, SinkhornNMSSettings, check_settings
-from anomalib_ot.postprocess.published_nms import PublishedNMSSettings
-from anomalib_ot.postprocess.sinkhorn_nms import PRESETS, sinkhorn_nms, sinkhorn_regions
+from anomalib_ot.postprocess.nms import sinkhorn_nms, sinkhorn_regions
+from anomalib_ot.postprocess.nms_losses import duplicate_losses
+from anomalib_ot.postprocess.proposals import FRACTION, WEIGHT, WHOLE, SinkhornNMSSettings, check_settings
 from anomalib_ot.vision.detections import EMPTY, Detections, stack_detections
 
 SOFT, SHARP = 0.1, 0.02  # softness of the gate at the beginning and at the end of a training
@@ -24,7 +23,6 @@ RANGES = {"max_candidates": WHOLE, "max_detections": WHOLE, "train_weight": WEIG
 OWN = {name: name for name in ("decode", "threshold", "class_aware", "score_threshold")} | {
     "max_regions": "max_detections"
 }  # settings that are arguments, and what these are called
-NOT_PUBLISHED = {"decode": "select", "threshold": 0.6, "class_aware": True, "train_weight": 0.0}
 
 Found = Mapping[str, Tensor]
 
@@ -44,9 +42,7 @@ class SinkhornNMS(PostProcessor):
         score_threshold: Least score of a detection, [0, 1].
         max_candidates: Raw detections per image that are grouped, the best ones; work grows with its square.
         max_detections: Most detections per image.
-        preset: "sinkhorn", or "paper" for what the authors published; that does not suppress duplicates.
-        settings: Further fields of `anomalib_ot.postprocess.SinkhornNMSSettings` (with the preset "paper", of
-            `PublishedNMSSettings`) by name.
+        settings: Further fields of `anomalib_ot.postprocess.SinkhornNMSSettings` by name.
         train_weight: Weight of the losses against duplicates in a detector's training; 0: the detector trains as
             without this.
         warm_up: Part of the training, at its beginning, in which merged boxes teach their members, not who is one.
@@ -56,7 +52,7 @@ class SinkhornNMS(PostProcessor):
 
     References:
         Z. Lu et al., "Differentiable NMS via Sinkhorn matching for end-to-end fabric defect detection", arXiv
-        2505.07040. The losses are ours (`anomalib_ot.postprocess.duplicate_losses`); the paper gives none.
+        2505.07040. The losses are ours (`anomalib_ot.postprocess.nms_losses`); the paper gives none.
 
     >>> boxes = torch.tensor([[10.0, 10, 50, 50], [12, 10, 52, 50], [70, 10, 90, 30]])
     >>> found = {"boxes": boxes, "scores": torch.tensor([0.9, 0.7, 0.6]), "labels": torch.tensor([0, 0, 0])}
@@ -72,7 +68,6 @@ class SinkhornNMS(PostProcessor):
         score_threshold: float = 0.05,
         max_candidates: int = 300,
         max_detections: int = 100,
-        preset: str = "sinkhorn",
         settings: dict[str, Any] | None = None,
         train_weight: float = 0.0,
         warm_up: float = 0.2,
@@ -86,7 +81,6 @@ class SinkhornNMS(PostProcessor):
             "score_threshold": score_threshold,
             "max_candidates": max_candidates,
             "max_detections": max_detections,
-            "preset": preset,
             "settings": _as_dict(settings),
             "train_weight": train_weight,
             "warm_up": warm_up,
@@ -94,30 +88,22 @@ class SinkhornNMS(PostProcessor):
         for name, value in list(self.named_buffers(recurse=False)):  # Anomalib's, which here say nothing
             self.register_buffer(name, value, persistent=False)
         self.settings = self._checked_settings()
-        self.preset, self.train_weight, self.warm_up = preset, train_weight, warm_up
+        self.train_weight, self.warm_up = train_weight, warm_up
         self.max_candidates, self.max_detections = max_candidates, max_detections
 
     def _checked_settings(self) -> dict[str, Any]:
         """Check all arguments; return those of the function."""
         given = self.arguments
-        check_known("preset", given["preset"], PRESETS)
-        paper = given["preset"] == "paper"
-        for name in [name for name, value in NOT_PUBLISHED.items() if paper and given[name] != value]:
-            msg = (
-                f"{name} is {given[name]!r}; expected {NOT_PUBLISHED[name]!r} with preset 'paper', which has no choice"
-            )
-            raise InputError(msg)
-        kind = PublishedNMSSettings if paper else SinkhornNMSSettings
-        known = [field.name for field in fields(kind)]
+        known = [field.name for field in fields(SinkhornNMSSettings)]
         for name in given["settings"]:
             if name in OWN:
                 msg = f"settings has {name!r}; expected none of the other arguments: give it as {OWN[name]} alone"
                 raise InputError(msg)
             check_known("settings", name, [name for name in known if name not in OWN])
-        settings = {name: given[own] for name, own in OWN.items() if name in known} | given["settings"]
+        settings = {name: given[own] for name, own in OWN.items()} | given["settings"]
         try:
             check_settings(SimpleNamespace(**given), RANGES)
-            kind(**settings)
+            SinkhornNMSSettings(**settings)
         except ValueError as error:
             raise InputError(str(error)) from error
         return settings
@@ -149,9 +135,7 @@ class SinkhornNMS(PostProcessor):
     def _suppress(self, found: Detections) -> Detections:
         boxes, scores, labels, scales = (None if part is None else part[:, : self.max_candidates] for part in found)
         valid = labels != EMPTY
-        return sinkhorn_nms(
-            boxes, scores, labels.clamp(min=0), valid=valid, scales=scales, preset=self.preset, **self.settings
-        )
+        return sinkhorn_nms(boxes, scores, labels.clamp(min=0), valid=valid, scales=scales, **self.settings)
 
     # ---- training
 
@@ -175,7 +159,7 @@ class SinkhornNMS(PostProcessor):
             over_devices: Averages over the devices of the training.
 
         Returns:
-            See `anomalib_ot.postprocess.duplicate_losses`.
+            See `anomalib_ot.postprocess.nms_losses`.
         """
         boxes, scores, labels = (part[:, : self.max_candidates] for part in found[:3])
         valid, labels = labels != EMPTY, labels.clamp(min=0)
@@ -216,6 +200,26 @@ class SinkhornNMS(PostProcessor):
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Keep the arguments as given: who names the post-processor has chosen them."""
+
+
+def sinkhorn_nms_of(kept: Mapping[str, Any]) -> SinkhornNMS:
+    """Make the post-processor whose arguments a checkpoint keeps; those of 0.1 name a preset, too.
+
+    Args:
+        kept: What `SinkhornNMS.checkpoint_config` returned, under `CHECKPOINT_KEY`.
+
+    Raises:
+        InputError: If the preset is "paper", which this version does not have, or an argument is out of range.
+    """
+    arguments = dict(kept)
+    preset = arguments.pop("preset", "sinkhorn")
+    if preset != "sinkhorn":
+        msg = (
+            f"the checkpoint keeps a SinkhornNMS with preset {preset!r}, which does not suppress duplicates and was "
+            "removed; expected 'sinkhorn': name another post-processor, such as --model.post_processor SinkhornNMS"
+        )
+        raise InputError(msg)
+    return SinkhornNMS(**arguments)
 
 
 def _as_dict(settings: object) -> dict[str, Any]:

@@ -6,16 +6,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_ot.imaging.causes import CauseShares, arrows, cause_shares, normal_level
-from anomalib_ot.imaging.heat import colour_bar, draw_outline, overlay
+from anomalib_ot.imaging.heat import color_bar, draw_outline, overlay
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, header
 from anomalib_ot.integration.visualization.panels import draw_arrows
 
-__all__ = ["Panel", "Verdict", "draw_colour_bar", "draw_panels", "explain_picture", "find_shares"]
+__all__ = ["Panel", "Verdict", "draw_color_bar", "draw_panels", "explain_picture", "find_shares"]
 
 TRUTH_LINE, PREDICTION_LINE = (0, 220, 255), (255, 255, 255)
 TITLE_HEIGHT, BAR_WIDTH, LEAST_CELL, LEAST_WIDTH = 44, 58, 240, 560
 WIDE = 2.0  # panels of images at least this many times wider than high stand below each other
-THRESHOLD = 0.5  # of a normalised map
+THRESHOLD = 0.5  # of a normalized map
 HALF_WAY, LEAST_STRENGTH = 0.5, 0.02  # an arrow starts where place alone lifts the anomaly half way to the threshold
 LONGEST = 3  # longest side of a panel, in panel sizes
 
@@ -77,7 +77,7 @@ def explain_picture(
     shares, inside = find_shares(anomaly_map, feature_map, position_map, pred_mask)
     body = _arrange(panels, with_bar=len(panels) > 1)
     width = max(body.width, LEAST_WIDTH)
-    head = header(width, verdict, shares, inside=inside, normalised=anomaly_map is None or anomaly_map.max() <= 1)
+    head = header(width, verdict, shares, inside=inside, normalized=anomaly_map is None or anomaly_map.max() <= 1)
     picture = Image.new("RGB", (width, head.height + body.height), PAPER)
     picture.paste(head, (0, 0))
     picture.paste(body, (0, head.height))
@@ -100,7 +100,7 @@ def draw_panels(
     """Draw the panels of one part: the part itself, then one for each map that is given; see `explain_picture`.
 
     The panel of a cause shows the anomaly that would be there if the other cause were at its normal level: so all
-    panels have one scale, with normal surroundings and the threshold at the same colours.
+    panels have one scale, with normal surroundings and the threshold at the same colors.
     """
     _check(panel_size, max_arrows, (anomaly_map, feature_map, position_map, pred_mask, gt_mask))
     base = _panel_image(image, panel_size)
@@ -181,7 +181,7 @@ def _position_panel(
 
 
 def _arrange(panels: list[Panel], *, with_bar: bool) -> Image.Image:
-    """Put the panels side by side, wide ones below each other, with one colour bar at the right."""
+    """Put the panels side by side, wide ones below each other, with one color bar at the right."""
     panel = panels[0].drawn
     stacked = panel.width >= WIDE * panel.height
     cell_width, cell_height = max(panel.width, LEAST_CELL), TITLE_HEIGHT + panel.height + GAP
@@ -197,14 +197,14 @@ def _arrange(panels: list[Panel], *, with_bar: bool) -> Image.Image:
         body.paste(drawn, (left, top + TITLE_HEIGHT))
     if with_bar:
         top = TITLE_HEIGHT + (cell_height if stacked else 0)  # the first panel has no map
-        draw_colour_bar(body, width - BAR_WIDTH, top, body.height - GAP - top)
+        draw_color_bar(body, width - BAR_WIDTH, top, body.height - GAP - top)
     return body
 
 
-def draw_colour_bar(picture: Image.Image, left: int, top: int, height: int) -> None:
-    """Draw the colours of the maps into a picture, with their values from 1 at the top to 0."""
+def draw_color_bar(picture: Image.Image, left: int, top: int, height: int) -> None:
+    """Draw the colors of the maps into a picture, with their values from 1 at the top to 0."""
     draw = ImageDraw.Draw(picture)
-    picture.paste(colour_bar(16, height), (left, top))
+    picture.paste(color_bar(16, height), (left, top))
     draw.rectangle((left - 1, top - 1, left + 16, top + height), outline=FAINT)
     for value in (0.0, 0.5, 1.0):
         y = top + round((1 - value) * (height - 1))

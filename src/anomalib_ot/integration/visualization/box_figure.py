@@ -7,18 +7,18 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from anomalib_ot.imaging.box_drawing import DARK, MISSED, WHITE, Mark, class_colour, dashed_line, draw_marks
+from anomalib_ot.imaging.box_drawing import DARK, MISSED, WHITE, Mark, class_color, dashed_line, draw_marks
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, header
 from anomalib_ot.integration.visualization.insets import INSET, Inset, find_insets, inset_strip
 from anomalib_ot.integration.visualization.soft_edges import draw_soft_edges
-from anomalib_ot.vision.average_precision import pair_iou
+from anomalib_ot.vision.metrics import pair_iou
 
 __all__ = ["DetectedBoxes", "box_picture", "class_name"]
 
 HEIGHT_SHARE, LARGEST_SCALE, LEAST_WIDTH = 0.7, 4.0, 640
 MARGIN = 26  # of paper around the part: room for the plates of boxes at its border
 MEETS = 0.3  # intersection over union from which on a box has found a known defect
-LEGEND_LINE, SWATCH, CLOTH = 24, 22, (128, 132, 140)
+LEGEND_LINE, SWATCH, FABRIC = 24, 22, (128, 132, 140)
 NAMED_KINDS = 4
 
 
@@ -96,7 +96,7 @@ def box_picture(
     body = Image.new("RGB", (width, view_size[1] + 2 * MARGIN), PAPER)
     view = image.convert("RGB").resize(view_size, Image.Resampling.LANCZOS)
     for box, label, scales in zip(shown.boxes, shown.labels, shown.scales, strict=True):
-        draw_soft_edges(view, scale * box, scale * scales, class_colour(label)[0])
+        draw_soft_edges(view, scale * box, scale * scales, class_color(label)[0])
     body.paste(view, (MARGIN, MARGIN))
     left_out = draw_marks(body, _placed(marks, insets, scale))
     head = header(width, verdict, remarks=_remarks(shown, class_names, score_threshold))
@@ -181,8 +181,8 @@ def _marks(shown: _Shown, class_names: Sequence[str] | None) -> list[Mark]:
         text = f"{class_name(label, class_names)} {score:.2f}"
         if truth >= 0 and shown.gt_labels[truth] != label:
             text += f", known as {class_name(shown.gt_labels[truth], class_names)}"
-        colour, is_inverted = class_colour(label)
-        marks.append(Mark(tuple(box), text, colour, inverted=is_inverted))
+        color, is_inverted = class_color(label)
+        marks.append(Mark(tuple(box), text, color, inverted=is_inverted))
     if shown.gt_boxes is None:
         return marks
     missed, met = [], []
@@ -230,17 +230,17 @@ def _counted(labels: np.ndarray, class_names: Sequence[str] | None) -> str:
 
 
 class _Sample(NamedTuple):
-    """An entry of the legend; one without colour is a mere note."""
+    """An entry of the legend; one without color is a mere note."""
 
     text: str
-    colour: tuple[int, int, int] | None = None
+    color: tuple[int, int, int] | None = None
     inverted: bool = False
     dashed: bool = False
 
 
 def _samples(shown: _Shown, class_names: Sequence[str] | None, notes: list[str]) -> list[_Sample]:
-    """Collect what the colours and dashes mean, and the notes."""
-    samples = [_Sample(class_name(label, class_names), *class_colour(label)) for label in np.unique(shown.labels)]
+    """Collect what the colors and dashes mean, and the notes."""
+    samples = [_Sample(class_name(label, class_names), *class_color(label)) for label in np.unique(shown.labels)]
     if shown.gt_boxes is not None and not shown.missed.all():
         samples.append(_Sample("known defect", WHITE, dashed=True))
     if shown.missed.any():
@@ -256,20 +256,20 @@ def _legend(samples: list[_Sample], width: int) -> Image.Image:
     strip = Image.new("RGB", (width, LEGEND_LINE * (len(samples) + 1)), PAPER)
     draw = ImageDraw.Draw(strip)
     x, y = MARGIN, 0
-    for text, colour, inverted, dashed in samples:
-        swatch = 0 if colour is None else SWATCH + 6
+    for text, color, inverted, dashed in samples:
+        swatch = 0 if color is None else SWATCH + 6
         needed = swatch + round(font.getlength(text))
         if x > MARGIN and x + needed > width - MARGIN:
             x, y = MARGIN, y + LEGEND_LINE
         middle = y + LEGEND_LINE // 2
-        if colour is not None:
-            ground = CLOTH if dashed else DARK if inverted else colour
-            draw.rectangle((x, middle - 6, x + SWATCH, middle + 6), ground, outline=colour if inverted else INK)
+        if color is not None:
+            ground = FABRIC if dashed else DARK if inverted else color
+            draw.rectangle((x, middle - 6, x + SWATCH, middle + 6), ground, outline=color if inverted else INK)
         if inverted:
-            draw.rectangle((x + 5, middle - 2, x + SWATCH - 5, middle + 2), colour)
+            draw.rectangle((x + 5, middle - 2, x + SWATCH - 5, middle + 2), color)
         if dashed:
-            dashed_line(draw, (x + 1, middle), (x + SWATCH - 1, middle), colour)
-        draw.text((x + swatch, middle), text, INK if colour else FAINT, font, anchor="lm")
+            dashed_line(draw, (x + 1, middle), (x + SWATCH - 1, middle), color)
+        draw.text((x + swatch, middle), text, INK if color else FAINT, font, anchor="lm")
         x += needed + GAP
     return strip.crop((0, 0, width, y + LEGEND_LINE + GAP // 2 if samples else GAP))
 

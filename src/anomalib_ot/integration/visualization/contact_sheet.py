@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from anomalib_ot.integration.visualization.anomaly_figure import draw_colour_bar, draw_panels, find_shares
+from anomalib_ot.integration.visualization.anomaly_figure import draw_color_bar, draw_panels, find_shares
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, badge, cause_lines
 
 __all__ = ["contact_sheet"]
@@ -61,7 +61,7 @@ def contact_sheet(rows: Sequence[tuple[str, Mapping[str, Any]]], width: int = 12
             sheet.paste(panel.drawn, (x, top))
         top += height
     if count > 1:
-        draw_colour_bar(sheet, width - BAR_WIDTH, TITLE_HEIGHT, heights[0] - SPACE)
+        draw_color_bar(sheet, width - BAR_WIDTH, TITLE_HEIGHT, heights[0] - SPACE)
     return sheet
 
 

@@ -11,8 +11,8 @@ __all__ = ["Verdict", "badge", "cause_lines", "header"]
 
 INK, FAINT, PAPER = (20, 22, 28), (98, 104, 116), (255, 255, 255)
 GOOD, DEFECT, UNKNOWN = (24, 128, 56), (198, 40, 40), (98, 104, 116)
-LOOKS, PLACE, AMOUNTS = (235, 130, 30), (70, 110, 200), (130, 70, 160)
-AMOUNTS_OFF = "amounts are off: something missing, or one too many"
+LOOKS, PLACE, COUNTS = (235, 130, 30), (70, 110, 200), (130, 70, 160)
+COUNT_ANOMALY = "count anomaly: part missing or extra"
 GAP, CARD_HEIGHT = 14, 58
 
 
@@ -21,7 +21,7 @@ class Verdict:
     """What is known about the part as a whole; each field may be None.
 
     Args:
-        score: Anomaly score of the image; [0, 1] after normalisation.
+        score: Anomaly score of the image; [0, 1] after normalization.
         defect: Whether the part is predicted defective; None: decided by score > threshold.
         truth: Whether the part is known to be defective.
         transport_score: How unusual the amounts of each kind of patch are, in units of the score.
@@ -44,7 +44,7 @@ class Verdict:
             return self.score > self.threshold
         return self.defect
 
-    def amounts_are_off(self, inside: bool | None) -> bool:
+    def count_is_anomalous(self, inside: bool | None) -> bool:
         """Whether the part is bad because something is missing or there is one too many.
 
         Args:
@@ -77,7 +77,7 @@ def header(
     shares: CauseShares | None = None,
     *,
     inside: bool | None = None,
-    normalised: bool = True,
+    normalized: bool = True,
     remarks: Sequence[tuple[str, str]] = (),
 ) -> Image.Image:
     """Draw what is known about the part as a whole, the most important first.
@@ -88,7 +88,7 @@ def header(
         shares: How much each cause adds, or None.
         inside: Whether any pixel is predicted defective, and the shares were counted there; if not, in the top 1 % of
             the pixels. None: not known.
-        normalised: Whether the maps stay within [0, 1]; if not, the header says so.
+        normalized: Whether the maps stay within [0, 1]; if not, the header says so.
         remarks: More to say, each a small caption and a line of text.
 
     Returns:
@@ -117,51 +117,51 @@ def header(
     if verdict.name:
         name = verdict.name if len(verdict.name) <= 48 else "..." + verdict.name[-45:]
         cards.append(_card("File", name))
-    if not normalised:
-        cards.append(_card("Note", "maps are not normalised; colours stop at 1"))
+    if not normalized:
+        cards.append(_card("Note", "maps are not normalized; colors stop at 1"))
     return _flow(cards, width)
 
 
 def causes_to_tell(
     verdict: Verdict, shares: CauseShares | None, inside: bool | None
 ) -> tuple[CauseShares | None, bool]:
-    """Return the shares, None where they explain nothing, and whether amounts are off.
+    """Return the shares, None where they explain nothing, and whether there is a count anomaly.
 
-    A good part has no cause. Where no pixel is defective and the amounts are off, the shares of the highest pixels
+    A good part has no cause. Where no pixel is defective and there is a count anomaly, the shares of the highest pixels
     would accuse the wrong cause.
     """
-    amounts = verdict.amounts_are_off(inside)
-    silent = verdict.decision() is False or (amounts and not inside)
-    return None if silent else shares, amounts
+    count = verdict.count_is_anomalous(inside)
+    silent = verdict.decision() is False or (count and not inside)
+    return None if silent else shares, count
 
 
 def cause_lines(verdict: Verdict, shares: CauseShares | None, inside: bool | None) -> list[str]:
     """Say in short lines why the part is bad, the greater cause first; nothing if there is nothing to tell."""
-    told, amounts = causes_to_tell(verdict, shares, inside)
+    told, count = causes_to_tell(verdict, shares, inside)
     lines = []
     if told is not None:
         named = [(told.feature, f"looks wrong {told.feature} %"), (told.position, f"wrong place {told.position} %")]
         lines = [line for share, line in sorted(named, reverse=True) if share > 0]
-    return [*lines, AMOUNTS_OFF] if amounts else lines
+    return [*lines, COUNT_ANOMALY] if count else lines
 
 
 def _cause_cards(verdict: Verdict, shares: CauseShares | None, inside: bool | None) -> list[Image.Image]:
     """Say how much each cause adds, and where that was counted."""
-    told, amounts = causes_to_tell(verdict, shares, inside)
+    told, count = causes_to_tell(verdict, shares, inside)
     cards = []
     if told is not None:
         where = "Cause, inside the predicted defect" if inside else "Cause, in the top 1 % of the pixels"
         cards.append(_card(where, f"looks wrong {told.feature} %,  wrong place {told.position} %"))
         parts = [(told.feature / 100, LOOKS), (told.position / 100, PLACE)]
         _bar(ImageDraw.Draw(cards[-1]), cards[-1].width, parts)
-    if amounts:
-        cards.append(_card("Cause, in the part as a whole", AMOUNTS_OFF))
-        _bar(ImageDraw.Draw(cards[-1]), cards[-1].width, [(1.0, AMOUNTS)])
+    if count:
+        cards.append(_card("Cause, in the part as a whole", COUNT_ANOMALY))
+        _bar(ImageDraw.Draw(cards[-1]), cards[-1].width, [(1.0, COUNTS)])
     return cards
 
 
 def badge(defect: bool | None) -> Image.Image:
-    """Say the verdict in a word, a sign and a colour."""
+    """Say the verdict in a word, a sign and a color."""
     word, paint = {None: ("NO VERDICT", UNKNOWN), True: ("DEFECT", DEFECT), False: ("GOOD", GOOD)}[defect]
     font = ImageFont.load_default(26)
     badge = Image.new("RGB", (64 + round(font.getlength(word)), CARD_HEIGHT), paint)

@@ -10,13 +10,13 @@ __all__ = ["draw_arrows"]
 DARK = (15, 15, 20)
 
 
-def draw_arrows(image: Image.Image, chosen: list[Arrow], colour: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+def draw_arrows(image: Image.Image, chosen: list[Arrow], color: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Draw arrows with a dark rim; a dot marks where the patch is, the head points to where it belongs.
 
     Args:
         image: The panel's image.
         chosen: Arrows in fractions of the image.
-        colour: RGB of the arrows.
+        color: RGB of the arrows.
 
     Returns:
         RGB image of the same size.
@@ -32,7 +32,7 @@ def draw_arrows(image: Image.Image, chosen: list[Arrow], colour: tuple[int, int,
         line = line[np.linalg.norm(line - end, axis=1) >= 3.5 * stroke]  # stop short: another arrow's dot may be there
         if len(line) < 2:
             continue
-        for paint, rim in (((*DARK, 255), stroke * 0.7), ((*colour, 255), 0.0)):
+        for paint, rim in (((*DARK, 255), stroke * 0.7), ((*color, 255), 0.0)):
             _draw_arrow(draw, line, stroke, rim, paint)
     drawn = image.convert("RGBA")
     drawn.alpha_composite(layer.resize(image.size, Image.Resampling.BOX))

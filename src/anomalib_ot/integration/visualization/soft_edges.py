@@ -4,18 +4,18 @@ import numpy as np
 from PIL import Image
 
 FARTHEST = 3.0  # scales; beyond, the haze is too faint to see
-DENSEST = 0.55  # of the colour at a side itself
+DENSEST = 0.55  # of the color at a side itself
 LEAST = 0.75  # pixels; a surer side shows no haze beside its line
 
 
-def draw_soft_edges(drawn: Image.Image, box: np.ndarray, scales: np.ndarray, colour: tuple[int, int, int]) -> None:
+def draw_soft_edges(drawn: Image.Image, box: np.ndarray, scales: np.ndarray, color: tuple[int, int, int]) -> None:
     """Lay a haze along the sides of a box: at a distance d its strength is `1 / (1 + (d / scale)^2)`, Cauchy's curve.
 
     Args:
         drawn: RGB picture, drawn into.
         box: xyxy (4,), pixels of the picture.
         scales: Scale (4,) of the left, top, right and bottom side, pixels of the picture.
-        colour: Of the haze.
+        color: Of the haze.
     """
     x1, y1, x2, y2 = box.tolist()
     left, top, right, bottom = scales.tolist()
@@ -38,4 +38,4 @@ def draw_soft_edges(drawn: Image.Image, box: np.ndarray, scales: np.ndarray, col
         size = (int(high[0] - low[0]), int(high[1] - low[1]))
         strength = strength[None, :] if axis == 0 else strength[:, None]
         mask = np.broadcast_to((255 * strength).round().astype(np.uint8), size[::-1])
-        drawn.paste(colour, (int(low[0]), int(low[1])), Image.fromarray(np.ascontiguousarray(mask)))
+        drawn.paste(color, (int(low[0]), int(low[1])), Image.fromarray(np.ascontiguousarray(mask)))

@@ -22,7 +22,7 @@ __all__ = ["ExplanationVisualizer", "arrows", "explain_picture", "explanation_of
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Correlation between the file and what the network saw: resizing alone leaves at least .98 on fabric, tiles, cells,
-# boards and steel; cutting off a border of 16 pixels in 256 leaves at most .88.
+# PCBs and steel; cutting off a border of 16 pixels in 256 leaves at most .88.
 SAME_VIEW = 0.95
 # A deep image whose brightest pixels, but for a few hot ones, stay below this is brightened for the eye.
 DIM, WHITE = 0.5, 0.001
@@ -75,7 +75,7 @@ class ExplanationVisualizer(PictureWriter):
 
     def picture(self, item: ImageItem, name: str | None, pl_module: "AnomalibModule") -> Image.Image:
         """Draw an item with the thresholds of its model."""
-        # The host compares scores with this value, 1 - sensitivity, whether they are normalised or not.
+        # The host compares scores with this value, 1 - sensitivity, whether they are normalized or not.
         post_processor = getattr(pl_module, "post_processor", None)
         threshold = float(getattr(post_processor, "normalized_image_threshold", 0.5))
         if not getattr(post_processor, "has_image_threshold", True):
@@ -147,7 +147,7 @@ def _to_image(pixels: torch.Tensor) -> Image.Image:
 
 
 def _same_view(original: Image.Image, image: torch.Tensor) -> bool:
-    """Whether the tensor, normalised or not, shows the whole file."""
+    """Whether the tensor, normalized or not, shows the whole file."""
     seen = image.detach().cpu().double().flatten(1).numpy()
     size = (image.shape[-1], image.shape[-2])
     whole = np.asarray(original.resize(size, Image.Resampling.BILINEAR), dtype=float).reshape(-1, 3).T

@@ -6,21 +6,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anomalib_ot.ot.cost import cosine_cost
+from anomalib_ot.ot.dense import sinkhorn
 from anomalib_ot.ot.marginals import append_slack
 from anomalib_ot.ot.precision import full_precision
-from anomalib_ot.ot.sinkhorn import sinkhorn
-from anomalib_ot.postprocess.box_refinement import refine_boxes
-from anomalib_ot.postprocess.nms_settings import SinkhornNMSSettings
-from anomalib_ot.postprocess.proposal_regions import Regions, heaviest_labels, member_weights
-from anomalib_ot.postprocess.proposals import Proposals, check_proposals
-from anomalib_ot.postprocess.published_nms import PublishedNMSSettings, published_regions
-from anomalib_ot.postprocess.region_cost import region_cost, take
-from anomalib_ot.postprocess.seed_gate import outranking, seed_gate
+from anomalib_ot.postprocess.mask_refinement import refine_boxes
+from anomalib_ot.postprocess.proposals import (
+    Proposals,
+    Regions,
+    SinkhornNMSSettings,
+    check_proposals,
+    heaviest_labels,
+    member_weights,
+)
+from anomalib_ot.vision.boxes import center_distance, overlap
 from anomalib_ot.vision.detections import Detections
 from anomalib_ot.vision.suppression import top_detections
 
 OPEN = 0.5  # a gate from here on makes a detection
-PRESETS = ("sinkhorn", "paper")
+TIE_LOGIT = 10.0  # far enough from 0 for a sigmoid to decide
+LEAST_OPEN = 1e-6  # what one proposal leaves of another's gate at least
+LEAST_LOG_GATE = -20.0  # a gate of 2e-9 is closed; further down numbers only become slow
 
 
 def sinkhorn_nms(
@@ -31,7 +37,6 @@ def sinkhorn_nms(
     valid: Tensor | None = None,
     *,
     scales: Tensor | None = None,
-    preset: str = "sinkhorn",
     **settings: bool | float | str,
 ) -> Detections:
     """Make detections of proposals, one per object: choose among duplicates, or merge them.
@@ -48,9 +53,7 @@ def sinkhorn_nms(
         valid: Which of them exist (B, N), bool; None: all. What is not valid has no influence.
         scales: How uncertain each side of the boxes is (B, N, 4): scales of Cauchy distributions, in the boxes' unit.
             A detection has those of its box, see `sinkhorn_regions`. None: the detections have none.
-        preset: "sinkhorn", or "paper": what the authors published, which does not suppress duplicates.
-        settings: Fields of `SinkhornNMSSettings`, such as ``decode="merge"``; with the preset "paper" fields of
-            `PublishedNMSSettings`.
+        settings: Fields of `SinkhornNMSSettings`, such as ``decode="merge"``.
 
     Returns:
         Detections, best first, in as many slots as `max_regions` says.
@@ -71,12 +74,6 @@ def sinkhorn_nms(
             [70., 10., 90., 30.],
             [ 0.,  0.,  0.,  0.]])
     """
-    if preset == "paper":
-        published = PublishedNMSSettings(**settings)
-        return published_regions(boxes, scores, labels, features, valid, published, scales=scales).detections
-    if preset != "sinkhorn":
-        msg = f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}"
-        raise ValueError(msg)
     chosen = SinkhornNMSSettings(**settings)
     if chosen.decode == "select" and chosen.score == "seed":  # what the seeds are decides alone
         found = check_proposals(boxes, scores, labels, features, valid, scales).padded(chosen.max_regions)
@@ -140,7 +137,7 @@ def sinkhorn_regions(
             seeds.scales,
         )
         if settings.score == "mean":
-            region_scores = seeds.openness * (weights * found.scores.unsqueeze(-1)).sum(1)
+            region_scores = seeds.gate_value * (weights * found.scores.unsqueeze(-1)).sum(1)
         if settings.decode == "merge":
             if not settings.class_aware and count:
                 region_labels = heaviest_labels(weights, found.scores, found.labels)
@@ -154,7 +151,7 @@ def sinkhorn_regions(
                 if found.scales is not None:  # as the boxes: what no member decides about stays
                     rest = 1 - weights.sum(1).unsqueeze(-1)
                     region_scales = weights.transpose(-2, -1) @ found.scales + rest * region_scales
-        keep = _kept(seeds.openness, region_scores, settings)
+        keep = _kept(seeds.gate_value, region_scores, settings)
     gate = seeds.gate[:, :count]
     return Regions(region_boxes, region_scores, region_labels, keep, index, gate, plan, slack, weights, region_scales)
 
@@ -168,7 +165,7 @@ class _Seeds(NamedTuple):
         scores: Their scores times their gates (B, K).
         labels: Their classes (B, K).
         keep: Whether they make detections (B, K), bool.
-        openness: Their gates (B, K).
+        gate_value: Their gates (B, K).
         outranked: How many proposals each one outranks (B, K).
         gate: The gates of all proposals (B, N).
         scales: Scales of their sides (B, K, 4), or None.
@@ -179,7 +176,7 @@ class _Seeds(NamedTuple):
     scores: Tensor
     labels: Tensor
     keep: Tensor
-    openness: Tensor
+    gate_value: Tensor
     outranked: Tensor
     gate: Tensor
     scales: Tensor | None
@@ -196,23 +193,23 @@ def _grow(found: Proposals, settings: SinkhornNMSSettings) -> _Seeds:
     outranks = outranking(found.boxes, found.scores, found.labels, found.valid, settings)
     gate = seed_gate(outranks, found.valid, settings.rounds, average=settings.average)
     index = (gate * found.scores).topk(settings.max_regions, dim=1).indices
-    openness, labels = gate.gather(1, index), found.labels.gather(1, index)
-    scores = openness * found.scores.gather(1, index)
-    keep = _kept(openness, scores, settings)
+    gate_value, labels = gate.gather(1, index), found.labels.gather(1, index)
+    scores = gate_value * found.scores.gather(1, index)
+    keep = _kept(gate_value, scores, settings)
     outranked = outranks.sum(-1).gather(1, index)
     scales = None if found.scales is None else take(found.scales, index)
-    return _Seeds(index, take(found.boxes, index), scores, labels, keep, openness, outranked, gate, scales)
+    return _Seeds(index, take(found.boxes, index), scores, labels, keep, gate_value, outranked, gate, scales)
 
 
-def _kept(openness: Tensor, scores: Tensor, settings: SinkhornNMSSettings) -> Tensor:
+def _kept(gate_value: Tensor, scores: Tensor, settings: SinkhornNMSSettings) -> Tensor:
     """Say which regions are detections: the gate is rather open than closed, and the score is high enough."""
-    return (openness >= OPEN) & (scores >= settings.score_threshold)
+    return (gate_value >= OPEN) & (scores >= settings.score_threshold)
 
 
 def _transport(found: Proposals, seeds: _Seeds, settings: SinkhornNMSSettings) -> tuple[Tensor, Tensor]:
     """Transport proposals to regions (B, N, K), and what no region is worth to the slack (B, N)."""
     cost = region_cost(found.boxes, found.scores, found.labels, found.features, seeds.index, settings)
-    b = _capacities(seeds.openness, seeds.outranked, settings)
+    b = _capacities(seeds.gate_value, seeds.outranked, settings)
     cost, b = append_slack(cost, b, side="target", slack_cost=settings.slack_cost, slack_mass=1.0)
     rho = torch.tensor([settings.rho] * settings.max_regions + [0.0], dtype=cost.dtype, device=cost.device)
     plan = sinkhorn(
@@ -227,11 +224,153 @@ def _transport(found: Proposals, seeds: _Seeds, settings: SinkhornNMSSettings) -
     return plan[..., :-1], plan[..., -1]
 
 
-def _capacities(openness: Tensor, outranked: Tensor, settings: SinkhornNMSSettings) -> Tensor:
+def _capacities(gate_value: Tensor, outranked: Tensor, settings: SinkhornNMSSettings) -> Tensor:
     """Return the mass (B, K) that makes the core solve the problem of the regions' sizes.
 
-    The core measures a plan's entropy against the masses, and so would favour large regions twice. Against 1 per region
+    The core measures a plan's entropy against the masses, and so would favor large regions twice. Against 1 per region
     (times its gate) the problem is the same with masses ``gate size^(rho / (rho + epsilon))``.
     """
     exponent = 1.0 if settings.rho == math.inf else settings.rho / (settings.rho + settings.epsilon)
-    return openness * (1 + outranked) ** exponent
+    return gate_value * (1 + outranked) ** exponent
+
+
+def outranking(boxes: Tensor, scores: Tensor, labels: Tensor, valid: Tensor, settings: SinkhornNMSSettings) -> Tensor:
+    """Say how much each proposal outranks and overlaps each other one.
+
+    ``sigmoid((overlap_ij - threshold) / overlap_softness) sigmoid((s_i - s_j) / order_softness)``
+
+    It is 0 for a pair of different classes if `class_aware`, for invalid ones, and for a proposal with itself. Of two
+    proposals with the same score the first one outranks the other.
+
+    Args:
+        boxes: Boxes xyxy (B, N, 4), any unit.
+        scores: Scores (B, N) in [0, 1].
+        labels: Class indices (B, N).
+        valid: Which proposals there are (B, N), bool.
+        settings: Threshold, softness, classes.
+
+    Returns:
+        Values (B, N, N) in [0, 1], the better one first.
+    """
+    inner = overlap(boxes, boxes, inner_weight=settings.inner_weight)
+    index = torch.arange(boxes.shape[1], device=boxes.device)
+    better, worse = scores.unsqueeze(-1), scores.unsqueeze(-2)
+    tie_logit = torch.where(index.unsqueeze(-1) < index, TIE_LOGIT, -TIE_LOGIT).to(scores)
+    order = (better - worse).div_(settings.order_softness).add_(tie_logit * (better == worse))
+    meets = valid.unsqueeze(-1) & valid.unsqueeze(-2) & (index.unsqueeze(-1) != index)
+    if settings.class_aware:
+        meets = meets & (labels.unsqueeze(-1) == labels.unsqueeze(-2))
+    excess = inner.sub_(settings.threshold).div_(settings.overlap_softness)
+    return excess.sigmoid_() * order.sigmoid_() * meets
+
+
+def seed_gate(outranks: Tensor, valid: Tensor, rounds: int = 8, *, average: bool = False) -> Tensor:
+    """Say how much each proposal is the best of its kind: 1 for what greedy suppression keeps, 0 for what it drops.
+
+    ``gate_j <- prod_i (1 - outranks_ij gate_i)``, from 1
+
+    A proposal is kept if nothing that is kept outranks it: where `outranks` is 0 or 1 that is greedy suppression, and
+    the rounds are there after as many as the longest chain has links. Before, an even number of rounds keeps too many,
+    an odd number too few.
+
+    Args:
+        outranks: How much each proposal outranks each other one (B, N, N), see `outranking`.
+        valid: Which proposals there are (B, N), bool.
+        rounds: Rounds, >= 1.
+        average: Whether to return the mean of the last two rounds.
+
+    Returns:
+        Gates (B, N) in [0, 1], 0 where there is no proposal.
+
+    References:
+        D. Bolya et al., "YOLACT: real-time instance segmentation", ICCV 2019 (one round); Z. Zheng et al., "Enhancing
+        geometric factors in model learning and inference for object detection and instance segmentation", IEEE Trans.
+        Cybernetics 2022 (rounds).
+
+    >>> chain = torch.tensor([[[0.0, 1, 0], [0, 0, 1], [0, 0, 0]]])
+    >>> seed_gate(chain, torch.ones(1, 3, dtype=torch.bool)).round()
+    tensor([[1., 0., 1.]])
+    """
+    there = valid.to(outranks)
+    watched = torch.is_grad_enabled() and outranks.requires_grad
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    scratch = None if watched or traced else torch.empty_like(outranks)
+    gate = before = there
+    for _ in range(rounds):
+        before, gate = gate, _round(outranks, gate, scratch) * there
+        if scratch is not None and torch.equal(before, gate):
+            break  # no later round would differ
+    return (before + gate) / 2 if average else gate
+
+
+def _round(outranks: Tensor, gate: Tensor, scratch: Tensor | None) -> Tensor:
+    """Return what all gates together leave of each one (B, N)."""
+    if scratch is None:
+        logs = (outranks * -gate.unsqueeze(-1)).clamp(min=LEAST_OPEN - 1).log1p()
+    else:
+        logs = torch.mul(outranks, -gate.unsqueeze(-1), out=scratch).clamp_(min=LEAST_OPEN - 1).log1p_()
+    return logs.sum(-2).clamp(min=LEAST_LOG_GATE).exp()
+
+
+def region_cost(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    features: Tensor | None,
+    seeds: Tensor,
+    settings: SinkhornNMSSettings,
+) -> Tensor:
+    """Return the cost of each proposal in each region.
+
+    ``score_weight (1 - s_i) + feature_weight (1 - cos_ik) / 2 + spatial_weight d_ik + class_weight [c_i != c_k]``
+
+    Args:
+        boxes: Boxes xyxy (B, N, 4), any unit.
+        scores: Scores (B, N) in [0, 1].
+        labels: Class indices (B, N).
+        features: Features (B, N, D), any unit, or None.
+        seeds: Which proposal is each region's seed, index (B, K).
+        settings: Weights; which spatial term.
+
+    Returns:
+        Cost (B, N, K) without a unit; before their weights all terms are in [0, 1].
+
+    References:
+        Z. Lu et al., "Differentiable NMS via Sinkhorn matching for end-to-end fabric defect detection", arXiv
+        2505.07040: three terms, of which the spatial one there is a distance of centers.
+    """
+    places = take(boxes, seeds)
+    cost = settings.score_weight * (1 - scores).unsqueeze(-1)
+    cost = cost + settings.spatial_weight * spatial_cost(boxes, places, settings.spatial)
+    if features is not None:
+        cost = cost + settings.feature_weight / 2 * cosine_cost(features, take(features, seeds))
+    if settings.class_aware:
+        different = labels.unsqueeze(-1) != labels.gather(1, seeds).unsqueeze(-2)
+        cost = cost + settings.class_weight * different
+    return cost
+
+
+def spatial_cost(boxes: Tensor, places: Tensor, kind: str) -> Tensor:
+    """Return how far boxes (B, N, 4) are from places (B, K, 4): (B, N, K) in [0, 1], the same at any scale.
+
+    Args:
+        boxes: Boxes xyxy.
+        places: Boxes xyxy, in the same unit.
+        kind: "diou" or "centre", see `SinkhornNMSSettings`.
+
+    >>> line, spot = torch.tensor([[[0.0, 9, 100, 11]]]), torch.tensor([[[49.0, 9, 51, 11]]])
+    >>> spatial_cost(line, spot, "diou").item(), spatial_cost(line, spot, "centre").item()
+    (0.49000000953674316, 0.0)
+    """
+    distance = center_distance(boxes, places)
+    if kind == "diou":
+        return (1 - overlap(boxes, places) + distance) / 2
+    there = distance > 0  # the root's gradient at 0 is infinite
+    return torch.where(
+        there, torch.where(there, distance, torch.ones_like(distance)).sqrt(), torch.zeros_like(distance)
+    )
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Return the values (B, N, D) at an index (B, K): (B, K, D)."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

@@ -1,4 +1,7 @@
-"""Sinkhorn-NMS as its authors published it in code, for comparison: it does not suppress duplicates."""
+"""Sinkhorn-NMS as its authors published it in code, for comparison: it does not suppress duplicates.
+
+Run by `nms_rows.py`; `tests/postprocess/test_published_nms.py` compares it with the published computation.
+"""
 
 from dataclasses import dataclass
 
@@ -6,13 +9,20 @@ import torch
 from torch import Tensor
 
 from anomalib_ot.ot.cost import cosine_cost
+from anomalib_ot.ot.dense import sinkhorn
 from anomalib_ot.ot.marginals import append_slack
 from anomalib_ot.ot.precision import full_precision
-from anomalib_ot.ot.sinkhorn import sinkhorn
-from anomalib_ot.postprocess.nms_settings import FRACTION, POSITIVE, WEIGHT, WHOLE, Range, check_settings
-from anomalib_ot.postprocess.proposal_regions import Regions
-from anomalib_ot.postprocess.proposals import check_proposals
-from anomalib_ot.postprocess.region_cost import take
+from anomalib_ot.postprocess.nms import take
+from anomalib_ot.postprocess.proposals import (
+    FRACTION,
+    POSITIVE,
+    WEIGHT,
+    WHOLE,
+    Range,
+    Regions,
+    check_proposals,
+    check_settings,
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class PublishedNMSSettings:
         score_threshold: Regions must have a mean score above it, [0, 1].
         score_weight: Weight of 1 - score in the cost, >= 0. Without slack it would change nothing at all.
         feature_weight: Weight of 1 - cosine, >= 0.
-        spatial_weight: Weight of the distance of centres over the largest one in the image, >= 0.
+        spatial_weight: Weight of the distance of centers over the largest one in the image, >= 0.
         epsilon: Entropic strength, in units of cost, > 0.
         slack_cost: Cost of belonging to no region, >= 0. Theirs is hidden: 1e-10 is added to the sums of the rows,
             which is a slack of 0.1 ln 1e10.
@@ -150,8 +160,8 @@ def _cost(
     settings: PublishedNMSSettings,
 ) -> Tensor:
     """Return the cost (B, N, K) of each proposal in each region."""
-    centres = (boxes[..., :2] + boxes[..., 2:]) / 2
-    apart = (centres.unsqueeze(2) - take(centres, seeds).unsqueeze(1)).square().sum(-1)
+    centers = (boxes[..., :2] + boxes[..., 2:]) / 2
+    apart = (centers.unsqueeze(2) - take(centers, seeds).unsqueeze(1)).square().sum(-1)
     distance = torch.where(apart > 0, torch.where(apart > 0, apart, 1.0).sqrt(), 0.0)
     farthest = (distance * (valid.unsqueeze(-1) & there.unsqueeze(1))).amax((1, 2), keepdim=True)
     cost = settings.score_weight * (1 - scores).unsqueeze(-1)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_ot.integration.data.records import Findings, LabelledImage, check_image_files, clean_box
+from anomalib_ot.integration.data.records import Findings, LabeledImage, check_image_files, clean_box
 
 
 def record(path, size=(40, 30)):
-    return LabelledImage.of(str(path), size, [], [])
+    return LabeledImage.of(str(path), size, [], [])
 
 
 def save(path, size=(40, 30), mode="RGB", **arguments):
@@ -17,7 +17,7 @@ def save(path, size=(40, 30), mode="RGB", **arguments):
 
 
 def test_records_hold_arrays_of_the_right_shape():
-    empty = LabelledImage.of("a.png", (4, 3), [], [])
+    empty = LabeledImage.of("a.png", (4, 3), [], [])
     assert (empty.boxes.shape, empty.boxes.dtype) == ((0, 4), np.float32)
     assert (empty.labels.shape, empty.labels.dtype) == ((0,), np.int64)
 
