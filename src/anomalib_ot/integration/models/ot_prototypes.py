@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
 from anomalib_ot.anomaly.model import PrototypesModel, portions
+from anomalib_ot.integration.callbacks.result_writer import ResultWriter
 from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, checked_reading, trained_arguments
 from anomalib_ot.integration.checks.errors import InputError, install_short_errors
 from anomalib_ot.integration.data.batches import ExplainedBatch
@@ -171,8 +172,8 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         check_datamodule(self.trainer.datamodule, self.trainer.state.fn)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the processors, the evaluator, the visualiser, and the guard of all input."""
-        return [*super().configure_callbacks(), InputGuard(), ScoreKeeper()]
+        """Return the processors, the evaluator, the visualiser, the guard of all input, and the table."""
+        return [*super().configure_callbacks(), InputGuard(), ScoreKeeper(), ResultWriter()]
 
     def on_fit_start(self) -> None:
         """Limit the passes; get the backbone's weights, unless the model or the checkpoint to resume from has them."""
