@@ -34,7 +34,7 @@ MAPS = ("anomaly_map", "feature_map", "position_map", "pred_mask")
 
 
 class ResultRows:
-    """Make rows of the predictions of a model; see [the columns](../../howto/report.md).
+    """Make rows of the predictions of a model; `docs/howto/report.md` has the columns.
 
     Args:
         pl_module: The model, after its thresholds are found.
@@ -70,9 +70,10 @@ class ResultRows:
             file_size, sha256 = _file(row["path"])
             if getattr(item, "pred_boxes", None) is not None:
                 height, width = (int(side) for side in item.original_size)
-                row |= {"boxes": self._boxes(item), "size": [width, height]}
+                row |= {"causes": None, "cause_words": [], "transport_score": None, "transport_threshold": None}
+                row |= {"boxes": self._boxes(item), "regions": None, "size": [width, height]}
             else:
-                row |= self._causes(item, row["verdict"]) | self._regions(item, file_size)
+                row |= self._causes(item, row["verdict"]) | {"boxes": None} | self._regions(item, file_size)
             yield row | {"sha256": sha256}, item
 
     def _verdict(self, item: ImageItem, score: float | None) -> str:
@@ -89,16 +90,17 @@ class ResultRows:
         defect = None if verdict == UNKNOWN else verdict == DEFECTIVE
         said = Verdict(defect=defect, transport_score=transport, transport_threshold=limit)
         told, _ = causes_to_tell(said, shares, inside)
-        made: dict[str, Any] = {"causes": None if told is None else told._asdict()}
-        made["cause_words"] = cause_lines(said, shares, inside)
-        if transport is not None:
-            made |= {"transport_score": transport, "transport_threshold": limit}
-        return made
+        return {
+            "causes": None if told is None else told._asdict(),
+            "cause_words": cause_lines(said, shares, inside),
+            "transport_score": transport,
+            "transport_threshold": _number(limit),
+        }
 
     def _regions(self, item: ImageItem, file_size: tuple[int, int] | None) -> dict[str, Any]:
         """The odd regions as boxes, with the causes inside each; in pixels of the file, or of the map without one."""
         if item.anomaly_map is None:
-            return {"regions": None, "size": file_size}
+            return {"regions": None, "size": None if file_size is None else list(file_size)}
         anomaly, feature, position, _ = (_array(getattr(item, name, None)) for name in MAPS)
         map_size = anomaly.shape[1], anomaly.shape[0]
         size = file_size or map_size
@@ -177,9 +179,6 @@ def _array(values: Tensor | None) -> np.ndarray | None:
     """A map as (H, W)."""
     if values is None:
         return None
-    array = (
-        values.detach().cpu().as_subclass(Tensor).float().numpy()
-        if values.dtype != torch.bool
-        else (values.detach().cpu().as_subclass(Tensor).numpy())
-    )
+    values = values.detach().cpu().as_subclass(Tensor)
+    array = (values if values.dtype == torch.bool else values.float()).numpy()
     return array.reshape(array.shape[-2:])

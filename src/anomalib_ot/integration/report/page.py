@@ -32,6 +32,7 @@ FOUND = {
     (GOOD, DEFECTIVE): "false alarm",
     (GOOD, GOOD): "agreed",
 }
+NEEDED = ("made", "stage", "model", "data", "checkpoint", "checkpoint_sha256")
 NAMED = 3  # classes of boxes on a card
 
 
@@ -50,6 +51,10 @@ def read_run(path: Path) -> dict[str, Any]:
         run = json.loads(path.read_bytes())
         if not isinstance(run, dict):
             msg = "not an object"
+            raise ValueError(msg)
+        absent = [name for name in NEEDED if name not in run]
+        if absent:
+            msg = f"without {', '.join(absent)}"
             raise ValueError(msg)
     except (OSError, ValueError) as error:
         msg = f"{path} is damaged ({error}); remove it, or test or predict again"
@@ -89,6 +94,8 @@ def report_page(lines: Path) -> tuple[str, Summary]:
         verdicts=[word for word in (GOOD, DEFECTIVE, UNKNOWN, ERROR) if summary.verdicts[word]] or [GOOD],
         chart=_chart(histogram(summary)),
         cards=[_card(row, lines.parent / THUMBNAILS) for row in summary.shown],
+        has_causes=any(row.get("causes") for row in summary.shown),
+        has_maps=any(row.get("regions") is not None for row in summary.shown),
         settings=_rows_of(run.get("settings")),
         versions=_rows_of(run.get("versions")),
     )
@@ -120,8 +127,7 @@ def write_report(lines: Path) -> Path:
 def _title(run: Mapping[str, Any], lines: Path) -> str:
     if not run:
         return f"Results in {lines.name}"
-    data = run.get("data")
-    return f"{run.get('model', 'Model')} on {data}" if data else f"{run.get('model', 'Model')}"
+    return f"{run['model']} on {run['data']}" if run["data"] else str(run["model"])
 
 
 def _tiles(summary: Summary) -> list[tuple[str, int, str]]:
@@ -165,7 +171,7 @@ def _card(row: Mapping[str, Any], thumbnails: Path) -> dict[str, Any]:
         "words": _words(row),
         "picture": picture,
         "boxes": f"{_number(len(boxes), 'box', 'boxes')}: {kinds}" if boxes else "",
-        "regions": _number(len(regions), "region", "regions") if regions else "",
+        "regions": f"{_number(len(regions), 'region', 'regions')} above the threshold of pixels" if regions else "",
         "error": row.get("error"),
     }
 

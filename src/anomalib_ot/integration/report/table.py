@@ -104,6 +104,8 @@ def _checked(line: bytes, path: Path, number: int) -> dict[str, Any]:
         if row.get("truth") not in (None, GOOD, DEFECTIVE):
             msg = f"truth is {row['truth']!r}"
             raise TypeError(msg)
+        if row.get("sha256") is not None:
+            int(row["sha256"], 16)
         for found in (*(row.get("boxes") or ()), *(row.get("regions") or ())):
             row_box = [float(side) for side in found["box"]]
             if len(row_box) != 4:
@@ -112,7 +114,7 @@ def _checked(line: bytes, path: Path, number: int) -> dict[str, Any]:
         if row.get("causes") is not None:
             row["causes"] = {name: int(row["causes"][name]) for name in ("feature", "position")}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        why = f"no {error}" if isinstance(error, KeyError) else str(error)
+        why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         msg = (
             f"{path}, line {number} is no result ({why}); expected a row of JSON as anomalib test, anomalib predict "
             "and anomalib-ot inspect write it: make the table again"
