@@ -25,7 +25,7 @@ from anomalib_ot.integration.report.table import (
 
 __all__ = ["read_run", "report_page", "write_report"]
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 240, 46, 34, 22  # of the histogram, in units of its view box
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 260, 46, 44, 30  # of the histogram, in units of its view box
 FOUND = {
     (DEFECTIVE, DEFECTIVE): "found",
     (DEFECTIVE, GOOD): "missed",
@@ -171,7 +171,7 @@ def _card(row: Mapping[str, Any], thumbnails: Path) -> dict[str, Any]:
         "words": _words(row),
         "picture": picture,
         "boxes": f"{_number(len(boxes), 'box', 'boxes')}: {kinds}" if boxes else "",
-        "regions": f"{_number(len(regions), 'region', 'regions')} above the threshold of pixels" if regions else "",
+        "regions": _number(len(regions), "odd region", "odd regions") if regions else "",
         "error": row.get("error"),
     }
 
