@@ -27,8 +27,14 @@ def main() -> None:
 
         sys.exit(calibrate(sys.argv[2:]))
 
+    if sys.argv[1:2] == ["report"]:
+        from anomalib_ot.integration.report.command import run as report
+
+        sys.exit(report(sys.argv[2:]))
+
     if sys.argv[1:2] in ([], ["-h"], ["--help"]):
         print("anomalib-ot inspect MODEL SOURCE: exported models on the line; anomalib-ot inspect --help")
+        print("anomalib-ot report RUN: the report of a run, from its table; anomalib-ot report --help")
         print(
             "anomalib-ot calibrate MODEL --good DIR --max-false-alarms RATE: thresholds; anomalib-ot calibrate --help"
         )

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
+from anomalib_ot.integration.callbacks.result_writer import ResultWriter
 from anomalib_ot.integration.checks.checkpoints import (
     check_own_checkpoint,
     checked_reading,
@@ -172,8 +173,8 @@ class BoxModel(BoxTraining, CheckedExport):
             self.build(names)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the pre-processor, the evaluator, the visualizer, and the guard of all input."""
-        return [*super().configure_callbacks(), BoxGuard(), ScoreKeeper()]
+        """Return the pre-processor, the evaluator, the visualizer, the guard of all input, and the table."""
+        return [*super().configure_callbacks(), BoxGuard(), ScoreKeeper(), ResultWriter()]
 
     def train_dataloader(self) -> NoReturn:
         """Say that there is no data to train on; Lightning asks the model only if nothing else was given."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from anomalib_ot.anomaly.model import PrototypesModel, portions
 from anomalib_ot.integration.callbacks.false_alarms import FalseAlarmThreshold, VerdictReport, check_rate
+from anomalib_ot.integration.callbacks.result_writer import ResultWriter
 from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, checked_reading, trained_arguments
 from anomalib_ot.integration.checks.errors import InputError, install_short_errors
 from anomalib_ot.integration.data.batches import ExplainedBatch
@@ -177,9 +178,9 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         check_datamodule(self.trainer.datamodule, self.trainer.state.fn)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the processors, the evaluator, the visualizer, the guard of all input, and what looks at verdicts."""
+        """Return the processors, the evaluator, the visualizer, the guard of all input, verdicts, and the table."""
         own = [] if self.max_false_alarms is None else [FalseAlarmThreshold(self.max_false_alarms)]
-        return [*super().configure_callbacks(), InputGuard(), ScoreKeeper(), *own, VerdictReport()]
+        return [*super().configure_callbacks(), InputGuard(), ScoreKeeper(), *own, VerdictReport(), ResultWriter()]
 
     def on_fit_start(self) -> None:
         """Limit the passes; get the backbone's weights, unless the model or the checkpoint to resume from has them."""

@@ -1,0 +1,182 @@
+"""What the rows of a run say together: counts, the confusion table, the distribution of scores, the rows to show."""
+
+import heapq
+import math
+import os
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, NamedTuple
+
+from anomalib_ot.integration.report.table import DEFECTIVE, ERROR, GOOD, UNKNOWN
+
+__all__ = ["MOST_SHOWN", "Bar", "Histogram", "Selection", "Summary", "histogram", "summarized"]
+
+MOST_SHOWN = 100  # thumbnails of a report
+BINS = 40
+KNOWN = (GOOD, DEFECTIVE, None)
+
+
+class Selection:
+    """Keep the entries that a report shows: wrong verdicts before all others, then the highest scores.
+
+    Args:
+        limit: How many, >= 1.
+
+    >>> selection = Selection(1)
+    >>> for score in (0.2, 0.9, 0.4):
+    ...     row = {"score": score, "verdict": "good"}
+    ...     if selection.takes(row):
+    ...         selection.add(row, score)
+    >>> selection.best()
+    [0.9]
+    """
+
+    def __init__(self, limit: int = MOST_SHOWN) -> None:
+        """Start empty."""
+        self._limit, self._numbers = limit, count()
+        self._kept: list[tuple[bool, float, int, Any]] = []
+
+    def takes(self, row: Mapping[str, Any]) -> bool:
+        """Whether there is room for a row."""
+        return len(self._kept) < self._limit or _rank(row) > self._kept[0][:2]
+
+    def add(self, row: Mapping[str, Any], entry: Any) -> None:
+        """Keep what belongs to a row that `takes` has let in; the least telling one gives way."""
+        item = (*_rank(row), -next(self._numbers), entry)
+        if len(self._kept) < self._limit:
+            heapq.heappush(self._kept, item)
+        else:
+            heapq.heapreplace(self._kept, item)
+
+    def best(self) -> list[Any]:
+        """Return what is kept, the highest score first, of equal ones the first."""
+        return [entry for *_, entry in sorted(self._kept, key=lambda item: item[1:3], reverse=True)]
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[bool, float]:
+    score = row["score"]
+    wrong = {row.get("truth"), row["verdict"]} == {GOOD, DEFECTIVE}
+    return wrong, -math.inf if score is None else score
+
+
+class Bar(NamedTuple):
+    """One bin of a histogram: from where to where, and how many images of each known kind (good, defective, None)."""
+
+    start: float
+    end: float
+    counts: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Scores in bins of equal width.
+
+    Args:
+        bars: The bins, from the lowest score to the highest.
+        threshold: The score above which an image is defective; None: not known, or not the same for all.
+    """
+
+    bars: list[Bar]
+    threshold: float | None
+
+
+@dataclass
+class Summary:
+    """What the rows of a run say together.
+
+    Args:
+        images: How many rows there are.
+        verdicts: Their number by verdict.
+        confusion: Their number by truth ("good", "defective") and verdict; rows without truth are in neither.
+        scores: Finite scores by truth ("good", "defective", None: not known).
+        thresholds: The different thresholds, two at most.
+        fingerprint: Of the content of all image files, whatever their order and names; None: of some it is not known.
+        folder: The folder that holds all images; "" if there is none.
+        shown: The rows to show, the highest score first.
+        has_p_values: Whether a row has a p-value.
+    """
+
+    images: int = 0
+    verdicts: dict[str, int] = field(default_factory=lambda: dict.fromkeys((DEFECTIVE, GOOD, UNKNOWN, ERROR), 0))
+    confusion: dict[tuple[str, str], int] = field(default_factory=dict)
+    scores: dict[str | None, array] = field(default_factory=lambda: {kind: array("d") for kind in KNOWN})
+    thresholds: set[float] = field(default_factory=set)
+    fingerprint: str | None = None
+    folder: str = ""
+    shown: list[dict[str, Any]] = field(default_factory=list)
+    has_p_values: bool = False
+
+    @property
+    def known(self) -> int:
+        """Of how many images the truth is known."""
+        return sum(self.confusion.values())
+
+
+def summarized(rows: Iterable[dict[str, Any]], limit: int = MOST_SHOWN) -> Summary:
+    """Read rows once and say what they say together; memory grows by a number per image.
+
+    Args:
+        rows: As `read_rows` gives them.
+        limit: How many to show at most.
+    """
+    made, selection, folders, total = Summary(), Selection(limit), _CommonFolder(), 0
+    for row in rows:
+        made.images += 1
+        made.verdicts[row["verdict"]] += 1
+        truth = row.get("truth")
+        if truth is not None:
+            made.confusion[truth, row["verdict"]] = made.confusion.get((truth, row["verdict"]), 0) + 1
+        if row["score"] is not None:
+            made.scores[truth].append(row["score"])
+        if row.get("threshold") is not None and len(made.thresholds) < 2:
+            made.thresholds.add(row["threshold"])
+        made.has_p_values |= row.get("p_value") is not None
+        digest = row.get("sha256")
+        total = None if total is None or not isinstance(digest, str) else total + int(digest, 16)
+        folders.add(row["path"])
+        if selection.takes(row):
+            selection.add(row, row)
+    made.shown, made.folder = selection.best(), folders.folder
+    if total is not None and made.images:
+        made.fingerprint = f"{total % 2**64:016x}"
+    return made
+
+
+class _CommonFolder:
+    """The folder that holds all paths."""
+
+    def __init__(self) -> None:
+        self.folder: str | None = None
+
+    def add(self, path: str) -> None:
+        own = os.path.dirname(path)
+        if self.folder is None:
+            self.folder = own
+        elif self.folder and not f"{own}{os.sep}".startswith(f"{self.folder}{os.sep}"):
+            try:
+                self.folder = os.path.commonpath([self.folder, own])
+            except ValueError:  # of two drives, or one of them relative
+                self.folder = ""
+
+
+def histogram(summary: Summary) -> Histogram | None:
+    """Count the scores of a run in bins of equal width; None without scores."""
+    values = [
+        value for scores in summary.scores.values() for value in (min(scores, default=None),) if value is not None
+    ]
+    if not values:
+        return None
+    highest = max(max(scores) for scores in summary.scores.values() if scores)
+    threshold = next(iter(summary.thresholds)) if len(summary.thresholds) == 1 else None
+    low, high = (function([bound, *summary.thresholds]) for function, bound in ((min, min(values)), (max, highest)))
+    if low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    width = (high - low) / BINS or 1.0
+    counts = [[0, 0, 0] for _ in range(BINS)]
+    for column, kind in enumerate(KNOWN):
+        for score in summary.scores[kind]:
+            counts[min(int((score - low) / width), BINS - 1)][column] += 1
+    bars = [Bar(low + index * width, low + (index + 1) * width, tuple(c)) for index, c in enumerate(counts)]
+    return Histogram(bars, threshold)

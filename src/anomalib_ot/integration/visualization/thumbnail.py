@@ -1,0 +1,59 @@
+"""A small picture of one part for reports: the part with its anomaly map or its boxes, as JPEG of bounded size."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from anomalib.data import ImageItem
+from PIL import Image, ImageDraw
+
+from anomalib_ot.imaging.box_drawing import class_colour
+from anomalib_ot.imaging.heat import draw_outline, overlay
+from anomalib_ot.integration.visualization.visualizer import shown_image
+
+__all__ = ["MOST_BYTES", "thumbnail"]
+
+SIDE, MOST_BYTES, QUALITIES = 320, 40_000, (85, 70, 50, 30, 10)
+OUTLINE, DARK = (255, 255, 255), (16, 18, 24)
+
+
+def thumbnail(
+    item: ImageItem, boxes: Sequence[Mapping[str, Any]] | None = None, size: tuple[int, int] | None = None
+) -> bytes:
+    """Draw an item: its anomaly map over the part, with the predicted defect outlined; or the part with its boxes.
+
+    Args:
+        item: With an image, its file or both.
+        boxes: As in a row of a table: `box` xyxy and `label`; None draws the map.
+        size: Width and height that the boxes are in pixels of; needed with boxes.
+
+    Returns:
+        A JPEG file of at most 40,000 bytes, its longer side at most 320 pixels.
+    """
+    image, _ = shown_image(item)
+    image = image.convert("RGB")
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    if boxes is not None and size is not None:
+        draw = ImageDraw.Draw(image)
+        factors = np.array([image.width / size[0], image.height / size[1]] * 2)
+        for found in boxes:
+            left, top, right, bottom = (factors * found["box"]).round().astype(int).tolist()
+            draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=DARK, width=4)
+            draw.rectangle((left - 1, top - 1, right, bottom), outline=class_colour(found["label"])[0], width=2)
+    elif item.anomaly_map is not None:
+        image = overlay(image, _plane(item.anomaly_map))
+        if item.pred_mask is not None and bool(item.pred_mask.any()):
+            image = draw_outline(image, _plane(item.pred_mask) > 0, OUTLINE)
+    for quality in QUALITIES:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=quality, optimize=True)
+        if file.tell() <= MOST_BYTES:
+            break
+    return file.getvalue()
+
+
+def _plane(values: Any) -> np.ndarray:
+    """A map as (H, W), float32."""
+    array = values.detach().cpu().float().numpy()
+    return array.reshape(array.shape[-2:])
