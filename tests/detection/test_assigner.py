@@ -113,6 +113,7 @@ def test_conflict_is_solved_by_transport_and_not_by_the_short_cut():
 
 
 @pytest.mark.parametrize(("epsilon", "num_iters", "agreement"), [(0.1, 50, 0.95), (0.02, 5000, 0.98)])
+@pytest.mark.slow
 def test_labels_agree_with_exact_transport(epsilon, num_iters, agreement):
     right, rows = 0, 0
     for seed in range(20):

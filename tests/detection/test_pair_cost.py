@@ -109,6 +109,7 @@ def test_candidates_without_the_box_rule():
 
 
 @pytest.mark.parametrize(("side", "offset", "lost"), [(3, 0.5, 0.81), (6, 0.5, 0.33), (6, 0.0, 0.44), (8, 0.5, 0.0)])
+@pytest.mark.slow
 def test_share_of_small_objects_without_a_candidate(side, offset, lost):
     shapes = [(32, 32), (16, 16), (8, 8), (4, 4), (2, 2)]
     points, strides = grid_points(shapes, [8, 16, 32, 64, 128], offset)

@@ -161,6 +161,7 @@ def test_a_disk_that_does_not_keep_lines_is_an_error(tmp_path, monkeypatch):
 
 @posix
 @pytest.mark.parametrize("words", [("--help",), ()], ids=["--help", "frames"])
+@pytest.mark.slow
 def test_closed_streams(words, bright, line):
     command = subprocess.list2cmdline([*INSPECT, str(bright), str(line), *words])
     quiet = subprocess.run(f"{command} 2>&-", shell=True, env=ENV, stdout=subprocess.PIPE, text=True, timeout=120)

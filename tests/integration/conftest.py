@@ -14,12 +14,16 @@ import pytest
 from anomalib_ot.integration.data.fabric_folder import FabricFolder
 
 # Does what the script `anomalib` does, after the imports once per call: each call is a forked process of its own, with
-# its own arguments, folder and environment, whose end (exception hook, exit status) is the interpreter's own.
+# its own arguments, folder and environment. It ends as an interpreter does (exception hook, exit functions, status) but
+# for taking Anomalib's thousands of objects down one by one, which costs as much as the command; for the same reason
+# the collector of garbage leaves alone what is there before the fork.
 SERVER = """
-import json, multiprocessing, os, sys
+import atexit, gc, json, multiprocessing, os, sys, threading
 from anomalib.cli.cli import main
 for process in multiprocessing.active_children():  # an import has left one
     process.join()
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
@@ -33,7 +37,22 @@ for stream, path in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
 os.chdir(job["cwd"])
 os.environ.update(job["env"])
 sys.argv = ["anomalib", *job["words"]]
-main()
+code = 0
+try:
+    main()
+except SystemExit as end:
+    code = end.code or 0
+    if not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+except BaseException:
+    sys.excepthook(*sys.exc_info())
+    code = 1
+threading._shutdown()
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
 """
 ENV = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "80"}
 NEVER = ("ANOMALIB_OT_TRACEBACK", "PYTHONWARNINGS")
@@ -59,7 +78,9 @@ class Anomalib:
     def __init__(self, folder: Path) -> None:
         """Start nothing yet."""
         self.folder = folder
-        self.env = {name: value for name, value in os.environ.items() if name not in NEVER} | ENV
+        self.hub = folder / "hub"
+        nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(self.hub)}  # nothing listens there
+        self.env = {name: value for name, value in os.environ.items() if name not in NEVER} | ENV | nowhere
         self._server: subprocess.Popen | None = None
         self._calls = 0
 

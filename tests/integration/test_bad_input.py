@@ -271,9 +271,9 @@ def test_weights(anomalib, network, weights, home, tmp_path):
 
 
 @pytest.mark.cli
-def test_no_network_is_told_at_once(anomalib, network, home, tmp_path):
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path / "cache")}
-    done = anomalib.fresh("train", *network, cwd=home, **nowhere)
+def test_no_network_is_told_at_once(anomalib, network, home):
+    shutil.rmtree(anomalib.hub, ignore_errors=True)
+    done = anomalib("train", *network, cwd=home)
     assert_refused(
         done, home, "'resnet18' could not be fetched", "access to the Hugging Face hub", "backbone_weights=PATH"
     )
@@ -281,15 +281,15 @@ def test_no_network_is_told_at_once(anomalib, network, home, tmp_path):
 
 
 @pytest.mark.cli
-def test_weights_in_the_cache_of_the_hub_need_no_network(anomalib, network, weights, home, tmp_path):
-    repository = tmp_path / "cache" / ("models--" + timm.get_pretrained_cfg("resnet18").hf_hub_id.replace("/", "--"))
+def test_weights_in_the_cache_of_the_hub_need_no_network(anomalib, network, weights, home, request):
+    request.addfinalizer(lambda: shutil.rmtree(anomalib.hub))
+    repository = anomalib.hub / ("models--" + timm.get_pretrained_cfg("resnet18").hf_hub_id.replace("/", "--"))
     snapshot = repository / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text(snapshot.name)
     shutil.copy(weights, snapshot / "model.safetensors")
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path / "cache")}
-    done = anomalib.fresh("train", *network, cwd=home, **nowhere)
+    done = anomalib("train", *network, cwd=home)
     assert done.code == 0, done.err
     (checkpoint,) = home.rglob("model.ckpt")
     trained = OTPrototypes.load_from_checkpoint(checkpoint).model.feature_extractor.state_dict()

@@ -51,6 +51,7 @@ def test_openvino_gives_what_torch_gives(tmp_path):
         assert (exported[0][~valid.numpy()] == 0).all()
 
 
+@pytest.mark.slow
 def test_torch_export_under_grad_and_autocast():
     model = Grouping()
     x, valid = inputs(2, 9)

@@ -293,6 +293,7 @@ def test_diverged_regions_are_named():
 
 
 @pytest.mark.parametrize("warm_steps", [0, 30])
+@pytest.mark.slow
 def test_training_leaves_one_output_per_object(warm_steps):
     boxes, scores, objects, labels = scene(3, members=6)
     boxes = boxes.requires_grad_()

@@ -52,6 +52,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
+@pytest.mark.slow
 def test_every_form_of_checkpoint_loads_exactly(full, name, tmp_path):
     path = save(FORMS[name](full.state_dict()), tmp_path / name)
     network = features_only("resnet18", [1, 2, 3])

@@ -110,6 +110,7 @@ def checkpoint(contest, tmp_path_factory):
     return engine.trainer.checkpoint_callback.best_model_path
 
 
+@pytest.mark.slow
 def test_the_file_holds_what_was_predicted(contest, checkpoint, tmp_path):
     model = OTADetector.load_from_checkpoint(checkpoint, score_threshold=0.0, max_detections=5, visualizer=False)
     folder = contest / "guangdong1_round1_train1_20190818" / "defect_Images"

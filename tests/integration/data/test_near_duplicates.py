@@ -31,6 +31,7 @@ def test_pictures_of_one_piece_are_one_group(pieces, tmp_path):
     assert len(set(near_duplicate_groups(hashes, 0))) >= 6
 
 
+@pytest.mark.slow
 def test_groups_are_those_of_a_plain_loop():
     rng = np.random.default_rng(0)
     centers = rng.integers(0, 2**63, (40, 4)).astype(np.uint64)

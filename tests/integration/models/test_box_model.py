@@ -36,6 +36,7 @@ def engine(folder, **arguments):
     return Engine(default_root_dir=folder, **(settings | arguments))
 
 
+@pytest.mark.slow
 def test_after_resuming_the_new_model_is_tested(data, tmp_path, caplog):
     first = engine(tmp_path, max_epochs=1)
     first.fit(OTADetector(**SMALL), datamodule=data)

@@ -141,6 +141,7 @@ class Around(nn.Module):
         return out.feature_map, out.position_map, out.anomaly_map, out.pred_mask.float()
 
 
+@pytest.mark.slow
 def test_the_parts_add_up_in_openvino(tmp_path):
     given = explained(2)
     pair, dims = (given.feature_map, given.position_map), ({0: torch.export.Dim("batch")},) * 2
