@@ -1,0 +1,110 @@
+"""Count anomalies: mosaics of nine normal images in any order, and the same with one image swapped for another kind.
+
+    python benchmarks/mosaics.py --data ../shared/data --weights ../shared/weights
+
+Every normal mosaic shows three tiles, three pieces of fabric and three solar cells; in a defective one, one kind is
+there twice and another four times. Nothing looks wrong, and no place is wrong: only the amounts are. 60 normal mosaics
+for training, 30 and 30 for the test, made in OUT from the training images of the three sets.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import warnings
+from pathlib import Path
+
+import torch
+from PIL import Image
+from real_data import BACKBONES, folder, register_same_padding
+from sklearn.metrics import roc_auc_score
+
+KINDS = ("magnetic_tile", "aitex_fabric/fabric02_twill", "elpv")
+CELL, SIZE = 85, 256
+
+
+def make_mosaics(data: Path, root: Path, seed: int, train: int = 60, test: int = 30) -> None:
+    """Write one set of mosaics as a folder with train/good, test/good and test/swapped."""
+    draw = random.Random(seed)
+    images = {kind: sorted((data / kind / "train/good").iterdir()) for kind in KINDS}
+
+    def mosaic(counts: list[int]) -> Image.Image:
+        cells = [kind for kind, count in zip(KINDS, counts, strict=True) for _ in range(count)]
+        draw.shuffle(cells)
+        made = Image.new("RGB", (SIZE, SIZE))
+        for place, kind in enumerate(cells):
+            part = Image.open(draw.choice(images[kind])).convert("RGB").resize((CELL, CELL))
+            made.paste(part, (place % 3 * CELL, place // 3 * CELL))
+        return made
+
+    for part, number in (("train/good", train), ("test/good", test), ("test/swapped", test)):
+        (root / part).mkdir(parents=True, exist_ok=True)
+        for index in range(number):
+            counts = [3, 3, 3]
+            if part == "test/swapped":
+                less, more = draw.sample(range(3), 2)
+                counts[less] -= 1
+                counts[more] += 1
+            mosaic(counts).save(root / part / f"{index:03d}.png")
+
+
+def measure(root: Path, backbone: str, weights: Path, seed: int) -> dict:
+    """Train on a set of mosaics; AUROC of the map's score, of the transport score, and of both."""
+    from anomalib.engine import Engine
+
+    from anomalib_ot import OTPrototypes
+
+    network, file, layers = BACKBONES[backbone]
+    model = OTPrototypes(
+        backbone=network,
+        layers=layers,
+        backbone_weights=str(weights / file),
+        image_size=(SIZE, SIZE),
+        transport_score=True,
+        seed=seed,
+        evaluator=False,
+        visualizer=False,
+        post_processor=False,
+    )
+    datamodule = folder(root, root.name)
+    engine = Engine(default_root_dir=root / "run", accelerator="cpu", logger=False, limit_val_batches=0)
+    engine.fit(model=model, datamodule=datamodule)
+    datamodule.setup("test")
+    model.eval()
+    maps, transport, both, labels = [], [], [], []
+    for batch in datamodule.test_dataloader():
+        with torch.inference_mode():
+            found = model.model(model.pre_processor.transform(batch.image, None)[0])
+        maps.append(found.anomaly_map.flatten(1).amax(1))
+        transport.append(found.transport_score)
+        both.append(found.pred_score)
+        labels.append(batch.gt_label)
+    truth = torch.cat(labels)
+    scores = {"map": maps, "transport": transport, "combined": both}
+    return {name: float(roc_auc_score(truth, torch.cat(values))) for name, values in scores.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds the sets")
+    parser.add_argument("--weights", type=Path, required=True, help="folder that holds the checkpoints")
+    parser.add_argument("--backbones", nargs="+", default=["resnet18"], choices=list(BACKBONES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("results/mosaics"))
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    register_same_padding()
+    for backbone in args.backbones:
+        runs = []
+        for seed in args.seeds:
+            root = args.out.resolve() / f"mosaics{seed}"
+            if not root.is_dir():
+                make_mosaics(args.data, root, seed)
+            runs.append(measure(root, backbone, args.weights, seed))
+            print(json.dumps({"backbone": backbone, "seed": seed, **runs[-1]}), flush=True)
+        means = {name: round(statistics.mean(run[name] for run in runs), 4) for name in runs[0]}
+        print(f"{backbone}, mean of {len(runs)} seeds: {means}")
+
+
+if __name__ == "__main__":
+    main()
