@@ -8,7 +8,7 @@ import numpy as np
 from anomalib.data import ImageItem
 from PIL import Image, ImageDraw
 
-from anomalib_ot.imaging.box_drawing import class_colour
+from anomalib_ot.imaging.box_drawing import class_color
 from anomalib_ot.imaging.heat import draw_outline, overlay
 from anomalib_ot.integration.visualization.visualizer import shown_image
 
@@ -40,7 +40,7 @@ def thumbnail(
         for found in boxes:
             left, top, right, bottom = (factors * found["box"]).round().astype(int).tolist()
             draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=DARK, width=4)
-            draw.rectangle((left - 1, top - 1, right, bottom), outline=class_colour(found["label"])[0], width=2)
+            draw.rectangle((left - 1, top - 1, right, bottom), outline=class_color(found["label"])[0], width=2)
     elif item.anomaly_map is not None:
         image = overlay(image, _plane(item.anomaly_map))
         if item.pred_mask is not None and bool(item.pred_mask.any()):
