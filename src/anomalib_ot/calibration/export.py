@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anomalib_ot.edge.inspect_error import InspectError
+from anomalib_ot.edge.frames import InspectError
 from anomalib_ot.edge.inspector import Inspector
 from anomalib_ot.edge.manifest import find_model
 
