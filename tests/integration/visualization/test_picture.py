@@ -6,7 +6,13 @@ from PIL import Image, ImageChops
 
 from anomalib_ot.imaging.causes import Arrow, CauseShares
 from anomalib_ot.imaging.heat import color_bar, draw_outline, overlay
-from anomalib_ot.integration.visualization.anomaly_figure import BAR_WIDTH, LEAST_CELL, TITLE_HEIGHT, explain_picture
+from anomalib_ot.integration.visualization.anomaly_figure import (
+    BAR_WIDTH,
+    LEAST_CELL,
+    TITLE_HEIGHT,
+    draw_arrows,
+    explain_picture,
+)
 from anomalib_ot.integration.visualization.header import (
     COUNTS,
     DEFECT,
@@ -18,7 +24,6 @@ from anomalib_ot.integration.visualization.header import (
     cause_lines,
     header,
 )
-from anomalib_ot.integration.visualization.panels import draw_arrows
 
 GAP = 14
 HEADER = 86  # one line of cards

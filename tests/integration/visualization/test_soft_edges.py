@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_ot.integration.visualization.box_figure import DetectedBoxes, box_picture
-from anomalib_ot.integration.visualization.soft_edges import draw_soft_edges
+from anomalib_ot.integration.visualization.box_figure import DetectedBoxes, box_picture, draw_soft_edges
 
 
 def drawn(box, scales, size=(120, 100)):

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,12 +11,22 @@ from typing import Any
 import numpy as np
 
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.data.coco_corners import check_no_corners
-from anomalib_ot.integration.data.coco_fractions import are_fractions, check_no_fractions
-from anomalib_ot.integration.data.coco_lists import load_lists
-from anomalib_ot.integration.data.records import Findings, clean_box
+from anomalib_ot.integration.data.records import BORDER, Findings, clean_box
 
-__all__ = ["CocoFile", "CocoImage", "read_coco", "write_coco"]
+__all__ = [
+    "CocoFile",
+    "CocoImage",
+    "are_fractions",
+    "check_no_corners",
+    "check_no_fractions",
+    "load_lists",
+    "read_coco",
+    "write_coco",
+]
+
+LEAST_BOXES = 5  # that reach over the border, and more than half of all: single faults are clipped
+ROUNDING = 0.01
+PARTS = ("images", "annotations", "categories")
 
 
 @dataclass
@@ -298,3 +308,128 @@ def write_coco(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def check_no_corners(path: Path, boxes: Iterable[Sequence[float]], sizes: Iterable[tuple[int, int]]) -> None:
+    """Check that the boxes of a file are not (left, top, right, bottom): such would be clipped to wrong ones.
+
+    They look so if most reach over the border of their image as (x, y, width, height), and none does as corners.
+
+    Args:
+        path: The file, for the message.
+        boxes: Four numbers for each box as the file has them; those that are not finite do not count.
+        sizes: Width and height of each box's image, pixels.
+
+    Raises:
+        InputError: If they look like corners.
+
+    >>> check_no_corners(Path("a.json"), [(50, 30, 40, 40)] * 6, [(100, 80)] * 6)
+    """
+    values, limits = np.asarray(list(boxes), dtype=float).reshape(-1, 4), np.asarray(list(sizes), dtype=float)
+    finite = np.isfinite(values).all(axis=1)
+    values, limits = values[finite], limits.reshape(-1, 2)[finite] + BORDER
+    first, second = values[:, :2], values[:, 2:]
+    over = int((second > limits - first).any(axis=1).sum())
+    as_corners = (second > first) & (first >= -BORDER) & (second <= limits)
+    if over >= LEAST_BOXES and 2 * over > len(values) and as_corners.all():
+        msg = (
+            f"annotations {path}: {over} of {len(values)} boxes reach over the border of their image, and all fit as "
+            "corners (left, top, right, bottom); expected bbox as in COCO, (x, y, width, height): write right - left "
+            "and bottom - top"
+        )
+        raise InputError(msg)
+
+
+def are_fractions(boxes: Iterable[Sequence[float]]) -> np.ndarray:
+    """Tell which boxes lie within the first pixel of their image: they can only be meant as parts of the image.
+
+    Args:
+        boxes: Four numbers for each box, position and size or two corners; NaN for those that have none.
+
+    Returns:
+        For each box (N,) whether all four lie in 0 to 1.
+
+    >>> are_fractions([(0.5, 0.25, 0.1, 0.2), (0, 0, 2, 1)]).tolist()
+    [True, False]
+    """
+    values = np.asarray(list(boxes), dtype=float).reshape(-1, 4)
+    inside = ((values >= -ROUNDING) & (values <= 1 + ROUNDING)).all(axis=1)
+    return inside & (values[:, 2:] > 0).all(axis=1)
+
+
+def check_no_fractions(path: Path, boxes: Sequence[Sequence[float]]) -> None:
+    """Check that the boxes of a file are not in fractions of the image: as pixels they would be nothing.
+
+    Args:
+        path: The file, for the message.
+        boxes: Four numbers for each box as the file has them; those that are not finite do not count.
+
+    Raises:
+        InputError: If more than half are.
+
+    >>> check_no_fractions(Path("a.json"), [(50, 30, 40, 40)])
+    """
+    found = int(are_fractions(boxes).sum())
+    usable = int(np.isfinite(np.asarray(boxes, dtype=float).reshape(-1, 4)).all(axis=1).sum())
+    if 2 * found > usable:
+        msg = (
+            f"annotations {path}: {found} of {usable} boxes lie within 0 to 1, as fractions of their image; expected "
+            "pixels (x, y, width, height): multiply x and width by the image's width, y and height by its height"
+        )
+        raise InputError(msg)
+
+
+def load_lists(path: Path) -> dict[str, list]:
+    """Load a COCO file; its lists hold objects, and there is an image and a category.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content, with the lists ``images``, ``annotations`` and ``categories``.
+
+    Raises:
+        InputError: If there is no such file, or it is not JSON in UTF-8 or not COCO.
+    """
+    if not path.is_file():
+        near = sorted(path.parent.glob("*.json")) if path.parent.is_dir() else []
+        there = f", where there is {', '.join(entry.name for entry in near[:5])}" if near else ""
+        msg = f"annotations {path} do not exist{there}; expected a COCO file: correct the path"
+        raise InputError(msg)
+    data = path.read_bytes()
+    try:
+        if b"\0" in data[:4]:
+            msg = "two or four bytes per character"
+            raise ValueError(msg)
+        text = data.decode("utf-8-sig")
+    except ValueError as error:
+        form = "UTF-16 or UTF-32" if b"\0" in data[:8] else "another encoding"
+        msg = f"annotations {path} are text in {form}; expected UTF-8: save the file again in UTF-8"
+        raise InputError(msg) from error
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        what = "are empty (0 bytes)" if not data else f"are not JSON ({error})"
+        msg = f"annotations {path} {what}; expected a COCO file: export it again"
+        raise InputError(msg) from error
+    if not isinstance(content, Mapping):
+        msg = f"annotations {path} hold a {_kind(content)}; expected a COCO file, an object with {', '.join(PARTS)}"
+        raise InputError(msg)
+    for part in PARTS:
+        if not isinstance(content.get(part), list):
+            came = "no" if part not in content else f"a {_kind(content[part])} as"
+            msg = f"annotations {path} have {came} {part!r}; expected a COCO file, with the lists {', '.join(PARTS)}"
+            raise InputError(msg)
+        for index, entry in enumerate(content[part]):
+            if not isinstance(entry, Mapping):
+                msg = f"annotations {path}: entry {index} of {part!r} is a {_kind(entry)}; expected an object"
+                raise InputError(msg)
+    for part in ("images", "categories"):
+        if not content[part]:
+            msg = f"annotations {path} have an empty list of {part}; expected at least one: export it with its {part}"
+            raise InputError(msg)
+    return content
+
+
+def _kind(value: object) -> str:
+    return {list: "list", dict: "object", str: "text", type(None): "null"}.get(type(value), type(value).__name__)

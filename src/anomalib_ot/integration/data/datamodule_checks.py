@@ -23,10 +23,15 @@ from torch.utils.data import Dataset
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.folder_checks import check_folder_pairs, explain_folder_failure
-from anomalib_ot.integration.data.mask_checks import count_odd_masks
+from anomalib_ot.integration.data.mask_regions import mask_oddity, read_mask
 from anomalib_ot.integration.data.records import Findings
 
-__all__ = ["DataPaths", "check_datamodule", "dataset_image_paths"]
+__all__ = [
+    "DataPaths",
+    "check_datamodule",
+    "count_odd_masks",
+    "dataset_image_paths",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +40,8 @@ ASPECT_TOLERANCE = 0.02  # relative; a mask at another resolution is off by roun
 
 _warned: "WeakSet[AnomalibDataModule]" = WeakSet()
 _looked_at: "WeakSet[AnomalibDataModule]" = WeakSet()
+
+ALIKE = 0.5  # common pixels over all pixels of two readings
 
 
 @dataclass(frozen=True)
@@ -226,3 +233,35 @@ def _warn_without_abnormal(datamodule: AnomalibDataModule, test: Dataset | None)
         "0.0); name a folder of abnormal images to have them measured",
         datamodule.name,
     )
+
+
+def count_odd_masks(masks: Iterable[str], findings: Findings) -> None:
+    """Count masks that are empty, full or inverted for Anomalib, or of other objects than for this package.
+
+    Anomalib takes every gray value above 0 as a defect; what that makes of noise, of transparency and of palettes is
+    not what `read_mask` makes of them. Masks are read once per process.
+
+    Args:
+        masks: The files.
+        findings: Counts them.
+
+    Raises:
+        InputError: If a mask cannot be read.
+    """
+    for mask in dict.fromkeys(masks):
+        for what in _oddities(mask, os.stat(mask).st_mtime_ns):
+            findings.add("mask", what, mask)
+
+
+@cache
+def _oddities(path: str, _mtime: int) -> tuple[str, ...]:
+    own = read_mask(Path(path))
+    with Image.open(path) as image:
+        theirs = np.asarray(image.convert("L")) > 0
+    found = []
+    odd = mask_oddity(theirs)
+    if odd:
+        found.append(f"{odd}, as Anomalib reads masks: gray values above 0")
+    if (own & theirs).sum() < ALIKE * (own | theirs).sum():
+        found.append("with other objects than Anomalib measures with (gray values above 0): save masks as 0 and 255")
+    return tuple(found)
