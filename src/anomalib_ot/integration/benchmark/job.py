@@ -79,14 +79,12 @@ def measured(config: dict) -> dict[str, dict[str, float | None]]:
 def _complete(model: object, job: SweepJob) -> None:
     """Where the configuration says nothing of them: also measure the per-region overlap, and draw no pictures."""
     from anomalib.metrics import AUPRO, Evaluator
-    from anomalib.models import AnomalibModule
 
-    if (
-        "model.init_args.evaluator" not in job.flat
-        and type(model).configure_evaluator is AnomalibModule.configure_evaluator
-    ):
+    metrics = type(model).configure_evaluator().test_metrics
+    judges_maps = any("anomaly_map" in metric.fields for metric in metrics)
+    if "model.init_args.evaluator" not in job.flat and judges_maps:
         own = AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False)
-        model.evaluator = Evaluator(test_metrics=[*AnomalibModule.configure_evaluator().test_metrics, own])
+        model.evaluator = Evaluator(test_metrics=[*metrics, own])
     if "model.init_args.visualizer" not in job.flat:
         model.visualizer = None
 
