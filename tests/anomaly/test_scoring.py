@@ -43,15 +43,16 @@ def counting(request):
     return model
 
 
-@pytest.mark.parametrize("count", [3, 5])
-def test_one_missing_and_one_too_many_are_seen_by_the_transport_score_only(counting, count):
+@pytest.mark.parametrize("count", [2, 3, 5, 6])
+def test_what_is_missing_and_too_many_is_seen_by_the_transport_score_only(counting, count):
     bad, good = blobs(count, 40, 10 + count), blobs(4, 40, 1)
     truth = [0] * 40 + [1] * 40
     out = counting(torch.cat([good, bad]))
     local = image_score(out.anomaly_map, "mean_top1")
     assert roc_auc_score(truth, out.transport_score) > 0.9
-    assert 0.35 < roc_auc_score(truth, local) < 0.65
-    assert roc_auc_score(truth, out.pred_score) > 0.8  # amounts count from their 90th percentile on
+    assert 0.3 < roc_auc_score(truth, local) < 0.7
+    if abs(count - 4) == 2:  # one of four lies near the 95th percentile of good images, from which on amounts count
+        assert roc_auc_score(truth, out.pred_score) > 0.95
 
 
 def test_the_transport_score_of_an_image_alone_and_in_a_batch(counting):
@@ -99,8 +100,8 @@ def test_the_distance_is_mahalanobis_of_root_amounts():
 
 def test_amounts_add_what_they_exceed_the_unit_by():
     score = learned(histograms(30, [6]), torch.rand(30) + 1)
-    amounts = histograms(20, [6], seed=2)
-    local = torch.rand(20)
+    amounts = [torch.cat([*histograms(20, [6], seed=2), torch.eye(6)])]
+    local = torch.rand(26)
     combined, transport = score(local, amounts)
     assert torch.equal(combined, local + (transport - score.unit).clamp(min=0.0))
     assert (transport > score.unit).any()
@@ -113,7 +114,8 @@ def test_training_images_are_measured_against_the_others():
     score = learned(many, torch.rand(250))
     fresh = [torch.softmax(torch.randn(4000, 12, generator=generator), 1)]
     _, transport = score(torch.zeros(4000), fresh)
-    assert (transport > score.unit).float().mean().item() == pytest.approx(0.1, abs=0.04)
+    assert (transport * 1.5 > score.unit).float().mean().item() == pytest.approx(0.05, abs=0.03)
+    assert (transport > score.unit).float().mean() < 0.02
 
 
 def test_a_checkpoint_brings_it_back_and_one_of_version_0_1_is_refused():

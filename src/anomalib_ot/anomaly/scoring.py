@@ -19,7 +19,7 @@ FOLDS = 100
 SHRINKAGE = 0.1
 LEAST_VARIANCE = 1e-6  # of a root share: amounts that differ by a thousandth are never unusual
 LEAST_SPREAD = 0.5  # of Mahalanobis distances
-HIGH = 0.9  # the quantile of normal images from which on amounts count
+HIGH, MARGIN = 0.95, 1.5  # amounts count from 1.5 times as far as this quantile of normal images lies from their median
 KIND_PATCHES = 20_000
 
 
@@ -57,7 +57,7 @@ class TransportScore(nn.Module):
     Each patch spreads its mass over the kinds of its member, softly by cost. The amounts that an image has of each kind
     are compared with those of the training images: ``d = sqrt((h - mu)^T C^-1 (h - mu))`` of the square roots `h` of
     the amounts, with a shrunk covariance `C`. Each training image is measured against the others (of 100 folds), and
-    ``t = u (d - median) / (quantile_.9 - median)``, where the unit `u` is the median of the map's score over the
+    ``t = u (d - median) / (1.5 (quantile_.95 - median))``, where the unit `u` is the median of the map's score over the
     training images.
 
     `forward` adds to the map's score what `t` exceeds `u` by: an image whose amounts are those of normal images keeps
@@ -112,7 +112,7 @@ class TransportScore(nn.Module):
                 held, kept = fold == left_out, fold != left_out
                 distances[held] = self._distance(roots[held], *self._moments(roots[kept]))
             center = distances.median()
-            spread = (distances.quantile(HIGH) - center).clamp(min=LEAST_SPREAD)
+            spread = (MARGIN * (distances.quantile(HIGH) - center)).clamp(min=LEAST_SPREAD)
         else:
             logger.warning("transport_score compares amounts between images; with one training image it counts none")
             center, spread = torch.tensor(0.0), torch.tensor(torch.inf)
