@@ -8,8 +8,8 @@ import torch
 
 from anomalib_ot.anomaly.members import make_members
 from anomalib_ot.anomaly.model import PrototypesModel
+from anomalib_ot.integration.callbacks import processes
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.models import embedding_cache
 from anomalib_ot.integration.models.embedding_cache import EmbeddingCache
 
 FINE, COARSE = (("fine",), 3), (("coarse",), 3)
@@ -144,7 +144,7 @@ class Processes:
 def test_however_processes_share_the_images(monkeypatch, max_bytes, split):
     reference = filled(range(20), max_bytes=max_bytes).patches()
     caches = [filled(shuffled(part, 3), max_bytes=max_bytes) for part in split]
-    monkeypatch.setattr(embedding_cache, "dist", Processes(caches))
+    monkeypatch.setattr(processes, "dist", Processes(caches))
     for cache in caches:
         assert_equal(cache.patches(keep=True), reference)
 

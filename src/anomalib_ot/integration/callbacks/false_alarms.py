@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from anomalib_ot.anomaly.false_alarms import CONFIDENCE, good_threshold, least_count
+from anomalib_ot.integration.callbacks.processes import from_all
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.datamodule_checks import dataset_image_paths
 
@@ -96,11 +97,7 @@ class FalseAlarmThreshold(Callback):
         """
         if trainer.sanity_checking:
             return
-        shares: list[Any] = [self._scores]
-        if trainer.world_size > 1:
-            shares = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, self._scores)
-        parts = [part for share in shares for part in share]
+        parts = [part for share in from_all(self._scores) for part in share]
         scores = torch.cat(parts).tolist() if parts else []
         self._check_count(len(scores))
         found = good_threshold(scores, self.rate)
@@ -156,10 +153,7 @@ class VerdictReport(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put what all processes have counted into a line."""
-        shares: list[Any] = [(self._counts, self._unknown)]
-        if trainer.world_size > 1:
-            shares = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, (self._counts, self._unknown))
+        shares = from_all((self._counts, self._unknown))
         (good, bad), unknown = sum(share[0] for share in shares).tolist(), sum(share[1] for share in shares)
         parts = [_part("false alarms", good[1], sum(good), "good"), _part("escapes", bad[0], sum(bad), "defective")]
         parts += [f"{unknown} without a verdict"] if unknown else []

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from anomalib.data import ImageBatch
 from lightning.pytorch import Callback
 
+from anomalib_ot.integration.callbacks.processes import from_all
 from anomalib_ot.integration.checks.atomic_write import write_whole
 from anomalib_ot.integration.checks.errors import InputError, install_short_errors
 
@@ -88,10 +88,7 @@ class FileWriter(Callback):
         """Write the file, in the first process."""
         del pl_module
         self._take_waiting()
-        shares = [self._found]
-        if trainer.world_size > 1:
-            shares = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, self._found)
+        shares = from_all(self._found)
         if trainer.is_global_zero:
             self.write({name: record for share in shares for name, record in share.items()})
         self._found = {}

@@ -9,11 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
 from anomalib.data import ImageBatch
 from lightning.pytorch import Callback
 
 import anomalib_ot
+from anomalib_ot.integration.callbacks.processes import from_all
 from anomalib_ot.integration.callbacks.result_rows import ResultRows
 from anomalib_ot.integration.checks.atomic_write import write_whole
 from anomalib_ot.integration.checks.errors import InputError
@@ -107,17 +107,14 @@ class ResultWriter(Callback):
     def on_test_epoch_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
         """Make the files of the rows, in the first process."""
         folder, selection = Path(trainer.default_root_dir), self._selection
-        kept = [[(name, {key: row.get(key) for key in ("score", "verdict", "truth")}, drawn)
-                 for name, row, drawn in selection.best()]]  # fmt: skip
+        own = [(name, {key: row.get(key) for key in ("score", "verdict", "truth")}, drawn)
+               for name, row, drawn in selection.best()]  # fmt: skip
         try:
             self._draft.close()
-            if trainer.world_size > 1:
-                shares: list[Any] = [None] * trainer.world_size
-                torch.distributed.all_gather_object(shares, kept[0])  # every table is closed by then
-                kept = shares
+            shares = from_all(own)  # every table is closed by then
             if trainer.is_global_zero:
                 drafts = [_draft_path(folder, rank) for rank in range(trainer.world_size)]
-                _finish(folder, drafts, _telling(share for share in kept), _run_of(trainer, pl_module))
+                _finish(folder, drafts, _telling(shares), _run_of(trainer, pl_module))
         except OSError as error:
             raise _unwritable(folder, error) from error
         finally:

@@ -12,6 +12,7 @@ from torch import distributed as dist
 
 from anomalib_ot.anomaly.model import Embedded, Source
 from anomalib_ot.anomaly.training_patches import Patches
+from anomalib_ot.integration.callbacks.processes import from_all
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.models.embedding_files import EmbeddingFiles, make_folder, mapped_patches
 
@@ -137,7 +138,7 @@ class EmbeddingCache:
             InputError: If files cannot be written, or those of another process cannot be seen.
         """
         if self.cache_dir is not None:
-            states = _from_all((self._files is not None, len(self._images), self._capacity()))
+            states = from_all((self._files is not None, len(self._images), self._capacity()))
             if any(written for written, *_ in states) or sum(count for _, count, _ in states) > min(
                 bound for *_, bound in states
             ):
@@ -151,7 +152,7 @@ class EmbeddingCache:
             own = None if self._files is None else self._files.manifest()
         except InputError as error:  # told to all processes: none may wait for one that has failed
             failure = error
-        states = _from_all((own, self._grids, failure))
+        states = from_all((own, self._grids, failure))
         for _, _, error in states:
             if error is not None:
                 raise error
@@ -159,7 +160,7 @@ class EmbeddingCache:
         return mapped_patches([manifest for manifest, *_ in states if manifest is not None], grids)
 
     def _from_memory(self, keep: bool) -> dict[Source, Patches]:
-        for images, grids, seen in _from_all((self._images, self._grids, self._seen)):
+        for images, grids, seen in from_all((self._images, self._grids, self._seen)):
             self._images.update(images)
             self._grids.update(grids)
             self._seen |= seen
@@ -183,12 +184,3 @@ class EmbeddingCache:
         if not keep:
             self.clear()
         return patches
-
-
-def _from_all(own: object) -> list:
-    """Gather an object from all processes; there may be one only."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return [own]
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    return gathered
