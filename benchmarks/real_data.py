@@ -1,4 +1,4 @@
-"""OTPrototypes (default, other ways to find prototypes, paper preset) beside Anomalib's Patchcore on real images.
+"""OTPrototypes (default, grids, paper preset) beside Anomalib's Patchcore on real images.
 
     python benchmarks/real_data.py --data ../shared/data --weights ../shared/weights
 
@@ -28,12 +28,6 @@ BACKBONES = {
 MODELS = {
     "OTPrototypes": {},
     "OTPrototypes + transport score": {"transport_score": True},
-    # How prototypes are found: what `start`, `order` and `assignment` of the default's members are set to.
-    "k-means": {"start": "k-means", "passes": 0},
-    "k-center": {"passes": 0},
-    "order 4": {"order": 4.0, "passes": 4},
-    "entropic, free masses": {"assignment": "transport", "rho": 0.0, "epsilon": 0.02},
-    "entropic, relaxed shares": {"assignment": "transport", "rho": 0.05, "epsilon": 0.02},
     "One grid per layer, means of each position": {"num_global": 1, "passes": 0},
     "One grid per layer, refined by transport": {"num_global": 1, "passes": 3},
     "OTPrototypes, preset paper (1 grid, 10 passes)": {"preset": "paper", "num_global": 1, "passes": 10},
@@ -100,7 +94,6 @@ def run_one(job: dict) -> dict:
     from anomalib.engine import Engine
 
     from anomalib_ot import OTPrototypes
-    from anomalib_ot.anomaly.members import make_members
 
     register_same_padding()
     torch.manual_seed(0)
@@ -113,17 +106,13 @@ def run_one(job: dict) -> dict:
     if job["model"] == "Patchcore":
         model = build_patchcore(backbone, layers, weights, size, job["coreset"], **parts)
     else:
-        options = dict(MODELS[job["model"]])
-        if set(options) - {"transport_score", "preset", "num_global"}:
-            made = make_members(options.pop("preset", "default"), layers, **options)
-            options = {"members": [member.as_dict() for member in made]}
         model = OTPrototypes(
             backbone=backbone,
             layers=layers,
             backbone_weights=str(weights),
             image_size=(size, size),
             seed=job["seed"],
-            **options,
+            **MODELS[job["model"]],
             **parts,
         )
     engine = Engine(default_root_dir=job["scratch"], accelerator="cpu", logger=False, limit_val_batches=0)
