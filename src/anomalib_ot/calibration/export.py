@@ -1,7 +1,6 @@
 """An export scores images, and its manifest takes over a threshold."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from anomalib_ot.edge.frames import InspectError
 from anomalib_ot.edge.inspector import Inspector
 from anomalib_ot.edge.manifest import find_model
+from anomalib_ot.integration.checks.atomic_write import write_whole
 
 __all__ = ["CalibratedExport"]
 
@@ -72,11 +72,9 @@ class CalibratedExport:
             )
             raise InspectError(msg)
         manifest |= {"image_threshold": calibration["threshold"], "calibration": dict(calibration)}
-        draft = self._file.with_name(f".{self._file.name}-{os.getpid()}")
+        text = json.dumps(manifest, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
         try:
-            draft.write_text(json.dumps(manifest, ensure_ascii=False, allow_nan=False, indent=1) + "\n", "utf-8")
-            draft.replace(self._file)
+            write_whole(self._file, text.encode())
         except OSError as error:
-            draft.unlink(missing_ok=True)
             msg = f"{self._file} cannot be written ({error.strerror}); copy the export to a folder of your own"
             raise InspectError(msg) from error

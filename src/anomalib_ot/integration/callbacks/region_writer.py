@@ -12,11 +12,12 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.v2 import CenterCrop, Compose, Resize
+from torchvision.transforms.v2 import CenterCrop, Resize
 
 from anomalib_ot.integration.callbacks.candidate_file import Candidates, write_candidates
 from anomalib_ot.integration.callbacks.file_writer import FileWriter
 from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.processing.pre_post import flat_transforms
 from anomalib_ot.postprocess.regions import RegionSettings, find_regions
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def seen_part(transform: nn.Module | None) -> SeenPart:
     Raises:
         InputError: If they crop, pad or turn in another way than by one `CenterCrop` after a `Resize` to a fixed size.
     """
-    steps = _flat(transform)
+    steps = flat_transforms(transform)
     moving = [step for step in steps if any(word in type(step).__name__ for word in OTHER_VIEWS)]
     if not moving:
         return SeenPart()
@@ -187,10 +188,3 @@ def seen_part(transform: nn.Module | None) -> SeenPart:
     (height, width), (crop_height, crop_width) = sizes[-1], moving[0].size
     left, top = (1 - crop_width / width) / 2, (1 - crop_height / height) / 2
     return SeenPart(left, top, 1 - left, 1 - top)
-
-
-def _flat(transform: nn.Module | None) -> list[nn.Module]:
-    """List the transforms of nested compositions in order."""
-    if isinstance(transform, Compose):
-        return [step for part in transform.transforms for step in _flat(part)]
-    return [] if transform is None else [transform]

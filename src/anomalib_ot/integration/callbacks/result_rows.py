@@ -1,6 +1,7 @@
 """What is said of each image of a batch, as rows of plain data."""
 
 import hashlib
+import io
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -161,9 +162,10 @@ def _file(path: str | None) -> tuple[tuple[int, int] | None, str | None]:
     """Width, height and checksum of an image's file; None where there is none."""
     if path is None or not Path(path).is_file():
         return None, None
-    with Image.open(path) as image:
+    content = Path(path).read_bytes()
+    with Image.open(io.BytesIO(content)) as image:
         size = image.size
-    return size, hashlib.sha256(Path(path).read_bytes()).hexdigest()[:HASH]
+    return size, hashlib.sha256(content).hexdigest()[:HASH]
 
 
 def _number(value: Tensor | float | None) -> float | None:

@@ -15,6 +15,7 @@ from anomalib_ot.integration.report.table import (
     ERROR,
     GOOD,
     LINES,
+    OUTCOMES,
     REPORT,
     RUN,
     THUMBNAILS,
@@ -26,12 +27,6 @@ from anomalib_ot.integration.report.table import (
 __all__ = ["read_run", "report_page", "write_report"]
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 260, 46, 44, 30  # of the histogram, in units of its view box
-FOUND = {
-    (DEFECTIVE, DEFECTIVE): "found",
-    (DEFECTIVE, GOOD): "missed",
-    (GOOD, DEFECTIVE): "false alarm",
-    (GOOD, GOOD): "agreed",
-}
 NEEDED = ("made", "stage", "model", "data", "checkpoint", "checkpoint_sha256")
 NAMED = 3  # classes of boxes on a card
 
@@ -166,7 +161,7 @@ def _card(row: Mapping[str, Any], thumbnails: Path) -> dict[str, Any]:
         "threshold": row.get("threshold"),
         "p_value": row.get("p_value"),
         "truth": row.get("truth"),
-        "outcome": FOUND.get((row.get("truth"), row["verdict"]), ""),
+        "outcome": OUTCOMES.get((row.get("truth"), row["verdict"]), ""),
         "causes": row.get("causes"),
         "words": _words(row),
         "picture": picture,

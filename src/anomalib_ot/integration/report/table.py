@@ -16,6 +16,7 @@ __all__ = [
     "ERROR",
     "GOOD",
     "LINES",
+    "OUTCOMES",
     "REPORT",
     "RUN",
     "TABLE",
@@ -40,6 +41,12 @@ COLUMNS = (
     "path", "verdict", "score", "threshold", "truth", "p_value", "causes", "looks_wrong_percent",
     "wrong_place_percent", "transport_score", "transport_threshold", "width", "height", "sha256", "boxes", "regions",
 )  # fmt: skip
+OUTCOMES = {  # by truth and verdict
+    (DEFECTIVE, DEFECTIVE): "found",
+    (DEFECTIVE, GOOD): "missed",
+    (GOOD, DEFECTIVE): "false alarm",
+    (GOOD, GOOD): "agreed",
+}
 NUMBERS = ("score", "threshold", "p_value", "transport_score", "transport_threshold")
 
 

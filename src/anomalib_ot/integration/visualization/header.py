@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_ot.imaging.causes import CauseShares
+from anomalib_ot.integration.report import table
 
 __all__ = ["Verdict", "badge", "cause_lines", "header"]
 
@@ -62,13 +63,8 @@ class Verdict:
 
     def outcome(self) -> str:
         """Return how the decision compares with the truth, in plain words; "" if one of them is not known."""
-        outcomes = {
-            (True, True): "found",
-            (True, False): "missed",
-            (False, True): "false alarm",
-            (False, False): "agreed",
-        }
-        return outcomes.get((self.truth, self.decision()), "")
+        words = {True: table.DEFECTIVE, False: table.GOOD}
+        return table.OUTCOMES.get((words.get(self.truth), words.get(self.decision())), "")
 
 
 def header(
