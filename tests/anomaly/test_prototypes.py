@@ -65,14 +65,14 @@ def test_scores_are_those_of_the_formula(feature_cost, alpha):
 
 
 @pytest.mark.parametrize("feature_cost", FEATURE_COSTS)
-def test_amounts_are_a_soft_assignment_to_kinds(feature_cost):
+def test_kinds_are_a_soft_assignment(feature_cost):
     made, x = bank(feature_cost), patches()
     made.kinds, made.kind_scale = made.prototypes, torch.tensor(2.0)
     distance = made.feature_distance(made.encode(x)).double().numpy()
     mass = np.exp(-distance / (0.05 * 2.0))
-    expected = (mass / mass.sum(-1, keepdims=True)).mean(1)
-    np.testing.assert_allclose(made.amounts(x), expected, atol=1e-4)
-    torch.testing.assert_close(made.amounts(x).sum(1), torch.ones(2))
+    expected = mass / mass.sum(-1, keepdims=True)
+    np.testing.assert_allclose(made.kinds_of(x), expected, atol=1e-3)
+    torch.testing.assert_close(made.kinds_of(x).sum(-1), torch.ones(x.shape[:2]))
 
 
 @given(seed=st.integers(0, 10**6), feature_cost=st.sampled_from(FEATURE_COSTS), alpha=st.sampled_from([0.0, 0.3, 1.0]))
@@ -81,11 +81,11 @@ def test_an_image_alone_and_in_a_batch(seed, feature_cost, alpha):
     made, x = bank(feature_cost, alpha, seed), patches(5, seed=seed)
     together = made(x, GRID)
     made.kinds = made.prototypes
-    amounts = made.amounts(x)
+    kinds = made.kinds_of(x)
     for i in range(5):
         for whole, alone in zip(together, made(x[i : i + 1], GRID), strict=True):
             torch.testing.assert_close(whole[i : i + 1], alone, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(amounts[i : i + 1], made.amounts(x[i : i + 1]), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(kinds[i : i + 1], made.kinds_of(x[i : i + 1]), rtol=1e-3, atol=1e-5)
 
 
 def test_a_score_does_not_depend_on_the_other_patches_of_the_image():

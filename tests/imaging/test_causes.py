@@ -138,15 +138,15 @@ def test_shares_inside_the_mask_only():
     mask[2:4, 2:4] = True
     feature_map[mask], position_map[mask] = 0.7, 0.3
     feature_map[8, 8], position_map[8, 8] = 0.0, 0.9  # elsewhere
-    assert cause_shares(feature_map + position_map, feature_map, position_map, mask) == (75, 25)
+    assert cause_shares(feature_map + position_map, feature_map, position_map, mask) == (75, 25, 0)
 
 
 def test_shares_in_the_top_percent_without_a_mask():
     feature_map, position_map = np.zeros((20, 20)), np.full((20, 20), 0.1)
     feature_map[5, 5:9], position_map[5, 5:9] = 0.9, 0.2
     anomaly_map = feature_map + position_map
-    assert cause_shares(anomaly_map, feature_map, position_map) == (90, 10)
-    assert cause_shares(anomaly_map, feature_map, position_map, np.zeros((20, 20), bool)) == (90, 10)
+    assert cause_shares(anomaly_map, feature_map, position_map) == (90, 10, 0)
+    assert cause_shares(anomaly_map, feature_map, position_map, np.zeros((20, 20), bool)) == (90, 10, 0)
 
 
 def test_what_normal_surroundings_have_too_is_no_cause():
@@ -155,7 +155,7 @@ def test_what_normal_surroundings_have_too_is_no_cause():
     mask = np.zeros((20, 20), bool)
     mask[5:10, 5:10] = True
     feature_map[mask], position_map[mask] = 0.45, 0.2
-    assert cause_shares(feature_map + position_map, feature_map, position_map, mask) == (20, 80)
+    assert cause_shares(feature_map + position_map, feature_map, position_map, mask) == (20, 80, 0)
     assert normal_level(feature_map) == pytest.approx(0.4)
 
 
@@ -163,16 +163,25 @@ def test_a_defect_over_most_of_the_part_is_not_taken_for_normal():
     feature_map, position_map = np.full((20, 20), 0.4), np.zeros((20, 20))
     feature_map[:14] = 0.9
     assert normal_level(feature_map) == pytest.approx(0.4)
-    assert cause_shares(feature_map, feature_map, position_map, feature_map > 0.5) == (100, 0)
+    assert cause_shares(feature_map, feature_map, position_map, feature_map > 0.5) == (100, 0, 0)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_shares_sum_to_a_hundred(seed):
     rng = np.random.default_rng(seed)
-    feature_map, position_map = rng.random((2, 9, 9)) ** rng.integers(1, 9)
-    shares = cause_shares(feature_map + position_map, feature_map, position_map)
-    assert shares.feature + shares.position == 100
-    assert min(shares) >= 0
+    maps = rng.random((3, 9, 9)) ** rng.integers(1, 9, (3, 1, 1))
+    for missing in (None, maps[2]):
+        shares = cause_shares(maps.sum(0), *maps[:2], missing_map=missing)
+        assert sum(shares) == 100
+        assert min(shares) >= 0
+
+
+def test_what_is_missing_is_a_cause_and_is_told_first_where_it_is_the_greatest():
+    feature_map, missing_map = np.full((20, 20), 0.4), np.zeros((20, 20))
+    feature_map[2, 2:6], missing_map[2, 2:6] = 0.5, 0.3
+    shares = cause_shares(feature_map + missing_map, feature_map, np.zeros((20, 20)), missing_map=missing_map)
+    assert shares == (25, 0, 75)
+    assert shares.words() == ["missing 75 %", "looks wrong 25 %"]
 
 
 def test_no_anomaly_has_no_cause():

@@ -1,4 +1,4 @@
-"""The model: one backbone pass, several members, one map that splits into its two causes."""
+"""The model: one backbone pass, several members, one map that splits into its causes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from anomalib_ot.anomaly.fitting import fit_bank
 from anomalib_ot.anomaly.members import Member
 from anomalib_ot.anomaly.prototypes import PatchScores, PrototypeBank
-from anomalib_ot.anomaly.scoring import TransportScore, find_kinds, image_score
+from anomalib_ot.anomaly.scoring import LEAST_PLACED, TransportScore, find_kinds, image_score, places_of_kinds
 from anomalib_ot.anomaly.training_patches import EncodedPatches, Patches
 from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.vision.patches import MapSmoother, patch_embeddings
@@ -24,9 +24,10 @@ CPU_PORTION = 4  # images
 class Explained(NamedTuple):
     """What the model says of B images.
 
-    `anomaly_map` (B, 1, H, W) is exactly `feature_map + position_map`: how much a place looks wrong, and how much what
-    is seen there belongs elsewhere; `matched_position` (B, 2, h, w) is where, (y, x) in [0, 1]. `pred_score` (B,) is
-    the score of the image, `transport_score` (B,) its image-level part if the model has one.
+    `anomaly_map` (B, 1, H, W) is exactly `feature_map + position_map + missing_map`: how much a place looks wrong, how
+    much what is seen there belongs elsewhere, and how much of what good images have there is missing;
+    `matched_position` (B, 2, h, w) is where a patch belongs, (y, x) in [0, 1]. `pred_score` (B,) is the score of the
+    image, `transport_score` (B,) its image-level part. A model without one has no `missing_map` either.
     """
 
     pred_score: Tensor
@@ -37,6 +38,7 @@ class Explained(NamedTuple):
     position_map: Tensor
     matched_position: Tensor
     transport_score: Tensor | None
+    missing_map: Tensor | None = None
 
 
 def portions(images: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -98,11 +100,20 @@ class PrototypesModel(nn.Module):
         """Score normalised images (B, 3, H, W)."""
         embedded = self.embed(images)
         with torch.autocast(images.device.type, enabled=False):
-            local = self._local(embedded, (images.shape[-2], images.shape[-1]))
+            size = (images.shape[-2], images.shape[-1])
+            local = self._local(embedded, size)
             if self.transport_score is None:
                 return local
-            score, transport = self.transport_score(local.pred_score, self._amounts(embedded))
-            return local._replace(pred_score=score, transport_score=transport)
+            found = self._kinds(embedded)
+            transport, lacking = self.transport_score(self.transport_score.roots([kinds.mean(1) for kinds in found]))
+            excess = self.transport_score.excess(transport)
+            missing = excess[:, None, None, None] * self._missing(found, lacking, embedded, size)
+            return local._replace(
+                pred_score=local.pred_score + excess,
+                anomaly_map=local.anomaly_map + missing,
+                missing_map=missing,
+                transport_score=transport,
+            )
 
     def predict(self, images: Tensor) -> Explained:
         """Score normalised images (B, 3, H, W) as `forward` does, in portions."""
@@ -127,7 +138,7 @@ class PrototypesModel(nn.Module):
         anomaly_map = feature_map + position_map
         score = image_score(anomaly_map, self.score)
         position = _most_misplaced(matched)
-        return Explained(score, None, anomaly_map, None, feature_map, position_map, position, None)
+        return Explained(score, None, anomaly_map, None, feature_map, position_map, position, None, None)
 
     def fit(
         self,
@@ -176,7 +187,7 @@ class PrototypesModel(nn.Module):
         for bank in self._counting_banks():
             known = EncodedPatches(bank, patches[bank.member.layers, bank.member.pooling])
             find_kinds(bank, known, self.transport_score.num_groups, seed)
-        roots, local = [], []
+        roots, local, found = [], [], []
         num_images, device = len(next(iter(patches.values())).embeddings), self.is_fitted.device
         for images in torch.arange(num_images).split(FIT_IMAGES):
             embedded = {
@@ -184,7 +195,13 @@ class PrototypesModel(nn.Module):
                 for source, known in patches.items()
             }
             local.append(self._local(embedded, size).pred_score.cpu())
-            roots.append(self.transport_score.roots(self._amounts(embedded)).cpu())
+            kinds = self._kinds(embedded)
+            roots.append(self.transport_score.roots([of_bank.mean(1) for of_bank in kinds]).cpu())
+            sums = [of_bank.sum(0) for of_bank in kinds]
+            found = [before + now for before, now in zip(found, sums, strict=True)] if found else sums
+        for bank, occupied in zip(self._counting_banks(), found, strict=True):
+            grid = patches[bank.member.layers, bank.member.pooling].grid_size
+            bank.occupancy = places_of_kinds(occupied / num_images, num_images).T.unflatten(1, grid).contiguous()
         self.transport_score.learn(torch.cat(roots), torch.cat(local))
 
     def _counting_banks(self) -> list[PrototypeBank]:
@@ -194,8 +211,32 @@ class PrototypesModel(nn.Module):
             spaces.setdefault((bank.member.layers, bank.member.pooling, bank.member.feature_cost), bank)
         return list(spaces.values())
 
-    def _amounts(self, embedded: Embedded) -> list[Tensor]:
-        return [bank.amounts(embedded[bank.member.layers, bank.member.pooling][0]) for bank in self._counting_banks()]
+    def _kinds(self, embedded: Embedded) -> list[Tensor]:
+        return [bank.kinds_of(embedded[bank.member.layers, bank.member.pooling][0]) for bank in self._counting_banks()]
+
+    def _missing(self, found: list[Tensor], lacking: Tensor, embedded: Embedded, size: tuple[int, int]) -> Tensor:
+        """Return where kinds are missing (B, 1, H, W), 0 to 1.
+
+        ``W^2 / (W^2 + (1 - W)^2) sum_k w_k max(o_k - a_k, 0) / max_x sum_k w_k o_k`` with ``W = sum_k w_k``: little where
+        there is more too much than too little, as where one too many lies on the background.
+
+        `a_k` is how much a patch is of kind k, `o_k` the same on the mean of the training images (0 where it is a
+        matter of chance), `w_k` the share of kind k in what is unusual.
+        """
+        maps, banks = [], self._counting_banks()
+        shares = lacking.split(self.transport_score.num_groups, dim=1)
+        for bank, kinds, share in zip(banks, found, shares, strict=True):
+            grid = embedded[bank.member.layers, bank.member.pooling][1]
+            expected = bank.occupancy
+            if expected.shape[1:] != grid:
+                expected = F.interpolate(expected[None], grid, mode="bilinear", align_corners=False)[0]
+            expected = expected.flatten(1).T.expand_as(kinds)
+            both = torch.stack([(expected - kinds).clamp(min=0.0), expected], dim=1) @ share[:, None, :, None]
+            maps.append(both.squeeze(-1).unflatten(2, grid))
+        gap, whole = self.smoother(maps, size, [bank.member.align_corners for bank in banks]).split(1, dim=1)
+        little = lacking.sum(1)  # of what is unusual; the rest is too much of something
+        share = little.square() / (little.square() + (1 - little).square())
+        return share[:, None, None, None] * gap / whole.amax((1, 2, 3), keepdim=True).clamp(min=LEAST_PLACED)
 
 
 def _on_grid(scores: PatchScores, grid: tuple[int, int], finest: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,10 @@ class PrototypeBank(nn.Module):
         anomaly detection and localization", 2025, section 3 (cost; there the scales are maxima of the batch at hand).
     """
 
-    SHAPED = ("mean", "projection", "prototypes", "positions", "feature_scales", "position_tolerances", "kinds")
+    SHAPED = (
+        *("mean", "projection", "prototypes", "positions", "feature_scales", "position_tolerances"),
+        *("kinds", "occupancy"),
+    )
     SCALARS = ("position_unit", "calibration", "weight", "kind_scale")
 
     def __init__(self, member: Member) -> None:
@@ -100,7 +103,8 @@ class PrototypeBank(nn.Module):
         """
         for name in ("weight", "kind_scale"):
             state_dict.setdefault(prefix + name, torch.ones(()))
-        state_dict.setdefault(prefix + "kinds", torch.zeros(0))
+        for name in ("kinds", "occupancy"):
+            state_dict.setdefault(prefix + name, torch.zeros(0))
         take_saved_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -160,11 +164,11 @@ class PrototypeBank(nn.Module):
         matched = self.positions[index]
         return PatchScores((cost - picked) / self.calibration, picked / self.calibration, matched)
 
-    def amounts(self, embeddings: Tensor) -> Tensor:
-        """Return the part (B, G) of the patches (B, N, D) of one image each that is of each kind; rows sum to 1.
+    def kinds_of(self, embeddings: Tensor) -> Tensor:
+        """Return how much each of the patches (B, N, D) is of each kind (B, N, G); the last axis sums to 1.
 
         Patches send equal masses, softly by cost: the semi-relaxed transport, whose plan is a softmax of ``-D_f /
         epsilon`` with a twentieth of the typical distance to the nearest kind as `epsilon`.
         """
         distance = self.distance(self.encode(embeddings.float()), self.kinds)
-        return torch.softmax(-distance / (KIND_SOFTNESS * self.kind_scale), dim=-1).mean(1)
+        return torch.softmax(-distance / (KIND_SOFTNESS * self.kind_scale), dim=-1)

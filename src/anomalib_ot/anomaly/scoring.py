@@ -21,6 +21,9 @@ LEAST_VARIANCE = 1e-6  # of a root share: amounts that differ by a thousandth ar
 LEAST_SPREAD = 0.5  # of Mahalanobis distances
 HIGH, MARGIN = 0.95, 1.5  # amounts count from 1.5 times as far as this quantile of normal images lies from their median
 KIND_PATCHES = 20_000
+PLACED = 2 / 3  # a kind has a place where most training images have it, and by so many standard errors more than
+CHANCE = 3.0  # elsewhere
+LEAST_PLACED = 0.1  # of a patch: a kind that is nowhere expected more than this is not spread over the map in full
 
 
 def image_score(anomaly_map: Tensor, kind: str) -> Tensor:
@@ -49,6 +52,17 @@ def find_kinds(bank: PrototypeBank, encoded: EncodedPatches, count: int, seed: i
     typical = float(bank.distance(sample.to(encoded.device), bank.kinds).amin(-1).mean())
     length = float(sample.square().sum(-1).mean().sqrt())
     bank.kind_scale = torch.tensor(max(typical, smallest_cost(bank, length)), device=encoded.device)
+
+
+def places_of_kinds(occupancy: Tensor, num_images: int) -> Tensor:
+    """Keep the occupancy (N, G), the mean share of each kind at each place, where it is more than chance; else 0.
+
+    Where parts lie anywhere, every place has each kind as often as the image as a whole: then nothing is left, and
+    nothing that is missing has a place.
+    """
+    usual = occupancy.mean(0)
+    chance = usual + CHANCE * (usual * (1 - usual) / num_images).sqrt()
+    return torch.where(occupancy > chance.clamp(min=PLACED), occupancy, 0.0)
 
 
 class TransportScore(nn.Module):
@@ -88,15 +102,22 @@ class TransportScore(nn.Module):
         take_saved_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, local_score: Tensor, amounts: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Combine the score of the map (B,) with the amounts (B, kinds) of each member.
+    def forward(self, roots: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge the amounts of B images by their square roots (B, members * kinds).
 
         Returns:
-            The combined score and the transport score `t`, both (B,).
+            The transport score `t` (B,), and the share (B, members * kinds) of what is unusual that is due to each kind
+            of which there is too little: ``min(h - mu, 0)^2 P_kk / sum_k (h - mu)^2 P_kk`` with ``P = C^-1``.
         """
-        distance = self._distance(self.roots(amounts), self.mean, self.precision)
-        transport = self.unit * (distance - self.center) / self.spread
-        return local_score + (transport - self.unit).clamp(min=0.0), transport
+        away = roots - self.mean
+        distance = self._distance(roots, self.mean, self.precision)
+        unusual = away.square() * self.precision.diagonal()
+        lacking = torch.where(away < 0, unusual, 0.0) / unusual.sum(1, keepdim=True).clamp(min=LEAST_VARIANCE)
+        return self.unit * (distance - self.center) / self.spread, lacking
+
+    def excess(self, transport: Tensor) -> Tensor:
+        """Return what the transport score (B,) adds to the score of the map: ``max(t - u, 0)``."""
+        return (transport - self.unit).clamp(min=0.0)
 
     def learn(self, roots: Tensor, local_score: Tensor) -> None:
         """Learn what `roots` (n, members * kinds) and scores of maps (n,) good images have, both on the CPU.

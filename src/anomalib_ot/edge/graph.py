@@ -10,8 +10,11 @@ from anomalib_ot.edge.manifest import Manifest
 
 __all__ = ["embedded", "file_sha256", "first_line", "input_size", "output_name", "read_graph"]
 
-OUTPUTS = ("pred_score", "pred_label", "anomaly_map", "pred_mask", "feature_map", "position_map", "transport_score")
-OUTPUTS += ("pred_boxes", "pred_box_scores", "pred_box_labels")
+OUTPUTS = (
+    *("pred_score", "pred_label", "anomaly_map", "pred_mask"),
+    *("feature_map", "position_map", "missing_map", "transport_score"),
+    *("pred_boxes", "pred_box_scores", "pred_box_labels"),
+)
 EMBEDDED = (["anomalib_ot"], ["framework", "anomalib_ot"])  # where graphs of OpenVINO and of ONNX hold their manifest
 
 

@@ -46,7 +46,7 @@ class _Shown:
             "error": found.error,
             "boxes": None if found.boxes is None else [f"{box.name} {box.score:.2f}" for box in found.boxes[:8]],
             "area": None if found.map is None else found.map.area,
-            "causes": None if found.causes is None else found.causes._asdict(),
+            "causes": None if found.causes is None else found.causes.words(),
             "count_is_anomalous": found.count_is_anomalous,
             "picture": found.view is not None,
         }

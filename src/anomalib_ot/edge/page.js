@@ -27,8 +27,7 @@ function details(frame) {
   if (frame.verdict === "defect" && frame.area) said.push((100 * frame.area).toFixed(1) + " % of the area");
   if (frame.count_is_anomalous) said.push("count anomaly: part missing or extra");
   else if (frame.verdict === "defect" && frame.causes)
-    said.push(frame.causes.feature >= frame.causes.position
-      ? "looks wrong: " + frame.causes.feature + " %" : "in the wrong place: " + frame.causes.position + " %");
+    said.push(frame.causes[0]);
   return said.join(" · ");
 }
 

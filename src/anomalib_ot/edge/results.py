@@ -82,8 +82,8 @@ class Result:
         boxes: Above the threshold, best first, at most 1000; None for a model without boxes.
         more_boxes: How many there are beyond those.
         map: Summary of the anomaly map; None for a model without.
-        causes: Percent of the anomaly that looks wrong, and that is in the wrong place; None: not exported, or nothing
-            rises above what is normal.
+        causes: Percent of the anomaly that looks wrong, is in the wrong place, and is missing; None: not exported, or
+            nothing rises above what is normal.
         transport_score: How unusual the masses of prototypes are; None: not exported. Where it makes a frame defective
             on its own, a part is missing or there is one too many, and the map shows nothing.
         time: When the frame was taken, in UTC; "" if not known.
@@ -195,7 +195,9 @@ def read_outputs(
         mask = _mask(outputs, manifest, values)
         causes = None
         if "feature_map" in outputs and "position_map" in outputs:
-            causes = cause_shares(values, _plane(outputs, "feature_map"), _plane(outputs, "position_map"), mask)
+            missing = _plane(outputs, "missing_map") if "missing_map" in outputs else None
+            maps = (_plane(outputs, name) for name in ("feature_map", "position_map"))
+            causes = cause_shares(values, *maps, mask, missing)
         transport = _first(outputs, "transport_score") if "transport_score" in outputs else None
         view = None if picture is None else View(picture, values.copy(), None if mask is None else mask.copy())
         summary = _summary(values, mask, size)

@@ -14,10 +14,20 @@ ONE_THING = 0.15  # arrows that start and end this near to each other, in sides 
 
 
 class CauseShares(NamedTuple):
-    """How much of the anomaly each cause explains, in percent; the two sum to 100."""
+    """How much of the anomaly each cause explains, in percent; the three sum to 100."""
 
     feature: int
     position: int
+    missing: int = 0
+
+    def words(self) -> list[str]:
+        """Say the causes in words, the greatest first; one without a share is left out.
+
+        >>> CauseShares(20, 0, 80).words()
+        ['missing 80 %', 'looks wrong 20 %']
+        """
+        named = [(self.feature, "looks wrong"), (self.position, "wrong place"), (self.missing, "missing")]
+        return [f"{word} {share} %" for share, word in sorted(named, reverse=True) if share > 0]
 
 
 class Arrow(NamedTuple):
@@ -43,40 +53,46 @@ def normal_level(values: np.ndarray) -> float:
 
 
 def cause_shares(
-    anomaly_map: np.ndarray, feature_map: np.ndarray, position_map: np.ndarray, pred_mask: np.ndarray | None = None
+    anomaly_map: np.ndarray,
+    feature_map: np.ndarray,
+    position_map: np.ndarray,
+    pred_mask: np.ndarray | None = None,
+    missing_map: np.ndarray | None = None,
 ) -> CauseShares | None:
     """Share the anomaly between its causes, inside the predicted mask or else in the top 1 % of the pixels.
 
-    feature share = Σ (feature_map − n_f)⁺ / Σ [(feature_map − n_f)⁺ + (position_map − n_p)⁺], with n the normal level
-    of each map: what normal surroundings have too is the cause of nothing.
+    The share of map m is Σ (m − n_m)⁺ over the sum of the same of all maps, with n_m the normal level of the map: what
+    normal surroundings have too is the cause of nothing.
 
     Args:
         anomaly_map: (H, W), ranks the pixels where no mask is predicted.
         feature_map: (H, W), >= 0.
         position_map: (H, W), >= 0.
         pred_mask: (H, W) bool; without one, or with an empty one, the top 1 % (at least one pixel) counts.
+        missing_map: (H, W), >= 0; None where the model has none.
 
     Returns:
-        Whole percents that sum to 100, or None if neither cause rises above its normal level there.
+        Whole percents that sum to 100, or None if no cause rises above its normal level there.
 
     Example:
         >>> feature_map, position_map = np.full((4, 4), 0.4), np.zeros((4, 4))
         >>> feature_map[0, 0], position_map[0, 0] = 0.5, 0.3
         >>> cause_shares(feature_map + position_map, feature_map, position_map)
-        CauseShares(feature=25, position=75)
+        CauseShares(feature=25, position=75, missing=0)
     """
     if pred_mask is not None and pred_mask.any():
         region = pred_mask.astype(bool)
     else:
         count = max(1, round(TOP_SHARE * anomaly_map.size))
         region = anomaly_map >= np.partition(anomaly_map.ravel(), -count)[-count]
-    feature, position = (
-        float((values[region] - normal_level(values)).clip(min=0).sum()) for values in (feature_map, position_map)
-    )
-    if not feature + position > 0:
+    maps = (feature_map, position_map) if missing_map is None else (feature_map, position_map, missing_map)
+    found = [float((values[region] - normal_level(values)).clip(min=0).sum()) for values in maps]
+    if not sum(found) > 0:
         return None
-    percent = round(100 * feature / (feature + position))
-    return CauseShares(percent, 100 - percent)
+    feature, _, *rest = (100 * part / sum(found) for part in found)
+    missing = round(rest[0]) if rest else 0
+    percent = min(round(feature), 100 - missing)
+    return CauseShares(percent, 100 - missing - percent, missing)
 
 
 def arrows(

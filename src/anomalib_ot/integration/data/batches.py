@@ -1,8 +1,8 @@
 """Anomalib's image item and batch with room for an explanation: how much each cause adds to each pixel's anomaly.
 
-The anomaly map is the sum of two causes, feature ("looks wrong") and position ("is in the wrong place"). The classes
-here keep that sum true. Anomalib's post-processor rescales `anomaly_map` alone; whenever `anomaly_map` is set, the two
-parts follow it, each pixel keeping its ratio of causes.
+The anomaly map is the sum of up to three causes: feature ("looks wrong"), position ("is in the wrong place") and, with
+a transport score, missing ("is not there"). The classes here keep that sum true. Anomalib's post-processor rescales
+`anomaly_map` alone; whenever `anomaly_map` is set, the parts follow it, each pixel keeping its ratio of causes.
 """
 
 # ruff: noqa: RUF009  a FieldDescriptor as default is how Anomalib declares a checked field
@@ -18,45 +18,64 @@ from torchvision.tv_tensors import Mask
 
 __all__ = ["ExplainedBatch", "ExplainedItem", "NumpyExplainedBatch", "NumpyExplainedItem", "split_by_cause"]
 
+CAUSES = ("feature_map", "position_map", "missing_map")
+
 SUM_TOLERANCE = 1e-3  # relative; room for maps that were computed in half precision
 
 
 def split_by_cause(
-    anomaly_map: torch.Tensor, feature_map: torch.Tensor, position_map: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split an anomaly map into two causes in the ratio of two given maps.
+    anomaly_map: torch.Tensor,
+    feature_map: torch.Tensor,
+    position_map: torch.Tensor,
+    missing_map: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Split an anomaly map into its causes in the ratio of two or three given maps.
 
-    feature = anomaly · feature_map / (feature_map + position_map), position = anomaly − feature.
+    feature = anomaly · feature_map / (feature_map + position_map), position = anomaly − feature; with a third map, what
+    is missing is split off first.
 
     Args:
         anomaly_map: The map to split, >= 0, any shape.
         feature_map: Weight of the feature cause, >= 0, same shape.
         position_map: Weight of the position cause, >= 0, same shape.
+        missing_map: Weight of what is missing, >= 0, same shape; None: there are two causes.
 
     Returns:
-        The two parts; their float32 sum is `anomaly_map`, bit for bit. Where both weights are 0 each cause gets half.
+        The two or three parts; their float32 sum, from the left, is `anomaly_map`, bit for bit. Where the weights are 0
+        feature and position get half each.
 
     Example:
         >>> split_by_cause(torch.tensor([0.5, 0.4]), torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0]))
         (tensor([0.3750, 0.2000]), tensor([0.1250, 0.2000]))
     """
-    total = feature_map + position_map
-    share = torch.where(total > 0, feature_map / total, 0.5)
+    if missing_map is not None:
+        there, missing = _split(anomaly_map, feature_map + position_map, missing_map, neither=1.0)
+        return *_split(there, feature_map, position_map), missing
+    return _split(anomaly_map, feature_map, position_map)
+
+
+def _split(
+    whole: torch.Tensor, first: torch.Tensor, second: torch.Tensor, neither: float = 0.5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split into two parts whose sum is exact; `neither` is the share of the first where both weights are 0."""
+    total = first + second
+    share = torch.where(total > 0, first / total, neither)
     # The larger part first: the difference of two floats within a factor of two of each other is exact (Sterbenz).
-    larger = anomaly_map * torch.maximum(share, 1 - share)
-    smaller = anomaly_map - larger
-    looks = share >= 0.5
-    return torch.where(looks, larger, smaller), torch.where(looks, smaller, larger)
+    larger = whole * torch.maximum(share, 1 - share)
+    smaller = whole - larger
+    leads = share >= 0.5
+    return torch.where(leads, larger, smaller), torch.where(leads, smaller, larger)
 
 
 # Keyword-only, so that these fields may stand after Anomalib's `image` although Anomalib's class must come first among
 # the bases: Python lets `adopt` change the class of an existing batch only to a class whose first base is its own.
 @dataclass(kw_only=True)
 class _ExplanationFields:
-    """The four extra fields and their checks, for items and batches, torch and numpy."""
+    """The five extra fields and their checks, for items and batches, torch and numpy."""
 
     feature_map: FieldDescriptor[torch.Tensor | np.ndarray | None] = FieldDescriptor("validate_feature_map")
     position_map: FieldDescriptor[torch.Tensor | np.ndarray | None] = FieldDescriptor("validate_position_map")
+    missing_map: FieldDescriptor[torch.Tensor | np.ndarray | None] = FieldDescriptor("validate_missing_map")
     matched_position: FieldDescriptor[torch.Tensor | np.ndarray | None] = FieldDescriptor("validate_matched_position")
     transport_score: FieldDescriptor[torch.Tensor | np.ndarray | None] = FieldDescriptor("validate_transport_score")
 
@@ -103,6 +122,11 @@ class _ExplanationFields:
         return cls._validate_map("position_map", position_map)
 
     @classmethod
+    def validate_missing_map(cls, missing_map: object) -> torch.Tensor | np.ndarray | None:
+        """Check the part of the anomaly map that is due to what is not there."""
+        return cls._validate_map("missing_map", missing_map)
+
+    @classmethod
     def validate_matched_position(cls, matched_position: object) -> torch.Tensor | np.ndarray | None:
         """Check the (y, x) in [0, 1] of each patch's prototype: (2, h, w) in an item, (B, 2, h, w) in a batch."""
         if matched_position is None:
@@ -133,6 +157,9 @@ class _ExplanationFields:
             missing = "feature_map" if self.feature_map is None else "position_map"
             msg = f"{missing} is None while the other cause is given; give both maps or neither."
             raise ValueError(msg)
+        if self.missing_map is not None and self.feature_map is None:
+            msg = "missing_map is given without feature_map and position_map; give all three causes or none."
+            raise ValueError(msg)
         if self.batched:
             for field in fields(_ExplanationFields):
                 value = getattr(self, field.name)
@@ -142,27 +169,29 @@ class _ExplanationFields:
         self._follow_anomaly_map()
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Set a field; the two causes follow a new anomaly map."""
+        """Set a field; the causes follow a new anomaly map."""
         super().__setattr__(name, value)
         if name == "anomaly_map":
             self._follow_anomaly_map()
 
     def _follow_anomaly_map(self) -> None:
-        """Rescale both causes, pixel by pixel, so that they sum to the anomaly map."""
+        """Rescale the causes, pixel by pixel, so that they sum to the anomaly map."""
         present = self.__dict__  # while __init__ or adopt runs, some fields are not there yet
-        parts = [present.get("anomaly_map"), present.get("feature_map"), present.get("position_map")]
-        if any(part is None for part in parts):
+        whole, feature_map, position_map, missing_map = (present.get(name) for name in ("anomaly_map", *CAUSES))
+        if whole is None or feature_map is None or position_map is None:
             return
-        shapes = [tuple(part.shape) for part in parts]
+        parts = [part for part in (feature_map, position_map, missing_map) if part is not None]
+        shapes = [tuple(part.shape) for part in (whole, *parts)]
         if len(set(shapes)) != 1:
             msg = (
-                f"anomaly_map, feature_map and position_map have shapes {shapes}; expected one shape. "
-                "To change the map size, set feature_map and position_map to None first."
+                f"anomaly_map and {', '.join(CAUSES[: len(parts)])} have shapes {shapes}; expected one shape. "
+                "To change the map size, set the causes to None first, missing_map before the others."
             )
             raise ValueError(msg)
-        if isinstance(parts[0], torch.Tensor) and not torch.equal(parts[1] + parts[2], parts[0]):
-            feature_map, position_map = split_by_cause(*(part.as_subclass(torch.Tensor) for part in parts))
-            present.update(feature_map=Mask(feature_map), position_map=Mask(position_map))
+        if isinstance(whole, torch.Tensor) and not torch.equal(sum(parts[1:], parts[0]), whole):
+            plain = (part.as_subclass(torch.Tensor) for part in (whole, *parts))
+            split = split_by_cause(*plain)
+            present.update({name: Mask(part) for name, part in zip(CAUSES, split, strict=False)})
 
 
 @dataclass
@@ -183,14 +212,14 @@ class NumpyExplainedBatch(NumpyImageBatch, _ExplanationFields):
 
 @dataclass
 class ExplainedItem(ImageItem, _ExplanationFields):
-    """One image with its explanation; `feature_map + position_map == anomaly_map` holds at all times."""
+    """One image with its explanation; `feature_map + position_map + missing_map == anomaly_map` at all times."""
 
     numpy_class: ClassVar[type] = NumpyExplainedItem
 
 
 @dataclass
 class ExplainedBatch(ImageBatch, _ExplanationFields):
-    """A batch of images with their explanations; `feature_map + position_map == anomaly_map` holds at all times.
+    """A batch of images with their explanations; the causes sum to `anomaly_map` at all times.
 
     Example:
         >>> batch = ImageBatch(image=torch.zeros(1, 3, 2, 2))
@@ -221,7 +250,7 @@ class ExplainedBatch(ImageBatch, _ExplanationFields):
 
         Raises:
             TypeError: If `batch` is of another class, or a prediction is not a field.
-            ValueError: If a shape is wrong, or the two causes do not sum to the anomaly map.
+            ValueError: If a shape is wrong, or the causes do not sum to the anomaly map.
         """
         if type(batch) not in (ImageBatch, cls):
             msg = (
@@ -235,22 +264,22 @@ class ExplainedBatch(ImageBatch, _ExplanationFields):
             msg = f"predictions {unknown} are no fields of {cls.__name__}; it has {known}."
             raise TypeError(msg)
         values = {**{name: getattr(batch, name, None) for name in known}, **predictions}
-        if "feature_map" in predictions or "position_map" in predictions:
-            cls._check_sum(values["anomaly_map"], values["feature_map"], values["position_map"])
+        if not set(CAUSES).isdisjoint(predictions):
+            cls._check_sum(**{name: values[name] for name in ("anomaly_map", *CAUSES)})
         adopted = cls(**values)  # all checks run here, before the batch is touched
         batch.__class__ = cls
         batch.__dict__.update(adopted.__dict__)
         return batch
 
     @classmethod
-    def _check_sum(cls, *parts: torch.Tensor | None) -> None:
+    def _check_sum(cls, **parts: torch.Tensor | None) -> None:
         """Refuse causes that are not parts of the anomaly map; rescaling would hide the mistake."""
-        if any(part is None for part in parts):
+        given = {name: cls._validate_map(name, part) for name, part in parts.items() if part is not None}
+        if not {"anomaly_map", "feature_map", "position_map"} <= set(given):
             return
-        names = ("anomaly_map", "feature_map", "position_map")
-        whole, feature, position = (cls._validate_map(*pair) for pair in zip(names, parts, strict=True))
-        if whole.shape == feature.shape == position.shape:
-            gap = (feature + position - whole).abs().max().item()
+        whole = given.pop("anomaly_map")
+        if all(part.shape == whole.shape for part in given.values()):
+            gap = (sum(given.values()) - whole).abs().max().item()
             if not gap <= SUM_TOLERANCE * max(whole.abs().max().item(), 1e-12):
-                msg = f"feature_map + position_map differs from anomaly_map by up to {gap:.3g}; give parts of one map."
+                msg = f"{' + '.join(given)} differs from anomaly_map by up to {gap:.3g}; give parts of one map."
                 raise ValueError(msg)

@@ -48,11 +48,11 @@ NO_DATA = "no data to {}; name a data set (--data Folder --data.root ..., in Pyt
 
 
 class OTPrototypes(ExplainedExport, AnomalibModule):
-    """Transport patches to prototypes of normal parts: what finds none looks wrong, or is in the wrong place.
+    """Transport patches to prototypes of normal parts: what looks wrong, is in the wrong place, or is missing.
 
     One pass of a frozen timm backbone over good images, then a fit of seconds to a minute: prototypes that cover the
-    patch features of good images, with their positions. The anomaly map splits exactly into a feature and a position
-    part, and every patch names the place that it was matched to.
+    patch features of good images, with their positions. The anomaly map splits exactly into a feature part, a position
+    part and what is missing, and every patch names the place that it was matched to.
 
     Args:
         backbone: Name of a timm model, convolutional or vision transformer; or "filter_bank", which needs no weights
@@ -72,8 +72,8 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         image_size: Height and width that images are resized to, pixels.
         score: Image score: "mean_top1" (mean of the highest 1 % of the map) or "max"; None leaves the preset's.
         smoothing: Standard deviation of the Gaussian over the map, pixels; None leaves the preset's.
-        transport_score: Whether the image-level transport score (something missing, one too many) takes part in the
-            score.
+        transport_score: Whether amounts count (something missing, one too many): in the score, and where a part has a
+            fixed place on the map, too; None leaves the preset's, which is True but for "paper".
         num_groups: Kinds of patches per member that the transport score counts.
         epochs: Passes over the training images where the trainer has no `max_epochs`; more than one is of use only with
             random augmentations.
@@ -84,9 +84,9 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         seed: Makes two trainings on the same data equal.
         max_false_alarms: The highest rate of good images called defective, in (0, 1): the image threshold then comes
             from good validation images, at least 1 / rate - 1 of them (99 for 0.01). None: Anomalib's, the F1 optimum.
-        export_explanation: Whether exported models have the outputs `feature_map`, `position_map`, `matched_position`
-            (and `transport_score`), which `anomalib-ot inspect` names causes by; with them Anomalib's own
-            `OpenVINOInferencer` and `TorchInferencer` do not read the export.
+        export_explanation: Whether exported models have the outputs `feature_map`, `position_map`, `missing_map`,
+            `matched_position` and `transport_score`, which `anomalib-ot inspect` names causes by; with them Anomalib's
+            own `OpenVINOInferencer` and `TorchInferencer` do not read the export.
         pre_processor: Anomalib pre-processor, or whether to use the default.
         post_processor: Anomalib post-processor, or whether to use the default.
         evaluator: Anomalib evaluator, or whether to use the default.
@@ -116,7 +116,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         image_size: Sequence[int] = (256, 256),
         score: str | None = None,
         smoothing: float | None = None,
-        transport_score: bool = False,
+        transport_score: bool | None = None,
         num_groups: int = 16,
         epochs: int = 1,
         max_cached_gb: float = 4.0,

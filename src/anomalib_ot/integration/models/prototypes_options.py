@@ -43,7 +43,7 @@ def build_model(
     image_size: Sequence[int],
     score: str | None,
     smoothing: float | None,
-    transport_score: bool,
+    transport_score: bool | None,
     num_groups: int,
 ) -> PrototypesModel:
     """Build an unfitted model, its backbone still without weights of worth.
@@ -59,7 +59,7 @@ def build_model(
         image_size: Only checked here; the pre-processor resizes.
         score: Image score.
         smoothing: Standard deviation of the Gaussian over the map, pixels.
-        transport_score: Whether the transport score takes part.
+        transport_score: Whether the transport score takes part; None: unless the preset is "paper".
         num_groups: Kinds of patches per member that it counts.
 
     Raises:
@@ -88,7 +88,7 @@ def build_model(
         built,
         score=score,
         smoothing=smoothing if smoothing is not None else (0.0 if published else 4.0),
-        transport_score=transport_score,
+        transport_score=not published if transport_score is None else transport_score,
         num_groups=num_groups,
     )
 
@@ -101,6 +101,7 @@ def as_trained(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     saved = dict(checkpoint.get("hyper_parameters", {}))
     if "model.banks.0.weight" in checkpoint["state_dict"] or saved.get("preset", "default") != "default":
         return saved
+    saved["transport_score"] = bool(saved.get("transport_score"))
     if saved.get("score") is None:
         saved["score"] = "mean_top1"
     if saved.get("members") is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
 
 from anomalib_ot.anomaly.model import Explained
-from anomalib_ot.integration.data.batches import split_by_cause
+from anomalib_ot.integration.data.batches import CAUSES, split_by_cause
 from anomalib_ot.integration.data.deep_images import restore_deep_images
 from anomalib_ot.vision.resize import AntialiasResize
 
@@ -105,11 +105,11 @@ def _is_antialiased_resize(part: nn.Module) -> bool:
 
 
 class ExplainedPostProcessor(PostProcessor):
-    """Normalize and threshold scores, and keep the two causes exact parts of the normalized map.
+    """Normalize and threshold scores, and keep the causes exact parts of the normalized map.
 
-    Normalization stretches the anomaly map and shifts it, so that its threshold comes to .5. The position part is only
-    stretched: what is in its place stays at 0. The shift goes to the feature part, since every patch looks a little
-    unlike its prototype.
+    Normalization stretches the anomaly map and shifts it, so that its threshold comes to .5. The position part, and
+    what is missing, are only stretched: what is in its place stays at 0. The shift goes to the feature part,
+    since every patch looks a little unlike its prototype.
     """
 
     @property
@@ -149,8 +149,8 @@ class ExplainedPostProcessor(PostProcessor):
             processed = processed._replace(pred_label=label, pred_mask=None if mask is None else mask & pixel)
         if not isinstance(predictions, Explained):
             return processed
-        feature_map, position_map = self._split(processed.anomaly_map, predictions.position_map)
-        return predictions._replace(**processed._asdict(), feature_map=feature_map, position_map=position_map)
+        causes = self._split(processed.anomaly_map, predictions.position_map, predictions.missing_map)
+        return predictions._replace(**processed._asdict(), **causes)
 
     def threshold_batch(self, batch: Batch) -> None:
         """Say what is defective; where there is no threshold, nothing: verdict and mask stay None."""
@@ -163,20 +163,26 @@ class ExplainedPostProcessor(PostProcessor):
 
     def normalize_batch(self, batch: Batch) -> None:
         """Normalize a batch; its causes, if it has any, follow."""
-        position_map = getattr(batch, "position_map", None)
+        position_map, missing_map = (getattr(batch, name, None) for name in ("position_map", "missing_map"))
         super().normalize_batch(batch)
         if position_map is not None:
+            missing_map = None if missing_map is None else missing_map.as_subclass(Tensor)
             anomaly_map = batch.anomaly_map.as_subclass(Tensor)
-            batch.feature_map, batch.position_map = self._split(anomaly_map, position_map.as_subclass(Tensor))
+            for name, part in self._split(anomaly_map, position_map.as_subclass(Tensor), missing_map).items():
+                setattr(batch, name, part)
 
-    def _split(self, anomaly_map: Tensor, position_map: Tensor) -> tuple[Tensor, Tensor]:
-        """Split a processed map (any shape) into its parts, given the position part before the processing."""
-        if not self.enable_normalization:
-            return split_by_cause(anomaly_map, anomaly_map - position_map, position_map)
-        span = self.pixel_max - self.pixel_min
-        stretch = torch.where(span > 0, 1 / span, 1.0)  # no statistics (NaN) or all alike: nothing was stretched
-        position_map = torch.minimum(position_map * stretch, anomaly_map)
-        return split_by_cause(anomaly_map, anomaly_map - position_map, position_map)
+    def _split(self, anomaly_map: Tensor, position_map: Tensor, missing_map: Tensor | None) -> dict[str, Tensor]:
+        """Split a processed map (any shape) into its causes, given two of them before the processing."""
+        if self.enable_normalization:
+            span = self.pixel_max - self.pixel_min
+            stretch = torch.where(span > 0, 1 / span, 1.0)  # no statistics (NaN) or all alike: nothing was stretched
+            missing_map = None if missing_map is None else torch.minimum(missing_map * stretch, anomaly_map)
+            rest = anomaly_map if missing_map is None else anomaly_map - missing_map
+            position_map = torch.minimum(position_map * stretch, rest)
+        else:
+            rest = anomaly_map if missing_map is None else anomaly_map - missing_map
+        parts = split_by_cause(anomaly_map, rest - position_map, position_map, missing_map)
+        return dict(zip(CAUSES, parts, strict=False))
 
 
 def without_causes(predictions: Explained) -> InferenceBatch:

@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from anomalib_ot.imaging.causes import CauseShares
 from anomalib_ot.integration.checks.atomic_write import write_whole
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.report.summary import KNOWN, Histogram, Summary, histogram, summarized
@@ -172,13 +173,13 @@ def _card(row: Mapping[str, Any], thumbnails: Path) -> dict[str, Any]:
 
 
 def _words(row: Mapping[str, Any]) -> list[str]:
-    """Why, in words: those of the row, or of `inspect` the two shares."""
+    """Why, in words: those of the row, or of `inspect` the shares."""
     if row.get("cause_words") is not None:
         return [str(word) for word in row["cause_words"]]
     causes = row.get("causes")
     if causes is None or row["verdict"] == GOOD:
         return []
-    return [f"looks wrong {causes['feature']} %", f"wrong place {causes['position']} %"]
+    return CauseShares(**causes).words()
 
 
 def _number(count: int, one: str, many: str) -> str:

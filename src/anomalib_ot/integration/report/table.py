@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from anomalib_ot.imaging.causes import CauseShares
 from anomalib_ot.integration.checks.errors import InputError
 
 __all__ = [
@@ -38,8 +39,8 @@ LINES, TABLE, RUN, REPORT, THUMBNAILS = (
 DEFECTIVE, GOOD, UNKNOWN, ERROR = "defective", "good", "unknown", "error"
 VERDICTS = {DEFECTIVE: DEFECTIVE, "defect": DEFECTIVE, GOOD: GOOD, UNKNOWN: UNKNOWN, ERROR: ERROR}  # "defect": inspect
 COLUMNS = (
-    "path", "verdict", "score", "threshold", "truth", "p_value", "causes", "looks_wrong_percent",
-    "wrong_place_percent", "transport_score", "transport_threshold", "width", "height", "sha256", "boxes", "regions",
+    "path", "verdict", "score", "threshold", "truth", "p_value", "causes", "looks_wrong_percent", "wrong_place_percent",
+    "missing_percent", "transport_score", "transport_threshold", "width", "height", "sha256", "boxes", "regions",
 )  # fmt: skip
 OUTCOMES = {  # by truth and verdict
     (DEFECTIVE, DEFECTIVE): "found",
@@ -119,7 +120,7 @@ def _checked(line: bytes, path: Path, number: int) -> dict[str, Any]:
                 msg = "a box without four sides"
                 raise TypeError(msg)
         if row.get("causes") is not None:
-            row["causes"] = {name: int(row["causes"][name]) for name in ("feature", "position")}
+            row["causes"] = CauseShares(**{name: int(share) for name, share in row["causes"].items()})._asdict()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         msg = (
@@ -153,6 +154,7 @@ def csv_parts(rows: Iterable[Mapping[str, Any]], *, with_p_value: bool) -> Itera
             "causes": "; ".join(row.get("cause_words") or ()),
             "looks_wrong_percent": causes.get("feature"),
             "wrong_place_percent": causes.get("position"),
+            "missing_percent": causes.get("missing"),
             "width": size[0],
             "height": size[1],
         }

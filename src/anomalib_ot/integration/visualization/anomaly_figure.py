@@ -25,6 +25,7 @@ TITLE_HEIGHT, BAR_WIDTH, LEAST_CELL, LEAST_WIDTH = 44, 58, 240, 560
 WIDE = 2.0  # panels of images at least this many times wider than high stand below each other
 THRESHOLD = 0.5  # of a normalized map
 HALF_WAY, LEAST_STRENGTH = 0.5, 0.02  # an arrow starts where place alone lifts the anomaly half way to the threshold
+MISSING = "Missing"
 LONGEST = 3  # longest side of a panel, in panel sizes
 
 
@@ -97,13 +98,14 @@ def explain_picture(
     matched_position: np.ndarray | None = None,
     pred_mask: np.ndarray | None = None,
     *,
+    missing_map: np.ndarray | None = None,
     gt_mask: np.ndarray | None = None,
     verdict: Verdict | None = None,
     image_note: str = "",
     panel_size: int = 320,
     max_arrows: int = 8,
 ) -> Image.Image:
-    """Draw one part: is it bad, where, and is it because it looks wrong or because it is in the wrong place.
+    """Draw one part: is it bad, where, and does it look wrong, is it in the wrong place, or is something missing.
 
     Args:
         image: The part, at any size; the panels keep its aspect ratio.
@@ -112,6 +114,7 @@ def explain_picture(
         position_map: (H, W), the part that is due to place.
         matched_position: (2, h, w) y and x in [0, 1] of each patch's prototype; None draws no arrows.
         pred_mask: (H, W) bool.
+        missing_map: (H, W), the part that is due to what is not there.
         gt_mask: (H, W) bool.
         verdict: What the header says.
         image_note: Caption below the first panel's title if there is no ground truth to explain.
@@ -120,7 +123,7 @@ def explain_picture(
 
     Returns:
         RGB picture; panels side by side, or below each other if the image is more than twice as wide as high. A map
-        that is None has no panel: a model without causes gives two panels.
+        that is None has no panel, nor has a cause that adds nothing: a model without causes gives two panels.
 
     Raises:
         ValueError: If `panel_size` or `max_arrows` is too small, or a map is not of shape (H, W).
@@ -133,9 +136,15 @@ def explain_picture(
     verdict = verdict or Verdict()
     maps = (anomaly_map, feature_map, position_map, matched_position, pred_mask)
     panels = draw_panels(
-        image, *maps, gt_mask=gt_mask, image_note=image_note, panel_size=panel_size, max_arrows=max_arrows
+        image,
+        *maps,
+        missing_map=missing_map,
+        gt_mask=gt_mask,
+        image_note=image_note,
+        panel_size=panel_size,
+        max_arrows=max_arrows,
     )
-    shares, inside = find_shares(anomaly_map, feature_map, position_map, pred_mask)
+    shares, inside = find_shares(anomaly_map, feature_map, position_map, pred_mask, missing_map)
     body = _arrange(panels, with_bar=len(panels) > 1)
     width = max(body.width, LEAST_WIDTH)
     head = header(width, verdict, shares, inside=inside, normalized=anomaly_map is None or anomaly_map.max() <= 1)
@@ -153,17 +162,20 @@ def draw_panels(
     matched_position: np.ndarray | None = None,
     pred_mask: np.ndarray | None = None,
     *,
+    missing_map: np.ndarray | None = None,
     gt_mask: np.ndarray | None = None,
     image_note: str = "",
     panel_size: int = 320,
     max_arrows: int = 8,
+    with_empty: bool = False,
 ) -> list[Panel]:
     """Draw the panels of one part: the part itself, then one for each map that is given; see `explain_picture`.
 
-    The panel of a cause shows the anomaly that would be there if the other cause were at its normal level: so all
-    panels have one scale, with normal surroundings and the threshold at the same colors.
+    The panel of a cause shows the anomaly that would be there if the other causes were at their normal level: so all
+    panels have one scale, with normal surroundings and the threshold at the same colors. `with_empty` keeps the panels
+    of causes that add nothing.
     """
-    _check(panel_size, max_arrows, (anomaly_map, feature_map, position_map, pred_mask, gt_mask))
+    _check(panel_size, max_arrows, (anomaly_map, feature_map, position_map, missing_map, pred_mask, gt_mask))
     base = _panel_image(image, panel_size)
     panels = [_first_panel(base, gt_mask, image_note)]
     if anomaly_map is not None:
@@ -171,9 +183,13 @@ def draw_panels(
     if feature_map is not None:
         usual = 0.0 if position_map is None else normal_level(position_map)
         panels.append(Panel("Looks wrong", "bright: unlike the good parts", overlay(base, feature_map + usual)))
-    if position_map is not None:
-        usual = 0.0 if feature_map is None else normal_level(feature_map)
-        panels.append(_position_panel(base, position_map, usual, matched_position, max_arrows))
+    usual = 0.0 if feature_map is None else normal_level(feature_map)
+    if position_map is not None and (with_empty or position_map.max() >= LEAST_STRENGTH):
+        panels.append(_position_panel(base, position_map, feature_map, matched_position, max_arrows))
+    if missing_map is not None and (with_empty or missing_map.max() >= LEAST_STRENGTH):
+        panels.append(
+            Panel(MISSING, "bright: what good parts have here is not there", overlay(base, missing_map + usual))
+        )
     return panels
 
 
@@ -182,12 +198,13 @@ def find_shares(
     feature_map: np.ndarray | None,
     position_map: np.ndarray | None,
     pred_mask: np.ndarray | None,
+    missing_map: np.ndarray | None = None,
 ) -> tuple[CauseShares | None, bool | None]:
-    """Return the shares of the causes, None without maps of both; and whether any pixel is predicted defective."""
+    """Return the shares of the causes, None without maps of two; and whether any pixel is predicted defective."""
     inside = None if pred_mask is None else bool(pred_mask.any())
     if anomaly_map is None or feature_map is None or position_map is None:
         return None, inside
-    return cause_shares(anomaly_map, feature_map, position_map, pred_mask), inside
+    return cause_shares(anomaly_map, feature_map, position_map, pred_mask, missing_map), inside
 
 
 def _check(panel_size: int, max_arrows: int, maps: tuple[np.ndarray | None, ...]) -> None:
@@ -195,7 +212,8 @@ def _check(panel_size: int, max_arrows: int, maps: tuple[np.ndarray | None, ...]
     if panel_size < 32 or max_arrows < 0:
         msg = f"panel_size is {panel_size} and max_arrows is {max_arrows}; expected at least 32 and at least 0."
         raise ValueError(msg)
-    for name, values in zip(("anomaly_map", "feature_map", "position_map", "pred_mask", "gt_mask"), maps, strict=True):
+    names = ("anomaly_map", "feature_map", "position_map", "missing_map", "pred_mask", "gt_mask")
+    for name, values in zip(names, maps, strict=True):
         if values is not None and values.ndim != 2:
             msg = f"{name} has shape {values.shape}; expected (H, W): pass one image's map without batch and channel."
             raise ValueError(msg)
@@ -217,7 +235,7 @@ def _first_panel(base: Image.Image, gt_mask: np.ndarray | None, note: str) -> Pa
 
 
 def _anomaly_panel(base: Image.Image, anomaly_map: np.ndarray, pred_mask: np.ndarray | None) -> Panel:
-    """Show both causes together, with the predicted defect outlined."""
+    """Show all causes together, with the predicted defect outlined."""
     drawn = overlay(base, anomaly_map)
     if pred_mask is None:
         return Panel("Anomaly", "", drawn)
@@ -229,13 +247,20 @@ def _anomaly_panel(base: Image.Image, anomaly_map: np.ndarray, pred_mask: np.nda
 
 
 def _position_panel(
-    base: Image.Image, position_map: np.ndarray, usual: float, matched_position: np.ndarray | None, max_arrows: int
+    base: Image.Image,
+    position_map: np.ndarray,
+    feature_map: np.ndarray | None,
+    matched_position: np.ndarray | None,
+    max_arrows: int,
 ) -> Panel:
-    """Show what is out of place, with arrows to where it belongs."""
+    """Show what is out of place, with arrows to where it belongs; a patch that looks wrong more belongs nowhere."""
+    usual = 0.0 if feature_map is None else normal_level(feature_map)
     title, drawn = "In the wrong place", overlay(base, position_map + usual)
     if matched_position is None or max_arrows == 0:
         return Panel(title, "", drawn)
     least = max(HALF_WAY * (THRESHOLD - usual), LEAST_STRENGTH)
+    if feature_map is not None:
+        position_map = np.where(position_map >= feature_map - usual, position_map, 0.0)
     chosen = arrows(position_map, matched_position, max_arrows=max_arrows, min_strength=least)
     caption = "arrow: from where it is to where it belongs" if chosen else "nothing clearly belongs elsewhere"
     return Panel(title, caption, draw_arrows(drawn, chosen))

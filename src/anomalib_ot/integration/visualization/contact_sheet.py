@@ -3,9 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from anomalib_ot.integration.visualization.anomaly_figure import draw_color_bar, draw_panels, find_shares
+from anomalib_ot.integration.visualization.anomaly_figure import (
+    LEAST_STRENGTH,
+    draw_color_bar,
+    draw_panels,
+    find_shares,
+)
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, badge, cause_lines
 
 __all__ = ["contact_sheet"]
@@ -34,14 +40,17 @@ def contact_sheet(rows: Sequence[tuple[str, Mapping[str, Any]]], width: int = 12
     if not rows or width < 600:
         msg = f"rows has {len(rows)} entries and width is {width}; expected at least one row and 600 pixels."
         raise ValueError(msg)
-    count = 1 + sum(rows[0][1].get(name) is not None for name in ("anomaly_map", "feature_map", "position_map"))
+    missing = any(_adds(explanation.get("missing_map")) for _, explanation in rows)
+    names = ("anomaly_map", "feature_map", "position_map", *(["missing_map"] if missing else []))
+    count = 1 + sum(rows[0][1].get(name) is not None for name in names)
     column = (width - LABEL_WIDTH - BAR_WIDTH - GAP - count * SPACE) // count
     drawn = []
     for name, explanation in rows:
-        given = {key: value for key, value in explanation.items() if key != "verdict"}
+        left_out = {"verdict"} if missing else {"verdict", "missing_map"}
+        given = {key: value for key, value in explanation.items() if key not in left_out}
         image = given["image"]
         size = max(32, round(column * min(1.0, image.height / image.width) ** 0.5))
-        drawn.append(draw_panels(**given, panel_size=size))
+        drawn.append(draw_panels(**given, panel_size=size, with_empty=True))
         titles = [panel.title for panel in drawn[-1]]
         if titles != [panel.title for panel in drawn[0]]:
             msg = (
@@ -65,10 +74,14 @@ def contact_sheet(rows: Sequence[tuple[str, Mapping[str, Any]]], width: int = 12
     return sheet
 
 
+def _adds(missing_map: np.ndarray | None) -> bool:
+    return missing_map is not None and float(missing_map.max()) >= LEAST_STRENGTH
+
+
 def _label(name: str, explanation: Mapping[str, Any], height: int) -> Image.Image:
     """Say what the part is called, what the verdict is, and why."""
     verdict: Verdict = explanation.get("verdict") or Verdict()
-    maps = [explanation.get(key) for key in ("anomaly_map", "feature_map", "position_map", "pred_mask")]
+    maps = [explanation.get(key) for key in ("anomaly_map", "feature_map", "position_map", "pred_mask", "missing_map")]
     shares, inside = find_shares(*maps)
     label = Image.new("RGB", (LABEL_WIDTH, height), PAPER)
     draw = ImageDraw.Draw(label)

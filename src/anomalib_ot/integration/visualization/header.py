@@ -15,6 +15,7 @@ GOOD, DEFECT, UNKNOWN = (24, 128, 56), (198, 40, 40), (98, 104, 116)
 LOOKS, PLACE, COUNTS = (235, 130, 30), (70, 110, 200), (130, 70, 160)
 COUNT_ANOMALY = "count anomaly: part missing or extra"
 GAP, CARD_HEIGHT = 14, 58
+MOSTLY = 50  # percent
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,11 @@ def causes_to_tell(
     """Return the shares, None where they explain nothing, and whether there is a count anomaly.
 
     A good part has no cause. Where no pixel is defective and there is a count anomaly, the shares of the highest pixels
-    would accuse the wrong cause.
+    would accuse the wrong cause. Where most of it is missing at a place, the shares say more than a count.
     """
     count = verdict.count_is_anomalous(inside)
+    if count and inside and shares is not None and shares.missing >= MOSTLY:
+        count = False
     silent = verdict.decision() is False or (count and not inside)
     return None if silent else shares, count
 
@@ -134,10 +137,7 @@ def causes_to_tell(
 def cause_lines(verdict: Verdict, shares: CauseShares | None, inside: bool | None) -> list[str]:
     """Say in short lines why the part is bad, the greater cause first; nothing if there is nothing to tell."""
     told, count = causes_to_tell(verdict, shares, inside)
-    lines = []
-    if told is not None:
-        named = [(told.feature, f"looks wrong {told.feature} %"), (told.position, f"wrong place {told.position} %")]
-        lines = [line for share, line in sorted(named, reverse=True) if share > 0]
+    lines = [] if told is None else told.words()
     return [*lines, COUNT_ANOMALY] if count else lines
 
 
@@ -147,8 +147,8 @@ def _cause_cards(verdict: Verdict, shares: CauseShares | None, inside: bool | No
     cards = []
     if told is not None:
         where = "Cause, inside the predicted defect" if inside else "Cause, in the top 1 % of the pixels"
-        cards.append(_card(where, f"looks wrong {told.feature} %,  wrong place {told.position} %"))
-        parts = [(told.feature / 100, LOOKS), (told.position / 100, PLACE)]
+        cards.append(_card(where, ",  ".join(told.words())))
+        parts = [(told.feature / 100, LOOKS), (told.position / 100, PLACE), (told.missing / 100, COUNTS)]
         _bar(ImageDraw.Draw(cards[-1]), cards[-1].width, parts)
     if count:
         cards.append(_card("Cause, in the part as a whole", COUNT_ANOMALY))
