@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalib_ot.anomaly.fitting import fit_bank
+from anomalib_ot.anomaly.growth import add_prototype, allow_amounts, costliest_patch
 from anomalib_ot.anomaly.members import Member
 from anomalib_ot.anomaly.prototypes import PatchScores, PrototypeBank
 from anomalib_ot.anomaly.scoring import TransportScore, find_kinds, image_score
@@ -19,6 +20,14 @@ Source = tuple[tuple[str, ...], int]
 Embedded = dict[Source, tuple[Tensor, tuple[int, int]]]
 FIT_IMAGES = 8
 CPU_PORTION = 4  # images
+
+
+class Growth(NamedTuple):
+    """What a good image has taken to be good: its `score` before, `prototypes` added per member, room for `amounts`."""
+
+    score: float
+    prototypes: list[int]
+    amounts: bool
 
 
 class Explained(NamedTuple):
@@ -170,6 +179,44 @@ class PrototypesModel(nn.Module):
     def load_fitted_state(self, state: dict[str, Tensor]) -> None:
         """Take over what a fit in another process has learned."""
         self.load_state_dict({**state, **self.feature_extractor.state_dict(prefix="feature_extractor.")})
+
+    @torch.no_grad()
+    def grow(self, image: Tensor, limit: float) -> Growth:
+        """Add prototypes until a good image scores at most `limit`; nothing changes where it does already.
+
+        Greedy as `farthest_points`: as long as the map's score is above the limit, the patch that has the largest part
+        in the map's highest pixel becomes a prototype of each member. If the image's amounts are unusual besides, the
+        transport score allows them. What is there stays as it is, and no image scores higher than before.
+
+        Args:
+            image: The normalized image (1, 3, H, W).
+            limit: In units of the image score, above 0.
+
+        Raises:
+            ValueError: If even a prototype for each patch leaves the score above the limit.
+        """
+        before, added = float(self(image).pred_score), [set() for _ in self.banks]
+        if before <= limit:
+            return Growth(before, [0] * len(added), amounts=False)
+        embedded, size = self.embed(image), (image.shape[-2], image.shape[-1])
+        while float((found := self._local(embedded, size)).pred_score) > limit:
+            known = sum(map(len, added))
+            pixel = divmod(int(found.anomaly_map.argmax()), size[1])
+            for bank, taken in zip(self.banks, added, strict=True):
+                embeddings, grid = embedded[bank.member.layers, bank.member.pooling]
+                scores = bank(embeddings, grid)
+                cost = (scores.feature + scores.position)[0].index_fill(0, torch.tensor(sorted(taken)).long(), 0.0)
+                patch = costliest_patch(cost.unflatten(0, grid), self.smoother, pixel, size, bank.member.align_corners)
+                if cost[patch] > 0:
+                    add_prototype(bank, embeddings[0, patch], patch, grid)
+                    taken.add(patch)
+            if sum(map(len, added)) == known:
+                msg = f"the score stays above {limit:g} with a prototype for each patch; expected a higher threshold"
+                raise ValueError(msg)
+        amounts = self.transport_score is not None and allow_amounts(
+            self.transport_score, self.transport_score.roots(self._amounts(embedded))[0]
+        )
+        return Growth(before, [len(taken) for taken in added], amounts)
 
     def _fit_transport(self, patches: dict[Source, Patches], size: tuple[int, int], seed: int) -> None:
         """Learn the amounts and the local scores of the training images; of each image only a few numbers are kept."""

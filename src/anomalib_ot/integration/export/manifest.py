@@ -52,6 +52,7 @@ def base_manifest(model: Any, outputs: Sequence[str], input_size: Sequence[int] 
         "inference_precision": "f32",
         "scores": _exported_scores(model),
         "calibration": None if model.calibration is None else dict(model.calibration),
+        "additions": getattr(model, "additions", None),
         "accuracy": None,
         "parity": None,
     }

@@ -44,6 +44,7 @@ install_short_errors()
 
 UNLIMITED_EPOCHS = (1000, -1)  # what Lightning puts where the user gave no limit
 WITHOUT_FLOAT64 = ("mps",)  # the fit sums in float64; it runs on the CPU there
+ADDITIONS = "anomalib_ot_additions"
 NO_DATA = "no data to {}; name a data set (--data Folder --data.root ..., in Python datamodule=...)"
 
 
@@ -101,6 +102,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
     """
 
     model: PrototypesModel
+    additions: list[dict[str, Any]] | None = None  # what `anomalib-ot update` has added since the training
 
     def __init__(
         self,
@@ -303,6 +305,11 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
 
     # ---- checkpoints
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the record of what was added since the training."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[ADDITIONS] = self.additions
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that was trained, whatever the arguments: its prototypes belong to no other."""
         check_own_checkpoint(checkpoint, "model.is_fitted", "OTPrototypes")
@@ -311,6 +318,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         if trained:
             self.hparams.update(trained)
             self.model = build_model(**{name: self.hparams[name] for name in MODEL_ARGUMENTS})
+        self.additions = checkpoint.get(ADDITIONS)
         super().on_load_checkpoint(checkpoint)
         if self._trainer is not None and isinstance(self._trainer.datamodule, AnomalibDataModule):
             self._trainer.datamodule.setup(self._trainer.state.fn)  # its data sets take over the restored resize

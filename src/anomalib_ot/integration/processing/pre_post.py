@@ -133,11 +133,7 @@ class ExplainedPostProcessor(PostProcessor):
         It is in units of the score of a typical map, so that the image's threshold holds for both. None
         before thresholds are found, or without normalization.
         """
-        if not self.enable_normalization:
-            return None
-        shift = (self.normalized_image_threshold - 0.5) * (self.image_max - self.image_min)
-        threshold = float(self.image_threshold + shift)
-        return None if math.isnan(threshold) else threshold
+        return raw_threshold(self)
 
     def forward(self, predictions: Explained | InferenceBatch) -> Explained | InferenceBatch:
         """Post-process predictions of any batch size; what comes without causes is Anomalib's own business."""
@@ -177,6 +173,15 @@ class ExplainedPostProcessor(PostProcessor):
         stretch = torch.where(span > 0, 1 / span, 1.0)  # no statistics (NaN) or all alike: nothing was stretched
         position_map = torch.minimum(position_map * stretch, anomaly_map)
         return split_by_cause(anomaly_map, anomaly_map - position_map, position_map)
+
+
+def raw_threshold(post_processor: PostProcessor) -> float | None:
+    """Return the image score above which an image is defective, in the units before normalization; None: not known."""
+    if not post_processor.enable_normalization:
+        return None
+    shift = (post_processor.normalized_image_threshold - 0.5) * (post_processor.image_max - post_processor.image_min)
+    threshold = float(post_processor.image_threshold + shift)
+    return None if math.isnan(threshold) else threshold
 
 
 def without_causes(predictions: Explained) -> InferenceBatch:
