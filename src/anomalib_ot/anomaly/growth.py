@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.anomaly.scoring import TransportScore
-from anomalib_ot.vision.patches import MapSmoother, grid_positions
+from anomalib_ot.vision.patches import MapSmoother
 
 __all__ = ["add_prototype", "allow_amounts", "costliest_patch"]
 
@@ -33,7 +33,7 @@ def costliest_patch(
     return int((rows[:, None] * columns * cost).argmax())
 
 
-def add_prototype(bank: PrototypeBank, embedding: Tensor, patch: int, grid_size: tuple[int, int]) -> None:
+def add_prototype(bank: PrototypeBank, embedding: Tensor, position: Tensor) -> None:
     """Make a patch a prototype, after those that are there, which stay as they are.
 
     It lies where the patch does; its scale and the radius within which it is at home are the medians of the others,
@@ -42,12 +42,10 @@ def add_prototype(bank: PrototypeBank, embedding: Tensor, patch: int, grid_size:
     Args:
         bank: The member, fitted.
         embedding: The embedding (D,) of the patch.
-        patch: Its number in the grid.
-        grid_size: Height and width of the grid, patches.
+        position: Its position (y, x), each in [0, 1].
     """
-    there = grid_positions(grid_size, bank.positions.device)[patch]
     bank.prototypes = torch.cat([bank.prototypes, bank.encode(embedding.float())[None]])
-    bank.positions = torch.cat([bank.positions, there[None]])
+    bank.positions = torch.cat([bank.positions, position[None]])
     for name in ("feature_scales", "position_tolerances"):
         known = getattr(bank, name)
         setattr(bank, name, torch.cat([known, known.median()[None]]))

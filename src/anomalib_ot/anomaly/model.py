@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from anomalib_ot.anomaly.fitting import fit_bank
 from anomalib_ot.anomaly.growth import add_prototype, allow_amounts, costliest_patch
 from anomalib_ot.anomaly.members import Member
-from anomalib_ot.anomaly.prototypes import PatchScores, PrototypeBank
+from anomalib_ot.anomaly.prototypes import PatchScores, PrototypeBank, take_saved_shapes
+from anomalib_ot.anomaly.region import patches_inside
 from anomalib_ot.anomaly.scoring import TransportScore, find_kinds, image_score
 from anomalib_ot.anomaly.training_patches import EncodedPatches, Patches
 from anomalib_ot.ot.precision import full_precision
@@ -88,6 +89,27 @@ class PrototypesModel(nn.Module):
         self.score = score
         self.transport_score = TransportScore(num_groups) if transport_score else None
         self.register_buffer("is_fitted", torch.tensor(False))
+        self.register_buffer("roi", torch.zeros(0, dtype=torch.bool))
+        self.roi_share = 1.0
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        """Take the region of interest of a checkpoint; those from before there were regions have none."""
+        state_dict.setdefault(prefix + "roi", torch.zeros(0, dtype=torch.bool))
+        take_saved_shapes(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.set_region(self.roi)
+
+    def set_region(self, roi: Tensor) -> None:
+        """Let only some pixels count, in the fit and in scores; to be called before the fit.
+
+        The others are replaced by the mean color before the backbone sees them, their patches are left out, and the map
+        is 0 there: nothing depends on what they show.
+
+        Args:
+            roi: Pixels (H, W) that count, bool, at least one; empty: all.
+        """
+        self.roi = roi
+        self.roi_share = float(roi.float().mean()) if roi.numel() else 1.0
 
     @property
     def sources(self) -> list[Source]:
@@ -95,13 +117,47 @@ class PrototypesModel(nn.Module):
         return list(dict.fromkeys((bank.member.layers, bank.member.pooling) for bank in self.banks))
 
     def embed(self, images: Tensor) -> Embedded:
-        """Return embeddings (B, N, D) and grid size per source, in float32 whatever autocast says."""
-        features = self.feature_extractor(images)
+        """Return embeddings (B, N, D) and grid size per source, in float32 whatever autocast says.
+
+        With a region of interest the N patches are those that it touches.
+
+        Raises:
+            ValueError: If there is one, and the images are not of its size.
+        """
+        features = self.feature_extractor(self._seen(images))
         with torch.autocast(images.device.type, enabled=False):
-            return {
+            embedded = {
                 (layers, pooling): patch_embeddings([features[layer] for layer in layers], pooling)
                 for layers, pooling in self.sources
             }
+            if not self.roi.numel():
+                return embedded
+            return {
+                source: (embeddings[:, self._inside(source, grid)], grid)
+                for source, (embeddings, grid) in embedded.items()
+            }
+
+    def _seen(self, images: Tensor) -> Tensor:
+        """Put the mean color outside the region of interest."""
+        if not self.roi.numel():
+            return images
+        if images.shape[-2:] != self.roi.shape:
+            (height, width), (roi_height, roi_width) = images.shape[-2:], self.roi.shape
+            msg = (
+                f"images reach the network with {height} x {width} pixels, and the region of interest (roi) has "
+                f"{roi_height} x {roi_width}; expected one size: keep the default pre_processor, which resizes to it"
+            )
+            raise ValueError(msg)
+        return torch.where(self.roi, images, 0.0)
+
+    def _inside(self, source: Source, grid: tuple[int, int]) -> Tensor:
+        """Return the numbers of the patches that count, the same for all members with this source."""
+        banks = [bank for bank in self.banks if (bank.member.layers, bank.member.pooling) == source]
+        if not len(banks[0].inside):
+            inside, nearest = patches_inside(self.roi, grid)
+            for bank in banks:
+                bank.inside, bank.nearest_inside = inside, nearest
+        return banks[0].inside
 
     def forward(self, images: Tensor) -> Explained:
         """Score normalised images (B, 3, H, W)."""
@@ -132,9 +188,11 @@ class PrototypesModel(nn.Module):
             parts[alike] = parts[alike] + maps if alike in parts else maps
             matched.append(_on_grid(scores, grid, finest))
         maps = self.smoother(list(parts.values()), size, [corners for _, corners in parts])
+        if self.roi.numel():
+            maps = torch.where(self.roi, maps, 0.0)
         feature_map, position_map = maps[:, :1], maps[:, 1:]
         anomaly_map = feature_map + position_map
-        score = image_score(anomaly_map, self.score)
+        score = image_score(anomaly_map, self.score, self.roi_share)
         position = _most_misplaced(matched)
         return Explained(score, None, anomaly_map, None, feature_map, position_map, position, None)
 
@@ -205,11 +263,14 @@ class PrototypesModel(nn.Module):
             for bank, taken in zip(self.banks, added, strict=True):
                 embeddings, grid = embedded[bank.member.layers, bank.member.pooling]
                 scores = bank(embeddings, grid)
-                cost = (scores.feature + scores.position)[0].index_fill(0, torch.tensor(sorted(taken)).long(), 0.0)
+                rows = bank.on_grid(torch.arange(embeddings.shape[1], device=embeddings.device)[None])[0]
+                cost = (scores.feature + scores.position)[0]
+                cost = cost.masked_fill(torch.isin(rows, torch.tensor(sorted(taken), device=rows.device).long()), 0.0)
                 patch = costliest_patch(cost.unflatten(0, grid), self.smoother, pixel, size, bank.member.align_corners)
                 if cost[patch] > 0:
-                    add_prototype(bank, embeddings[0, patch], patch, grid)
-                    taken.add(patch)
+                    row = int(rows[patch])
+                    add_prototype(bank, embeddings[0, row], bank.patch_positions(grid)[row])
+                    taken.add(row)
             if sum(map(len, added)) == known:
                 msg = f"the score stays above {limit:g} with a prototype for each patch; expected a higher threshold"
                 raise ValueError(msg)

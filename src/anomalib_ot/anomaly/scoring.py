@@ -23,17 +23,18 @@ HIGH, MARGIN = 0.95, 1.5  # amounts count from 1.5 times as far as this quantile
 KIND_PATCHES = 20_000
 
 
-def image_score(anomaly_map: Tensor, kind: str) -> Tensor:
+def image_score(anomaly_map: Tensor, kind: str, share: float = 1.0) -> Tensor:
     """Reduce maps (B, 1, H, W) to one score per image (B,).
 
     Args:
         anomaly_map: Scores per pixel.
         kind: "max", or "mean_top1", the mean of the highest 1 % of pixels (at least one).
+        share: Part of the pixels that count, above 0 to 1; the others are 0.
     """
     pixels = anomaly_map.flatten(1)
     if kind == "max":
         return pixels.amax(1)
-    return pixels.topk(max(int(pixels.shape[1] * TOP), 1), dim=1).values.mean(1)
+    return pixels.topk(max(int(pixels.shape[1] * TOP * share), 1), dim=1).values.mean(1)
 
 
 def find_kinds(bank: PrototypeBank, encoded: EncodedPatches, count: int, seed: int) -> None:

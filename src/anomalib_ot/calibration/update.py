@@ -32,18 +32,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
     add("--output", metavar="NEW.ckpt", type=Path, help="checkpoint to write; MODEL.ckpt itself without it")
     options = parser.parse_args(arguments)
     try:
-        _update(options.model, options.good, options.output or options.model)
+        _update(options.model, options.good, options.output)
     except InputError as error:
         print(f"anomalib-ot update: error: {error}", file=sys.stderr, flush=True)
         return REFUSED
     return DONE
 
 
-def _update(model: Path, good: Path, output: Path) -> None:
+def _update(model: Path, good: Path, output: Path | None) -> None:
     if model.is_dir() or model.suffix.lower() in SUFFIXES:
         msg = f"MODEL.ckpt is '{model}', an export, which cannot learn: update the checkpoint, then export it again"
         raise InputError(msg)
-    if output.suffix != ".ckpt" or not output.parent.is_dir():
+    if output is not None and (output.suffix != ".ckpt" or not output.parent.is_dir()):
         msg = f"--output is '{output}'; expected the name of a checkpoint (.ckpt) in a folder that exists"
         raise InputError(msg)
     files = image_files("--good", good)
@@ -62,7 +62,7 @@ def _update(model: Path, good: Path, output: Path) -> None:
         "prototypes": added,
         "amounts": sum(growth.amounts for growth, _ in learned.values()),
     }
-    checkpoint.write(addition, output)
+    checkpoint.write(addition, output or model)
     print(
         f"{len(files)} good images (fingerprint {addition['good_sha256']}), {addition['false_alarms']} of them above "
         f"the threshold {checkpoint.threshold:.6g}; {len(grown)} were learned"
@@ -74,4 +74,4 @@ def _update(model: Path, good: Path, output: Path) -> None:
         print(f"  and {len(grown) - MOST_TOLD} more")
     told = ", ".join(f"{name} {count}" for name, count in zip(checkpoint.members, added, strict=True))
     print(f"prototypes added: {sum(added)} ({told})" if grown else "nothing is added: all are covered")
-    print(f"the threshold stays; scores of other images stay or fall\nwritten into {output}")
+    print(f"the threshold stays; scores of other images stay or fall\nwritten into {output or model}")

@@ -14,6 +14,7 @@ from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, che
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.images import check_images
 from anomalib_ot.integration.data.deep_images import read_image_deep
+from anomalib_ot.integration.data.region_of_interest import check_shape
 from anomalib_ot.integration.export.export import CALIBRATION
 from anomalib_ot.integration.models.ot_prototypes import OTPrototypes
 
@@ -54,6 +55,7 @@ class CalibratedCheckpoint:
             InputError: If files cannot be read; names the first, and says how many there are.
         """
         check_images(files, description)
+        check_shape(files, self._model.roi_size, description)
         with torch.inference_mode():
             return [float(self._model.model(self._image(file)).pred_score) for file in files]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
 
 from anomalib_ot.anomaly.model import Explained
+from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.batches import split_by_cause
 from anomalib_ot.integration.data.deep_images import restore_deep_images
 from anomalib_ot.vision.resize import AntialiasResize
@@ -96,9 +97,13 @@ def _exportable(transform: Transform | None) -> nn.Module | None:
     return nn.Sequential(*parts) if parts else None
 
 
+def _is_fixed_resize(part: nn.Module) -> bool:
+    return isinstance(part, Resize) and part.size is not None and len(part.size) == 2
+
+
 def _is_antialiased_resize(part: nn.Module) -> bool:
     """Whether it is the usual resize: to a fixed height and width, bilinear, antialiased."""
-    if not isinstance(part, Resize) or part.size is None or len(part.size) != 2:
+    if not _is_fixed_resize(part):
         return False
     # torchvision keeps the mode as it was given: as an enum, as its value, or as Pillow's number.
     return part.interpolation in BILINEAR and bool(part.antialias)
@@ -161,6 +166,9 @@ class ExplainedPostProcessor(PostProcessor):
         """Normalize a batch; its causes, if it has any, follow."""
         position_map = getattr(batch, "position_map", None)
         super().normalize_batch(batch)
+        roi = getattr(batch, "roi", None)
+        if roi is not None:
+            batch.anomaly_map = torch.where(roi, batch.anomaly_map.as_subclass(Tensor), 0.0)
         if position_map is not None:
             anomaly_map = batch.anomaly_map.as_subclass(Tensor)
             batch.feature_map, batch.position_map = self._split(anomaly_map, position_map.as_subclass(Tensor))
@@ -173,6 +181,22 @@ class ExplainedPostProcessor(PostProcessor):
         stretch = torch.where(span > 0, 1 / span, 1.0)  # no statistics (NaN) or all alike: nothing was stretched
         position_map = torch.minimum(position_map * stretch, anomaly_map)
         return split_by_cause(anomaly_map, anomaly_map - position_map, position_map)
+
+
+def check_whole_view(pre_processor: nn.Module | None) -> None:
+    """Check that a pre-processor shows the network all of an image, as fractions of the image need.
+
+    Raises:
+        InputError: If it does anything but resize to a fixed size and change colors.
+    """
+    steps = flat_transforms(getattr(pre_processor, "transform", None))
+    other = [type(step).__name__ for step in steps if not isinstance(step, Normalize) and not _is_fixed_resize(step)]
+    if other:
+        msg = (
+            f"roi is in fractions of the image, and the pre_processor does {other[0]}, after which the network may not "
+            "see all of it; expected Resize to a fixed height and width, and Normalize"
+        )
+        raise InputError(msg)
 
 
 def raw_threshold(post_processor: PostProcessor) -> float | None:

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_ot.imaging.causes import BOW, Arrow, CauseShares, arrows, bowed_line, cause_shares, normal_level
-from anomalib_ot.imaging.heat import color_bar, draw_outline, overlay
+from anomalib_ot.imaging.heat import color_bar, dim_outside, draw_outline, overlay
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, header
 
 __all__ = [
@@ -98,6 +98,7 @@ def explain_picture(
     pred_mask: np.ndarray | None = None,
     *,
     gt_mask: np.ndarray | None = None,
+    roi: np.ndarray | None = None,
     verdict: Verdict | None = None,
     image_note: str = "",
     panel_size: int = 320,
@@ -113,6 +114,7 @@ def explain_picture(
         matched_position: (2, h, w) y and x in [0, 1] of each patch's prototype; None draws no arrows.
         pred_mask: (H, W) bool.
         gt_mask: (H, W) bool.
+        roi: (H, W) bool, what counts; the rest is dark, and has no part in the causes. None: all.
         verdict: What the header says.
         image_note: Caption below the first panel's title if there is no ground truth to explain.
         panel_size: Side in pixels of a square with the area of one panel, >= 32.
@@ -133,9 +135,9 @@ def explain_picture(
     verdict = verdict or Verdict()
     maps = (anomaly_map, feature_map, position_map, matched_position, pred_mask)
     panels = draw_panels(
-        image, *maps, gt_mask=gt_mask, image_note=image_note, panel_size=panel_size, max_arrows=max_arrows
+        image, *maps, gt_mask=gt_mask, roi=roi, image_note=image_note, panel_size=panel_size, max_arrows=max_arrows
     )
-    shares, inside = find_shares(anomaly_map, feature_map, position_map, pred_mask)
+    shares, inside = find_shares(anomaly_map, feature_map, position_map, pred_mask, roi)
     body = _arrange(panels, with_bar=len(panels) > 1)
     width = max(body.width, LEAST_WIDTH)
     head = header(width, verdict, shares, inside=inside, normalized=anomaly_map is None or anomaly_map.max() <= 1)
@@ -154,6 +156,7 @@ def draw_panels(
     pred_mask: np.ndarray | None = None,
     *,
     gt_mask: np.ndarray | None = None,
+    roi: np.ndarray | None = None,
     image_note: str = "",
     panel_size: int = 320,
     max_arrows: int = 8,
@@ -165,14 +168,15 @@ def draw_panels(
     """
     _check(panel_size, max_arrows, (anomaly_map, feature_map, position_map, pred_mask, gt_mask))
     base = _panel_image(image, panel_size)
+    base = base if roi is None else dim_outside(base, roi)
     panels = [_first_panel(base, gt_mask, image_note)]
     if anomaly_map is not None:
         panels.append(_anomaly_panel(base, anomaly_map, pred_mask))
     if feature_map is not None:
-        usual = 0.0 if position_map is None else normal_level(position_map)
+        usual = 0.0 if position_map is None else normal_level(_counting(position_map, roi))
         panels.append(Panel("Looks wrong", "bright: unlike the good parts", overlay(base, feature_map + usual)))
     if position_map is not None:
-        usual = 0.0 if feature_map is None else normal_level(feature_map)
+        usual = 0.0 if feature_map is None else normal_level(_counting(feature_map, roi))
         panels.append(_position_panel(base, position_map, usual, matched_position, max_arrows))
     return panels
 
@@ -182,12 +186,19 @@ def find_shares(
     feature_map: np.ndarray | None,
     position_map: np.ndarray | None,
     pred_mask: np.ndarray | None,
+    roi: np.ndarray | None = None,
 ) -> tuple[CauseShares | None, bool | None]:
     """Return the shares of the causes, None without maps of both; and whether any pixel is predicted defective."""
     inside = None if pred_mask is None else bool(pred_mask.any())
     if anomaly_map is None or feature_map is None or position_map is None:
         return None, inside
-    return cause_shares(anomaly_map, feature_map, position_map, pred_mask), inside
+    counting = (_counting(values, roi) for values in (anomaly_map, feature_map, position_map, pred_mask))
+    return cause_shares(*counting), inside
+
+
+def _counting(values: np.ndarray | None, roi: np.ndarray | None) -> np.ndarray | None:
+    """The pixels of a map that count."""
+    return values if values is None or roi is None else values[roi]
 
 
 def _check(panel_size: int, max_arrows: int, maps: tuple[np.ndarray | None, ...]) -> None:

@@ -68,7 +68,7 @@ def contact_sheet(rows: Sequence[tuple[str, Mapping[str, Any]]], width: int = 12
 def _label(name: str, explanation: Mapping[str, Any], height: int) -> Image.Image:
     """Say what the part is called, what the verdict is, and why."""
     verdict: Verdict = explanation.get("verdict") or Verdict()
-    maps = [explanation.get(key) for key in ("anomaly_map", "feature_map", "position_map", "pred_mask")]
+    maps = [explanation.get(key) for key in ("anomaly_map", "feature_map", "position_map", "pred_mask", "roi")]
     shares, inside = find_shares(*maps)
     label = Image.new("RGB", (LABEL_WIDTH, height), PAPER)
     draw = ImageDraw.Draw(label)

@@ -103,7 +103,7 @@ def explanation_of(
         threshold=threshold,
         name=name,
     )
-    maps = ("anomaly_map", "feature_map", "position_map", "matched_position", "pred_mask", "gt_mask")
+    maps = ("anomaly_map", "feature_map", "position_map", "matched_position", "pred_mask", "gt_mask", "roi")
     arrays = {field: _array(getattr(item, field, None)) for field in maps}
     return {"image": image, **arrays, "verdict": verdict, "image_note": note}
 
