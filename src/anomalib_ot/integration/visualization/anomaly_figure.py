@@ -169,6 +169,8 @@ def draw_panels(
     _check(panel_size, max_arrows, (anomaly_map, feature_map, position_map, pred_mask, gt_mask))
     base = _panel_image(image, panel_size)
     base = base if roi is None else dim_outside(base, roi)
+    if roi is not None:
+        image_note = f"{image_note}; dark: not looked at" if image_note else "dark: not looked at"
     panels = [_first_panel(base, gt_mask, image_note)]
     if anomaly_map is not None:
         panels.append(_anomaly_panel(base, anomaly_map, pred_mask))
