@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from anomalib_ot import Inspector, OTPrototypes
 from anomalib_ot.calibration.command import run as calibrate
+from anomalib_ot.edge.drawing import draw_view
 from anomalib_ot.imaging.heat import dim_outside
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.fabric_folder import FabricFolder
@@ -209,7 +210,7 @@ def test_an_export_holds_the_region_and_so_does_the_inspector(checkpoint, folder
     model = OTPrototypes.load_from_checkpoint(checkpoint)
     path = Path(model.to_openvino(tmp_path, onnx_kwargs={"export_explanation": True}))
     with Inspector(path, views=True) as inspector:
-        assert inspector.manifest.is_written
+        assert np.array_equal(inspector.manifest.roi, ROI.numpy())
         results = {
             name: list(inspector.stream(sorted(map(str, folders[name].iterdir()))))
             for name in ("good", "outside", "inside")
@@ -218,6 +219,12 @@ def test_an_export_holds_the_region_and_so_does_the_inspector(checkpoint, folder
         assert outside.score == good.score
         assert outside.view.anomaly_map[~ROI.numpy()].max() == 0
     assert sum(result.verdict == "defect" for result in results["inside"]) >= 9  # the threshold may be the score of one
+    with Image.open(sorted(folders["good"].iterdir())[0]) as image:
+        plain = np.asarray(image.convert("L").resize((480, 480)), dtype=float)
+    drawn = np.asarray(draw_view(results["good"][0]).convert("L"), dtype=float)
+    assert (
+        drawn[400:, :100].mean() / plain[400:, :100].mean() < 0.75 * drawn[:300, 200:].mean() / plain[:300, 200:].mean()
+    )
     model.eval()
     with torch.inference_mode():
         files = sorted(folders["inside"].iterdir())
