@@ -225,7 +225,7 @@ def test_an_export_holds_the_region_and_so_does_the_inspector(checkpoint, folder
     assert (
         drawn[400:, :100].mean() / plain[400:, :100].mean() < 0.75 * drawn[:300, 200:].mean() / plain[:300, 200:].mean()
     )
-    model.eval()
+    model.eval().export_explanation = True
     with torch.inference_mode():
         files = sorted(folders["inside"].iterdir())
         images = torch.stack([torch.from_numpy(np.asarray(Image.open(file).convert("RGB")) / 255.0) for file in files])
