@@ -77,6 +77,14 @@ def test_the_next_part_of_the_kind_is_nearly_as_good():
     assert (model(others).pred_score - limit < 0.2 * (before - limit)).all()
 
 
+def test_further_parts_of_the_kind_take_no_more_prototypes():
+    model = fitted()
+    limit = float(model(textures(10)).pred_score.max())
+    images = stained(textures(4, seed=6)).split(1)
+    first, *others = (sum(model.grow(image, limit).prototypes) for image in images)
+    assert first > sum(others)
+
+
 def test_a_defect_elsewhere_or_of_another_look_stays_one():
     model = fitted()
     limit = float(model(textures(10)).pred_score.max())
@@ -112,6 +120,22 @@ def test_what_is_covered_changes_nothing():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for one, other in zip(out, model(textures(3, seed=2)), strict=True):
         assert one is None or torch.equal(one, other)
+
+
+def test_an_image_whose_amounts_alone_are_unusual_takes_no_prototype():
+    members = make_members("default", ["fine", "coarse"], num_prototypes=12, alpha=0.0, pooling=1)
+    model = PrototypesModel(Network(), members, num_groups=4, smoothing=0.0, score="max", transport_score=True).eval()
+    images = textures(10)
+    model.fit({source: Patches(*found) for source, found in model.embed(images).items()}, SIZE, 0)
+    limit = float(model(textures(10)).pred_score.max())
+    image = textures(1)[..., :16].repeat(1, 1, 1, 5)  # known patches, some of them five times as often
+    known = state(model)
+    assert float(model(image).pred_score) > limit
+    growth = model.grow(image, limit)
+    assert (sum(growth.prototypes), growth.amounts) == (0, True)
+    assert float(model(image).pred_score) <= limit
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, known[name])]
+    assert changed == ["transport_score.precision"]
 
 
 def test_a_limit_that_no_prototype_reaches_is_refused():
