@@ -1,7 +1,7 @@
-"""The script ``anomalib-ot``: ``inspect``, ``calibrate``, ``benchmark``, else Anomalib's command with ours in it.
+"""The script ``anomalib-ot``: ``inspect``, ``calibrate``, ``update``, ..., else Anomalib's command with ours in it.
 
-``inspect`` is for the edge device; ``calibrate`` sets thresholds from good images; ``benchmark`` reads Anomalib's
-benchmark files and can be resumed.
+``inspect`` is for the edge device; ``calibrate`` sets thresholds from good images; ``update`` adds good images to what
+a checkpoint knows; ``benchmark`` reads Anomalib's benchmark files and can be resumed.
 
 The plain ``anomalib`` command knows them too wherever the start-up hook runs. It does not run under ``python -S``, in a
 frozen application, or for a package that lies on ``PYTHONPATH``; this command works there as well.
@@ -11,7 +11,7 @@ import sys
 
 
 def main() -> None:
-    """Run ``inspect`` (without Anomalib), ``calibrate``, ``benchmark``, or else Anomalib's command, on ``sys.argv``."""
+    """Run ``inspect`` (without Anomalib), another command of this package, or else Anomalib's, on ``sys.argv``."""
     if sys.argv[1:2] == ["inspect"]:
         from anomalib_ot.edge.command import run as inspect
 
@@ -27,6 +27,11 @@ def main() -> None:
 
         sys.exit(calibrate(sys.argv[2:]))
 
+    if sys.argv[1:2] == ["update"]:
+        from anomalib_ot.calibration.update import run as update
+
+        sys.exit(update(sys.argv[2:]))
+
     if sys.argv[1:2] == ["report"]:
         from anomalib_ot.integration.report.command import run as report
 
@@ -38,6 +43,7 @@ def main() -> None:
         print(
             "anomalib-ot calibrate MODEL --good DIR --max-false-alarms RATE: thresholds; anomalib-ot calibrate --help"
         )
+        print("anomalib-ot update MODEL.ckpt --good DIR: add good parts to a model; anomalib-ot update --help")
         print(
             "anomalib-ot benchmark --config FILE --out DIR: resumable sweeps; anomalib-ot benchmark --help\n",
             flush=True,

@@ -224,7 +224,7 @@ def test_autocast_does_not_round_the_fit():
         under, cost_under = fit(embeddings, feature_cost="whitened")
     assert cost == cost_under
     for name, value in plain.named_buffers():
-        assert value.dtype == torch.float32
+        assert value.dtype == torch.float32 or not value.is_floating_point()
         assert torch.equal(value, dict(under.named_buffers())[name]), name
 
 

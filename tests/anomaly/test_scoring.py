@@ -94,34 +94,37 @@ def cell(maps, place):
 
 
 def test_what_is_missing_is_shown_where_good_images_have_it(placed):
-    out = placed(blobs(3, 10, 1, PLACES))
+    out = placed(blobs(2, 20, 1, PLACES))
     assert torch.equal(out.feature_map + out.position_map + out.missing_map, out.anomaly_map)
-    gone = cell(out.missing_map, PLACES[3])
-    assert (gone.mean((1, 2, 3)) > 5 * out.missing_map.mean((1, 2, 3))).all()
-    for place in PLACES[:3]:
-        assert (cell(out.missing_map, place).mean((1, 2, 3)) < 0.1 * gone.mean((1, 2, 3))).all()
+    gone, there = (
+        torch.cat([cell(out.missing_map, place) for place in places]).mean() for places in (PLACES[2:], PLACES[:2])
+    )
+    assert gone > 3 * out.missing_map.mean()
+    assert there < 0.3 * gone
     excess = out.pred_score - image_score(out.feature_map + out.position_map, "mean_top1")
     assert (out.missing_map.amax((1, 2, 3)) <= excess * (1 + 1e-5)).all()
+    assert (out.missing_map.amax((1, 2, 3)) > 0.5 * excess).float().mean() > 0.8
 
 
-def test_nothing_is_missing_from_good_images_nor_where_a_part_has_moved(placed):
+def test_nothing_is_missing_from_good_images_nor_where_parts_have_moved(placed):
     good = placed(blobs(4, 40, 2, PLACES))
     assert (good.missing_map.amax((1, 2, 3)) == 0).float().mean() >= 0.8
-    moved, gone = placed(blobs(4, 20, 3, [1, 7, 8, 11])), placed(blobs(3, 20, 3, PLACES))
+    moved, gone = placed(blobs(4, 20, 3, [1, 7, 2, 11])), placed(blobs(2, 20, 3, PLACES))
     assert moved.missing_map.amax((1, 2, 3)).median() < 0.2 * gone.missing_map.amax((1, 2, 3)).median()
 
 
 def test_the_missing_map_of_an_image_alone_and_in_a_batch(placed):
-    images = torch.cat([blobs(3, 2, 4, PLACES), blobs(4, 2, 4, PLACES)])
+    images = torch.cat([blobs(2, 2, 4, PLACES), blobs(4, 2, 4, PLACES)])
     together = placed(images).missing_map
+    assert together.amax() > 0
     for i in range(4):
         torch.testing.assert_close(together[i : i + 1], placed(images[i : i + 1]).missing_map, rtol=1e-3, atol=1e-3)
 
 
 def test_images_of_another_size_find_the_places(placed):
-    larger = F.interpolate(blobs(3, 4, 5, PLACES), size=(192, 192), mode="bilinear")
+    larger = F.interpolate(blobs(2, 8, 5, PLACES), size=(192, 192), mode="bilinear")
     missing = F.interpolate(placed(larger).missing_map, size=(SIZE, SIZE), mode="bilinear")
-    assert (cell(missing, PLACES[3]).mean((1, 2, 3)) > 2 * missing.mean((1, 2, 3))).all()
+    assert cell(missing, PLACES[3]).mean() > 2 * missing.mean()
 
 
 # ---- the score by itself
@@ -129,7 +132,7 @@ def test_images_of_another_size_find_the_places(placed):
 
 def histograms(images, sizes, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.softmax(torch.randn(images, size, generator=generator), 1) for size in sizes]
+    return [torch.softmax(torch.randn(images, 1, size, generator=generator), 2) for size in sizes]
 
 
 def learned(amounts, local):
@@ -141,7 +144,7 @@ def learned(amounts, local):
 def test_the_distance_is_mahalanobis_of_root_amounts():
     amounts, local = histograms(40, [3, 4]), torch.rand(40)
     score = learned(amounts, local)
-    roots = torch.cat(amounts, 1).double().numpy() ** 0.5
+    roots = torch.cat(amounts, 2)[:, 0].double().numpy() ** 0.5
     covariance = np.cov(roots.T)
     covariance = 0.9 * covariance + 0.1 * np.diag(covariance).mean() * np.eye(7)
     away = roots - roots.mean(0)
@@ -156,7 +159,7 @@ def test_the_distance_is_mahalanobis_of_root_amounts():
 
 def test_amounts_add_what_they_exceed_the_unit_by():
     score = learned(histograms(30, [6]), torch.rand(30) + 1)
-    amounts = [torch.cat([*histograms(20, [6], seed=2), torch.eye(6)])]
+    amounts = [torch.cat([*histograms(20, [6], seed=2), torch.eye(6)[:, None]])]
     transport, _ = score(score.roots(amounts))
     assert torch.equal(score.excess(transport), (transport - score.unit).clamp(min=0.0))
     assert (transport > score.unit).any()
@@ -165,9 +168,9 @@ def test_amounts_add_what_they_exceed_the_unit_by():
 
 def test_training_images_are_measured_against_the_others():
     generator = torch.Generator().manual_seed(3)
-    many = [torch.softmax(torch.randn(250, 12, generator=generator), 1)]
+    many = [torch.softmax(torch.randn(250, 1, 12, generator=generator), 2)]
     score = learned(many, torch.rand(250))
-    fresh = [torch.softmax(torch.randn(4000, 12, generator=generator), 1)]
+    fresh = [torch.softmax(torch.randn(4000, 1, 12, generator=generator), 2)]
     transport, _ = score(score.roots(fresh))
     assert (transport * 1.5 > score.unit).float().mean().item() == pytest.approx(0.05, abs=0.03)
     assert (transport > score.unit).float().mean() < 0.02
@@ -193,8 +196,8 @@ def test_one_image_counts_nothing_and_says_so(caplog):
 
 
 def test_equal_amounts_in_training_give_finite_scores():
-    score = learned([torch.full((6, 4), 0.25)], torch.ones(6))
-    transport, lacking = score(score.roots([torch.tensor([[0.25] * 4, [1.0, 0.0, 0.0, 0.0]])]))
+    score = learned([torch.full((6, 1, 4), 0.25)], torch.ones(6))
+    transport, lacking = score(score.roots([torch.tensor([[[0.25] * 4], [[1.0, 0.0, 0.0, 0.0]]])]))
     added = score.excess(transport)
     assert lacking.isfinite().all()
     assert added[0] == 0

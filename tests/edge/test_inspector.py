@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from anomalib_ot import Inspector
+from anomalib_ot.edge.drawing import draw_view
 from anomalib_ot.edge.drift import Drift
 from anomalib_ot.edge.frames import Frame, InspectError
 
@@ -43,6 +44,18 @@ def test_the_map_is_in_pixels_of_the_frame_when_the_graph_has_a_size(tmp_path):
     assert found.size == (160, 128)
     assert found.map.x == pytest.approx(7.5 * 8, abs=3)
     assert found.map.y == pytest.approx(5.5 * 8, abs=3)
+
+
+def test_a_region_of_interest_is_drawn_and_the_causes_are_those_inside(tmp_path):
+    left = {"size": [32, 40], "runs": [0, *[20] * 64]}  # inside 20, outside 20, row by row
+    with Inspector(bright_graph(tmp_path, MANIFEST | {"roi": left}), views=True) as inspector:
+        found, other = inspector.one(frame(0, 0.9)), inspector.one(frame(0, 0.9, (48, 40)))
+    assert found.view.roi[:, :20].all()
+    assert not found.view.roi[:, 20:].any()
+    assert found.causes == (75, 25)
+    drawn = np.asarray(draw_view(found).convert("L"), dtype=float)
+    assert drawn[:, 300:].mean() < 0.95 * drawn[:, :200].mean()
+    assert "a map of shape (40, 48), and the manifest has a region of interest of (32, 40)" in other.error
 
 
 def test_boxes_are_named_sorted_and_in_pixels_of_the_frame(tmp_path):

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalib_ot.anomaly.fitting import fit_bank
+from anomalib_ot.anomaly.growth import add_prototype, allow_amounts, costliest_patch
 from anomalib_ot.anomaly.members import Member
-from anomalib_ot.anomaly.prototypes import PatchScores, PrototypeBank
+from anomalib_ot.anomaly.prototypes import PatchScores, PrototypeBank, take_saved_shapes
+from anomalib_ot.anomaly.region import patches_inside
 from anomalib_ot.anomaly.scoring import LEAST_PLACED, TransportScore, find_kinds, image_score, places_of_kinds
 from anomalib_ot.anomaly.training_patches import EncodedPatches, Patches
 from anomalib_ot.ot.precision import full_precision
@@ -19,6 +21,14 @@ Source = tuple[tuple[str, ...], int]
 Embedded = dict[Source, tuple[Tensor, tuple[int, int]]]
 FIT_IMAGES = 8
 CPU_PORTION = 4  # images
+
+
+class Growth(NamedTuple):
+    """What a good image has taken to be good: its `score` before, `prototypes` added per member, room for `amounts`."""
+
+    score: float
+    prototypes: list[int]
+    amounts: bool
 
 
 class Explained(NamedTuple):
@@ -81,6 +91,27 @@ class PrototypesModel(nn.Module):
         self.score = score
         self.transport_score = TransportScore(num_groups) if transport_score else None
         self.register_buffer("is_fitted", torch.tensor(False))
+        self.register_buffer("roi", torch.zeros(0, dtype=torch.bool))
+        self.roi_share = 1.0
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        """Take the region of interest of a checkpoint; those from before there were regions have none."""
+        state_dict.setdefault(prefix + "roi", torch.zeros(0, dtype=torch.bool))
+        take_saved_shapes(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.set_region(self.roi)
+
+    def set_region(self, roi: Tensor) -> None:
+        """Let only some pixels count, in the fit and in scores; to be called before the fit.
+
+        The others are replaced by the mean color before the backbone sees them, their patches are left out, and the map
+        is 0 there: nothing depends on what they show.
+
+        Args:
+            roi: Pixels (H, W) that count, bool, at least one; empty: all.
+        """
+        self.roi = roi
+        self.roi_share = float(roi.float().mean()) if roi.numel() else 1.0
 
     @property
     def sources(self) -> list[Source]:
@@ -88,13 +119,47 @@ class PrototypesModel(nn.Module):
         return list(dict.fromkeys((bank.member.layers, bank.member.pooling) for bank in self.banks))
 
     def embed(self, images: Tensor) -> Embedded:
-        """Return embeddings (B, N, D) and grid size per source, in float32 whatever autocast says."""
-        features = self.feature_extractor(images)
+        """Return embeddings (B, N, D) and grid size per source, in float32 whatever autocast says.
+
+        With a region of interest the N patches are those that it touches.
+
+        Raises:
+            ValueError: If there is one, and the images are not of its size.
+        """
+        features = self.feature_extractor(self._seen(images))
         with torch.autocast(images.device.type, enabled=False):
-            return {
+            embedded = {
                 (layers, pooling): patch_embeddings([features[layer] for layer in layers], pooling)
                 for layers, pooling in self.sources
             }
+            if not self.roi.numel():
+                return embedded
+            return {
+                source: (embeddings[:, self._inside(source, grid)], grid)
+                for source, (embeddings, grid) in embedded.items()
+            }
+
+    def _seen(self, images: Tensor) -> Tensor:
+        """Put the mean color outside the region of interest."""
+        if not self.roi.numel():
+            return images
+        if images.shape[-2:] != self.roi.shape:
+            (height, width), (roi_height, roi_width) = images.shape[-2:], self.roi.shape
+            msg = (
+                f"images reach the network with {height} x {width} pixels, and the region of interest (roi) has "
+                f"{roi_height} x {roi_width}; expected one size: keep the default pre_processor, which resizes to it"
+            )
+            raise ValueError(msg)
+        return torch.where(self.roi, images, 0.0)
+
+    def _inside(self, source: Source, grid: tuple[int, int]) -> Tensor:
+        """Return the numbers of the patches that count, the same for all members with this source."""
+        banks = [bank for bank in self.banks if (bank.member.layers, bank.member.pooling) == source]
+        if not len(banks[0].inside):
+            inside, nearest = patches_inside(self.roi, grid)
+            for bank in banks:
+                bank.inside, bank.nearest_inside = inside, nearest
+        return banks[0].inside
 
     def forward(self, images: Tensor) -> Explained:
         """Score normalised images (B, 3, H, W)."""
@@ -105,9 +170,11 @@ class PrototypesModel(nn.Module):
             if self.transport_score is None:
                 return local
             found = self._kinds(embedded)
-            transport, lacking = self.transport_score(self.transport_score.roots([kinds.mean(1) for kinds in found]))
+            transport, lacking = self.transport_score(self.transport_score.roots(found))
             excess = self.transport_score.excess(transport)
             missing = excess[:, None, None, None] * self._missing(found, lacking, embedded, size)
+            if self.roi.numel():
+                missing = torch.where(self.roi, missing, 0.0)
             return local._replace(
                 pred_score=local.pred_score + excess,
                 anomaly_map=local.anomaly_map + missing,
@@ -134,9 +201,11 @@ class PrototypesModel(nn.Module):
             parts[alike] = parts[alike] + maps if alike in parts else maps
             matched.append(_on_grid(scores, grid, finest))
         maps = self.smoother(list(parts.values()), size, [corners for _, corners in parts])
+        if self.roi.numel():
+            maps = torch.where(self.roi, maps, 0.0)
         feature_map, position_map = maps[:, :1], maps[:, 1:]
         anomaly_map = feature_map + position_map
-        score = image_score(anomaly_map, self.score)
+        score = image_score(anomaly_map, self.score, self.roi_share)
         position = _most_misplaced(matched)
         return Explained(score, None, anomaly_map, None, feature_map, position_map, position, None, None)
 
@@ -182,6 +251,47 @@ class PrototypesModel(nn.Module):
         """Take over what a fit in another process has learned."""
         self.load_state_dict({**state, **self.feature_extractor.state_dict(prefix="feature_extractor.")})
 
+    @torch.no_grad()
+    def grow(self, image: Tensor, limit: float) -> Growth:
+        """Add prototypes until a good image scores at most `limit`; nothing changes where it does already.
+
+        Greedy as `farthest_points`: as long as the map's score is above the limit, the patch that has the largest part
+        in the map's highest pixel becomes a prototype of each member. If the image's amounts are unusual besides, the
+        transport score allows them. What is there stays as it is, and no image scores higher than before.
+
+        Args:
+            image: The normalized image (1, 3, H, W).
+            limit: In units of the image score, above 0.
+
+        Raises:
+            ValueError: If even a prototype for each patch leaves the score above the limit.
+        """
+        before, added = float(self(image).pred_score), [set() for _ in self.banks]
+        if before <= limit:
+            return Growth(before, [0] * len(added), amounts=False)
+        embedded, size = self.embed(image), (image.shape[-2], image.shape[-1])
+        while float((found := self._local(embedded, size)).pred_score) > limit:
+            known = sum(map(len, added))
+            pixel = divmod(int(found.anomaly_map.argmax()), size[1])
+            for bank, taken in zip(self.banks, added, strict=True):
+                embeddings, grid = embedded[bank.member.layers, bank.member.pooling]
+                scores = bank(embeddings, grid)
+                rows = bank.on_grid(torch.arange(embeddings.shape[1], device=embeddings.device)[None])[0]
+                cost = (scores.feature + scores.position)[0]
+                cost = cost.masked_fill(torch.isin(rows, torch.tensor(sorted(taken), device=rows.device).long()), 0.0)
+                patch = costliest_patch(cost.unflatten(0, grid), self.smoother, pixel, size, bank.member.align_corners)
+                if cost[patch] > 0:
+                    row = int(rows[patch])
+                    add_prototype(bank, embeddings[0, row], bank.patch_positions(grid)[row])
+                    taken.add(row)
+            if sum(map(len, added)) == known:
+                msg = f"the score stays above {limit:g} with a prototype for each patch; expected a higher threshold"
+                raise ValueError(msg)
+        amounts = self.transport_score is not None and allow_amounts(
+            self.transport_score, self.transport_score.roots(self._kinds(embedded))[0]
+        )
+        return Growth(before, [len(taken) for taken in added], amounts)
+
     def _fit_transport(self, patches: dict[Source, Patches], size: tuple[int, int], seed: int) -> None:
         """Learn the amounts and the local scores of the training images; of each image only a few numbers are kept."""
         for bank in self._counting_banks():
@@ -196,12 +306,13 @@ class PrototypesModel(nn.Module):
             }
             local.append(self._local(embedded, size).pred_score.cpu())
             kinds = self._kinds(embedded)
-            roots.append(self.transport_score.roots([of_bank.mean(1) for of_bank in kinds]).cpu())
+            roots.append(self.transport_score.roots(kinds).cpu())
             sums = [of_bank.sum(0) for of_bank in kinds]
             found = [before + now for before, now in zip(found, sums, strict=True)] if found else sums
         for bank, occupied in zip(self._counting_banks(), found, strict=True):
             grid = patches[bank.member.layers, bank.member.pooling].grid_size
-            bank.occupancy = places_of_kinds(occupied / num_images, num_images).T.unflatten(1, grid).contiguous()
+            bank.occupancy = places_of_kinds(occupied / num_images, num_images)
+            bank.occupancy = bank.on_grid(bank.occupancy[None])[0].T.unflatten(1, grid).contiguous()
         self.transport_score.learn(torch.cat(roots), torch.cat(local))
 
     def _counting_banks(self) -> list[PrototypeBank]:
@@ -217,8 +328,8 @@ class PrototypesModel(nn.Module):
     def _missing(self, found: list[Tensor], lacking: Tensor, embedded: Embedded, size: tuple[int, int]) -> Tensor:
         """Return where kinds are missing (B, 1, H, W), 0 to 1.
 
-        ``W^2 / (W^2 + (1 - W)^2) sum_k w_k max(o_k - a_k, 0) / max_x sum_k w_k o_k`` with ``W = sum_k w_k``: little where
-        there is more too much than too little, as where one too many lies on the background.
+        ``W^2 / (W^2 + (1 - W)^2) sum_k w_k max(o_k - a_k, 0) / max_x sum_k w_k o_k`` with ``W = sum_k w_k``: little
+        where there is more too much than too little, as where one too many lies on the background.
 
         `a_k` is how much a patch is of kind k, `o_k` the same on the mean of the training images (0 where it is a
         matter of chance), `w_k` the share of kind k in what is unusual.
@@ -230,6 +341,7 @@ class PrototypesModel(nn.Module):
             expected = bank.occupancy
             if expected.shape[1:] != grid:
                 expected = F.interpolate(expected[None], grid, mode="bilinear", align_corners=False)[0]
+            kinds = bank.on_grid(kinds)
             expected = expected.flatten(1).T.expand_as(kinds)
             both = torch.stack([(expected - kinds).clamp(min=0.0), expected], dim=1) @ share[:, None, :, None]
             maps.append(both.squeeze(-1).unflatten(2, grid))

@@ -86,6 +86,7 @@ class PrototypeBank(nn.Module):
         *("kinds", "occupancy"),
     )
     SCALARS = ("position_unit", "calibration", "weight", "kind_scale")
+    REGION = ("inside", "nearest_inside")  # numbers of patches; empty: all of them count
 
     def __init__(self, member: Member) -> None:
         super().__init__()
@@ -95,6 +96,8 @@ class PrototypeBank(nn.Module):
             self.register_buffer(name, torch.zeros(0))
         for name in self.SCALARS:
             self.register_buffer(name, torch.ones(()))
+        for name in self.REGION:
+            self.register_buffer(name, torch.zeros(0, dtype=torch.long))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         """Take the shapes of a checkpoint: the number of prototypes is known only after the fit.
@@ -105,6 +108,8 @@ class PrototypeBank(nn.Module):
             state_dict.setdefault(prefix + name, torch.ones(()))
         for name in ("kinds", "occupancy"):
             state_dict.setdefault(prefix + name, torch.zeros(0))
+        for name in self.REGION:
+            state_dict.setdefault(prefix + name, torch.zeros(0, dtype=torch.long))
         take_saved_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -148,13 +153,23 @@ class PrototypeBank(nn.Module):
         """Return both weighted parts of the cost: feature (B, N, K) and position (N, K), uncalibrated."""
         alpha = self.member.alpha
         feature = (1 - alpha) * self.feature_cost(self.encode(embeddings.float()))
-        return feature, alpha * self.position_cost(grid_positions(grid_size, embeddings.device))
+        return feature, alpha * self.position_cost(self.patch_positions(grid_size))
+
+    def patch_positions(self, grid_size: tuple[int, int]) -> Tensor:
+        """Return the positions (N, 2) of the patches of a grid (h, w) that count, on the device of the buffers."""
+        positions = grid_positions(grid_size, self.positions.device)
+        return positions[self.inside] if len(self.inside) else positions
+
+    def on_grid(self, values: Tensor) -> Tensor:
+        """Bring values (B, N, ...) of the patches that count to all (B, h * w, ...); others take the nearest one's."""
+        return values[:, self.nearest_inside] if len(self.nearest_inside) else values
 
     def forward(self, embeddings: Tensor, grid_size: tuple[int, int]) -> PatchScores:
         """Score patches (B, N, D) of a grid (h, w) against the cheapest prototype.
 
         Returns:
-            The two calibrated parts of the cost and the position of the prototype.
+            The two calibrated parts of the cost and the position of the prototype, of all patches of the grid: those
+            outside the region of interest, which are none of the N, have those of the nearest one inside.
         """
         feature, position = self.costs(embeddings, grid_size)
         cost, index = cheapest(feature + position)
@@ -162,7 +177,8 @@ class PrototypeBank(nn.Module):
         picked = position.flatten()[rows + index]
         picked = torch.minimum(picked, cost)
         matched = self.positions[index]
-        return PatchScores((cost - picked) / self.calibration, picked / self.calibration, matched)
+        found = (cost - picked) / self.calibration, picked / self.calibration, matched
+        return PatchScores(*map(self.on_grid, found))
 
     def kinds_of(self, embeddings: Tensor) -> Tensor:
         """Return how much each of the patches (B, N, D) is of each kind (B, N, G); the last axis sums to 1.

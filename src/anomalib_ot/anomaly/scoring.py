@@ -26,17 +26,18 @@ CHANCE = 3.0  # elsewhere
 LEAST_PLACED = 0.1  # of a patch: a kind that is nowhere expected more than this is not spread over the map in full
 
 
-def image_score(anomaly_map: Tensor, kind: str) -> Tensor:
+def image_score(anomaly_map: Tensor, kind: str, share: float = 1.0) -> Tensor:
     """Reduce maps (B, 1, H, W) to one score per image (B,).
 
     Args:
         anomaly_map: Scores per pixel.
         kind: "max", or "mean_top1", the mean of the highest 1 % of pixels (at least one).
+        share: Part of the pixels that count, above 0 to 1; the others are 0.
     """
     pixels = anomaly_map.flatten(1)
     if kind == "max":
         return pixels.amax(1)
-    return pixels.topk(max(int(pixels.shape[1] * TOP), 1), dim=1).values.mean(1)
+    return pixels.topk(max(int(pixels.shape[1] * TOP * share), 1), dim=1).values.mean(1)
 
 
 def find_kinds(bank: PrototypeBank, encoded: EncodedPatches, count: int, seed: int) -> None:
@@ -142,9 +143,9 @@ class TransportScore(nn.Module):
             setattr(self, name, value.to(self.unit.device))
 
     @staticmethod
-    def roots(amounts: list[Tensor]) -> Tensor:
-        """Return the square roots (B, members * kinds) of the amounts (B, kinds) of each member."""
-        return torch.cat(amounts, dim=1).clamp(min=0.0).sqrt()
+    def roots(kinds: list[Tensor]) -> Tensor:
+        """Return square roots (B, members * kinds) of the amounts, the means over patches of kinds (B, N, kinds)."""
+        return torch.cat([of_member.mean(1) for of_member in kinds], dim=1).clamp(min=0.0).sqrt()
 
     @staticmethod
     def _moments(roots: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,9 @@ def start_prototypes(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
     member, grid_size = bank.member, encoded.patches.grid_size
     cells = None
     if member.num_global is not None:
-        cells = cell_positions(grid_size, member.num_global)
+        cells, places = cell_positions(grid_size, member.num_global), encoded.positions.cpu()
+        if len(bank.inside):
+            cells = cells[torch.cdist(places, cells).argmin(1).unique()]  # those that patches fall into
         copies = max(int(member.num_global), 1)
         count, named = copies * len(cells), f"num_global={member.num_global}"
     else:
@@ -64,7 +66,7 @@ def start_prototypes(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
         sample = encoded.rows(sample_numbers(len(encoded), POINTS_PER_PROTOTYPE * count, seed))
         prototypes = k_means(sample, count, seed, spherical=member.feature_cost == "cosine")
     else:
-        cell = torch.cdist(encoded.patches.positions, cells).argmin(1)
+        cell = torch.cdist(places, cells).argmin(1)
         prototypes = _cell_centres(encoded, cell, len(cells), copies, seed).transpose(0, 1).flatten(0, 1)
     if cells is not None:
         positions = cells.repeat(copies, 1)

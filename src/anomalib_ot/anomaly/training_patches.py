@@ -57,6 +57,8 @@ class ShardedEmbeddings:
 class Patches(NamedTuple):
     """Normal patches: `embeddings` (n, N, D) of n images, each a grid of `grid_size` (h, w), row by row.
 
+    With a region of interest the N patches are those that it touches.
+
     The embeddings may be a memory-mapped tensor, or `ShardedEmbeddings`: a fit reads them a few images at a time.
     """
 
@@ -84,7 +86,7 @@ class EncodedPatches:
     def __init__(self, bank: PrototypeBank, patches: Patches) -> None:
         self.bank, self.patches = bank, patches
         self.num_images, self.per_image, self.width = patches.embeddings.shape
-        self.positions = patches.positions.to(self.device)
+        self.positions = bank.patch_positions(patches.grid_size)
 
     def __len__(self) -> int:
         """Number of patches in all."""

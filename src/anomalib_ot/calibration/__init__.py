@@ -1,1 +1,1 @@
-"""Thresholds from good images: the command `anomalib-ot calibrate`, for checkpoints and exports alike."""
+"""What good images change after a training: thresholds (`anomalib-ot calibrate`), prototypes (`anomalib-ot update`)."""

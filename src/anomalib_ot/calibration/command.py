@@ -14,7 +14,7 @@ from anomalib_ot.edge.frames import InspectError
 from anomalib_ot.edge.watched import scan
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["run"]
+__all__ = ["fingerprint", "image_files", "run"]
 
 HASH = 16  # letters of a fingerprint
 DONE, REFUSED = 0, 2
@@ -66,8 +66,8 @@ def _calibrate(options: argparse.Namespace) -> None:
             f"--histogram is '{options.histogram}', and matplotlib, which draws it, is missing: pip install matplotlib"
         )
         raise InputError(f"{msg}, or leave --histogram out")
-    good_files = _files("--good", options.good)
-    bad_files = [] if options.bad is None else _files("--bad", options.bad)
+    good_files = image_files("--good", options.good)
+    bad_files = [] if options.bad is None else image_files("--bad", options.bad)
     if len(good_files) < needed:
         msg = (
             f"--good is '{options.good}' with {len(good_files)} images, which promise a false-alarm rate of "
@@ -88,7 +88,7 @@ def _calibrate(options: argparse.Namespace) -> None:
         "interval": list(found.interval),
         "confidence": CONFIDENCE,
         "good_images": found.count,
-        "good_sha256": _fingerprint(good_files),
+        "good_sha256": fingerprint(good_files),
         "bad_images": len(bad) if bad else None,
         "escapes": sum(score <= found.value for score in bad) if bad else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -115,7 +115,7 @@ def _model(path: Path):
     return CalibratedExport(path)
 
 
-def _files(option: str, folder: Path) -> list[str]:
+def image_files(option: str, folder: Path) -> list[str]:
     """List the images below a folder, sorted.
 
     Raises:
@@ -135,7 +135,7 @@ def _files(option: str, folder: Path) -> list[str]:
     return sorted(found.files)
 
 
-def _fingerprint(files: Sequence[str]) -> str:
+def fingerprint(files: Sequence[str]) -> str:
     """Return a checksum of the images, whatever their names and their order."""
     sums = []
     for file in files:

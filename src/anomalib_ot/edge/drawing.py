@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_ot.edge.results import Result
 from anomalib_ot.imaging.box_drawing import Mark, class_color, draw_marks
-from anomalib_ot.imaging.heat import draw_outline, overlay
+from anomalib_ot.imaging.heat import dim_outside, draw_outline, overlay
 
 __all__ = ["COLORS", "WORDS", "draw_result", "draw_view", "picture_name"]
 
@@ -75,6 +75,8 @@ def draw_view(
     size = (max(1, round(scale * picture.width)), max(1, round(scale * picture.height)))
     if size != picture.size:
         picture = picture.resize(size, Image.Resampling.BILINEAR if scale > 1 else Image.Resampling.BOX)
+    if result.view.roi is not None:
+        picture = dim_outside(picture, result.view.roi)
     if result.view.anomaly_map is not None:
         return _heat(picture, result.view.anomaly_map, result.view.mask, pixel_threshold)
     drawn = picture.copy()

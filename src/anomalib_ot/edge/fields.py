@@ -7,10 +7,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from anomalib_ot.edge.frames import InspectError
 
 __all__ = ["DAMAGE", "count", "damaged", "names", "number", "one_of", "quantiles", "read_text", "short", "size"]
-__all__ += ["strict_json", "table", "word"]
+__all__ += ["region", "strict_json", "table", "word"]
 
 LONGEST = 16 * 2**20  # bytes of a file
 MOST_PIXELS = 25_000_000  # of an input; a network takes a thousand bytes and more for each
@@ -103,6 +105,17 @@ def size(value: object) -> tuple[int, int] | None:
     if not is_pair or min(value) < 1 or value[0] * value[1] > MOST_PIXELS:
         raise _refused("size", value, f"height and width in pixels, at most {MOST_PIXELS // 10**6} million together")
     return value[0], value[1]
+
+
+def region(value: dict[str, Any]) -> np.ndarray | None:
+    """Return the pixels (H, W) that count, bool, from lengths of runs outside, inside, outside, ...; None: all."""
+    shape, runs = size(value.get("size")), value.get("runs")
+    if shape is None:
+        return None
+    is_list = isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs)
+    if not is_list or sum(runs) != shape[0] * shape[1] or not any(runs[1::2]):
+        raise _refused("runs", runs, f"lengths from 0 on that sum to {shape[0]} x {shape[1]}")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(shape)
 
 
 def quantiles(scores: dict[str, Any]) -> tuple[float, ...] | None:

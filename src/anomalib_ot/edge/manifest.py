@@ -2,8 +2,10 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from anomalib_ot.edge import fields
 from anomalib_ot.edge.drift import LEAST
@@ -38,6 +40,7 @@ class Manifest:
         good_count: How many scores the latter are quantiles of.
         is_written: Whether there was a manifest; without one the graph's own verdict has to be trusted.
         sha256: Of the manifest as it was read; "" without one.
+        roi: (H, W) bool, the pixels of the map that count; None: all.
     """
 
     kind: str
@@ -55,6 +58,7 @@ class Manifest:
     good_count: int = 0
     is_written: bool = False
     sha256: str = ""
+    roi: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def title(self) -> str:
@@ -200,6 +204,7 @@ def _parse(text: str, origin: str, outputs: Sequence[str]) -> Manifest:
             good_quantiles=fields.quantiles(good),
             good_count=fields.count(good),
             is_written=True,
+            roi=fields.region(fields.table(found, "roi")),
             sha256=hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
         )
     except fields.DAMAGE as error:

@@ -153,11 +153,11 @@ def _small(view: View) -> View:
     picture = view.picture.copy()
     picture.thumbnail((PICTURE_SIDES[1], PICTURE_SIDES[1]), Image.Resampling.BOX)
     if view.anomaly_map is None or max(view.anomaly_map.shape) <= MAP_SIDE:
-        return View(picture, view.anomaly_map, view.mask)
+        return View(picture, view.anomaly_map, view.mask, view.roi)
     scale = MAP_SIDE / max(view.anomaly_map.shape)
     size = tuple(max(1, round(scale * side)) for side in reversed(view.anomaly_map.shape))
     values = np.asarray(Image.fromarray(view.anomaly_map).resize(size, Image.Resampling.BOX))
     mask = view.mask
     if mask is not None:
         mask = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)) > 127
-    return View(picture, values, mask)
+    return View(picture, values, mask, view.roi)

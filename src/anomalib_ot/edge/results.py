@@ -63,11 +63,14 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """What there is to draw of a frame: the picture, and for an anomaly the map and the pixels above the threshold."""
+    """What there is to draw of a frame: the picture, and for an anomaly the map, the pixels above the threshold, and
+    those that count (None: all).
+    """
 
     picture: Image.Image
     anomaly_map: np.ndarray | None = None
     mask: np.ndarray | None = None
+    roi: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -193,13 +196,16 @@ def read_outputs(
             return Result(name, verdict, score, size, boxes=boxes, more_boxes=more, view=view)
         values = _plane(outputs, "anomaly_map")
         mask = _mask(outputs, manifest, values)
-        causes = None
+        causes, roi = None, manifest.roi
+        if roi is not None and roi.shape != values.shape:
+            msg = f"a map of shape {values.shape}, and the manifest has a region of interest of {roi.shape}"
+            raise _OutputError(msg)
         if "feature_map" in outputs and "position_map" in outputs:
             missing = _plane(outputs, "missing_map") if "missing_map" in outputs else None
-            maps = (_plane(outputs, name) for name in ("feature_map", "position_map"))
-            causes = cause_shares(values, *maps, mask, missing)
+            maps = values, _plane(outputs, "feature_map"), _plane(outputs, "position_map"), mask, missing
+            causes = cause_shares(*(one if one is None or roi is None else one[roi] for one in maps))
         transport = _first(outputs, "transport_score") if "transport_score" in outputs else None
-        view = None if picture is None else View(picture, values.copy(), None if mask is None else mask.copy())
+        view = None if picture is None else View(picture, values.copy(), None if mask is None else mask.copy(), roi)
         summary = _summary(values, mask, size)
         return Result(name, verdict, score, size, map=summary, causes=causes, transport_score=transport, view=view)
     except _OutputError as error:

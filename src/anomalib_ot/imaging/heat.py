@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-__all__ = ["color_bar", "draw_outline", "overlay"]
+__all__ = ["color_bar", "dim_outside", "draw_outline", "overlay"]
 
 # Matplotlib's "inferno" at every 15th of its 256 values: grows lighter with the value, so that it is also readable in
 # gray and by the color-blind.
@@ -19,6 +19,7 @@ OPACITY, CLEAR_UP_TO, FULL_FROM = 0.9, 0.4, 0.7
 CHECK = 8  # side in pixels of the squares behind the color bar, which show how much of the image shines through
 SHADES = (35, 160)  # black and white of the gray image below a map: muted, so that bright fabric is not taken for a map
 DARK = (15, 15, 20)
+DIMMED, EDGE = 0.35, (150, 150, 150)  # brightness outside a region of interest, and its outline
 
 
 @cache
@@ -80,6 +81,24 @@ def draw_outline(image: Image.Image, mask: np.ndarray, color: tuple[int, int, in
         alpha = Image.fromarray(shape.astype(np.uint8) * 255).resize(image.size, Image.Resampling.BOX)
         drawn.paste(paint, mask=alpha)
     return drawn
+
+
+def dim_outside(image: Image.Image, roi: np.ndarray) -> Image.Image:
+    """Darken what lies outside a region of interest, and draw a thin line around it.
+
+    Args:
+        image: The panel's image.
+        roi: (H, W) bool, stretched to the image's size.
+
+    Returns:
+        RGB image of the same size.
+    """
+    stretched = Image.fromarray(roi.astype(np.uint8) * 255).resize(image.size, Image.Resampling.BILINEAR)
+    inside = np.asarray(stretched) >= 128
+    pixels = np.asarray(image.convert("RGB"), dtype=float)
+    pixels[~inside] *= DIMMED
+    pixels[_dilate(inside, 1) & ~inside] = EDGE
+    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def _dilate(mask: np.ndarray, radius: int) -> np.ndarray:

@@ -15,7 +15,6 @@ from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from torch import Tensor
 
-from anomalib_ot.imaging.causes import cause_shares
 from anomalib_ot.integration.callbacks.region_writer import SeenPart, model_threshold, seen_part
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.report.table import DEFECTIVE, GOOD, UNKNOWN
@@ -31,7 +30,7 @@ __all__ = ["ResultRows"]
 logger = logging.getLogger(__name__)
 
 HASH = 16  # letters of a checksum in a row
-MAPS = ("anomaly_map", "feature_map", "position_map", "pred_mask", "missing_map")
+MAPS = ("anomaly_map", "feature_map", "position_map", "pred_mask", "missing_map", "roi")
 
 
 class ResultRows:
@@ -102,7 +101,7 @@ class ResultRows:
         """The odd regions as boxes, with the causes inside each; in pixels of the file, or of the map without one."""
         if item.anomaly_map is None:
             return {"regions": None, "size": None if file_size is None else list(file_size)}
-        anomaly, feature, position, _, missing = (_array(getattr(item, name, None)) for name in MAPS)
+        anomaly, feature, position, _, missing, roi = (_array(getattr(item, name, None)) for name in MAPS)
         map_size = anomaly.shape[1], anomaly.shape[0]
         size = file_size or map_size
         if self._settings is None or not np.isfinite(anomaly).all():
@@ -116,7 +115,7 @@ class ResultRows:
                 left, top, right, bottom = (round(side) for side in box)
                 inside = np.zeros(anomaly.shape, dtype=bool)
                 inside[top:bottom, left:right] = True
-                shares = cause_shares(anomaly, feature, position, inside, missing)
+                shares, _ = find_shares(anomaly, feature, position, inside, missing, roi)
                 region["causes"] = None if shares is None else shares._asdict()
             regions.append(region)
         return {"regions": regions, "size": list(size)}

@@ -78,6 +78,7 @@ class _ExplanationFields:
     missing_map: FieldDescriptor[torch.Tensor | np.ndarray | None] = FieldDescriptor("validate_missing_map")
     matched_position: FieldDescriptor[torch.Tensor | np.ndarray | None] = FieldDescriptor("validate_matched_position")
     transport_score: FieldDescriptor[torch.Tensor | np.ndarray | None] = FieldDescriptor("validate_transport_score")
+    roi: FieldDescriptor[torch.Tensor | np.ndarray | None] = FieldDescriptor("validate_roi")
 
     array_class: ClassVar[type] = torch.Tensor
     batched: ClassVar[bool] = False
@@ -150,6 +151,17 @@ class _ExplanationFields:
             msg = f"transport_score has shape {tuple(value.shape)}; {cls.__name__} expects {expected}."
             raise ValueError(msg)
         return value
+
+    @classmethod
+    def validate_roi(cls, roi: object) -> torch.Tensor | np.ndarray | None:
+        """Check which pixels count: bool, (H, W) in an item, (B, H, W) in a batch; None: all."""
+        if roi is None:
+            return None
+        if not isinstance(roi, cls.array_class) or roi.ndim != int(cls.batched) + 2 or "bool" not in str(roi.dtype):
+            expected = "(B, H, W)" if cls.batched else "(H, W)"
+            msg = f"roi is {type(roi).__name__} {getattr(roi, 'shape', '')}; {cls.__name__} expects bool {expected}."
+            raise TypeError(msg)
+        return roi
 
     def __post_init__(self) -> None:
         """Check the fields against each other; Anomalib calls this after `update` too."""

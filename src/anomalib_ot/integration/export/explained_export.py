@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anomalib_ot.anomaly.model import Explained
@@ -65,4 +66,9 @@ class ExplainedExport(CheckedExport):
     def forward(self, batch: Tensor, *args: object, **kwargs: object) -> Explained | tuple:
         """Predict raw images (B, 3, H, W) in [0, 1], as the exported model does."""
         predictions = super().forward(batch, *args, **kwargs)
+        if self.model.roi.numel():  # normalization lifts what was 0
+            maps = ("anomaly_map", "feature_map", "position_map")
+            maps = {name: getattr(predictions, name) for name in maps if name in predictions._fields}
+            inside = {name: torch.where(self.model.roi, values, 0.0) for name, values in maps.items()}
+            predictions = predictions._replace(**inside)
         return predictions if self.export_explanation else without_causes(predictions)

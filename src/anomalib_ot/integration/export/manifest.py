@@ -45,6 +45,7 @@ def base_manifest(model: Any, outputs: Sequence[str], input_size: Sequence[int] 
             "color": "RGB",
         },
         "outputs": list(outputs),
+        "roi": _region(getattr(model.model, "roi", None)),
         "class_names": None if names is None else list(names),
         "image_threshold": image_threshold,
         "pixel_threshold": pixel_threshold,
@@ -52,9 +53,19 @@ def base_manifest(model: Any, outputs: Sequence[str], input_size: Sequence[int] 
         "inference_precision": "f32",
         "scores": _exported_scores(model),
         "calibration": None if model.calibration is None else dict(model.calibration),
+        "additions": getattr(model, "additions", None),
         "accuracy": None,
         "parity": None,
     }
+
+
+def _region(roi: torch.Tensor | None) -> dict[str, Any] | None:
+    """Write pixels (H, W) that count as lengths of runs, row by row: outside, inside, outside, ...; None: all count."""
+    if roi is None or not roi.numel():
+        return None
+    edges = torch.diff(roi.flatten().byte().cpu(), prepend=torch.zeros(1, dtype=torch.uint8)).nonzero().flatten()
+    ends = torch.tensor([0, *edges.tolist(), roi.numel()])
+    return {"size": list(roi.shape), "runs": ends.diff().tolist()}
 
 
 def _thresholds(model: Any) -> tuple[float | None, float | None]:

@@ -14,6 +14,7 @@ from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, che
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.images import check_images
 from anomalib_ot.integration.data.deep_images import read_image_deep
+from anomalib_ot.integration.data.region_of_interest import check_shape
 from anomalib_ot.integration.export.export import CALIBRATION
 from anomalib_ot.integration.models.ot_prototypes import OTPrototypes
 
@@ -54,14 +55,9 @@ class CalibratedCheckpoint:
             InputError: If files cannot be read; names the first, and says how many there are.
         """
         check_images(files, description)
-        pre = self._model.pre_processor
-        found = []
+        check_shape(files, self._model.roi_size, description)
         with torch.inference_mode():
-            for file in files:
-                image = read_image_deep(file)[None]
-                image = image if pre is None or pre.transform is None else pre.transform(image)
-                found.append(float(self._model.model(image).pred_score))
-        return found
+            return [float(self._model.model(self._image(file)).pred_score) for file in files]
 
     def write(self, calibration: Mapping[str, Any], good: Sequence[float]) -> None:
         """Store a threshold, so that Anomalib's `test`, `predict` and `export` decide by it.
@@ -90,10 +86,18 @@ class CalibratedCheckpoint:
         config = self._content.setdefault(CONFIG, {})
         config["image_sensitivity"] = 0.5  # the threshold itself decides
         self._content[CALIBRATION] = dict(calibration)
+        self._save(self.path)
+
+    def _image(self, file: str) -> torch.Tensor:
+        """Read an image as the model gets it: (1, 3, H, W), after the pre-processor."""
+        image, pre = read_image_deep(file)[None], self._model.pre_processor
+        return image if pre is None or pre.transform is None else pre.transform(image)
+
+    def _save(self, path: Path) -> None:
         buffer = io.BytesIO()
         torch.save(self._content, buffer)
         try:
-            write_whole(self.path, buffer.getvalue())
+            write_whole(path, buffer.getvalue())
         except OSError as error:
-            msg = f"checkpoint {self.path} cannot be written ({error.strerror}); copy it to a folder of your own"
+            msg = f"checkpoint {path} cannot be written ({error.strerror}); name a file in a folder of your own"
             raise InputError(msg) from error

@@ -1,6 +1,7 @@
 """Checks what a stage of the trainer is given, before the stage starts."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -11,6 +12,7 @@ from anomalib_ot.integration.checks.images import check_images
 from anomalib_ot.integration.checks.values import check_fitted, check_precision
 from anomalib_ot.integration.data.datamodule_checks import check_datamodule, dataset_image_paths
 from anomalib_ot.integration.data.deep_images import check_augmentations
+from anomalib_ot.integration.data.region_of_interest import check_shape
 from anomalib_ot.integration.models.gradient_anchor import GradientAnchor
 from anomalib_ot.integration.processing.pre_post import ExportablePreProcessor
 
@@ -56,21 +58,21 @@ class InputGuard(Callback):
             check_fitted(pl_module, "validate")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to test what was not trained."""
-        del trainer
+        """Refuse to test what was not trained, and images of another shape than the region of interest."""
         check_fitted(pl_module, "test")
+        for paths in _loaded_paths(trainer.test_dataloaders):
+            check_shape(paths, getattr(pl_module, "roi_size", None), "images to test")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to predict with what was not trained; check the images of a plain folder."""
         check_fitted(pl_module, "predict")
-        loaders = trainer.predict_dataloaders
-        for loader in loaders if isinstance(loaders, list) else [loaders]:
-            paths = dataset_image_paths(getattr(loader, "dataset", None))
+        for paths in _loaded_paths(trainer.predict_dataloaders):
             self._check_images(pl_module, paths, "images to predict")
 
     @staticmethod
     def _check_images(pl_module: LightningModule, paths: Sequence[str], description: str) -> None:
         report, pre_processor = check_images(paths, description), pl_module.pre_processor
+        check_shape(paths, getattr(pl_module, "roi_size", None), description)
         if isinstance(pre_processor, ExportablePreProcessor):
             pre_processor.deep_paths = pre_processor.deep_paths | report.deep
         elif report.deep:
@@ -80,3 +82,9 @@ class InputGuard(Callback):
                 f"({type(pre_processor).__name__}) does not restore; convert it to 8 bits, or use the default one"
             )
             raise InputError(msg)
+
+
+def _loaded_paths(loaders: Any) -> list[list[str]]:
+    """The image files of each data loader of a stage."""
+    loaders = loaders if isinstance(loaders, list) else [loaders]
+    return [dataset_image_paths(getattr(loader, "dataset", None)) for loader in loaders]

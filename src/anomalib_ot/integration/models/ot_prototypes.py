@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.metrics import Evaluator
@@ -18,10 +19,16 @@ from torch import nn
 from anomalib_ot.anomaly.model import PrototypesModel, portions
 from anomalib_ot.integration.callbacks.false_alarms import FalseAlarmThreshold, VerdictReport, check_rate
 from anomalib_ot.integration.callbacks.result_writer import ResultWriter
-from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, checked_reading, trained_arguments
+from anomalib_ot.integration.checks.checkpoints import (
+    check_own_checkpoint,
+    checked_reading,
+    is_reading,
+    trained_arguments,
+)
 from anomalib_ot.integration.checks.errors import InputError, install_short_errors
 from anomalib_ot.integration.data.batches import ExplainedBatch
 from anomalib_ot.integration.data.datamodule_checks import check_datamodule
+from anomalib_ot.integration.data.region_of_interest import read_region
 from anomalib_ot.integration.export.explained_export import ExplainedExport
 from anomalib_ot.integration.export.known_scores import ScoreKeeper
 from anomalib_ot.integration.models.backbone import checked_weights, fill_weights
@@ -35,7 +42,11 @@ from anomalib_ot.integration.models.prototypes_options import (
     build_model,
     check_training_arguments,
 )
-from anomalib_ot.integration.processing.pre_post import ExplainedPostProcessor, ExportablePreProcessor
+from anomalib_ot.integration.processing.pre_post import (
+    ExplainedPostProcessor,
+    ExportablePreProcessor,
+    check_whole_view,
+)
 from anomalib_ot.integration.visualization.visualizer import ExplanationVisualizer
 from anomalib_ot.vision.backbone import normalization
 
@@ -44,6 +55,7 @@ install_short_errors()
 
 UNLIMITED_EPOCHS = (1000, -1)  # what Lightning puts where the user gave no limit
 WITHOUT_FLOAT64 = ("mps",)  # the fit sums in float64; it runs on the CPU there
+ADDITIONS, ROI_SIZE = "anomalib_ot_additions", "anomalib_ot_roi_size"
 NO_DATA = "no data to {}; name a data set (--data Folder --data.root ..., in Python datamodule=...)"
 
 
@@ -70,6 +82,9 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         num_global: Number of grids of local prototypes of every member (below 1: a coarser grid); None leaves the
             preset's.
         image_size: Height and width that images are resized to, pixels.
+        roi: The region of interest, in which alone defects are looked for: path of a mask image (not 0 inside), or a
+            list of polygons, each a list of points [x, y] from 0 to 1, from the left and from the top. The checkpoint
+            keeps it. None: everything.
         score: Image score: "mean_top1" (mean of the highest 1 % of the map) or "max"; None leaves the preset's.
         smoothing: Standard deviation of the Gaussian over the map, pixels; None leaves the preset's.
         transport_score: Whether amounts count (something missing, one too many): in the score, and where a part has a
@@ -101,6 +116,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
     """
 
     model: PrototypesModel
+    additions: list[dict[str, Any]] | None = None  # what `anomalib-ot update` has added since the training
 
     def __init__(
         self,
@@ -114,6 +130,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         num_prototypes: int | None = None,
         num_global: float | None = None,
         image_size: Sequence[int] = (256, 256),
+        roi: list[list[list[float]]] | str | Path | None = None,
         score: str | None = None,
         smoothing: float | None = None,
         transport_score: bool | None = None,
@@ -146,6 +163,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
             num_groups=num_groups,
         )
         check_training_arguments(epochs, max_cached_gb)
+        roi = str(roi) if isinstance(roi, Path) else roi
         if pre_processor is True:
             pre_processor = ExportablePreProcessor.of(image_size, *normalization(backbone))
         super().__init__(
@@ -157,6 +175,13 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         check_rate(max_false_alarms, self.post_processor)
         self.max_false_alarms = max_false_alarms
         self.model = model
+        self.roi_size: tuple[int, int] | None = None
+        if roi is not None and not is_reading():  # a checkpoint holds the pixels: the file may be gone
+            check_whole_view(self.pre_processor)
+            region, self.roi_size = read_region(roi, image_size)
+            if region.all():
+                logger.warning("roi is the whole image, so that nothing is left out: mind that 0 is outside")
+            self.model.set_region(region)
         self.pre_trained = pre_trained
         self.backbone_weights = backbone_weights
         self.epochs = epochs
@@ -284,7 +309,8 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
     # ---- validation, test, prediction
 
     def _predict(self, batch: Batch) -> ExplainedBatch:
-        return ExplainedBatch.adopt(batch, **self.model.predict(batch.image)._asdict())
+        roi = self.model.roi.expand(len(batch.image), -1, -1) if self.model.roi.numel() else None
+        return ExplainedBatch.adopt(batch, **self.model.predict(batch.image)._asdict(), roi=roi)
 
     def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Predict a batch; thresholds are found from the predictions."""
@@ -303,6 +329,11 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
 
     # ---- checkpoints
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the record of what was added since the training."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[ADDITIONS], checkpoint[ROI_SIZE] = self.additions, self.roi_size
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that was trained, whatever the arguments: its prototypes belong to no other."""
         check_own_checkpoint(checkpoint, "model.is_fitted", "OTPrototypes")
@@ -311,9 +342,19 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         if trained:
             self.hparams.update(trained)
             self.model = build_model(**{name: self.hparams[name] for name in MODEL_ARGUMENTS})
+        self._take_region(checkpoint)
+        self.additions = checkpoint.get(ADDITIONS)
         super().on_load_checkpoint(checkpoint)
         if self._trainer is not None and isinstance(self._trainer.datamodule, AnomalibDataModule):
             self._trainer.datamodule.setup(self._trainer.state.fn)  # its data sets take over the restored resize
+
+    def _take_region(self, checkpoint: dict[str, Any]) -> None:
+        """Take the region of interest of a checkpoint, and tell where another one was given."""
+        saved, given = checkpoint["state_dict"].get("model.roi"), self.model.roi
+        if given.numel() and (saved is None or not torch.equal(saved.cpu(), given.cpu())):
+            logger.warning("The model takes the region of interest from the checkpoint, not the roi given")
+        self.roi_size = checkpoint.get(ROI_SIZE)
+        self.hparams["roi"] = checkpoint["hyper_parameters"].get("roi")
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "OTPrototypes":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
 
 from anomalib_ot.anomaly.model import Explained
+from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.batches import CAUSES, split_by_cause
 from anomalib_ot.integration.data.deep_images import restore_deep_images
 from anomalib_ot.vision.resize import AntialiasResize
@@ -96,9 +97,13 @@ def _exportable(transform: Transform | None) -> nn.Module | None:
     return nn.Sequential(*parts) if parts else None
 
 
+def _is_fixed_resize(part: nn.Module) -> bool:
+    return isinstance(part, Resize) and part.size is not None and len(part.size) == 2
+
+
 def _is_antialiased_resize(part: nn.Module) -> bool:
     """Whether it is the usual resize: to a fixed height and width, bilinear, antialiased."""
-    if not isinstance(part, Resize) or part.size is None or len(part.size) != 2:
+    if not _is_fixed_resize(part):
         return False
     # torchvision keeps the mode as it was given: as an enum, as its value, or as Pillow's number.
     return part.interpolation in BILINEAR and bool(part.antialias)
@@ -133,11 +138,7 @@ class ExplainedPostProcessor(PostProcessor):
         It is in units of the score of a typical map, so that the image's threshold holds for both. None
         before thresholds are found, or without normalization.
         """
-        if not self.enable_normalization:
-            return None
-        shift = (self.normalized_image_threshold - 0.5) * (self.image_max - self.image_min)
-        threshold = float(self.image_threshold + shift)
-        return None if math.isnan(threshold) else threshold
+        return raw_threshold(self)
 
     def forward(self, predictions: Explained | InferenceBatch) -> Explained | InferenceBatch:
         """Post-process predictions of any batch size; what comes without causes is Anomalib's own business."""
@@ -165,6 +166,9 @@ class ExplainedPostProcessor(PostProcessor):
         """Normalize a batch; its causes, if it has any, follow."""
         position_map, missing_map = (getattr(batch, name, None) for name in ("position_map", "missing_map"))
         super().normalize_batch(batch)
+        roi = getattr(batch, "roi", None)
+        if roi is not None:
+            batch.anomaly_map = torch.where(roi, batch.anomaly_map.as_subclass(Tensor), 0.0)
         if position_map is not None:
             missing_map = None if missing_map is None else missing_map.as_subclass(Tensor)
             anomaly_map = batch.anomaly_map.as_subclass(Tensor)
@@ -183,6 +187,31 @@ class ExplainedPostProcessor(PostProcessor):
             rest = anomaly_map if missing_map is None else anomaly_map - missing_map
         parts = split_by_cause(anomaly_map, rest - position_map, position_map, missing_map)
         return dict(zip(CAUSES, parts, strict=False))
+
+
+def check_whole_view(pre_processor: nn.Module | None) -> None:
+    """Check that a pre-processor shows the network all of an image, as fractions of the image need.
+
+    Raises:
+        InputError: If it does anything but resize to a fixed size and change colors.
+    """
+    steps = flat_transforms(getattr(pre_processor, "transform", None))
+    other = [type(step).__name__ for step in steps if not isinstance(step, Normalize) and not _is_fixed_resize(step)]
+    if other:
+        msg = (
+            f"roi is in fractions of the image, and the pre_processor does {other[0]}, after which the network may not "
+            "see all of it; expected Resize to a fixed height and width, and Normalize"
+        )
+        raise InputError(msg)
+
+
+def raw_threshold(post_processor: PostProcessor) -> float | None:
+    """Return the image score above which an image is defective, in the units before normalization; None: not known."""
+    if not post_processor.enable_normalization:
+        return None
+    shift = (post_processor.normalized_image_threshold - 0.5) * (post_processor.image_max - post_processor.image_min)
+    threshold = float(post_processor.image_threshold + shift)
+    return None if math.isnan(threshold) else threshold
 
 
 def without_causes(predictions: Explained) -> InferenceBatch:

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_ot.imaging.causes import BOW, Arrow, CauseShares, arrows, bowed_line, cause_shares, normal_level
-from anomalib_ot.imaging.heat import color_bar, draw_outline, overlay
+from anomalib_ot.imaging.heat import color_bar, dim_outside, draw_outline, overlay
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, header
 
 __all__ = [
@@ -100,6 +100,7 @@ def explain_picture(
     *,
     missing_map: np.ndarray | None = None,
     gt_mask: np.ndarray | None = None,
+    roi: np.ndarray | None = None,
     verdict: Verdict | None = None,
     image_note: str = "",
     panel_size: int = 320,
@@ -116,6 +117,7 @@ def explain_picture(
         pred_mask: (H, W) bool.
         missing_map: (H, W), the part that is due to what is not there.
         gt_mask: (H, W) bool.
+        roi: (H, W) bool, what counts; the rest is dark, and has no part in the causes. None: all.
         verdict: What the header says.
         image_note: Caption below the first panel's title if there is no ground truth to explain.
         panel_size: Side in pixels of a square with the area of one panel, >= 32.
@@ -140,11 +142,12 @@ def explain_picture(
         *maps,
         missing_map=missing_map,
         gt_mask=gt_mask,
+        roi=roi,
         image_note=image_note,
         panel_size=panel_size,
         max_arrows=max_arrows,
     )
-    shares, inside = find_shares(anomaly_map, feature_map, position_map, pred_mask, missing_map)
+    shares, inside = find_shares(anomaly_map, feature_map, position_map, pred_mask, missing_map, roi)
     body = _arrange(panels, with_bar=len(panels) > 1)
     width = max(body.width, LEAST_WIDTH)
     head = header(width, verdict, shares, inside=inside, normalized=anomaly_map is None or anomaly_map.max() <= 1)
@@ -164,6 +167,7 @@ def draw_panels(
     *,
     missing_map: np.ndarray | None = None,
     gt_mask: np.ndarray | None = None,
+    roi: np.ndarray | None = None,
     image_note: str = "",
     panel_size: int = 320,
     max_arrows: int = 8,
@@ -177,15 +181,19 @@ def draw_panels(
     """
     _check(panel_size, max_arrows, (anomaly_map, feature_map, position_map, missing_map, pred_mask, gt_mask))
     base = _panel_image(image, panel_size)
+    base = base if roi is None else dim_outside(base, roi)
+    if roi is not None:
+        image_note = f"{image_note}; dark: not looked at" if image_note else "dark: not looked at"
     panels = [_first_panel(base, gt_mask, image_note)]
     if anomaly_map is not None:
         panels.append(_anomaly_panel(base, anomaly_map, pred_mask))
     if feature_map is not None:
-        usual = 0.0 if position_map is None else normal_level(position_map)
+        usual = 0.0 if position_map is None else normal_level(_counting(position_map, roi))
         panels.append(Panel("Looks wrong", "bright: unlike the good parts", overlay(base, feature_map + usual)))
-    usual = 0.0 if feature_map is None else normal_level(feature_map)
+    usual = 0.0 if feature_map is None else normal_level(_counting(feature_map, roi))
     if position_map is not None and (with_empty or position_map.max() >= LEAST_STRENGTH):
-        panels.append(_position_panel(base, position_map, feature_map, matched_position, max_arrows))
+        unlike = None if feature_map is None else feature_map - usual
+        panels.append(_position_panel(base, position_map, usual, unlike, matched_position, max_arrows))
     if missing_map is not None and (with_empty or missing_map.max() >= LEAST_STRENGTH):
         panels.append(
             Panel(MISSING, "bright: what good parts have here is not there", overlay(base, missing_map + usual))
@@ -199,12 +207,19 @@ def find_shares(
     position_map: np.ndarray | None,
     pred_mask: np.ndarray | None,
     missing_map: np.ndarray | None = None,
+    roi: np.ndarray | None = None,
 ) -> tuple[CauseShares | None, bool | None]:
     """Return the shares of the causes, None without maps of two; and whether any pixel is predicted defective."""
     inside = None if pred_mask is None else bool(pred_mask.any())
     if anomaly_map is None or feature_map is None or position_map is None:
         return None, inside
-    return cause_shares(anomaly_map, feature_map, position_map, pred_mask, missing_map), inside
+    maps = (anomaly_map, feature_map, position_map, pred_mask, missing_map)
+    return cause_shares(*(_counting(values, roi) for values in maps)), inside
+
+
+def _counting(values: np.ndarray | None, roi: np.ndarray | None) -> np.ndarray | None:
+    """The pixels of a map that count."""
+    return values if values is None or roi is None else values[roi]
 
 
 def _check(panel_size: int, max_arrows: int, maps: tuple[np.ndarray | None, ...]) -> None:
@@ -249,18 +264,18 @@ def _anomaly_panel(base: Image.Image, anomaly_map: np.ndarray, pred_mask: np.nda
 def _position_panel(
     base: Image.Image,
     position_map: np.ndarray,
-    feature_map: np.ndarray | None,
+    usual: float,
+    unlike: np.ndarray | None,
     matched_position: np.ndarray | None,
     max_arrows: int,
 ) -> Panel:
-    """Show what is out of place, with arrows to where it belongs; a patch that looks wrong more belongs nowhere."""
-    usual = 0.0 if feature_map is None else normal_level(feature_map)
+    """Show what is out of place, with arrows to where it belongs; what is unlike good parts even more has no place."""
     title, drawn = "In the wrong place", overlay(base, position_map + usual)
     if matched_position is None or max_arrows == 0:
         return Panel(title, "", drawn)
     least = max(HALF_WAY * (THRESHOLD - usual), LEAST_STRENGTH)
-    if feature_map is not None:
-        position_map = np.where(position_map >= feature_map - usual, position_map, 0.0)
+    if unlike is not None:
+        position_map = np.where(position_map >= unlike, position_map, 0.0)
     chosen = arrows(position_map, matched_position, max_arrows=max_arrows, min_strength=least)
     caption = "arrow: from where it is to where it belongs" if chosen else "nothing clearly belongs elsewhere"
     return Panel(title, caption, draw_arrows(drawn, chosen))

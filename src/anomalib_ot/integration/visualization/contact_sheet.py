@@ -81,7 +81,8 @@ def _adds(missing_map: np.ndarray | None) -> bool:
 def _label(name: str, explanation: Mapping[str, Any], height: int) -> Image.Image:
     """Say what the part is called, what the verdict is, and why."""
     verdict: Verdict = explanation.get("verdict") or Verdict()
-    maps = [explanation.get(key) for key in ("anomaly_map", "feature_map", "position_map", "pred_mask", "missing_map")]
+    keys = ("anomaly_map", "feature_map", "position_map", "pred_mask", "missing_map", "roi")
+    maps = [explanation.get(key) for key in keys]
     shares, inside = find_shares(*maps)
     label = Image.new("RGB", (LABEL_WIDTH, height), PAPER)
     draw = ImageDraw.Draw(label)

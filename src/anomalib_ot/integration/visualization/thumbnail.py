@@ -9,7 +9,7 @@ from anomalib.data import ImageItem
 from PIL import Image, ImageDraw
 
 from anomalib_ot.imaging.box_drawing import class_color
-from anomalib_ot.imaging.heat import draw_outline, overlay
+from anomalib_ot.imaging.heat import dim_outside, draw_outline, overlay
 from anomalib_ot.integration.visualization.visualizer import shown_image
 
 __all__ = ["MOST_BYTES", "thumbnail"]
@@ -42,6 +42,8 @@ def thumbnail(
             draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=DARK, width=4)
             draw.rectangle((left - 1, top - 1, right, bottom), outline=class_color(found["label"])[0], width=2)
     elif item.anomaly_map is not None:
+        roi = getattr(item, "roi", None)
+        image = image if roi is None else dim_outside(image, _plane(roi) > 0)
         image = overlay(image, _plane(item.anomaly_map))
         if item.pred_mask is not None and bool(item.pred_mask.any()):
             image = draw_outline(image, _plane(item.pred_mask) > 0, OUTLINE)

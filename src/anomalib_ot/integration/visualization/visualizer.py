@@ -10,6 +10,7 @@ from PIL import Image
 
 from anomalib_ot.imaging.causes import arrows
 from anomalib_ot.imaging.samples import sample_format
+from anomalib_ot.integration.data.batches import CAUSES
 from anomalib_ot.integration.data.deep_images import read_image_deep
 from anomalib_ot.integration.visualization.anomaly_figure import explain_picture
 from anomalib_ot.integration.visualization.header import Verdict
@@ -103,7 +104,7 @@ def explanation_of(
         threshold=threshold,
         name=name,
     )
-    maps = ("anomaly_map", "feature_map", "position_map", "missing_map", "matched_position", "pred_mask", "gt_mask")
+    maps = ("anomaly_map", *CAUSES, "matched_position", "pred_mask", "gt_mask", "roi")
     arrays = {field: _array(getattr(item, field, None)) for field in maps}
     return {"image": image, **arrays, "verdict": verdict, "image_note": note}
 
