@@ -100,15 +100,17 @@ def lay_part(color: np.ndarray, part: Part, grain: np.ndarray) -> None:
     coverage = np.clip(np.float32(0.5) - outside * per_radius, 0, 1)
     light, gloss = _shade(part, height * per_radius, dx, dy)
     light *= np.float32(part.brightness) * (1 + np.float32(0.035) * grain[near])
-    u, v = _own_axes(part, dx, dy)
-    if part.damage is not None and part.damage.how == "scratched":
+    how = None if part.damage is None else part.damage.how
+    if how == "scratched":
+        u, v = _own_axes(part, dx, dy)
         depth = _scratch(part, u, v)
         light *= 1 - np.float32(0.7) * depth
         gloss += np.float32(0.5) * np.clip(_scratch(part, u + 0.06, v + 0.06) - depth, 0, 1)
-    if part.damage is not None and part.damage.how == "broken":
+    if how == "broken":
+        u, v = _own_axes(part, dx, dy)
         rim = np.clip(1 - np.abs(_break(part.damage, u, v)) / np.float32(0.09), 0, 1)  # the raw surface of the break
         light *= 1 - np.float32(0.4) * rim * (1 + np.float32(0.5) * grain[near])
-    own = np.float32(part.color) * light[..., None] + gloss[..., None]
+    own = np.moveaxis(np.float32(part.color)[:, None, None] * light + gloss, 0, -1)
     scene += coverage[..., None] * (own - scene)
 
 

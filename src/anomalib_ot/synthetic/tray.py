@@ -210,10 +210,8 @@ def _mold(kit: Kit, size: tuple[int, int], shift: np.ndarray, grain: np.ndarray,
     gain = _pocket(axes[0][None, :], axes[1][:, None], (_POCKET * pitch[0], _POCKET * pitch[1]), side, kit.corner)
     shade = gain.take(where[1], axis=0).take(where[0], axis=1)
     shade *= 1 + np.float32(0.022) * grain + np.float32(0.015) * clouds
-    color = np.empty((*shade.shape, 3), np.float32)
-    for channel, value in enumerate(kit.plastic):
-        np.multiply(shade, np.float32(value), out=color[..., channel])
-    return color
+    # One plane per channel in memory: what is multiplied into all three then runs faster.
+    return np.moveaxis(np.float32(kit.plastic)[:, None, None] * shade, 0, -1)
 
 
 def _pocket(x: np.ndarray, y: np.ndarray, half: tuple[float, float], side: float, corner: float) -> np.ndarray:
