@@ -14,7 +14,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 .PHONY: help install demo test check lint notebooks docs clean distclean
 
 help:
-	@echo "make demo       train, test and explain on synthetic fabric; results in results/demo"
+	@echo "make demo       train, test and explain on synthetic fabric and trays; results in results/demo"
 	@echo "make test       run every test"
 	@echo "make check      run the quick tests, for daily work"
 	@echo "make lint       check style, format and the direction of imports"

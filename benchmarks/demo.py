@@ -2,6 +2,8 @@
 
     python benchmarks/demo.py --out results/demo
 
+Then the same model on trays of parts, whose faults are those of counts, kinds and places: figures and a sheet.
+
 Needs no download: the images are drawn, and the features come from a bank of filters that has no weights. It goes
 through Anomalib's own Engine all the way. Exit code 0: done, the exported model agrees; 1: it does not agree; 2: the
 arguments are wrong.
@@ -24,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 MARK = "made_by_demo.txt"
-OWN = ("metrics.json", "contact_sheet.png", "pictures", "model")
+OWN = ("metrics.json", "contact_sheet.png", "tray_sheet.png", "pictures", "model")
 TOLERANCE = 1e-3
 ORDER = ("misplaced_motif", "missing_motif", "hole", "stain", "broken_yarn", "coarse_yarn")
 SHOWN = (*ORDER[:-1], "good")  # on the contact sheet; one of the two yarns is enough
+TRAY_ORDER = ("missing", "extra", "swapped", "moved", "damaged")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +68,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-test-good", type=int, default=20, help="good images to validate and test with")
     parser.add_argument("--num-per-defect", type=int, default=6, help="images per kind of defect")
     parser.add_argument("--image-size", type=int, default=256, help="side of the images in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="names the fabric, the split and the fit")
+    parser.add_argument("--seed", type=int, default=0, help="names fabric and tray, the splits and the fits")
     return parser.parse_args(arguments)
 
 
@@ -118,26 +121,18 @@ def _run(options: argparse.Namespace, workshop: Path, console: Console, steps: d
         from anomalib.engine import Engine
         from lightning.pytorch import seed_everything
 
-        from anomalib_ot import OTPrototypes, SyntheticFabric
+        from anomalib_ot import SyntheticFabric, SyntheticTray
         from anomalib_ot.integration.visualization.visualizer import ExplanationVisualizer
     seed_everything(options.seed, verbose=False)
-    size = (options.image_size, options.image_size)
-    datamodule = SyntheticFabric(
-        num_train=options.num_train,
-        num_test_good=options.num_test_good,
-        num_per_defect=options.num_per_defect,
-        image_size=size,
-        seed=options.seed,
-    )
-    model = OTPrototypes(
-        backbone="filter_bank",
-        layers=["scale1", "scale2", "scale3"],
-        image_size=size,
-        transport_score=True,
-        smoothing=2.0,  # yarns are thin
-        seed=options.seed,
-        visualizer=ExplanationVisualizer(options.out / "pictures"),
-    )
+    arguments = {
+        "num_train": options.num_train,
+        "num_test_good": options.num_test_good,
+        "num_per_defect": options.num_per_defect,
+        "image_size": (options.image_size, options.image_size),
+        "seed": options.seed,
+    }
+    datamodule = SyntheticFabric(**arguments)
+    model = _model(options, smoothing=2.0, visualizer=ExplanationVisualizer(options.out / "pictures"))  # yarns are thin
 
     def engine() -> Engine:
         """Set up a new one: the second must not remember the first one's pictures."""
@@ -159,24 +154,56 @@ def _run(options: argparse.Namespace, workshop: Path, console: Console, steps: d
         (tested,) = first.test(model, datamodule=datamodule, verbose=False)
     with step("predict", "Predict the validation and test images"):
         model.visualizer = None
-        loaders = {"validation": datamodule.val_dataloader(), "test": datamodule.test_dataloader()}
-        predicted = engine().predict(model, dataloaders=list(loaders.values()))
-        halves = {
-            name: [item for batch in batches for item in batch]
-            for name, batches in zip(loaders, predicted, strict=True)
-        }
+        halves = _predict(engine(), model, datamodule)
     with step("export", "Export to OpenVINO"):
         quiet = {"verbose": False}
         exported = first.export(model, "openvino", export_root=workshop / "export", onnx_kwargs=quiet)
         _keep(exported, checkpoint, options.out / "model")
     with step("compare", "Run the exported model on the test images"):
         agreement = _compare(options.out / "model" / "model.xml", halves["test"])
-    _draw_sheet(halves["test"], model.post_processor, options.out)
+    _draw_sheet(halves["test"], model.post_processor, SHOWN, options.out / "contact_sheet.png")
+
+    trays = SyntheticTray(**arguments)
+    tray_model = _model(options, visualizer=False)
+    with step("tray_draw", "Draw the trays, or find them in the cache"):
+        trays.prepare_data()
+    with step("tray_train", f"Train on {options.num_train} complete trays"):
+        engine().fit(tray_model, datamodule=trays)
+    with step("tray_predict", "Predict the validation and test trays"):
+        tray_halves = _predict(engine(), tray_model, trays)
+    _draw_sheet(tray_halves["test"], tray_model.post_processor, (*TRAY_ORDER, "good"), options.out / "tray_sheet.png")
     return {
         "images": {"train": options.num_train, **{name: len(items) for name, items in halves.items()}},
         **{name: round(float(value), 4) for name, value in tested.items()},
-        "per_defect": _per_defect([*halves["validation"], *halves["test"]]),
+        "per_defect": _per_defect([*halves["validation"], *halves["test"]], ORDER),
         "exported_model": agreement,
+        "tray": {
+            "images": {"train": options.num_train, **{name: len(items) for name, items in tray_halves.items()}},
+            "per_defect": _per_defect([*tray_halves["validation"], *tray_halves["test"]], TRAY_ORDER),
+        },
+    }
+
+
+def _model(options: argparse.Namespace, **arguments: Any) -> Any:
+    """Set up the model without weights that both data sets get."""
+    from anomalib_ot import OTPrototypes
+
+    return OTPrototypes(
+        backbone="filter_bank",
+        layers=["scale1", "scale2", "scale3"],
+        image_size=(options.image_size, options.image_size),
+        transport_score=True,
+        seed=options.seed,
+        **arguments,
+    )
+
+
+def _predict(engine: Any, model: Any, datamodule: Any) -> dict[str, list[Any]]:
+    """Predict the validation and the test images, item by item."""
+    loaders = {"validation": datamodule.val_dataloader(), "test": datamodule.test_dataloader()}
+    predicted = engine.predict(model, dataloaders=list(loaders.values()))
+    return {
+        name: [item for batch in batches for item in batch] for name, batches in zip(loaders, predicted, strict=True)
     }
 
 
@@ -218,7 +245,7 @@ def _compare(path: Path, items: list[Any]) -> dict[str, Any]:
     }
 
 
-def _per_defect(items: list[Any]) -> dict[str, dict[str, float]]:
+def _per_defect(items: list[Any], order: Sequence[str]) -> dict[str, dict[str, float]]:
     """AUROC of each kind of defect against the good images, by several scores; thresholds play no part."""
     import torch
     from sklearn.metrics import roc_auc_score
@@ -234,7 +261,7 @@ def _per_defect(items: list[Any]) -> dict[str, dict[str, float]]:
         "position_map": [float(item.position_map.max()) for item in items],
     }
     figures = {}
-    for defect in sorted(set(kinds) - {"good"}, key=ORDER.index):
+    for defect in sorted(set(kinds) - {"good"}, key=order.index):
         chosen = [index for index, kind in enumerate(kinds) if kind in ("good", defect)]
         truth = [kinds[index] == defect for index in chosen]
         figures[defect] = {"images": sum(truth)}
@@ -243,13 +270,13 @@ def _per_defect(items: list[Any]) -> dict[str, dict[str, float]]:
     return figures
 
 
-def _draw_sheet(items: list[Any], post_processor: Any, out: Path) -> None:
+def _draw_sheet(items: list[Any], post_processor: Any, shown: Sequence[str], path: Path) -> None:
     """One row per kind: the test image with the median score of its kind, so that none is picked by its looks."""
     from anomalib_ot.integration.visualization.contact_sheet import contact_sheet
     from anomalib_ot.integration.visualization.visualizer import explanation_of
 
     rows = []
-    for kind in SHOWN:
+    for kind in shown:
         ranked = sorted(
             (item for item in items if Path(item.image_path).parent.name == kind),
             key=lambda item: float(item.pred_score),
@@ -261,33 +288,47 @@ def _draw_sheet(items: list[Any], post_processor: Any, out: Path) -> None:
                 transport_threshold=post_processor.transport_threshold,
             )
             rows.append((kind.replace("_", " "), explanation))
-    contact_sheet(rows).save(out / "contact_sheet.png")
+    contact_sheet(rows).save(path)
 
 
 def _report(console: Console, metrics: dict[str, Any], out: Path) -> None:
     """Say what was done, how well, and where it lies."""
     images, agreement = metrics["images"], metrics["exported_model"]
-    table = Table(title=f"{images['test']} test images, trained on {images['train']} good ones", title_justify="left")
-    table.add_column("AUROC")
-    for name in ("score", "map alone", "transport score", "position map"):
-        table.add_column(name, justify="right")
-    table.add_row("all defects", f"{metrics['image_AUROC']:.3f}", "", "", "")
-    table.add_row("pixels", "", f"{metrics['pixel_AUROC']:.3f}", "", "", end_section=True)
-    for defect, figures in metrics["per_defect"].items():
-        values = [figures[name] for name in ("score", "map_alone", "transport_score", "position_map")]
-        table.add_row(f"{defect} ({figures['images']})", *(f"{value:.3f}" for value in values))
-    console.print(table)
+    title = f"{images['test']} test images, trained on {images['train']} good ones"
+    console.print(_table(title, metrics["per_defect"], metrics))
     console.print(
         f"F1 of images {metrics['image_F1Score']:.3f}, of pixels {metrics['pixel_F1Score']:.3f}. Single kinds are "
         f"counted over all {images['validation'] + images['test']} validation and test images.\n"
         f"OpenVINO against PyTorch on {agreement['images']} files: score within {agreement['score']:.1e}, map within "
         f"{agreement['map']:.1e}, {agreement['images'] - agreement['other_verdicts']} verdicts the same; "
-        f"{agreement['milliseconds_per_image']:.0f} ms per image.\n"
-        f"Look at {out / 'contact_sheet.png'}, then at {out / 'pictures'}. The model is in {out / 'model'}, all "
-        f"figures are in {out / 'metrics.json'}. {metrics['seconds']['all']:.0f} s in all.",
+        f"{agreement['milliseconds_per_image']:.0f} ms per image.",
         highlight=False,
         soft_wrap=True,
     )
+    trays = metrics["tray"]["images"]
+    title = f"Trays of parts: {trays['validation'] + trays['test']} images, trained on {trays['train']} complete ones"
+    console.print(_table(title, metrics["tray"]["per_defect"]))
+    console.print(
+        f"Look at {out / 'contact_sheet.png'} and {out / 'tray_sheet.png'}, then at {out / 'pictures'}. The model is "
+        f"in {out / 'model'}, all figures are in {out / 'metrics.json'}. {metrics['seconds']['all']:.0f} s in all.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _table(title: str, per_defect: dict[str, dict[str, float]], metrics: dict[str, Any] | None = None) -> Table:
+    """Show AUROC per kind of defect, below those of all images where they were measured."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("AUROC")
+    for name in ("score", "map alone", "transport score", "position map"):
+        table.add_column(name, justify="right")
+    if metrics is not None:
+        table.add_row("all defects", f"{metrics['image_AUROC']:.3f}", "", "", "")
+        table.add_row("pixels", "", f"{metrics['pixel_AUROC']:.3f}", "", "", end_section=True)
+    for defect, figures in per_defect.items():
+        values = [figures[name] for name in ("score", "map_alone", "transport_score", "position_map")]
+        table.add_row(f"{defect} ({figures['images']})", *(f"{value:.3f}" for value in values))
+    return table
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ import nbformat
 import numpy as np
 import torch
 from nbclient import NotebookClient
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_ot.detection.mixture import Mixture, mixture_terms
 from anomalib_ot.synthetic.fabric import render_fabric
+from anomalib_ot.synthetic.tray import DEFECTS, render_tray
 
 ROOT = Path(__file__).parents[1]
 OF_THE_NOTEBOOK = ("plan", "epsilon", "slack", "patches", "causes", "labels", "duplicates")
@@ -30,6 +31,7 @@ COLORS = 128  # of the palette of a picture
 WIDTH = 720  # of the first picture, pixels
 NARROW = 0.25  # image sides: a prototype whose normal patches all lie so near has a place of its own
 SIDE = 128  # of a piece of fabric, pixels
+TRAY_SEED, TRAY_INDEX = 2, 0  # a kit of 9 parts, which stay recognizable in a small picture
 
 
 def save(picture: Image.Image, path: Path, colors: int = COLORS) -> None:
@@ -141,6 +143,24 @@ def mixture(out: Path) -> None:
         print(f"object {number}: parts of the proposals in its likelihood", [round(share, 2) for share in shares])
 
 
+def trays(out: Path) -> None:
+    """Show one tray, complete and with each fault; the masks are outlined."""
+    kinds = (None, *DEFECTS)
+    side, title = 224, 20
+    sheet = Image.new("RGB", (3 * side, 2 * (side + title)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, kind in enumerate(kinds):
+        sample = render_tray(TRAY_SEED, TRAY_INDEX, kind, (side, side))
+        inside = np.pad(sample.mask > 0, 2)
+        grown = np.max([np.roll(inside, (dy, dx), (0, 1)) for dy in (-2, 0, 2) for dx in (-2, 0, 2)], axis=0)
+        pixels = sample.image.copy()
+        pixels[(grown & ~inside)[2:-2, 2:-2]] = (255, 0, 160)
+        left, top = number % 3 * side, number // 3 * (side + title)
+        draw.text((left + 4, top + 2), kind or "complete", "black", ImageFont.load_default(14))
+        sheet.paste(Image.fromarray(pixels), (left, top + title))
+    save(sheet, out / "trays.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures", help="folder to write to")
@@ -151,6 +171,7 @@ def main() -> None:
     upper = sheet.crop((0, 0, sheet.width, round(sheet.height * 0.502)))  # three of its six rows
     size = (WIDTH, round(upper.height * WIDTH / upper.width))
     save(upper.resize(size, Image.Resampling.LANCZOS), out / "start.png", 200)
+    trays(out)
     mixture(out)
     notebook_pictures(out)
     layouts(out)

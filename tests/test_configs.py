@@ -13,7 +13,7 @@ from anomalib.models import AnomalibModule
 from anomalib.utils.config import flatten_dict
 from omegaconf import OmegaConf
 
-from anomalib_ot import OTADetector, OTPrototypes, SparseMDOD, SyntheticFabric, TianchiFabric
+from anomalib_ot import OTADetector, OTPrototypes, SparseMDOD, SyntheticFabric, SyntheticTray, TianchiFabric
 from anomalib_ot.integration.benchmark.config import SweepLabels, read_configs, sweep_jobs
 from anomalib_ot.integration.cli import register_classes
 from anomalib_ot.vision.augment import DefectAugmentation
@@ -49,7 +49,7 @@ def test_there_is_a_file_for_everything_the_readme_names():
     names |= {"ota_detector", "ota_detector_paper", "ota_detector_sinkhorn", "ota_detector_tiles"}
     names |= {"sparse_mdod", "sparse_mdod_paper"}
     assert {path.stem for path in MODELS} == names
-    assert {path.stem for path in DATA} == {"synthetic_fabric", "folder", "mvtec_ad", *BOXES}
+    assert {path.stem for path in DATA} == {"synthetic_fabric", "synthetic_tray", "folder", "mvtec_ad", *BOXES}
     assert {path.stem for path in BENCHMARKS} == {
         "ot_prototypes",
         "mvtec_ad",
@@ -83,7 +83,13 @@ def _plain(value: object) -> object:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("synthetic_fabric", SyntheticFabric), ("folder", Folder), ("mvtec_ad", MVTecAD)]
+    ("name", "kind"),
+    [
+        ("synthetic_fabric", SyntheticFabric),
+        ("synthetic_tray", SyntheticTray),
+        ("folder", Folder),
+        ("mvtec_ad", MVTecAD),
+    ],
 )
 def test_data_is_built_with_every_argument_of_its_file(name, kind):
     path = CONFIGS / "data" / f"{name}.yaml"
@@ -93,7 +99,7 @@ def test_data_is_built_with_every_argument_of_its_file(name, kind):
     assert datamodule.train_batch_size == given["train_batch_size"] == 16
     assert datamodule.seed == given["seed"] == 0
     assert datamodule.val_split_mode == given["val_split_mode"]
-    if name != "synthetic_fabric":
+    if kind not in (SyntheticFabric, SyntheticTray):
         assert Path(datamodule.root) == Path(given["root"])
 
 

@@ -68,8 +68,19 @@ def test_every_figure_is_there(finished):
         assert figures["images"] == 2
         assert all(0 <= figures[name] <= 1 for name in ("score", "map_alone", "transport_score", "position_map"))
     steps = metrics["seconds"]
-    assert set(steps) == {"import", "draw", "train", "test", "predict", "export", "compare", "all"}
+    of_fabric = {"import", "draw", "train", "test", "predict", "export", "compare"}
+    assert set(steps) == of_fabric | {"tray_draw", "tray_train", "tray_predict", "all"}
     assert steps["all"] >= steps["train"] > 0
+
+
+def test_every_kind_of_fault_of_the_trays_is_there(finished):
+    trays = json.loads((finished[1] / "metrics.json").read_text())["tray"]
+    assert trays["images"] == {"train": 16, "validation": 8, "test": 8}  # 6 complete ones and 10 with faults
+    assert list(trays["per_defect"]) == ["missing", "extra", "swapped", "moved", "damaged"]
+    for figures in trays["per_defect"].values():
+        assert figures["images"] == 2
+        assert all(0 <= figures[name] <= 1 for name in ("score", "map_alone", "transport_score", "position_map"))
+    assert Image.open(finished[1] / "tray_sheet.png").width == 1200
 
 
 def test_a_misplaced_motif_is_found_by_its_place_and_a_missing_one_by_the_count(finished):
@@ -94,6 +105,7 @@ def test_pictures_model_and_sheet_are_there_and_can_be_read(finished):
     assert {path.name for path in out.iterdir()} == {
         "metrics.json",
         "contact_sheet.png",
+        "tray_sheet.png",
         "pictures",
         "model",
         "made_by_demo.txt",

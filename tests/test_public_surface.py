@@ -32,6 +32,7 @@ def test_inventory():
         "SubmissionWriter",
         "SyntheticFabric",
         "SyntheticFabricBoxes",
+        "SyntheticTray",
         "TianchiFabric",
         "__version__",
     ]

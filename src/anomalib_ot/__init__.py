@@ -19,6 +19,7 @@ _PUBLIC = {
     "SubmissionWriter": "anomalib_ot.integration.callbacks.submission_writer",
     "SyntheticFabric": "anomalib_ot.integration.data.synthetic_fabric",
     "SyntheticFabricBoxes": "anomalib_ot.integration.data.synthetic_fabric_boxes",
+    "SyntheticTray": "anomalib_ot.integration.data.synthetic_tray",
     "TianchiFabric": "anomalib_ot.integration.data.tianchi_fabric",
 }
 
@@ -34,6 +35,7 @@ __all__ = [
     "SubmissionWriter",
     "SyntheticFabric",
     "SyntheticFabricBoxes",
+    "SyntheticTray",
     "TianchiFabric",
     "__version__",
 ]

@@ -28,6 +28,7 @@ OUR_ENTRY_POINTS = {
         "MaskBoxes": "anomalib_ot.integration.data.mask_boxes:MaskBoxes",
         "SyntheticFabric": "anomalib_ot.integration.data.synthetic_fabric:SyntheticFabric",
         "SyntheticFabricBoxes": "anomalib_ot.integration.data.synthetic_fabric_boxes:SyntheticFabricBoxes",
+        "SyntheticTray": "anomalib_ot.integration.data.synthetic_tray:SyntheticTray",
         "TianchiFabric": "anomalib_ot.integration.data.tianchi_fabric:TianchiFabric",
     },
     "console_scripts": {"anomalib-ot": "anomalib_ot.__main__:main"},
@@ -191,7 +192,7 @@ from anomalib.models import AnomalibModule, list_models
 def descendants(cls):
     return [name for child in cls.__subclasses__() for name in (child.__name__, *descendants(child))]
 
-for name in ("CocoBoxes", "MaskBoxes", "SyntheticFabric", "SyntheticFabricBoxes", "TianchiFabric"):
+for name in ("CocoBoxes", "MaskBoxes", "SyntheticFabric", "SyntheticFabricBoxes", "SyntheticTray", "TianchiFabric"):
     assert descendants(anomalib.data.AnomalibDataModule).count(name) == 1, name
 assert [cls.__name__ for cls in AnomalibModule.__subclasses__()].count("OTPrototypes") == 1
 assert {"OTPrototypes", "Padim", "Patchcore"} <= list_models("pascal")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from anomalib_ot.synthetic.fabric import DEFECTS, render_fabric, tight_boxes
+from anomalib_ot.synthetic.fabric import DEFECTS, render_fabric
+from anomalib_ot.synthetic.picture import tight_boxes
 from anomalib_ot.synthetic.weave import FabricStyle
 
 SIZE = (128, 160)

@@ -1,1 +1,1 @@
-"""Synthetic images with known defects: printed woven fabric."""
+"""Synthetic images with known defects: printed woven fabric, and trays of parts."""

@@ -1,19 +1,25 @@
 """Images of printed woven fabric, faultless or with one known fault: the data set that the package carries with it.
 
 The fabric is computed from its yarns (`weave.py`), the faults change the yarns or the print (`faults.py`);
-this file prints the motif, lights the scene, takes the picture and measures the boxes.
+this file prints the motif and puts the steps together; `picture.py` takes the picture.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from anomalib_ot.synthetic.faults import DEFECTS, Fault, draw_fault, window
-from anomalib_ot.synthetic.weave import OVERSAMPLING, FabricStyle, YarnGrid, smooth_noise, weave
+from anomalib_ot.synthetic.picture import (
+    OVERSAMPLING,
+    Sample,
+    check_arguments,
+    measure,
+    photograph,
+    smooth_noise,
+)
+from anomalib_ot.synthetic.weave import FabricStyle, YarnGrid, weave
 
-__all__ = ["DEFECTS", "GENERATION", "SMALLEST_SIDE", "FabricSample", "render_fabric", "tight_boxes"]
+__all__ = ["DEFECTS", "GENERATION", "SMALLEST_SIDE", "render_fabric"]
 
 GENERATION = 1
 """Raise it with every change of the pictures: stored data sets of another generation are not used again."""
@@ -23,28 +29,9 @@ SMALLEST_SIDE = 64
 
 _MOTIF_RADIUS = 0.1  # of the shorter side
 _MOTIF_JITTER = 1.4  # pixels, in x and in y: never more than 2 in total
-_SMALLEST_PART = 12  # pixels; smaller specks of a mask are dropped
 
 
-@dataclass(frozen=True)
-class FabricSample:
-    """One picture of fabric and its truth.
-
-    Attributes:
-        image: RGB, uint8 (H, W, 3).
-        mask: 255 on the fault, else 0; uint8 (H, W).
-        boxes: The tight box of each connected part of the mask, xyxy pixels, float32 (G, 4); right and bottom edges are
-            exclusive, so a box of one pixel has width 1.
-        labels: The fault's name once per box.
-    """
-
-    image: np.ndarray
-    mask: np.ndarray
-    boxes: np.ndarray
-    labels: list[str]
-
-
-def render_fabric(seed: int, index: int, defect: str | None = None, size: tuple[int, int] = (256, 256)) -> FabricSample:
+def render_fabric(seed: int, index: int, defect: str | None = None, size: tuple[int, int] = (256, 256)) -> Sample:
     """Take a picture of one piece of printed fabric.
 
     The picture depends on the four arguments and on nothing else. Without ``defect`` it shows the same piece of fabric
@@ -67,7 +54,7 @@ def render_fabric(seed: int, index: int, defect: str | None = None, size: tuple[
         >>> sample.image.shape, sample.labels
         ((96, 96, 3), ['hole'])
     """
-    _check(seed, index, defect, size)
+    check_arguments(seed, index, defect, size, DEFECTS, SMALLEST_SIDE)
     style = FabricStyle.of(seed)
     rng = np.random.default_rng(np.random.SeedSequence([seed, index, *size]))
     grid = YarnGrid.draw(style, size, rng)
@@ -85,22 +72,9 @@ def render_fabric(seed: int, index: int, defect: str | None = None, size: tuple[
     color, relief = weave(style, fault.grid, yarn_rng)
     _print_motif(color, relief, style, fault, radius, print_rng)
     _lay_on(color, style, fault)
-    image = _photograph(color, light_rng, sensor_rng)
-    mask, boxes = _measure(fault.region)
-    return FabricSample(image, mask, boxes, [defect] * len(boxes) if defect else [])
-
-
-def _check(seed: int, index: int, defect: str | None, size: tuple[int, int]) -> None:
-    for name, value in (("seed", seed), ("index", index)):
-        if not isinstance(value, (int, np.integer)) or value < 0:
-            msg = f"{name} is {value!r}; expected a whole number of at least 0"
-            raise ValueError(msg)
-    if defect is not None and defect not in DEFECTS:
-        msg = f"defect is {defect!r}; expected None or one of {', '.join(DEFECTS)}"
-        raise ValueError(msg)
-    if len(size) != 2 or not all(isinstance(side, (int, np.integer)) and side >= SMALLEST_SIDE for side in size):
-        msg = f"size is {tuple(size)}; expected (height, width), whole numbers of at least {SMALLEST_SIDE} pixels"
-        raise ValueError(msg)
+    image = photograph(color, light_rng, sensor_rng)
+    mask, boxes = measure(fault.region)
+    return Sample(image, mask, boxes, [defect] * len(boxes) if defect else [])
 
 
 def _print_motif(
@@ -140,83 +114,7 @@ def _lay_on(color: np.ndarray, style: FabricStyle, fault: Fault) -> None:
         color += fault.thread[..., None] * (lit - color)
 
 
-def _photograph(color: np.ndarray, light_rng: np.random.Generator, sensor_rng: np.random.Generator) -> np.ndarray:
-    """Light the fabric unevenly, blur it as a lens does, average it to pixels and add the noise of the sensor."""
-    h, w = color.shape[:2]
-    u, v = np.linspace(-1, 1, w, dtype=np.float32)[None, :], np.linspace(-1, 1, h, dtype=np.float32)[:, None]
-    tilt_x, tilt_y, bow = light_rng.uniform((-0.10, -0.10, -0.09), (0.10, 0.10, 0.02)).astype(np.float32)
-    exposure = np.float32(light_rng.uniform(0.93, 1.07))
-    light = exposure * (1 + tilt_x * u + tilt_y * v + bow * (u * u + v * v))
-    color = color * light[..., None]
-    for axis in (0, 1):
-        color = 0.5 * color + 0.25 * (_shifted(color, 1, axis) + _shifted(color, -1, axis))
-    pixels = _to_pixels(color)
-    noise = sensor_rng.standard_normal(pixels.shape, dtype=np.float32)
-    pixels = pixels + noise * (np.float32(0.006) + np.float32(0.012) * np.sqrt(np.clip(pixels, 0, 1)))
-    return (np.clip(pixels, 0, 1) * 255 + np.float32(0.5)).astype(np.uint8)
-
-
-def _to_pixels(samples: np.ndarray) -> np.ndarray:
-    """Average the sample points of each pixel."""
-    starts = [(row, column) for row in range(OVERSAMPLING) for column in range(OVERSAMPLING)]
-    return sum(samples[row::OVERSAMPLING, column::OVERSAMPLING] for row, column in starts) / np.float32(len(starts))
-
-
 def _shifted(field: np.ndarray, by: int, axis: int) -> np.ndarray:
     """Shift along an axis, repeating the border."""
     length = field.shape[axis]
     return field.take(np.clip(np.arange(length) - by, 0, length - 1), axis=axis)
-
-
-def _measure(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Average the region to pixels, drop its specks, and find the box of each part that stays."""
-    mask = _to_pixels(region.astype(np.float32)) >= 0.5
-    parts = _parts(mask)
-    areas = np.bincount(parts.ravel())
-    areas[0] = 0
-    mask = (areas >= min(_SMALLEST_PART, areas.max()))[parts] & mask
-    return mask.astype(np.uint8) * 255, tight_boxes(mask)
-
-
-def tight_boxes(mask: np.ndarray) -> np.ndarray:
-    """Find the tight box of each connected part of a mask; parts that touch at a corner are one part.
-
-    Args:
-        mask: The mask (H, W); everything but 0 belongs to it.
-
-    Returns:
-        Boxes xyxy in pixels, float32 (G, 4), right and bottom exclusive, ordered by the first pixel of each part.
-
-    Example:
-        >>> tight_boxes(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 1, 1]])).tolist()
-        [[0.0, 0.0, 2.0, 2.0], [1.0, 3.0, 3.0, 4.0]]
-    """
-    parts = _parts(np.asarray(mask) != 0)
-    boxes = []
-    for part in range(1, int(parts.max(initial=0)) + 1):
-        rows, columns = np.nonzero(parts == part)
-        boxes.append((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
-    return np.array(boxes, dtype=np.float32).reshape(-1, 4)
-
-
-def _parts(mask: np.ndarray) -> np.ndarray:
-    """Number the connected parts of a bool mask from 1 in reading order, corners count as contact; 0 is outside."""
-    labels = np.zeros(mask.shape, dtype=np.int64)
-    parent = [0]  # of each run of pixels in a row; a run without an earlier neighbor is its own parent
-
-    def root(run: int) -> int:
-        while parent[run] != run:
-            run = parent[run]
-        return run
-
-    rows, edges = np.nonzero(np.diff(mask, axis=1, prepend=False, append=False))
-    for row, start, stop in zip(rows[::2], edges[::2], edges[1::2], strict=True):
-        above = labels[row - 1, max(start - 1, 0) : stop + 1] if row else labels[:0, 0]
-        roots = sorted({root(run) for run in set(above.tolist()) - {0}})
-        run = len(parent)
-        parent.append(roots[0] if roots else run)
-        for other in roots[1:]:
-            parent[other] = roots[0]
-        labels[row, start:stop] = run
-    roots = np.array([root(run) for run in range(len(parent))])
-    return np.unique(roots, return_inverse=True)[1][labels]

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from anomalib_ot.synthetic.weave import OVERSAMPLING, YarnGrid, smooth_noise
+from anomalib_ot.synthetic.picture import OVERSAMPLING, smooth_noise
+from anomalib_ot.synthetic.weave import YarnGrid
 
 DEFECTS = ("hole", "stain", "broken_yarn", "coarse_yarn", "misplaced_motif", "missing_motif")
 """The faults that can be drawn."""

@@ -1,6 +1,6 @@
 """From yarns to fabric: where the yarns of a woven fabric lie, how high they stand, and how they look in oblique light.
 
-Everything here works on a grid of sample points that is finer than the pixels; `fabric.py` averages it down.
+Everything here works on a grid of sample points that is finer than the pixels; `picture.py` averages it down.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
-OVERSAMPLING = 2
-"""Sample points per pixel and axis."""
+from anomalib_ot.synthetic.picture import OVERSAMPLING, resize, smooth_noise
 
 _FLOOR = -1.6  # height of what lies under the fabric, in yarn radii
 _MARGIN = 8  # yarns counted beyond each border; paths that wander or give way stay within
@@ -93,17 +91,6 @@ class YarnGrid:
         warp = (x + np.float32(shift_x) + wander_x) / np.float32(style.warp_period) + np.float32(_MARGIN)
         weft = (y + np.float32(shift_y) + wander_y) / np.float32(style.weft_period) + np.float32(_MARGIN)
         return cls(x, y, warp, weft, *np.zeros((2, h, w), np.float32))
-
-
-def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], spacing: float) -> np.ndarray:
-    """Draw a smooth random field with values of about unit variance at knots ``spacing`` samples apart."""
-    knots = tuple(round(side / spacing) + 2 for side in shape)
-    return resize(rng.standard_normal(knots, dtype=np.float32), shape)
-
-
-def resize(field: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Interpolate a field (h, w) to another shape, bicubic."""
-    return np.asarray(Image.fromarray(field).resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
 
 
 def weave(style: FabricStyle, grid: YarnGrid, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

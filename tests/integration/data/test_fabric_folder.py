@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from anomalib_ot.integration.data import fabric_folder
+from anomalib_ot.integration.data import synthetic_folder
 from anomalib_ot.integration.data.fabric_folder import FabricFolder
-from anomalib_ot.synthetic.fabric import DEFECTS, render_fabric, tight_boxes
+from anomalib_ot.synthetic.fabric import DEFECTS, render_fabric
+from anomalib_ot.synthetic.picture import tight_boxes
 
 SMALL = {"num_train": 3, "num_test_good": 2, "num_per_defect": 2, "image_size": (64, 72)}
 
@@ -75,7 +76,7 @@ def test_an_image_keeps_its_content_when_the_counts_change():
 
 def test_a_fitting_folder_is_used_again(written, monkeypatch):
     before = files_of(written)
-    monkeypatch.setattr(fabric_folder, "render_fabric", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(FabricFolder, "render", lambda *_: pytest.fail("drawn again"))
     FabricFolder(**SMALL, defects=DEFECTS[::-1]).ensure(written)
     assert files_of(written) == before
 
@@ -89,7 +90,7 @@ def test_other_parameters_are_refused(written, name, value):
 
 
 def test_pictures_of_another_generation_are_refused(written, monkeypatch):
-    monkeypatch.setattr(fabric_folder, "GENERATION", 999)
+    monkeypatch.setattr(FabricFolder, "GENERATION", 999)
     with pytest.raises(ValueError, match="generation is 1 there and 999 here"):
         FabricFolder(**SMALL).ensure(written)
 
@@ -136,7 +137,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, failure):
         return render_fabric(seed, index, defect, size)
 
     root = tmp_path / "deep" / "set"
-    monkeypatch.setattr(fabric_folder, "render_fabric", render)
+    monkeypatch.setattr(FabricFolder, "render", staticmethod(render))
     with pytest.raises(failure):
         FabricFolder(**SMALL).ensure(root)
     assert list(root.parent.iterdir()) == []
@@ -187,12 +188,12 @@ def test_the_slower_of_two_runs_takes_the_folder_of_the_faster(tmp_path, monkeyp
         few.ensure(root)
         return render_fabric(*arguments)
 
-    monkeypatch.setattr(fabric_folder, "render_fabric", overtake)
+    monkeypatch.setattr(FabricFolder, "render", staticmethod(overtake))
     few.ensure(root)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     before = files_of(root)
     root.rename(tmp_path / "first")
-    monkeypatch.setattr(fabric_folder, "render_fabric", overtake)
+    monkeypatch.setattr(FabricFolder, "render", staticmethod(overtake))
     with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
         other.ensure(root)
     assert files_of(root) == before
@@ -224,8 +225,8 @@ def test_bad_arguments_are_named(arguments, message):
 def test_a_progress_bar_shows_for_long_waits_at_a_terminal_only(tmp_path, monkeypatch, quiet_seconds, terminal, shown):
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=100)
-    monkeypatch.setattr(fabric_folder, "Console", lambda stderr: console)
-    monkeypatch.setattr(fabric_folder, "_QUIET_SECONDS", quiet_seconds)
+    monkeypatch.setattr(synthetic_folder, "Console", lambda stderr: console)
+    monkeypatch.setattr(synthetic_folder, "_QUIET_SECONDS", quiet_seconds)
     FabricFolder(**{**SMALL, "defects": ("hole",)}).ensure(tmp_path / "set")
     assert ("Drawing synthetic fabric" in output.getvalue()) == shown
     assert terminal or not output.getvalue()

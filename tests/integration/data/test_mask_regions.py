@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageFilter
 
 from anomalib_ot.integration.data.mask_regions import mask_boxes, mask_oddity, read_mask
-from anomalib_ot.synthetic.fabric import tight_boxes
+from anomalib_ot.synthetic.picture import tight_boxes
 
 MASKS = arrays.arrays(np.bool_, st.tuples(st.integers(1, 14), st.integers(1, 14)), elements=st.booleans())
 

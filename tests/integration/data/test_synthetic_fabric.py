@@ -11,7 +11,7 @@ from anomalib.data import AnomalibDataModule
 from PIL import Image
 from torchvision.transforms.v2 import Resize
 
-from anomalib_ot.integration.data import fabric_folder
+from anomalib_ot.integration.data.fabric_folder import FabricFolder
 from anomalib_ot.integration.data.synthetic_fabric import SyntheticFabric
 from anomalib_ot.synthetic.fabric import DEFECTS
 
@@ -103,13 +103,13 @@ def test_augmentations_and_validation_modes(root):
 
 
 def test_setup_only_reads_what_prepare_data_drew(root, monkeypatch):
-    monkeypatch.setattr(fabric_folder, "render_fabric", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(FabricFolder, "render", lambda *_: pytest.fail("drawn again"))
     SyntheticFabric(root=root, **SMALL).setup()
 
 
 def test_setup_draws_when_nothing_is_there_and_root_defaults_to_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "anomalib_ot.integration.data.synthetic_fabric.user_cache_path", lambda name, appauthor: tmp_path / name
+        "anomalib_ot.integration.data.synthetic_folder.user_cache_path", lambda name, appauthor: tmp_path / name
     )
     few = {**SMALL, "num_train": 2, "defects": ["hole", "stain"]}
     datamodule, other = SyntheticFabric(**few), SyntheticFabric(**few, seed=1)

@@ -10,7 +10,8 @@ from torchvision.transforms import v2
 
 from anomalib_ot import SyntheticFabricBoxes
 from anomalib_ot.integration.data.fabric_folder import FabricFolder
-from anomalib_ot.synthetic.fabric import DEFECTS, tight_boxes
+from anomalib_ot.synthetic.fabric import DEFECTS
+from anomalib_ot.synthetic.picture import tight_boxes
 
 SMALL = {"num_train": 2, "num_val": 1, "num_test": 1, "num_train_good": 3, "num_val_good": 1, "num_test_good": 2}
 SMALL |= {"image_size": (64, 72)}

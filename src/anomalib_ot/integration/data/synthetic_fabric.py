@@ -1,22 +1,10 @@
 """The data set that the package carries with it, as an Anomalib datamodule: no download, no license, a few seconds."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from pathlib import Path
-
-from anomalib.data.datamodules.base.image import AnomalibDataModule
-from anomalib.data.datasets.image.folder import FolderDataset
-from anomalib.data.utils import Split, TestSplitMode, ValSplitMode
-from platformdirs import user_cache_path
-from torchvision.transforms.v2 import Transform
-
-from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.fabric_folder import FabricFolder
-from anomalib_ot.synthetic.fabric import DEFECTS
+from anomalib_ot.integration.data.synthetic_images import SyntheticImages
 
 
-class SyntheticFabric(AnomalibDataModule):
+class SyntheticFabric(SyntheticImages):
     """Images of printed woven fabric, faultless for training, with and without known faults for testing.
 
     The images are drawn once, when they are first needed, and read back through Anomalib's ``FolderDataset``. The name
@@ -30,7 +18,7 @@ class SyntheticFabric(AnomalibDataModule):
         num_per_defect: Test images per defect, at least 1, and 2 in all.
         image_size: Height and width in pixels, at least 64 each.
         defects: Which faults the test images show: ``hole``, ``stain``, ``broken_yarn``, ``coarse_yarn``,
-            ``misplaced_motif``, ``missing_motif``, each at most once.
+            ``misplaced_motif``, ``missing_motif``, each at most once. None: all of them.
         seed: Names the fabric, its pieces and the split, at least 0: the same seed, the same data, the same split.
         train_batch_size: Images per training batch.
         eval_batch_size: Images per validation or test batch.
@@ -53,81 +41,4 @@ class SyntheticFabric(AnomalibDataModule):
         'synthetic_fabric'
     """
 
-    def __init__(
-        self,
-        root: str | Path | None = None,
-        num_train: int = 48,
-        num_test_good: int = 20,
-        num_per_defect: int = 6,
-        image_size: tuple[int, int] = (256, 256),
-        defects: Sequence[str] = DEFECTS,
-        seed: int = 0,
-        train_batch_size: int = 16,
-        eval_batch_size: int = 16,
-        num_workers: int = 0,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
-        val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TEST,
-        val_split_ratio: float = 0.5,
-    ) -> None:
-        """Check the arguments; nothing is drawn yet."""
-        self._folder = FabricFolder(
-            num_train=num_train,
-            num_test_good=num_test_good,
-            num_per_defect=num_per_defect,
-            image_size=tuple(image_size),
-            defects=tuple(defects),
-            seed=seed,
-        )
-        modes = [mode.value for mode in ValSplitMode if mode is not ValSplitMode.FROM_DIR]
-        if val_split_mode not in modes:
-            msg = f"val_split_mode is {val_split_mode!r}; expected one of {', '.join(modes)}"
-            raise InputError(msg)
-        if not 0 < val_split_ratio < 1:
-            msg = f"val_split_ratio is {val_split_ratio}; expected a number between 0 and 1, both excluded"
-            raise InputError(msg)
-        super().__init__(
-            train_batch_size=train_batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            train_augmentations=train_augmentations,
-            val_augmentations=val_augmentations,
-            test_augmentations=test_augmentations,
-            augmentations=augmentations,
-            val_split_mode=val_split_mode,
-            val_split_ratio=val_split_ratio,
-            test_split_mode=TestSplitMode.FROM_DIR,
-            seed=seed,
-        )
-        if root is None:
-            root = user_cache_path("anomalib-ot", appauthor=False) / f"synthetic_fabric-{self._folder.digest}"
-        self.root = Path(root).expanduser().resolve()
-
-    @property
-    def name(self) -> str:
-        """Name of the data set, as it appears in the folders of results."""
-        return "synthetic_fabric"
-
-    def prepare_data(self) -> None:
-        """Draw the images if they are not there yet; Lightning calls this in one process per machine."""
-        self._folder.ensure(self.root)
-
-    def _setup(self, _stage: str | None = None) -> None:
-        """Read the folder; draws it first when ``prepare_data`` was not called."""
-        self._folder.ensure(self.root)
-        self.train_data = self._dataset(Split.TRAIN)
-        self.test_data = self._dataset(Split.TEST)
-
-    def _dataset(self, split: Split) -> FolderDataset:
-        return FolderDataset(
-            name=self.name,
-            root=self.root,
-            normal_dir="train/good",
-            normal_test_dir="test/good",
-            abnormal_dir=[f"test/{defect}" for defect in self._folder.defects],
-            mask_dir=[f"ground_truth/{defect}" for defect in self._folder.defects],
-            split=split,
-            extensions=(".png",),
-        )
+    folder_class = FabricFolder

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from platformdirs import user_cache_path
 from torchvision.transforms.v2 import Transform
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import CocoImage, read_coco
 from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule
-from anomalib_ot.integration.data.fabric_folder import ANNOTATIONS, FabricFolder
+from anomalib_ot.integration.data.fabric_folder import FabricFolder
 from anomalib_ot.integration.data.records import Findings, LabeledImage
+from anomalib_ot.integration.data.synthetic_folder import ANNOTATIONS
 from anomalib_ot.synthetic.fabric import DEFECTS
 
 __all__ = ["SyntheticFabricBoxes"]
@@ -90,10 +90,8 @@ class SyntheticFabricBoxes(BoxDataModule):
             defects=tuple(defects),
             seed=seed,
         )
-        if root is None:
-            root = user_cache_path("anomalib-ot", appauthor=False) / f"synthetic_fabric-{self._folder.digest}"
         super().__init__(
-            root=root,
+            root=self._folder.default_root if root is None else root,
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
