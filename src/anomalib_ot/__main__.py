@@ -1,53 +1,36 @@
-"""The script ``anomalib-ot``: ``inspect``, ``calibrate``, ``update``, ..., else Anomalib's command with ours in it.
+"""The script ``anomalib-ot``: the verbs of this package, else Anomalib's command with our models in it.
 
-``inspect`` is for the edge device; ``calibrate`` sets thresholds from good images; ``update`` adds good images to what
-a checkpoint knows; ``benchmark`` reads Anomalib's benchmark files and can be resumed.
-
-The plain ``anomalib`` command knows them too wherever the start-up hook runs. It does not run under ``python -S``, in a
-frozen application, or for a package that lies on ``PYTHONPATH``; this command works there as well.
+The plain ``anomalib`` command knows the models too wherever the start-up hook runs. It does not run under
+``python -S``, in a frozen application, or for a package that lies on ``PYTHONPATH``; this command works there as well.
 """
 
 import sys
+from importlib import import_module
+
+VERBS = {  # each with the module whose `run` takes the rest of the command line; `inspect` needs no Anomalib
+    "inspect": ("anomalib_ot.edge.command", "inspect MODEL SOURCE: exported models on the line"),
+    "report": ("anomalib_ot.integration.report.command", "report RUN: the report of a run, from its table"),
+    "calibrate": ("anomalib_ot.calibration.command", "calibrate MODEL --good DIR --max-false-alarms RATE: thresholds"),
+    "update": ("anomalib_ot.calibration.update", "update MODEL.ckpt --good DIR: add good parts to a model"),
+    "benchmark": ("anomalib_ot.integration.benchmark.command", "benchmark --config FILE --out DIR: resumable sweeps"),
+    "doctor": ("anomalib_ot.doctor", "doctor: versions, devices, folders"),
+}
 
 
 def main() -> None:
-    """Run ``inspect`` (without Anomalib), another command of this package, or else Anomalib's, on ``sys.argv``."""
-    if sys.argv[1:2] == ["inspect"]:
-        from anomalib_ot.edge.command import run as inspect
+    """Run a verb of this package, or else Anomalib's command, on ``sys.argv``."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in VERBS:
+        sys.exit(import_module(VERBS[verb][0]).run(sys.argv[2:]))
+    if verb == "--version":
+        from anomalib_ot import __version__
 
-        sys.exit(inspect(sys.argv[2:]))
-
-    if sys.argv[1:2] == ["benchmark"]:
-        from anomalib_ot.integration.benchmark.command import run as benchmark
-
-        sys.exit(benchmark(sys.argv[2:]))
-
-    if sys.argv[1:2] == ["calibrate"]:
-        from anomalib_ot.calibration.command import run as calibrate
-
-        sys.exit(calibrate(sys.argv[2:]))
-
-    if sys.argv[1:2] == ["update"]:
-        from anomalib_ot.calibration.update import run as update
-
-        sys.exit(update(sys.argv[2:]))
-
-    if sys.argv[1:2] == ["report"]:
-        from anomalib_ot.integration.report.command import run as report
-
-        sys.exit(report(sys.argv[2:]))
-
-    if sys.argv[1:2] in ([], ["-h"], ["--help"]):
-        print("anomalib-ot inspect MODEL SOURCE: exported models on the line; anomalib-ot inspect --help")
-        print("anomalib-ot report RUN: the report of a run, from its table; anomalib-ot report --help")
-        print(
-            "anomalib-ot calibrate MODEL --good DIR --max-false-alarms RATE: thresholds; anomalib-ot calibrate --help"
-        )
-        print("anomalib-ot update MODEL.ckpt --good DIR: add good parts to a model; anomalib-ot update --help")
-        print(
-            "anomalib-ot benchmark --config FILE --out DIR: resumable sweeps; anomalib-ot benchmark --help\n",
-            flush=True,
-        )
+        print(f"anomalib-ot {__version__}")
+        return
+    if verb in ("-h", "--help"):
+        for name, (_, said) in VERBS.items():
+            print(f"anomalib-ot {said}; anomalib-ot {name} --help")
+        print("anomalib-ot --version: the version alone\n", flush=True)
     from anomalib_ot.integration.cli import run
 
     run()

@@ -5,15 +5,14 @@ Here: a farthest-point start, steps to the weighted means of each prototype's pa
 data ask for, measured on images that took no part.
 """
 
-import logging
 import math
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from anomalib_ot.anomaly.members import Member
 from anomalib_ot.anomaly.prototypes import TINY, Coverage, PrototypeBank, unit
+from anomalib_ot.anomaly.search import import_faiss
 from anomalib_ot.anomaly.training_patches import EncodedPatches, sample_numbers
 
 SAMPLE = 20_000  # patches that farthest points are chosen from
@@ -105,14 +104,6 @@ class Barycenters:
         step = 1 / max(self.order - 1, 1)  # whole steps diverge for p > 3
         moved = self.prototypes + step * (means - self.prototypes) if step < 1 else means
         return torch.where(alive, moved.float(), self.prototypes)
-
-
-def import_faiss() -> ModuleType:
-    """Import FAISS when it is needed, as importing Anomalib's models loads this file; without its loader's chatter."""
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
-    import faiss
-
-    return faiss
 
 
 def comparable(member: Member, encoded: Tensor) -> Tensor:

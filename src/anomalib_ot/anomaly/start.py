@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anomalib_ot.anomaly.coverage import import_faiss, start_by_coverage
+from anomalib_ot.anomaly.coverage import start_by_coverage
 from anomalib_ot.anomaly.members import automatic_number
 from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
+from anomalib_ot.anomaly.search import import_faiss
 from anomalib_ot.anomaly.training_patches import EncodedPatches, sample_numbers
 from anomalib_ot.vision.patches import grid_positions
 

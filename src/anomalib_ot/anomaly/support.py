@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from anomalib_ot.anomaly.coverage import import_faiss
 from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
 from anomalib_ot.anomaly.scales import energy
+from anomalib_ot.anomaly.search import import_faiss
 from anomalib_ot.ot import Support, sinkhorn
 
 BLOCK = 512  # points that are searched for at a time

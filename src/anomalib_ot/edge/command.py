@@ -23,6 +23,7 @@ from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.edge.monitor import Monitor
 from anomalib_ot.edge.options import check_options, read_options
 from anomalib_ot.edge.page import LOOPBACK, Page
+from anomalib_ot.edge.publishing import Publisher
 from anomalib_ot.edge.record import Record
 from anomalib_ot.edge.results import BROKEN, DEFECT, Result
 from anomalib_ot.edge.sources import open_source
@@ -81,6 +82,8 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
                 notes.append(f"warning: whoever reaches {options.host} sees the page; it asks for no password")
         for note in notes:
             _say(note)
+        addresses = [address for address in (options.mqtt, options.webhook) if address is not None]
+        publisher = stack.enter_context(Publisher(addresses, _say))
 
         tally = _Tally(Drift(manifest.good_quantiles, manifest.good_count))
         pictures = None if options.overlays is None else _Pictures(options.overlays, options.only_defects, manifest)
@@ -88,7 +91,7 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
         try:
             for result in inspector.stream(_not_done(frames, record)):
                 more = {} if pictures is None else pictures.write(result)
-                record.write(result, **more)
+                publisher.send(record.write(result, **more))
                 tally.add(result)
                 if monitor is not None:
                     monitor.add(result)
@@ -96,6 +99,7 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
             end, is_lost = "nobody reads the results any more", True
         if caught:
             end = f"asked to by {caught[0]}"
+        publisher.close()
         _say(tally.summary(end))
         if pictures is not None and pictures.failed:
             _say(f"warning: {pictures.failed} pictures could not be written, the last because: {pictures.reason}")

@@ -5,6 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from anomalib_ot.edge.frames import MAX_PIXELS, InspectError
+from anomalib_ot.edge.publishing import (
+    MQTT_FORM,
+    PASSWORD,
+    TOKEN,
+    USERNAME,
+    WEBHOOK_FORM,
+    mqtt_address,
+    webhook_address,
+)
 
 __all__ = ["check_options", "read_options"]
 
@@ -60,6 +69,12 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"show a live page at http://127.0.0.1:PORT/ (default {PORT}; 0: any free port), until Ctrl-C",
     )
     add("--host", metavar="ADDRESS", help="address that the page listens on (default 127.0.0.1)")
+    add(
+        "--mqtt",
+        metavar="URL",
+        help=f"publish each line to {MQTT_FORM}; user and password: {USERNAME}, {PASSWORD} in the environment",
+    )
+    add("--webhook", metavar="URL", help=f"post each line to {WEBHOOK_FORM}; bearer token: {TOKEN} in the environment")
     add("--threshold", type=float, help="score above which a frame is defective (default: the model's)")
     add("--expect", metavar="WxH[xBITS]", help="what every frame must be, such as 640x480 or 640x480x8")
     add(
@@ -76,7 +91,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuse arguments that would do nothing.
+    """Refuse arguments that would do nothing; `mqtt` and `webhook` become addresses that were read.
 
     Raises:
         InspectError: Which, and what to do.
@@ -99,3 +114,5 @@ def check_options(options: argparse.Namespace) -> None:
     if options.page is not None and not 0 <= options.page <= LAST_PORT:
         msg = f"--page is {options.page}; expected a port from 0 (any free one) to {LAST_PORT}"
         raise InspectError(msg)
+    options.mqtt = None if options.mqtt is None else mqtt_address(options.mqtt)
+    options.webhook = None if options.webhook is None else webhook_address(options.webhook)

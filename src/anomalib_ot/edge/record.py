@@ -93,8 +93,11 @@ class Record:
             if kind is None:
                 raise self._refusal(error) from error
 
-    def write(self, result: Result, **more: str) -> None:
+    def write(self, result: Result, **more: str) -> str:
         """Write a result, with more fields if given.
+
+        Returns:
+            The line that was written.
 
         Raises:
             BrokenPipeError: If nobody reads standard output, or the pipe, any more.
@@ -112,6 +115,7 @@ class Record:
             raise
         except OSError as error:
             raise self._refusal(error) from error
+        return line
 
     def _refusal(self, error: OSError) -> InspectError:
         where = self._path or "standard output"

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
 from anomalib_ot.anomaly.model import PrototypesModel, portions
+from anomalib_ot.anomaly.search import import_faiss
 from anomalib_ot.integration.callbacks.false_alarms import FalseAlarmThreshold, VerdictReport, check_rate
 from anomalib_ot.integration.callbacks.result_writer import ResultWriter
 from anomalib_ot.integration.checks.checkpoints import (
@@ -199,7 +200,12 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
     # ---- before anything runs: the data, the weights
 
     def prepare_data(self) -> None:
-        """Check the folders before Anomalib reads them (Lightning calls this once per machine)."""
+        """Check FAISS and the folders before Anomalib reads them (Lightning calls this once per machine)."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            try:
+                import_faiss()
+            except ImportError as error:
+                raise InputError(str(error)) from error
         check_datamodule(self.trainer.datamodule, self.trainer.state.fn)
 
     def configure_callbacks(self) -> list[Callback]:

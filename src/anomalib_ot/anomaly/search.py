@@ -1,0 +1,31 @@
+"""FAISS, which finds nearest prototypes: imported when it is needed, from whichever package has it."""
+
+import logging
+from types import ModuleType
+
+__all__ = ["import_faiss"]
+
+ONE_OF = "pip install faiss-cpu, or on Linux with an NVIDIA card faiss-gpu; never both"
+
+
+def import_faiss() -> ModuleType:
+    """Import FAISS when it is needed, as importing Anomalib's models loads this file; without its loader's chatter.
+
+    Raises:
+        ImportError: If it is not installed, or what is installed cannot be loaded; the message says what to do.
+    """
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
+    try:
+        import faiss
+    except ModuleNotFoundError as error:
+        if error.name != "faiss":
+            raise
+        msg = f"FAISS, which finds nearest prototypes, is not installed; {ONE_OF}"
+        raise ImportError(msg) from error
+    except (ImportError, OSError) as error:  # a library that it needs is missing
+        msg = f"FAISS is installed and cannot be loaded ({error}); pip uninstall faiss-cpu faiss-gpu, then {ONE_OF}"
+        raise ImportError(msg) from error
+    if not hasattr(faiss, "IndexFlatL2"):  # the folder that is left when one of two packages was uninstalled
+        msg = f"FAISS is installed in parts only, as after removing one of two packages; {ONE_OF}, --force-reinstall"
+        raise ImportError(msg)
+    return faiss
