@@ -18,7 +18,11 @@ from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
 from anomalib_ot.integration.checks import images
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.images import check_images
+from anomalib_ot.integration.data.datamodule_checks import check_datamodule
 from anomalib_ot.integration.data.deep_images import check_augmentations, read_image_deep, restore_deep_images
+from anomalib_ot.integration.data.mask_regions import read_mask
+from anomalib_ot.integration.data.near_duplicates import image_hashes
+from anomalib_ot.integration.data.records import image_sizes
 
 HEIGHT, WIDTH = 24, 20
 GRAY16 = np.random.default_rng(0).integers(17219, 40606, (HEIGHT, WIDTH), dtype=np.uint16)
@@ -378,3 +382,30 @@ def test_augmentations_of_deep_images(mixed):
     check_augmentations(mixed, deep)
     mixed.val_split_mode = "synthetic"
     assert "synthetic anomalies cannot be made from 16-bit" in error_of(check_augmentations, mixed, deep)
+
+
+# Programs under the name of an image
+
+
+PROGRAM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n{} loop\n"
+
+
+@pytest.mark.parametrize("reader", [check_images, image_sizes, image_hashes, read_mask, check_datamodule])
+def test_no_reader_starts_a_program(reader, tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *words: pytest.fail("Ghostscript was started"))
+    names = [tmp_path / "good" / f"{number}.png" for number in range(3)]
+    names += [tmp_path / "bad/0.png", tmp_path / "masks/0.png"]
+    for path in names:
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(COLOR8[..., :3]).save(path)
+    bad = names[4] if reader in (read_mask, check_datamodule) else names[0]
+    bad.write_bytes(PROGRAM)
+    if reader is check_datamodule:
+        data = Folder("set", root=tmp_path, normal_dir="good", abnormal_dir="bad", mask_dir="masks", seed=0)
+        said = error_of(reader, data, "fit")
+    elif reader is check_images:
+        said = error_of(reader, names[:3], "images")
+    else:
+        said = error_of(reader, bad if reader is read_mask else [str(path) for path in names[:3]])
+    assert str(bad) in said
+    assert "EPS" in said or "cannot be read" in said

@@ -6,12 +6,15 @@ import os
 import re
 import sys
 import textwrap
+from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
 import anomalib_ot
+from anomalib_ot.integration.checks.errors import missing_tensorboard
 
 __all__ = ["install_short_argument_errors", "short_argument_error"]
 
@@ -37,6 +40,8 @@ def short_argument_error(message: str, *, foreign: bool = False) -> str | None:
     """
     key = re.search(r'Parser key "(?:\w+\.)*(\w+)"', message)
     option = f"--{key[1]}" if key else "the command line"
+    if foreign and key and key[1] == "logger" and (missing := missing_tensorboard(message)):
+        return missing
     problem = PROBLEM.search(message)
     if problem is None:
         unknown = re.search(r"Expected a dot import path string: (\w+)", message)
@@ -84,15 +89,16 @@ def _parameters(path: str) -> dict[str, str] | None:
     return {key: re.sub(r"\b(?:\w+\.)+(?=\w)", "", value) for key, value in words.items()}
 
 
-def install_short_argument_errors(switch: str) -> None:
+def install_short_argument_errors(switch: str, before_building: Callable[[], None]) -> None:
     """Let jsonargparse's parsers print that line, and nothing else, for arguments of our classes.
 
-    There is no hook for this in jsonargparse: its method `ArgumentParser.error` is wrapped. Anomalib's classes get the
-    line too in a command that names one of ours. All other messages go the former way, as does everything with the
-    environment variable `switch` set to 1. Repeated calls change nothing.
+    There is no hook for this in jsonargparse: its methods `error` and `instantiate_classes` are wrapped. Anomalib's
+    classes get the line too in a command that names one of ours. All other messages go the former way, as does
+    everything with the environment variable `switch` set to 1. Repeated calls change nothing.
 
     Args:
         switch: Name of the environment variable that asks for the long form.
+        before_building: Called before a parser builds what was named, such as a logger, which comes before any model.
     """
     former = ArgumentParser.error
     if hasattr(former, "is_short"):
@@ -107,5 +113,12 @@ def install_short_argument_errors(switch: str) -> None:
         print(f"anomalib-ot: error: {short}", file=sys.stderr, flush=True)
         self.exit(STATUS)
 
+    build = ArgumentParser.instantiate_classes
+
+    @wraps(build)
+    def instantiate_classes(self: ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        before_building()
+        return build(self, *args, **kwargs)
+
     error.is_short = True
-    ArgumentParser.error = error
+    ArgumentParser.error, ArgumentParser.instantiate_classes = error, instantiate_classes

@@ -21,6 +21,7 @@ __all__ = [
     "install_checkpoint_check",
     "is_reading",
     "keep_what_was_trained",
+    "plain",
     "trained_arguments",
 ]
 
@@ -150,19 +151,17 @@ def trained_arguments(
         The checkpoint's values of the arguments that differ; they are told in a warning.
     """
     saved = checkpoint.get("hyper_parameters", {})
-    differing = {name: saved[name] for name in names if name in saved and _plain(saved[name]) != _plain(present[name])}
+    differing = {name: saved[name] for name in names if name in saved and plain(saved[name]) != plain(present[name])}
     if differing:
-        told = ", ".join(
-            f"{name}={_plain(value)!r} (not {_plain(present[name])!r})" for name, value in differing.items()
-        )
+        told = ", ".join(f"{name}={plain(value)!r} (not {plain(present[name])!r})" for name, value in differing.items())
         logger.warning("The model takes from the checkpoint, which was trained so: %s", told)
     return differing
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Bring a value to the form in which it reads back from a file: lists and dicts."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     return value

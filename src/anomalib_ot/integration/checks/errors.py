@@ -5,11 +5,12 @@ import os
 import re
 import sys
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
 
-__all__ = ["InputError", "install_short_errors"]
+__all__ = ["InputError", "install_short_errors", "missing_tensorboard"]
 
 TRACEBACK_SWITCH = "ANOMALIB_OT_TRACEBACK"
 
@@ -42,6 +43,7 @@ class _ShortErrors:
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         message = _input_message_in(error) or _missing_images(error) or _unknown_export(error)
+        message = message or missing_tensorboard(str(error))
         if message is None or os.environ.get(TRACEBACK_SWITCH) == "1":
             self.former(kind, error, trace)
             return
@@ -102,11 +104,25 @@ def _unknown_export(error: BaseException) -> str | None:
     return f"--export_type is {refused[1]}; expected openvino, onnx or torch" if refused else None
 
 
+def missing_tensorboard(text: str) -> str | None:
+    """Say which package a logger lacks, if that is what a text says among much else; None if not.
+
+    >>> missing_tensorboard("Requirement 'tensorboardX' not met. Requirement 'tensorboard' not met.")[:49]
+    '--trainer.logger needs the package tensorboard, w'
+    """
+    if "tensorboard" not in text.lower() or find_spec("tensorboard") or find_spec("tensorboardX"):
+        return None
+    return (
+        "--trainer.logger needs the package tensorboard, which is not installed: pip install tensorboard, or take "
+        "another logger, such as --trainer.logger CSVLogger --trainer.logger.save_dir logs"
+    )
+
+
 def install_short_errors() -> None:
     """Let the Anomalib command line end with one line, and status 1, on an uncaught ``InputError``.
 
-    The same goes for images to predict that are not there, for an unknown kind of export, and, with status 2, for
-    arguments of this package's classes that the command line does not accept.
+    The same goes for images to predict that are not there, for an unknown kind of export, for a logger whose package
+    is missing, and, with status 2, for arguments of this package's classes that the command line does not accept.
 
     Does nothing unless the program is that command line, that is, unless ``anomalib.cli.cli`` has put rich's
     traceback hook in place: scripts and notebooks keep their tracebacks. All other exceptions still go to rich.
@@ -118,7 +134,11 @@ def install_short_errors() -> None:
         return
     from anomalib_ot.integration.checks.arguments import install_short_argument_errors
 
-    install_short_argument_errors(TRACEBACK_SWITCH)
+    install_short_argument_errors(TRACEBACK_SWITCH, _install_hook)
+    _install_hook()
+
+
+def _install_hook() -> None:
     former = sys.excepthook
     if getattr(former, "__module__", None) == "rich.traceback":
         sys.excepthook = _ShortErrors(former)

@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from anomalib_ot.imaging.samples import (
     DECODE_ERRORS,
+    FORMATS,
     UNREADABLE,
     file_problem,
     out_of_scale,
@@ -146,7 +147,7 @@ def _decode(name: str) -> _Finding:
     if problem:
         return _Finding(problem)
     try:
-        with Image.open(name) as image:
+        with Image.open(name, formats=FORMATS) as image:
             sample, size = sample_format(image), image.size
             image.load()
             problem = size_problem(*size)

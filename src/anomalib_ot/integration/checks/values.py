@@ -1,4 +1,4 @@
-"""Checks of single values: arguments, weights, the precision of a trainer, and whether a model is trained."""
+"""Checks of single values: arguments, weights, and whether a model is trained."""
 
 import difflib
 from collections.abc import Collection, Mapping
@@ -16,7 +16,6 @@ __all__ = [
     "check_fraction",
     "check_known",
     "check_least",
-    "check_precision",
     "check_state_dict_finite",
 ]
 
@@ -85,20 +84,6 @@ def check_state_dict_finite(state_dict: Mapping[str, Tensor], path: str | Path) 
                 "the file is damaged or its training diverged, take another one"
             )
             raise InputError(msg)
-
-
-def check_precision(precision: str) -> None:
-    """Check that a trainer leaves the model in float32: sums over all patches need it.
-
-    Raises:
-        InputError: If the trainer converts the model itself to another precision; mixed precision does not.
-    """
-    if precision.endswith("-true") and precision != "32-true":
-        msg = (
-            f"trainer.precision is {precision!r}, in which prototypes cannot be fitted; "
-            "expected '32-true', or '16-mixed' or 'bf16-mixed' to run the backbone alone in half precision"
-        )
-        raise InputError(msg)
 
 
 def check_least(name: str, value: int, least: int) -> None:

@@ -21,7 +21,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch.utils.data import Dataset
 
+from anomalib_ot.imaging.samples import FORMATS
 from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.paths import allow_all_letters
 from anomalib_ot.integration.data.folder_checks import check_folder_pairs, explain_folder_failure
 from anomalib_ot.integration.data.mask_regions import mask_oddity, read_mask
 from anomalib_ot.integration.data.records import Findings
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+allow_all_letters()  # now: Anomalib reads data before any model of ours is asked
 
 MIN_TRAINING_IMAGES = 2
 ASPECT_TOLERANCE = 0.02  # relative; a mask at another resolution is off by rounding only
@@ -176,7 +179,7 @@ def _header_size(path: str) -> tuple[int, int]:
 
 @cache
 def _header_size_at(path: str, _mtime: int) -> tuple[int, int]:
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         return image.size
 
 
@@ -256,7 +259,7 @@ def count_odd_masks(masks: Iterable[str], findings: Findings) -> None:
 @cache
 def _oddities(path: str, _mtime: int) -> tuple[str, ...]:
     own = read_mask(Path(path))
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         theirs = np.asarray(image.convert("L")) > 0
     found = []
     odd = mask_oddity(theirs)

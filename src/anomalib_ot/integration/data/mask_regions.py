@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from anomalib_ot.imaging.samples import UNREADABLE, out_of_scale, read_samples, sample_format
+from anomalib_ot.imaging.samples import FORMATS, UNREADABLE, out_of_scale, read_samples, sample_format
 from anomalib_ot.integration.checks.errors import InputError
 
 __all__ = ["mask_boxes", "mask_oddity", "read_mask"]
@@ -94,7 +94,7 @@ def read_mask(path: Path) -> np.ndarray:
         InputError: If the file is no image, or holds values below 0 or NaN.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             is_deep, is_lossy = sample_format(image) != "8", image.format in LOSSY
             values = None if is_deep else _eight_bit_values(image)
         if values is None:

@@ -14,7 +14,7 @@ from platformdirs import user_cache_path
 from rich.console import Console
 from rich.progress import Progress
 
-from anomalib_ot.imaging.samples import DECODE_ERRORS
+from anomalib_ot.imaging.samples import FORMATS, UNREADABLE, read_problem
 from anomalib_ot.integration.checks.errors import InputError
 
 __all__ = ["HASH_BITS", "image_hashes", "near_duplicate_groups"]
@@ -133,10 +133,10 @@ def _hash(path: str) -> str:
     import imagehash
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.draft("L", (4 * _SIDE, 4 * _SIDE))
             bits = imagehash.phash(image, hash_size=_SIDE).hash
-    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
-        msg = f"image {path} cannot be read ({' '.join(str(error).split())}); restore it or remove it"
+    except UNREADABLE as error:
+        msg = f"image {path} {read_problem(path, error)}"
         raise InputError(msg) from error
     return np.packbits(bits.reshape(-1)).tobytes().hex()

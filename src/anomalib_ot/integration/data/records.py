@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from anomalib_ot.imaging.samples import DECODE_ERRORS
+from anomalib_ot.imaging.samples import DECODE_ERRORS, FORMATS, read_problem
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.images import ORIENTATION
 
@@ -183,7 +183,7 @@ def _header(path: str) -> tuple[tuple[int, int], int, bool]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 is_huge = image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf)
                 orientation = image.getexif().get(ORIENTATION, 1)
                 return image.size, orientation if isinstance(orientation, int) else 1, is_huge
@@ -194,7 +194,7 @@ def _header(path: str) -> tuple[tuple[int, int], int, bool]:
         msg = f"image {path} has more pixels than Pillow opens ({error}); cut it into tiles"
         raise InputError(msg) from error
     except DECODE_ERRORS as error:
-        msg = f"image {path} cannot be read ({' '.join(str(error).split())}); restore it or remove it"
+        msg = f"image {path} {read_problem(path, error)}"
         raise InputError(msg) from error
 
 

@@ -11,6 +11,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.deploy.export import CompressionType
 from anomalib.post_processing import PostProcessor
 
+from anomalib_ot.integration.checks.checkpoints import checked_reading, trained_arguments
 from anomalib_ot.integration.checks.values import check_fitted
 from anomalib_ot.integration.export.known_scores import summarized_scores
 from anomalib_ot.integration.export.manifest import (
@@ -34,6 +35,7 @@ from anomalib_ot.integration.export.requirements import (
     check_export_root,
     check_packages,
     check_uncompressed,
+    given_to_export,
 )
 from anomalib_ot.integration.export.runtime import (
     Predict,
@@ -63,11 +65,13 @@ class CheckedExport:
 
     It stands before `AnomalibModule` among the bases of a model, which says by `is_fitted` whether it was trained, and
     by `export_kind` whether it finds an "anomaly" or "boxes". Convolutions and products of the modules `integer_rooms`
-    may become integers. Beside each export lies a `manifest.json`.
+    may become integers. `trained_by` are the arguments that a checkpoint decides about. Beside each export lies a
+    `manifest.json`.
     """
 
     export_kind: ClassVar[str]
     integer_rooms: ClassVar[Sequence[str]]
+    trained_by: ClassVar[Sequence[str]]
     known_scores: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None  # of the image threshold, in units of raw scores
 
@@ -85,6 +89,25 @@ class CheckedExport:
         """Restore both; older checkpoints have neither."""
         super().on_load_checkpoint(checkpoint)
         self.known_scores, self.calibration = checkpoint.get(SCORES), checkpoint.get(CALIBRATION)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "CheckedExport":
+        """Load a trained model, for an export with the arguments that it was given; see Anomalib's `AnomalibModule`.
+
+        Raises:
+            InputError: If the file is no checkpoint of this model.
+        """
+        given = given_to_export(cls)
+        own = {name: value for name, value in given.items() if name not in cls.trained_by}
+        if False in (own.get("pre_processor"), own.get("post_processor")):
+            own["strict"] = False  # what the checkpoint keeps of the part that is left out has no place
+        with checked_reading(checkpoint_path):
+            model = super().load_from_checkpoint(checkpoint_path, *args, **own | kwargs)
+        # Tells of those that the checkpoint has overruled.
+        trained_arguments(
+            {"hyper_parameters": model.hparams}, given, [name for name in cls.trained_by if name in given]
+        )
+        return model
 
     # ---- exports
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from inspect import signature
 from os import W_OK, access
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,20 @@ from anomalib.deploy.export import CompressionType
 from lightning_utilities.core.imports import module_available
 from torchvision.transforms.v2 import Resize
 
+from anomalib_ot.integration.checks.checkpoints import plain
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.processing.pre_post import flat_transforms
 from anomalib_ot.vision.resize import AntialiasResize
 
-__all__ = ["CALIBRATED", "PRECISIONS", "check_export_root", "check_input_size", "check_packages", "check_uncompressed"]
+__all__ = [
+    "CALIBRATED",
+    "PRECISIONS",
+    "check_export_root",
+    "check_input_size",
+    "check_packages",
+    "check_uncompressed",
+    "given_to_export",
+]
 
 PRECISIONS = {None: "FP32", CompressionType.FP16: "FP16"}
 CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
@@ -59,10 +69,46 @@ def check_input_size(model: Any, input_size: Sequence[int] | None) -> None:
         raise InputError(msg)
 
 
+def export_call() -> dict[str, Any]:
+    """Return the variables of the call of Anomalib's `Engine.export` that this one is made in; none outside of one.
+
+    It does not hand over all that it was given, so that it is taken from the frame of that call.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "export" and type(frame.f_locals.get("self")).__name__ == "Engine":
+            return dict(frame.f_locals)
+        frame = frame.f_back
+    return {}
+
+
+def given_to_export(kind: type) -> dict[str, Any]:
+    """Find the arguments of the model that Anomalib's `Engine.export` was given together with a checkpoint.
+
+    It loads the checkpoint as another model, with the arguments of the training. What differs from the defaults of
+    the class counts as given.
+
+    Args:
+        kind: Class of the model that is being loaded.
+
+    Returns:
+        Values by argument; none outside of such a call.
+    """
+    model = export_call().get("model")
+    if type(model) is not kind:
+        return {}
+    defaults = {name: entry.default for name, entry in signature(kind).parameters.items()}
+    known = {name: value for name, value in model.hparams.items() if name in defaults}
+    given = {name: value for name, value in known.items() if plain(value) != plain(defaults[name])}
+    for name in ("pre_processor", "post_processor"):
+        part, usual = getattr(model, name), getattr(model, f"configure_{name}")()
+        if type(part) is not type(usual) or not getattr(model, f"takes_{name}", True):
+            given[name] = False if part is None else part
+    return given
+
+
 def check_uncompressed(form: str) -> None:
     """Refuse a `compression_type` that Anomalib's `Engine.export` was given and drops: only OpenVINO exports have one.
-
-    No method of ours is told of it: it is taken from the frame of that call.
 
     Args:
         form: What is exported, "onnx" or "torch".
@@ -70,18 +116,13 @@ def check_uncompressed(form: str) -> None:
     Raises:
         InputError: If there is one.
     """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "export" and type(frame.f_locals.get("self")).__name__ == "Engine":
-            kind = frame.f_locals.get("compression_type")
-            if kind is not None:
-                msg = (
-                    f"--compression_type is {CompressionType(kind).value}, which --export_type {form} cannot have; "
-                    "leave it out, or take --export_type openvino"
-                )
-                raise InputError(msg)
-            return
-        frame = frame.f_back
+    kind = export_call().get("compression_type")
+    if kind is not None:
+        msg = (
+            f"--compression_type is {CompressionType(kind).value}, which --export_type {form} cannot have; "
+            "leave it out, or take --export_type openvino"
+        )
+        raise InputError(msg)
 
 
 def check_packages(kind: CompressionType | None, datamodule: AnomalibDataModule | None) -> None:

@@ -5,10 +5,10 @@ import logging
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from anomalib_ot.integration.checks.checkpoints import install_checkpoint_check
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.images import check_images
-from anomalib_ot.integration.checks.values import check_fitted, check_precision
+from anomalib_ot.integration.checks.trainer import check_trainer
+from anomalib_ot.integration.checks.values import check_fitted
 from anomalib_ot.integration.data.datamodule import BoxDataModule
 from anomalib_ot.integration.data.datamodule_checks import dataset_image_paths
 from anomalib_ot.integration.processing.sinkhorn_nms import SinkhornNMS
@@ -26,8 +26,7 @@ class BoxGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check precision, data and images, and have the checkpoint checked when it is read."""
-        check_precision(trainer.precision)
-        install_checkpoint_check(trainer)
+        check_trainer(trainer, pl_module)
         datamodule = trainer.datamodule
         if datamodule is None:
             return

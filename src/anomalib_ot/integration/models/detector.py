@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from anomalib_ot.integration.callbacks.result_writer import ResultWriter
 from anomalib_ot.integration.checks.checkpoints import (
     check_own_checkpoint,
-    checked_reading,
     keep_what_was_trained,
     trained_arguments,
 )
@@ -69,7 +68,6 @@ class BoxModel(BoxTraining, CheckedExport):
 
     export_kind = "boxes"
     own_entry: ClassVar[str]
-    trained_by: ClassVar[Sequence[str]]
     model: nn.Module | None
     class_names: list[str] | None
     takes_post_processor: bool
@@ -273,12 +271,6 @@ class BoxModel(BoxTraining, CheckedExport):
             self.evaluator, self.visualizer = parts
         if self._trainer is not None and isinstance(self._trainer.datamodule, AnomalibDataModule):
             self._trainer.datamodule.setup(self._trainer.state.fn)  # its data sets take over the restored resize
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "BoxModel":
-        """Load a trained model; see Anomalib's `AnomalibModule.load_from_checkpoint`."""
-        with checked_reading(checkpoint_path):
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     # ---- the parts around the model
 

@@ -6,10 +6,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from anomalib_ot.integration.checks.checkpoints import install_checkpoint_check
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.images import check_images
-from anomalib_ot.integration.checks.values import check_fitted, check_precision
+from anomalib_ot.integration.checks.trainer import check_trainer, leave_out_validation, restore_validation
+from anomalib_ot.integration.checks.values import check_fitted
 from anomalib_ot.integration.data.datamodule_checks import check_datamodule, dataset_image_paths
 from anomalib_ot.integration.data.deep_images import check_augmentations
 from anomalib_ot.integration.data.region_of_interest import check_shape
@@ -29,8 +29,8 @@ class InputGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check precision, data and images, and have the checkpoint checked when it is read."""
-        check_precision(trainer.precision)
-        install_checkpoint_check(trainer)
+        check_trainer(trainer, pl_module)
+        leave_out_validation(trainer)
         if trainer.world_size > 1 and not any(weight.requires_grad for weight in pl_module.parameters()):
             pl_module.gradient_anchor = GradientAnchor()
         datamodule = trainer.datamodule
@@ -42,14 +42,16 @@ class InputGuard(Callback):
         check_augmentations(datamodule, getattr(pl_module.pre_processor, "deep_paths", ()))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the model as it came."""
-        del trainer, stage
+        """Leave the model and the trainer as they came."""
+        del stage
+        restore_validation(trainer)
         if hasattr(pl_module, "gradient_anchor"):
             del pl_module.gradient_anchor
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no files behind."""
-        del trainer, exception
+        """Leave no files behind, and the trainer as it came."""
+        del exception
+        restore_validation(trainer)
         pl_module.forget_collected()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

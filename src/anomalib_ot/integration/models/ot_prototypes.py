@@ -20,12 +20,7 @@ from anomalib_ot.anomaly.model import PrototypesModel, portions
 from anomalib_ot.anomaly.search import import_faiss
 from anomalib_ot.integration.callbacks.false_alarms import FalseAlarmThreshold, VerdictReport, check_rate
 from anomalib_ot.integration.callbacks.result_writer import ResultWriter
-from anomalib_ot.integration.checks.checkpoints import (
-    check_own_checkpoint,
-    checked_reading,
-    is_reading,
-    trained_arguments,
-)
+from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, is_reading, trained_arguments
 from anomalib_ot.integration.checks.errors import InputError, install_short_errors
 from anomalib_ot.integration.data.batches import ExplainedBatch
 from anomalib_ot.integration.data.datamodule_checks import check_datamodule
@@ -116,6 +111,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         anomaly detection and localization", 2025.
     """
 
+    trained_by = MODEL_ARGUMENTS
     model: PrototypesModel
     additions: list[dict[str, Any]] | None = None  # what `anomalib-ot update` has added since the training
 
@@ -344,7 +340,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         """Become the model that was trained, whatever the arguments: its prototypes belong to no other."""
         check_own_checkpoint(checkpoint, "model.is_fitted", "OTPrototypes")
         checkpoint["hyper_parameters"] = as_trained(checkpoint)
-        trained = trained_arguments(checkpoint, self.hparams, MODEL_ARGUMENTS)
+        trained = trained_arguments(checkpoint, self.hparams, self.trained_by)
         if trained:
             self.hparams.update(trained)
             self.model = build_model(**{name: self.hparams[name] for name in MODEL_ARGUMENTS})
@@ -361,12 +357,6 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
             logger.warning("The model takes the region of interest from the checkpoint, not the roi given")
         self.roi_size = checkpoint.get(ROI_SIZE)
         self.hparams["roi"] = checkpoint["hyper_parameters"].get("roi")
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "OTPrototypes":
-        """Load a trained model; see Anomalib's `AnomalibModule.load_from_checkpoint`."""
-        with checked_reading(checkpoint_path):
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     # ---- the parts around the model
 
