@@ -31,7 +31,7 @@ def test_a_defect_is_found_where_it_is(bright):
     assert (bad.map.x, bad.map.y) == (7.5, 5.5)
     assert bad.map.area == 1 / (40 * 32)
     assert good.map.area == 0
-    assert bad.causes == (75, 25)
+    assert bad.causes == (75, 25, 0)
     assert bad.size == (40, 32)
     assert bad.latency_ms > 0
     assert json.loads(json.dumps(bad.line()))["map"] == {"max": 0.901961, "x": 7.5, "y": 5.5, "area": 0.000781}
@@ -52,7 +52,7 @@ def test_a_region_of_interest_is_drawn_and_the_causes_are_those_inside(tmp_path)
         found, other = inspector.one(frame(0, 0.9)), inspector.one(frame(0, 0.9, (48, 40)))
     assert found.view.roi[:, :20].all()
     assert not found.view.roi[:, 20:].any()
-    assert found.causes == (75, 25)
+    assert found.causes == (75, 25, 0)
     drawn = np.asarray(draw_view(found).convert("L"), dtype=float)
     assert drawn[:, 300:].mean() < 0.95 * drawn[:, :200].mean()
     assert "a map of shape (40, 48), and the manifest has a region of interest of (32, 40)" in other.error

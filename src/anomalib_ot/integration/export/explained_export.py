@@ -17,7 +17,7 @@ __all__ = ["ExplainedExport"]
 
 
 class ExplainedExport(CheckedExport):
-    """Exports with or without the two causes of the anomaly map, as the model's `export_explanation` says."""
+    """Exports with or without the causes of the anomaly map, as the model's `export_explanation` says."""
 
     export_kind = "anomaly"
     integer_rooms = ("model.feature_extractor",)
