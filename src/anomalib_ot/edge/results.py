@@ -10,6 +10,7 @@ from PIL import Image
 
 from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.imaging.causes import CauseShares, cause_shares
+from anomalib_ot.imaging.p_values import p_value
 
 __all__ = ["FoundBox", "MapSummary", "Result", "Stamp", "View", "broken", "read_outputs"]
 
@@ -87,6 +88,7 @@ class Result:
         map: Summary of the anomaly map; None for a model without.
         causes: Percent of the anomaly that looks wrong, is in the wrong place, and is missing; None: not exported, or
             nothing rises above what is normal.
+        p_value: How often a good frame scores as high, at most; None: not known.
         transport_score: How unusual the masses of prototypes are; None: not exported. Where it makes a frame defective
             on its own, a part is missing or there is one too many, and the map shows nothing.
         time: When the frame was taken, in UTC; "" if not known.
@@ -104,6 +106,7 @@ class Result:
     boxes: tuple[FoundBox, ...] | None = None
     more_boxes: int = 0
     map: MapSummary | None = None
+    p_value: float | None = None
     causes: CauseShares | None = None
     transport_score: float | None = None
     time: str = ""
@@ -126,6 +129,8 @@ class Result:
         if self.error is not None:
             return made | {"error": self.error} | self._circumstances()
         made |= {"score": _short(self.score), "size": self.size}
+        if self.p_value is not None:
+            made["p_value"] = _short(self.p_value)
         if self.boxes is not None:
             made["boxes"] = [
                 {"box": [round(side, 1) for side in b.box], "score": _short(b.score), "label": b.label, "class": b.name}
@@ -186,6 +191,7 @@ def read_outputs(
     try:
         score = _score(outputs)
         verdict = _verdict(outputs, manifest, score, threshold)
+        p = p_value(score, manifest.good_quantiles, manifest.good_count)
         if manifest.kind == "boxes":
             least = manifest.image_threshold if threshold is None else threshold
             if least is None:
@@ -193,7 +199,7 @@ def read_outputs(
             scale = (size[0] / given[0], size[1] / given[1])
             boxes, more = _boxes(outputs, manifest.class_names, least, scale)
             view = None if picture is None else View(picture)
-            return Result(name, verdict, score, size, boxes=boxes, more_boxes=more, view=view)
+            return Result(name, verdict, score, size, boxes=boxes, more_boxes=more, p_value=p, view=view)
         values = _plane(outputs, "anomaly_map")
         mask = _mask(outputs, manifest, values)
         causes, roi = None, manifest.roi
@@ -207,7 +213,8 @@ def read_outputs(
         transport = _first(outputs, "transport_score") if "transport_score" in outputs else None
         view = None if picture is None else View(picture, values.copy(), None if mask is None else mask.copy(), roi)
         summary = _summary(values, mask, size)
-        return Result(name, verdict, score, size, map=summary, causes=causes, transport_score=transport, view=view)
+        why = {"p_value": p, "causes": causes, "transport_score": transport}
+        return Result(name, verdict, score, size, map=summary, **why, view=view)
     except _OutputError as error:
         return broken(name, f"gave {error}: export the model again, or look at this frame")
 

@@ -115,7 +115,9 @@ def test_rows_of_several_batches_keep_every_path_and_what_was_predicted(checkpoi
         assert row["verdict"] == ("defective" if item.pred_label else "good")
         assert row["truth"] is None
         assert row["size"] == [128, 192]
-        assert "p_value" not in row
+    ranked = [row["p_value"] for row in sorted(rows, key=lambda row: row["score"])]
+    assert ranked == sorted(ranked, reverse=True)
+    assert all(0 < p <= 1 for p in ranked)
 
 
 def test_the_csv_says_the_same_as_the_lines(checkpoint, pictures, tmp_path):
@@ -123,7 +125,6 @@ def test_the_csv_says_the_same_as_the_lines(checkpoint, pictures, tmp_path):
     with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
         cells = list(csv.DictReader(file))
     rows = rows_in(folder)
-    assert "p_value" not in cells[0]
     for cell, row in zip(cells, rows, strict=True):
         assert (cell["path"], cell["verdict"], float(cell["score"])) == (row["path"], row["verdict"], row["score"])
         assert cell["causes"] == "; ".join(row["cause_words"])
@@ -236,12 +237,15 @@ def test_images_without_file_threshold_or_number_have_rows_too(tmp_path):
     assert "no threshold is known" in (tmp_path / "report.html").read_text().lower()
 
 
-def test_a_p_value_is_told_where_there_is_one(tmp_path):
-    batch = ImageBatch(image=torch.rand(1, 3, 8, 8), pred_score=torch.tensor([0.25]))
-    item = batch.items[0]
-    item.p_value = torch.tensor(0.0125)
-    rows = stage(tmp_path, plain_model(), SimpleNamespace(items=[item]))
-    assert rows[0]["p_value"] == 0.0125
+def test_a_p_value_is_told_where_good_validation_images_are_known(tmp_path):
+    batch = ImageBatch(image=torch.rand(2, 3, 8, 8), pred_score=torch.tensor([0.25, 0.75]))
+    model = plain_model()
+    (row, _) = stage(tmp_path, model, batch)
+    assert "p_value" not in row
+    good = {"count": 79, "quantiles": torch.linspace(0, 0.5, 101).tolist()}
+    model.known_scores, model.has_own_scores, model.export_kind = good | {"good": good}, True, "boxes"
+    rows = stage(tmp_path, model, batch)
+    assert [row["p_value"] for row in rows] == [pytest.approx(41 / 80), 0.0125]
     assert (tmp_path / "predictions.csv").read_text().splitlines()[0].split(",")[5] == "p_value"
     assert "p-value 0.0125" in (tmp_path / "report.html").read_text()
 

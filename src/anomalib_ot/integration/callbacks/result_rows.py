@@ -15,8 +15,10 @@ from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from torch import Tensor
 
+from anomalib_ot.imaging.p_values import p_value
 from anomalib_ot.integration.callbacks.region_writer import SeenPart, model_threshold, seen_part
 from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.processing.pre_post import scores_on_scale
 from anomalib_ot.integration.report.table import DEFECTIVE, GOOD, UNKNOWN
 from anomalib_ot.integration.visualization.anomaly_figure import find_shares
 from anomalib_ot.integration.visualization.header import Verdict, cause_lines, causes_to_tell
@@ -46,6 +48,8 @@ class ResultRows:
         self._post_processor = getattr(pl_module, "post_processor", None)
         own = getattr(pl_module, "image_threshold", None)
         self._threshold = image_threshold(self._post_processor) if own is None else float(own)
+        known = scores_on_scale(pl_module) if getattr(pl_module, "known_scores", None) else None
+        self._good: dict[str, Any] = (known or {}).get("good") or {}
         self._settings: RegionSettings | None = None
         self._part = SeenPart()
         if own is not None:
@@ -65,8 +69,9 @@ class ResultRows:
             row: dict[str, Any] = {"path": None if item.image_path is None else str(item.image_path)}
             row |= {"verdict": self._verdict(item, score), "score": score, "threshold": self._threshold}
             row["truth"] = _truth(item)
-            if getattr(item, "p_value", None) is not None:
-                row["p_value"] = _number(item.p_value)
+            p = None if score is None else p_value(score, self._good.get("quantiles"), self._good.get("count", 0))
+            if p is not None:
+                row["p_value"] = _short(p)
             file_size, sha256 = _file(row["path"])
             if getattr(item, "pred_boxes", None) is not None:
                 height, width = (int(side) for side in item.original_size)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import InferenceBatch
 from anomalib.post_processing import PostProcessor
 
 import anomalib_ot
+from anomalib_ot.integration.processing.pre_post import scores_on_scale
 
 __all__ = ["MANIFEST", "RT_INFO", "base_manifest", "write_manifest", "write_manifest_into_onnx"]
 
@@ -51,7 +51,7 @@ def base_manifest(model: Any, outputs: Sequence[str], input_size: Sequence[int] 
         "pixel_threshold": pixel_threshold,
         "precision": precision,
         "inference_precision": "f32",
-        "scores": _exported_scores(model),
+        "scores": scores_on_scale(model),
         "calibration": None if model.calibration is None else dict(model.calibration),
         "additions": getattr(model, "additions", None),
         "accuracy": None,
@@ -82,27 +82,6 @@ def _thresholds(model: Any) -> tuple[float | None, float | None]:
         known = known or not post.enable_normalization
         found.append(float(getattr(post, f"normalized_{threshold}_threshold")) if known else None)
     return found[0], found[1]
-
-
-def _exported_scores(model: Any) -> dict[str, Any] | None:
-    """Bring the raw scores of the last validation to the scale on which the graph gives them."""
-    known = model.known_scores
-    if known is None or not model.has_own_scores:
-        return None
-    if model.export_kind == "boxes" or model.post_processor is None:
-        return dict(known)
-
-    def on_scale(summary: Mapping[str, Any]) -> dict[str, Any]:
-        raw = InferenceBatch(
-            pred_score=torch.tensor(summary["quantiles"], device=model.device),
-            pred_label=None,
-            anomaly_map=None,
-            pred_mask=None,
-        )
-        return dict(summary) | {"quantiles": [round(float(value), 6) for value in model.post_processor(raw).pred_score]}
-
-    good = known.get("good")  # checkpoints of before do not say
-    return on_scale(known) | {"good": None if good is None else on_scale(good)}
 
 
 def as_text(manifest: Mapping[str, Any]) -> str:

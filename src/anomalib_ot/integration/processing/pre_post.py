@@ -1,7 +1,7 @@
 """What stands before and after the model: one resize for training and export, and scores that keep their causes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -212,6 +212,34 @@ def raw_threshold(post_processor: PostProcessor) -> float | None:
     shift = (post_processor.normalized_image_threshold - 0.5) * (post_processor.image_max - post_processor.image_min)
     threshold = float(post_processor.image_threshold + shift)
     return None if math.isnan(threshold) else threshold
+
+
+def scores_on_scale(model: Any) -> dict[str, Any] | None:
+    """Bring the raw scores of the last validation to the scale on which predictions and exports give them.
+
+    Args:
+        model: One with `known_scores`.
+
+    Returns:
+        What `summarized_scores` has of all images, and of the good ones; None where it is not known.
+    """
+    known = model.known_scores
+    if known is None or not model.has_own_scores:
+        return None
+    if model.export_kind == "boxes" or model.post_processor is None:
+        return dict(known)
+
+    def on_scale(summary: Mapping[str, Any]) -> dict[str, Any]:
+        raw = InferenceBatch(
+            pred_score=torch.tensor(summary["quantiles"], device=model.device),
+            pred_label=None,
+            anomaly_map=None,
+            pred_mask=None,
+        )
+        return dict(summary) | {"quantiles": [round(float(value), 6) for value in model.post_processor(raw).pred_score]}
+
+    good = known.get("good")  # checkpoints of before do not say
+    return on_scale(known) | {"good": None if good is None else on_scale(good)}
 
 
 def without_causes(predictions: Explained) -> InferenceBatch:
