@@ -124,14 +124,15 @@ def published_regions(
             1
         )
         rho = torch.tensor([torch.inf] * settings.max_regions + [0.0], dtype=cost.dtype, device=cost.device)
+        # Part of the cost and not `init`, which is a constant: the first iteration has a gradient, too.
         transport = sinkhorn(
-            cost,
+            cost - first.unsqueeze(1),
             a,
             b,
             epsilon=settings.epsilon,
             rho_a=rho,
             num_iters=settings.num_iters - 1,
-            init=first,
+            init=torch.zeros_like(first),
             gradient="unrolled",
         )
         plan, slack = transport.plan[:, :-1].transpose(-2, -1), transport.plan[:, -1]

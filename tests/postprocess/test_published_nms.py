@@ -23,6 +23,22 @@ PAPER = PublishedNMSSettings(max_regions=24)
 OURS = SinkhornNMSSettings(decode="merge", max_regions=24)
 
 
+def test_gradients_are_those_of_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(1, 5, 2, generator=generator, dtype=torch.float64) * 40
+    boxes = torch.cat([corner, corner + 8 + torch.rand(1, 5, 2, generator=generator, dtype=torch.float64) * 20], dim=-1)
+    scores = 0.3 + 0.6 * torch.rand(1, 5, generator=generator, dtype=torch.float64)
+    features = torch.randn(1, 5, 3, generator=generator, dtype=torch.float64)
+    settings = PublishedNMSSettings(max_regions=3, num_iters=3)
+
+    def regions(*given):
+        found = published_regions(given[0], given[1], torch.zeros(1, 5).long(), given[2], None, settings)
+        return found.boxes, found.scores
+
+    inputs = tuple(tensor.requires_grad_() for tensor in (boxes, scores, features))
+    assert torch.autograd.gradcheck(regions, inputs)
+
+
 def published_nms(boxes, scores, labels, **settings):
     """Detections of the published form."""
     return published_regions(boxes, scores, labels, settings=PublishedNMSSettings(**settings)).detections

@@ -9,6 +9,7 @@ import torch
 from anomalib.engine import Engine
 from lightning.pytorch import Callback, seed_everything
 from PIL import Image
+from torch import nn
 from torchvision.transforms.v2 import Identity
 
 from anomalib_ot import CocoBoxes, SinkhornNMS, SparseMDOD
@@ -215,6 +216,11 @@ def test_the_paper_preset_is_the_published_one():
     assert (preset.domain, preset.mcm_weight, preset.presence_weight) == ("linear", 0.5, 0)
     assert preset.mcm_rise == (0, 0)
     assert (preset.lr, preset.weight_decay, preset.clip) == (5e-5, 5e-5, 1.0)
+    backbone = model.model.feature_extractor.feature_extractor
+    norms = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    learning = {name.split(".")[0] for name, norm in norms.items() if norm.weight.requires_grad and norm.training}
+    assert learning == {"layer2", "layer3", "layer4"}
+    assert not any(norm.training for name, norm in norms.items() if name.startswith(("bn1", "layer1")))
     assert model.hparams["nms"] == "none"
 
 

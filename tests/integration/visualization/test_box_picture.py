@@ -102,6 +102,22 @@ class TestDrawing:
         assert columns.max() == pytest.approx(26 + 300 * scale, abs=5)
         assert rows.max() - rows.min() == pytest.approx(180 * scale + 24, abs=8)  # with the plate above
 
+    def test_the_most_certain_dozen_is_drawn_and_the_rest_counted(self, said, monkeypatch):
+        marks = []
+        monkeypatch.setattr(module, "draw_marks", lambda drawn, seen: marks.extend(seen) or 0)
+        rows = [(0, 0.31 + 0.01 * number, 5 + 7 * number, 9, 10 + 7 * number, 90) for number in range(49)]
+        known = [(0, *rows[0][2:]), (0, 10, 200, 50, 250)]  # the least certain box has found one, none the other
+        box_picture(PART, found(*rows, (1, 0.2, 9, 9, 90, 90), known=known), NAMES)
+        texts = [mark.text for mark in marks if "." in mark.text]
+        assert texts == [f"hole {row[1]:.2f}" for row in rows[:-13:-1]]
+        assert said["remarks"][:3] == [
+            ("Found, with a score above 0.30", "49 hole"),
+            ("Drawn", "the 12 most certain boxes; 37 more above the threshold are not"),
+            ("Known defects", "1 found, 1 missed"),
+        ]
+        box_picture(PART, found(*rows[:12]), NAMES)
+        assert [name for name, _ in said["remarks"]] == ["Found, with a score above 0.30"]
+
     def test_missed_defects_are_marked(self):
         known = [(0, 10, 10, 50, 50)]
         assert count(box_picture(PART, found(known=known), NAMES), MISSED) > 500
@@ -124,6 +140,7 @@ class TestDrawing:
 
     def test_every_frame_has_its_letter_in_a_crowd(self, monkeypatch):
         seen = []
+        monkeypatch.setattr(module, "MOST_DRAWN", 300)
         monkeypatch.setattr(module, "draw_marks", lambda drawn, marks: seen.extend(marks) or 0)
         box_picture(Image.new("L", (2446, 1000)), crowd((2446, 1000)))
         assert [mark.text for mark in seen if mark.needed] == list("ABCDE")
@@ -155,7 +172,8 @@ class TestExtremes:
     def test_any_box(self, box):
         assert box_picture(PART, found((0, 0.9, *box), known=[(0, *box)]), NAMES).mode == "RGB"
 
-    def test_three_hundred_boxes_say_what_is_left_out(self, said):
+    def test_three_hundred_boxes_say_what_is_left_out(self, said, monkeypatch):
+        monkeypatch.setattr(module, "MOST_DRAWN", 300)
         picture = box_picture(Image.new("L", (2446, 1000), 100), crowd((2446, 1000)), NAMES)
         assert picture.width == 1332
         (note,) = [sample.text for sample in said["samples"] if "left out" in sample.text]

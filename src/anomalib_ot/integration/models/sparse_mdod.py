@@ -82,7 +82,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
         InputError: If an argument is out of range or not known; the message names the known ones.
 
     References:
-        J. Yoo, H. Lee, I. Chung, G. Seo, N. Kwak, "End-to-end multi-object detection with a regularized mixture
+        J. Yoo, H. Lee, S. Seo, I. Chung, N. Kwak, "End-to-end multi-object detection with a regularized mixture
         model", ICML 2023 (arXiv 2205.08714, first called Sparse MDOD).
     """
 

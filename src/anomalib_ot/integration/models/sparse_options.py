@@ -128,7 +128,7 @@ SPARSE_PRESETS = {
         backbone_lr=1.0,
         weight_decay=5e-5,
         clip=1.0,
-        frozen_norm=True,
+        frozen_norm=False,
     ),
 }
 

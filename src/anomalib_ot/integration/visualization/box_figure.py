@@ -26,6 +26,7 @@ MARGIN = 26  # of paper around the part: room for the plates of boxes at its bor
 MEETS = 0.3  # intersection over union from which on a box has found a known defect
 LEGEND_LINE, SWATCH, FABRIC = 24, 22, (128, 132, 140)
 NAMED_KINDS = 4
+MOST_DRAWN = 12  # boxes; with more an early training covers the part
 
 
 def draw_soft_edges(drawn: Image.Image, box: np.ndarray, scales: np.ndarray, color: tuple[int, int, int]) -> None:
@@ -93,10 +94,12 @@ def box_picture(
 ) -> Image.Image:
     """Draw one part with the boxes above a score, and known defects dashed beside them.
 
+    The 12 most certain boxes are drawn; the header says how many more there are. All of them count for what was found.
+
     Where `scales` are known, a haze along each side shows how unsure it is.
 
-    A known defect is missed if no drawn box of any class overlaps it by .3 or more (intersection over union). Boxes too
-    small for the eye are framed, and enlarged below with their names.
+    A known defect is missed if no box above the score, of any class, overlaps it by .3 or more (intersection over
+    union). Boxes too small for the eye are framed, and enlarged below with their names.
 
     Args:
         image: The part, at any size.
@@ -128,13 +131,14 @@ def box_picture(
     scale = min(size / image.width, HEIGHT_SHARE * size / image.height, LARGEST_SCALE)
     view_size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
     width = max(view_size[0], LEAST_WIDTH) + 2 * MARGIN
-    marks = _marks(shown, class_names)
+    drawn = _most_certain(shown)
+    marks = _marks(drawn, class_names)
     columns = (width - 2 * MARGIN + GAP) // (INSET + GAP)
     insets = find_insets([mark.box for mark in marks if mark.text], image.size, scale, columns)
 
     body = Image.new("RGB", (width, view_size[1] + 2 * MARGIN), PAPER)
     view = image.convert("RGB").resize(view_size, Image.Resampling.LANCZOS)
-    for box, label, scales in zip(shown.boxes, shown.labels, shown.scales, strict=True):
+    for box, label, scales in zip(drawn.boxes, drawn.labels, drawn.scales, strict=True):
         draw_soft_edges(view, scale * box, scale * scales, class_color(label)[0])
     body.paste(view, (MARGIN, MARGIN))
     left_out = draw_marks(body, _placed(marks, insets, scale))
@@ -145,7 +149,7 @@ def box_picture(
         parts.append(strip)
         left_out += nameless
     notes = [note for note in (image_note, f"{left_out} names left out for lack of room" if left_out else "") if note]
-    return _stack([*parts, _legend(_samples(shown, class_names, notes), width)])
+    return _stack([*parts, _legend(_samples(drawn, class_names, notes), width)])
 
 
 def class_name(label: int, class_names: Sequence[str] | None) -> str:
@@ -207,6 +211,12 @@ def _shown(found: DetectedBoxes, score_threshold: float, image_size: tuple[int, 
     return _Shown(boxes, found.scores[order], found.labels[order], known_or_none, gt_labels, truth, missed, scales)
 
 
+def _most_certain(shown: _Shown) -> _Shown:
+    """Leave the boxes that are drawn; known defects stay, and so does which of them are missed."""
+    columns = ("boxes", "scores", "labels", "truth", "scales")
+    return shown._replace(**{name: getattr(shown, name)[:MOST_DRAWN] for name in columns})
+
+
 def _inside(boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
     """Cut boxes at the image's border; one whose corners are swapped has them put right."""
     corners = boxes.astype(float).reshape(-1, 2, 2).clip(0, image_size)
@@ -249,6 +259,9 @@ def _placed(marks: list[Mark], insets: list[Inset], scale: float) -> list[Mark]:
 def _remarks(shown: _Shown, class_names: Sequence[str] | None, score_threshold: float) -> list[tuple[str, str]]:
     """Count the boxes by class, and compare them with the known defects."""
     remarks = [(f"Found, with a score above {score_threshold:.2f}", _counted(shown.labels, class_names) or "nothing")]
+    if len(shown.boxes) > MOST_DRAWN:
+        more = len(shown.boxes) - MOST_DRAWN
+        remarks.append(("Drawn", f"the {MOST_DRAWN} most certain boxes; {more} more above the threshold are not"))
     if shown.gt_boxes is None:
         return remarks
     missed, stray = shown.missed.sum(), (shown.truth < 0).sum()
