@@ -111,6 +111,8 @@ class PrototypesModel(nn.Module):
             roi: Pixels (H, W) that count, bool, at least one; empty: all.
         """
         self.roi = roi
+        for bank in self.banks:  # known once a grid is
+            bank.inside = bank.nearest_inside = torch.zeros(0, dtype=torch.long, device=roi.device)
         self.roi_share = float(roi.float().mean()) if roi.numel() else 1.0
 
     @property
