@@ -10,8 +10,8 @@ def p_value(score: float, quantiles: Sequence[float] | None, count: int) -> floa
     """Return the conformal p-value of an image score: it never falls while the score rises.
 
     ``p = (1 + n') / (1 + n)`` with n' the good images that score as high, at most: where only quantiles of their scores
-    are known, those above the last one below the score count. If the image is as the n good ones (exchangeable with them), p
-    is at most a with probability a or less, for each a; below ``1 / (n + 1)`` nothing can be said.
+    are known, those above the last one below the score count. If the image is as the n good ones (exchangeable with
+    them), p is at most a with probability a or less, for each a; below ``1 / (n + 1)`` nothing can be said.
 
     Args:
         score: The score of the image.

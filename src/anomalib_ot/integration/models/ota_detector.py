@@ -8,8 +8,10 @@ import torch
 from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from anomalib_ot.detection.losses import dense_losses
 from anomalib_ot.detection.ota import DenseDetector
@@ -112,8 +114,8 @@ class OTADetector(BoxModel, AnomalibModule):
         epochs: int | None = None,
         class_names: Sequence[str] | None = None,
         seed: int = 0,
-        pre_processor: nn.Module | bool = True,
-        post_processor: nn.Module | bool = True,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:

@@ -7,8 +7,10 @@ import torch
 from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from anomalib_ot.detection.mixture import linear_ramp, mixture_losses
 from anomalib_ot.detection.set_loss import MATCHERS, set_losses
@@ -122,8 +124,8 @@ class SparseMDOD(BoxModel, AnomalibModule):
         epochs: int | None = None,
         class_names: Sequence[str] | None = None,
         seed: int = 0,
-        pre_processor: nn.Module | bool = True,
-        post_processor: nn.Module | bool = True,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
