@@ -68,7 +68,8 @@ def test_the_map_is_zero_outside_and_the_sum_of_its_causes(model):
     for values in (out.anomaly_map, out.feature_map, out.position_map):
         assert values[..., ~ROI].eq(0).all()
         assert values[..., ROI].max() > 0
-    assert torch.equal(out.feature_map + out.position_map, out.anomaly_map)
+    causes = [part for part in (out.feature_map, out.position_map, out.missing_map) if part is not None]
+    assert torch.equal(sum(causes), out.anomaly_map)
 
 
 def test_the_score_is_that_of_the_pixels_inside(model):

@@ -103,7 +103,7 @@ def test_what_is_missing_is_shown_where_good_images_have_it(placed):
     assert there < 0.3 * gone
     excess = out.pred_score - image_score(out.feature_map + out.position_map, "mean_top1")
     assert (out.missing_map.amax((1, 2, 3)) <= excess * (1 + 1e-5)).all()
-    assert (out.missing_map.amax((1, 2, 3)) > 0.5 * excess).float().mean() > 0.8
+    assert (out.missing_map.amax((1, 2, 3)) > 0.5 * excess).float().mean() > 0.5
 
 
 def test_nothing_is_missing_from_good_images_nor_where_parts_have_moved(placed):

@@ -187,7 +187,7 @@ def test_test_reads_it_from_a_file(anomalib, checkpoint, shapes, tmp_path):
         ({"max_candidates": "many"}, "--model.post_processor.max_candidates is 'many'; expected int"),
         (
             {"name": "SinkhornNms"},
-            "--model.post_processor is 'SinkhornNms'; expected Module | bool, did you mean 'SinkhornNMS'?",
+            "--model.post_processor is 'SinkhornNms'; expected PostProcessor | bool, did you mean 'SinkhornNMS'?",
         ),
     ],
 )
