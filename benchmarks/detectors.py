@@ -5,7 +5,11 @@
 All runs share the backbone with its ImageNet weights, the pyramid, image size, augmentation, batches, steps, optimizer
 and schedule; they differ in head, assigner, losses and decoding. Every run is a process of its own. Results go to
 OUT/runs.jsonl as they come; runs that are there already are not repeated. At the end: a table of all runs, also in
-OUT/table.md, and the learning curves in OUT/curves.png.
+OUT/table.md, and the learning curves in OUT/curves.png. An OTADetector with a one-to-one branch is tested three times:
+as it is, with greedy suppression after it, and by its one-to-many branch with greedy suppression.
+
+Convolutions are trained in bf16 where the processor has instructions for it; elsewhere bf16 takes 2.6 times as long as
+float32, which is trained then. The first line says which, unless --precision does.
 """
 
 import argparse
@@ -21,6 +25,7 @@ from pathlib import Path
 WEIGHTS = "resnet18_imagenet_layer123.safetensors"
 MODELS = {
     "OTADetector": {"assigner": "ota"},
+    "OTADetector, end to end": {"assigner": "ota", "end_to_end": True},
     "OTADetector, cost as published": {"assigner": "ota", "assigner_args": {"spatial_weight": 0.0, "top": 20}},
     "OTADetector, assigner simota": {"assigner": "simota"},
     "OTADetector, assigner fcos": {"assigner": "fcos"},
@@ -37,6 +42,7 @@ MODELS = {
 GOOD_BOARDS = "deeppcb_with_good_boards"
 DEFAULT_RUNS = [
     ("deeppcb", "OTADetector"),
+    ("deeppcb", "OTADetector, end to end"),
     ("deeppcb", "torchvision FCOS"),
     ("deeppcb", "OTADetector, assigner simota"),
     ("deeppcb", "OTADetector, assigner fcos"),
@@ -102,6 +108,14 @@ def data_of(
     )
 
 
+def usual_precision() -> str:
+    """Choose the precision by the processor: bf16 with instructions for it (AVX-512, AMX, SVE), else float32."""
+    import torch
+
+    abilities = getattr(torch.cpu, "get_capabilities", dict)()  # as PyTorch sees the processor
+    return "bf16-mixed" if any(has and "bf16" in name for name, has in abilities.items()) else "32-true"
+
+
 def torchvision_model() -> type:
     """Make the Anomalib module that trains torchvision's FCOS with everything else as OTADetector has it."""
     import torch
@@ -165,6 +179,24 @@ def torchvision_model() -> type:
             return sum(losses.values())
 
     return TorchvisionFCOS
+
+
+def other_ways(decoding: "Decoding") -> dict[str, "Decoding"]:  # noqa: F821
+    """Return the other ways to detect with two branches, by name."""
+    from dataclasses import replace
+
+    from anomalib_ot.detection.detector import Decoding
+    from anomalib_ot.vision.suppression import top_detections
+
+    class Suppressed(Decoding):
+        def __call__(self, *dense: object) -> object:
+            found = super().__call__(*dense)
+            return top_detections(found, self.suppress(found), self.max_detections)
+
+    return {
+        "then NMS": Suppressed(**vars(decoding)),
+        "one-to-many branch, NMS": replace(decoding, one_to_one=False),
+    }
 
 
 def run_one(job: dict) -> dict:
@@ -233,6 +265,12 @@ def run_one(job: dict) -> dict:
     engine.fit(model, datamodule=datamodule)
     total = time.process_time() - total
     figures = engine.test(model, datamodule=datamodule)[0]
+    ways = {}
+    decoding = model.model.decoding if kind is OTADetector else None
+    if getattr(decoding, "one_to_one", False):
+        for way, other in other_ways(decoding).items():
+            model.model.decoding = other
+            ways[way] = engine.test(model, datamodule=datamodule)[0]
     steps = curve.points[-1][0]
     tail = curve.positives[-max(steps // 10, 1) :]
     return {
@@ -247,6 +285,7 @@ def run_one(job: dict) -> dict:
         "frozen_norm": job["frozen_norm"],
         "checkpoint": os.path.relpath(engine.best_model_path, Path(job["work"]).parent),
         "figures": {name: round(value, 4) for name, value in figures.items()},
+        "ways": {way: {name: round(value, 4) for name, value in found.items()} for way, found in ways.items()},
         "cpu_minutes": round(curve.cpu / 60, 2),
         "fit_cpu_minutes": round(total / 60, 2),
         "ms_per_step": round(1e3 * curve.wall / steps),
@@ -262,9 +301,11 @@ def table(runs: list[dict]) -> str:
     head = ["set", "model", *names, "CPU minutes", "CPU ms per step", "positives per object"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for run in runs:
-        figures = [f"{run['figures'][name]:.3f}" if name in run["figures"] else "" for name in names]
-        cells = [run["set"], run["model"], *figures, f"{run['cpu_minutes']:.1f}", f"{run['cpu_ms_per_step']}"]
-        lines.append("| " + " | ".join([*cells, f"{run['positives_per_object'] or ''}"]) + " |")
+        for way, found in {"": run["figures"], **run.get("ways", {})}.items():
+            figures = [f"{found[name]:.3f}" if name in found else "" for name in names]
+            cells = [run["set"], f"{run['model']}, {way}" if way else run["model"], *figures]
+            cells += ["", "", ""] if way else [f"{run['cpu_minutes']:.1f}", f"{run['cpu_ms_per_step']}"]
+            lines.append("| " + " | ".join([*cells, *([] if way else [f"{run['positives_per_object'] or ''}"])]) + " |")
     return "\n".join(lines)
 
 
@@ -300,13 +341,15 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=None, help="side of the crops that are trained on; default: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--frozen_norm", action="store_true", help="the backbone's batch norm keeps its statistics")
-    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--precision", help="Lightning's name of it; default: bf16-mixed or 32-true, by the processor")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
         print("RESULT " + json.dumps(run_one(json.loads(arguments.job))), flush=True)
         return
+    arguments.precision = arguments.precision or usual_precision()
+    print(f"precision of the training: {arguments.precision}", flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     record = arguments.out / "runs.jsonl"
     done = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []

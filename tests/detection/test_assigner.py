@@ -14,6 +14,7 @@ from anomalib_ot.detection.assigner import (
     candidate_points,
     cheapest_labels,
     transport_labels,
+    transport_matches,
 )
 from anomalib_ot.ot.dense import sinkhorn
 from anomalib_ot.vision.boxes import decode_ltrb, grid_points
@@ -129,6 +130,41 @@ def test_labels_agree_with_exact_transport(epsilon, num_iters, agreement):
         found = transport_labels(cost, background, counts, epsilon=epsilon, num_iters=num_iters)
         right, rows = right + int((found == exact).sum()), rows + 60
     assert right / rows >= agreement
+
+
+# ---- one point per object
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_matches_are_the_cheapest_pairs_one_to_one(seed):
+    generator = torch.Generator().manual_seed(seed)
+    cost = torch.rand(6, 40, generator=generator) * 4
+    background = torch.rand(40, generator=generator) * 2
+    rows = transport_matches(cost, background, epsilon=0.005, num_iters=5000)
+    objects, columns = linear_sum_assignment((cost - background).numpy())
+    expected = torch.full((40,), 6)
+    expected[torch.from_numpy(columns)] = torch.from_numpy(objects)
+    assert torch.equal(rows, expected)
+
+
+def test_two_objects_that_want_one_point_get_two():
+    cost = torch.tensor([[0.1, 0.5, 5, 5], [0.1, 4.0, 5, 5]])
+    assert transport_matches(cost, torch.ones(4)).tolist() == [1, 0, 2, 2]
+
+
+def test_an_object_whose_only_point_is_taken_has_none():
+    cost = torch.tensor([[0.1, torch.inf, torch.inf], [0.2, torch.inf, torch.inf]])
+    assert sorted(transport_matches(cost, torch.ones(3)).tolist()) in ([0, 2, 2], [1, 2, 2])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_to_one_labels_are_among_the_best_of_the_one_to_many_ones(seed):
+    image = scene(objects=10, seed=seed)
+    many, one = OTAssigner()(**image), OTAssigner(one_to_one=True)(**image)
+    assert one.objects[one.objects >= 0].sort().values.tolist() == list(range(10))
+    agree = (one.objects >= 0) & (one.objects == many.objects)
+    assert agree.sum() >= 9  # both rank by one cost
+    assert (one.iou[one.objects >= 0] > 0).all()
 
 
 # ---- equal labels

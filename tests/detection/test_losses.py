@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torchvision.ops import generalized_box_iou
 
 from anomalib_ot.detection.assigner import Assignment
-from anomalib_ot.detection.losses import Dense, dense_losses
+from anomalib_ot.detection.losses import Dense, dense_losses, one_to_one_loss
 
 
 def batch(images: int = 2, points: int = 12, classes: int = 3, seed: int = 0) -> Dense:
@@ -99,3 +99,17 @@ def test_overlap_target_has_no_gradient_and_autocast_changes_nothing():
     torch.testing.assert_close(found[:3], expected[:3])
     expected.iou_loss.backward()
     assert dense.boxes.grad is None or dense.boxes.grad.abs().sum() == 0
+
+
+def test_the_one_to_one_loss_is_the_focal_loss_of_its_own_logits():
+    other, dense = batch(seed=1).logits.detach(), batch()
+    own = other.clone().requires_grad_()
+    found = one_to_one_loss(dense._replace(one_to_one=own), ASSIGNMENTS, LABELS)
+    torch.testing.assert_close(found, dense_losses(dense._replace(logits=other), ASSIGNMENTS, BOXES, LABELS).class_loss)
+    found.backward()
+    assert own.grad.abs().sum() > 0
+    assert dense.logits.grad is None
+    empty = [assignment([-1] * 12)] * 2
+    background = one_to_one_loss(dense._replace(one_to_one=own), empty, [torch.zeros(0).long()] * 2)
+    assert torch.isfinite(background)
+    assert background > 0

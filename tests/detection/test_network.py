@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from torchvision.ops import batched_nms
 
+from anomalib_ot.detection.assigner import spatial_cost
 from anomalib_ot.detection.detector import Decoding, freeze_stages
 from anomalib_ot.detection.losses import Dense
-from anomalib_ot.detection.ota import DenseDetector, DenseHead
+from anomalib_ot.detection.ota import DenseDetector, DenseHead, OneToOneBranch, _place, highest_around
+from anomalib_ot.vision.boxes import decode_ltrb, grid_points
 from anomalib_ot.vision.suppression import keep_all
 from anomalib_ot.vision.tiling import Tiling
 
@@ -65,10 +67,61 @@ def test_published_start():
 
 def test_overlap_branch_stands_on_the_box_tower():
     head = DenseHead(2, [8], channels=32, num_convs=1)
-    _, _, iou_logits = head([torch.rand(1, 32, 4, 4)])
+    _, _, iou_logits, _ = head([torch.rand(1, 32, 4, 4)])
     iou_logits.sum().backward()
     assert head.box_tower[0].weight.grad is not None
     assert head.class_tower[0].weight.grad is None
+
+
+def test_the_one_to_one_branch_trains_nothing_but_itself():
+    model = detector(end_to_end=True)
+    dense = model.dense(torch.rand(1, 3, 32, 32))
+    assert dense.one_to_one.shape == dense.logits.shape
+    dense.one_to_one.sum().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {f"head.one_to_one.{name}" for name, _ in model.head.one_to_one.named_parameters()}
+
+
+def test_the_head_begins_as_it_does_without_the_branch():
+    heads = []
+    for end_to_end in (True, False):
+        torch.manual_seed(0)
+        heads.append(DenseHead(3, [4, 8], channels=16, num_convs=1, end_to_end=end_to_end))
+    with_branch, without = (head.state_dict() for head in heads)
+    assert all(torch.equal(with_branch[name], value) for name, value in without.items())
+    assert heads[1]([torch.rand(1, 16, 4, 4), torch.rand(1, 16, 2, 2)])[3] is None
+
+
+def test_the_place_is_the_spatial_cost_in_the_predicted_box():
+    generator = torch.Generator().manual_seed(0)
+    points, strides = grid_points([(3, 4), (2, 2)], [8, 16])
+    distances = torch.rand(16, 4, generator=generator) * 150
+    boxes = decode_ltrb(points, distances)
+    expected = spatial_cost(points, strides, boxes, *strides.aminmax()).diag()
+    fine, coarse = distances[:12].T.view(1, 4, 3, 4), distances[12:].T.view(1, 4, 2, 2)
+    found = torch.cat([_place(fine, 8, (8, 16)).flatten(), _place(coarse, 16, (8, 16)).flatten()])
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_highest_around_a_point():
+    levels = [torch.zeros(1, 1, 9, 7), torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 3, 2)]
+    levels[1][0, 0, 2, 1] = 1.0
+    fine, same, coarse = (level[0, 0] for level in highest_around(levels))
+    assert same[:, :4].tolist() == [[1.0] * 4] * 5  # two cells
+    assert fine.nonzero().amin(0).tolist() == [2, 0]  # the four cells in it and those in its neighbors
+    assert fine.nonzero().amax(0).tolist() == [7, 5]
+    assert coarse.nonzero().tolist() == [[row, column] for row in range(3) for column in range(2)]
+
+
+def test_only_the_best_of_neighbors_stays():
+    branch = OneToOneBranch(1, 8)
+    nn.init.zeros_(branch.correction.weight)
+    logits, sides = torch.full((1, 1, 7, 7), 2.0), torch.full((1, 4, 7, 7), 40.0)
+    logits[0, 0, 3, 3] = 2.5
+    (found,) = branch([torch.rand(1, 16, 7, 7)], [logits], [sides], [torch.zeros(1, 1, 7, 7)], (8,))
+    assert float(found[0, 0, 3, 3].detach()) == pytest.approx(2.5)
+    near = found[0, 0, 1:6, 1:6].detach().flatten().tolist()
+    assert sorted(near)[-2] < 2 - 3  # in a probability: 0.88 to below 0.05
 
 
 @pytest.mark.parametrize(("distance", "expected"), [("relu", 0.0), ("softplus", math.log(1 + math.exp(-1)) * 8)])
@@ -146,6 +199,15 @@ def test_decoding_equals_plain_loops():
         assert torch.equal(own[2], labels[kept])
 
 
+def test_one_to_one_detections_are_those_of_the_branch_and_nothing_is_suppressed():
+    dense = one_point(0.64, 0.81)
+    twice = Dense(*(part.expand(-1, 2, *part.shape[2:]) for part in dense[:3]), *dense[3:5], (2,))
+    twice = twice._replace(one_to_one=torch.logit(torch.full((1, 2, 1), 0.25)))
+    many, one = (Decoding(one_to_one=branch)(twice, (10, 10)) for branch in (False, True))
+    assert many.scores[many.valid].tolist() == pytest.approx([0.72])
+    assert one.scores[one.valid].tolist() == pytest.approx([0.5, 0.5])
+
+
 @pytest.mark.parametrize("tiling", [None, Tiling((32, 48), max_detections=20)])
 def test_an_image_alone_and_in_a_batch(tiling):
     model = detector(tiling=tiling, decoding=Decoding(max_detections=20))
@@ -159,13 +221,11 @@ def test_an_image_alone_and_in_a_batch(tiling):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suppress", [None, keep_all])
+@pytest.mark.parametrize("way", [{}, {"suppress": keep_all}, {"one_to_one": True}])
 @pytest.mark.parametrize("tiling", [None, Tiling((32, 48), max_detections=20)])
-def test_exported_graph_equals_eager(tiling, suppress):
-    decoding = Decoding(max_detections=20, max_candidates=64)
-    if suppress is not None:
-        decoding = Decoding(suppress, max_detections=20, max_candidates=64)
-    model = detector(tiling=tiling, decoding=decoding)
+def test_exported_graph_equals_eager(tiling, way):
+    decoding = Decoding(**way, max_detections=20, max_candidates=64)
+    model = detector(tiling=tiling, decoding=decoding, end_to_end="one_to_one" in way)
     example = torch.rand(2, 3, 64, 80)
     dynamic = ({0: torch.export.Dim("batch", min=1, max=8)},)
     graph = torch.export.export(model, (example,), dynamic_shapes=dynamic).module()

@@ -56,7 +56,7 @@ def _nothing(predicted: Tensor) -> Assignment:
     return Assignment(objects, torch.zeros_like(objects, dtype=torch.float32))
 
 
-def transport_labels(
+def transport_plan(
     cost: Tensor,
     background: Tensor,
     supplies: Tensor,
@@ -64,9 +64,8 @@ def transport_labels(
     num_others: int = 0,
     epsilon: float = 0.1,
     num_iters: int = 50,
-    rescale: bool = True,
 ) -> Tensor:
-    """Transport objects and background to points, and read off what each point receives most of.
+    """Transport objects and background to points.
 
     The objects supply `supplies`, the background the rest, and each point demands 1. The iterations are the published
     ones: potentials 0, columns first, `num_iters` times both, so that rows are exact and columns nearly.
@@ -81,11 +80,10 @@ def transport_labels(
         num_others: Further points, which only the background can reach.
         epsilon: Entropic strength, in units of cost.
         num_iters: Iterations.
-        rescale: Whether each row of the plan is divided by its largest value first, as the authors' code does; without
-            it an object with a diffuse row can lose every point.
 
     Returns:
-        The row (Q,) of each point: an object's index, or G for background; the lower one of equals.
+        What each point receives (G + 1, Q + 1 or Q), background last in both: its last column, where there are
+        others, is what each of them receives.
 
     References:
         Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021, algorithm 1.
@@ -100,13 +98,66 @@ def transport_labels(
     a = supplies.to(rows)
     a = torch.cat([a, (b.sum() - a.sum())[None]])
     first_columns = -epsilon * torch.logsumexp(-rows / epsilon, 0)
-    plan = (
-        sinkhorn(rows, a, b, epsilon=epsilon, num_iters=num_iters - 1, init=first_columns, gradient="none").plan / b
-    )  # per point
-    received = plan / plan.amax(1, keepdim=True) if rescale else plan
-    received = received[:, :width]
+    return sinkhorn(rows, a, b, epsilon=epsilon, num_iters=num_iters - 1, init=first_columns, gradient="none").plan / b
+
+
+def transport_labels(
+    cost: Tensor, background: Tensor, supplies: Tensor, *, rescale: bool = True, **transport: float
+) -> Tensor:
+    """Transport objects and background to points, and read off what each point receives most of.
+
+    Args:
+        cost: Cost (G, Q) of objects and points; see `transport_plan`, as for all others.
+        background: Cost (Q,) of background.
+        supplies: Points that each object supplies (G,).
+        rescale: Whether each row of the plan is divided by its largest value first, as the authors' code does; without
+            it an object with a diffuse row can lose every point.
+        transport: Further arguments of `transport_plan`.
+
+    Returns:
+        The row (Q,) of each point: an object's index, or G for background; the lower one of equals.
+
+    References:
+        Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021, algorithm 1.
+    """
+    count, width = cost.shape
+    plan = transport_plan(cost, background, supplies, **transport)
+    received = (plan / plan.amax(1, keepdim=True) if rescale else plan)[:, :width]
     row = torch.arange(count + 1, device=cost.device)[:, None].expand_as(received)
     return row.masked_fill(received < received.amax(0), count + 1).amin(0)
+
+
+def transport_matches(cost: Tensor, background: Tensor, **transport: float) -> Tensor:
+    """Transport one unit of each object to points, and give each object the one point that receives most of it.
+
+    Pairs are taken in order of their mass, every point and every object once. An object whose candidates have all been
+    taken by others has none.
+
+    Args:
+        cost: Cost (G, Q) of objects and points; see `transport_plan`, as for all others.
+        background: Cost (Q,) of background.
+        transport: Further arguments of `transport_plan`.
+
+    Returns:
+        The row (Q,) of each point: an object's index, or G for background.
+
+    References:
+        Ours; one positive point per object as in J. Wang et al., "End-to-end object detection with fully convolutional
+        network", CVPR 2021 (POTO), there by the Hungarian method.
+
+    >>> transport_matches(torch.tensor([[0.0, 0.1, 5.0], [0.2, 5.0, 9.0]]), torch.zeros(3), epsilon=0.01)
+    tensor([1, 0, 2])
+    """
+    count, width = cost.shape
+    supplies = cost.new_full((count,), min(1.0, 0.5 * (width + transport.get("num_others", 0)) / max(count, 1)))
+    mass = transport_plan(cost, background, supplies, **transport)[:count, :width].clone()
+    rows = torch.full((width,), count, device=cost.device)
+    for _ in range(min(count, width)):
+        best = mass.argmax()
+        row, column = best // width, best % width
+        rows[column] = torch.where(mass[row, column] > 0, row, rows[column])
+        mass[row], mass[:, column] = 0.0, 0.0
+    return rows
 
 
 @dataclass(frozen=True)
@@ -122,7 +173,8 @@ class OTAssigner:
         spatial_weight: Weight of where a point lies, see `spatial_cost`; 0 as published.
         nearest: Whether an object without a candidate gets its nearest point; else it takes no part.
         only_candidates: Whether the transport is solved on candidates alone. The labels are the same, see
-            `transport_labels`; False exists to show that.
+            `transport_plan`; False exists to show that.
+        one_to_one: Whether each object supplies one point, at the same cost, instead of as many as its overlaps say.
 
     References:
         Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021.
@@ -136,6 +188,7 @@ class OTAssigner:
     spatial_weight: float = 0.0
     nearest: bool = True
     only_candidates: bool = True
+    one_to_one: bool = False
 
     @torch.no_grad()
     def __call__(
@@ -163,15 +216,13 @@ class OTAssigner:
         if self.spatial_weight:
             spatial = spatial_cost(points[columns], strides[columns], boxes[reachable], *strides.aminmax())
             cost = cost + self.spatial_weight * spatial
-        supplies, most = dynamic_counts(iou, self.top).float(), len(points) - 1
-        rows = transport_labels(
-            cost,
-            background,
-            supplies * (most / supplies.sum()).clamp(max=1),
-            num_others=len(points) - len(columns),
-            epsilon=self.epsilon,
-            num_iters=self.num_iters,
-        )
+        num_others = len(points) - len(columns)
+        transport = {"num_others": num_others, "epsilon": self.epsilon, "num_iters": self.num_iters}
+        if self.one_to_one:
+            rows = transport_matches(cost, background, **transport)
+        else:
+            supplies, most = dynamic_counts(iou, self.top).float(), len(points) - 1
+            rows = transport_labels(cost, background, supplies * (most / supplies.sum()).clamp(max=1), **transport)
         positive = (rows < len(reachable)).nonzero().squeeze(1)
         assignment.objects[columns[positive]] = reachable[rows[positive]]
         assignment.iou[columns[positive]] = iou[rows[positive], positive]
@@ -212,7 +263,8 @@ class SimOTAssigner:
         nearest: Whether an object without a candidate gets its nearest point.
 
     References:
-        Z. Ge et al., "YOLOX: exceeding YOLO series in 2021", arXiv 2107.08430, section 2.1; with OTA's cost.
+        Z. Ge et al., "YOLOX: exceeding YOLO series in 2021", arXiv 2107.08430, section 2.1; with OTA's cost. The labels
+        are not YOLOX's, whose cost is another, and where other points count for an object's number.
     """
 
     radius: float = 2.5

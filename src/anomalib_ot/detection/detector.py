@@ -25,11 +25,14 @@ class Decoding:
     """How a dense head's outputs become detections: `score = sqrt(p(class) p(overlap))`, the best, no duplicates.
 
     Args:
-        suppress: Says which detections (B, K), sorted by score, are no duplicates: bool (B, K).
+        suppress: Says which detections (B, K), sorted by score, are no duplicates: bool (B, K). With `one_to_one` of
+            several tiles alone.
         score_threshold: Scores must be above it.
         level_top: Pairs of a point and a class that stay per level.
         max_candidates: Pairs per image that are compared for duplicates.
         max_detections: Slots of the result.
+        one_to_one: Whether the classes are those of the one-to-one branch, where nothing has to be suppressed; the
+            score is sqrt(p(class)) then, since that branch knows the overlaps.
 
     References:
         Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021, and the authors' code, where
@@ -41,16 +44,20 @@ class Decoding:
     level_top: int = 1000
     max_candidates: int = 512
     max_detections: int = 100
+    one_to_one: bool = False
 
     def __call__(self, dense: Dense, image_size: tuple[int, int]) -> Detections:
         """Decode; boxes are clipped to `image_size`, height and width of the network's input."""
         found = self.candidates(dense, image_size)
-        return top_detections(found, self.suppress(found), self.max_detections)
+        return top_detections(found, found.valid if self.one_to_one else self.suppress(found), self.max_detections)
 
     def candidates(self, dense: Dense, image_size: tuple[int, int]) -> Detections:
         """Return the pairs of a point and a class that are compared for duplicates; differentiable."""
-        num_classes = dense.logits.shape[2]
-        chances = dense.logits.float().sigmoid() * dense.iou_logits.float().sigmoid().unsqueeze(-1)
+        logits = dense.one_to_one if self.one_to_one else dense.logits
+        num_classes = logits.shape[2]
+        chances = logits.float().sigmoid()
+        if not self.one_to_one:
+            chances = chances * dense.iou_logits.float().sigmoid().unsqueeze(-1)
         scores = chances.clamp(min=LEAST_CHANCE).sqrt()  # the slope of the root is infinite at 0
         values, indices = [], []
         start = 0

@@ -22,6 +22,7 @@ class Dense(NamedTuple):
         points: Points (P, 2), pixels.
         strides: Stride (P,) of each point.
         level_sizes: Number of points of each level.
+        one_to_one: Class logits (B, P, C) of the one-to-one branch; None where the head has none.
     """
 
     logits: Tensor
@@ -30,6 +31,7 @@ class Dense(NamedTuple):
     points: Tensor
     strides: Tensor
     level_sizes: tuple[int, ...]
+    one_to_one: Tensor | None = None
 
 
 class DenseLosses(NamedTuple):
@@ -79,19 +81,17 @@ def dense_losses(
     """
     with full_precision(dense.logits):
         logits, predicted = dense.logits.float(), dense.boxes.float()
-        targets = torch.zeros_like(logits)
         at, true, overlap = [], [], []
         for image, assignment in enumerate(assignments):
             positive = (assignment.objects >= 0).nonzero().squeeze(1)
             objects = assignment.objects[positive]
-            targets[image, positive, labels[image][objects]] = 1
             at.append(positive + image * logits.shape[1])
             true.append(boxes[image].float()[objects])
             overlap.append(assignment.iou[positive])
         at, true, overlap = torch.cat(at), torch.cat(true), torch.cat(overlap)
         count = logits.new_tensor(float(len(at)))
         divisor = over_devices(count).clamp(min=1)
-        class_loss = sigmoid_focal_loss(logits, targets, FOCAL_ALPHA, FOCAL_GAMMA, reduction="sum")
+        class_loss = _class_loss(logits, assignments, labels)
         # Without positives the sums over empty selections are 0, with gradients of 0: every device has its graph.
         box_loss = generalized_box_iou_loss(predicted.flatten(0, 1)[at], true, reduction="sum")
         iou_logits = dense.iou_logits.float().flatten()[at]
@@ -99,3 +99,35 @@ def dense_losses(
         return DenseLosses(
             class_loss / divisor, box_weight * box_loss / divisor, iou_weight * iou_loss / divisor, count
         )
+
+
+def one_to_one_loss(
+    dense: Dense,
+    assignments: Sequence[Assignment],
+    labels: Sequence[Tensor],
+    *,
+    over_devices: Callable[[Tensor], Tensor] = torch.Tensor.clone,
+) -> Tensor:
+    """Compute the focal loss of the one-to-one branch: a sum, divided by the positive points of the whole batch.
+
+    Args:
+        dense: The head's outputs, with those of the branch.
+        assignments: The object of each point, at most one point per object, per image.
+        labels: Class indices (G,) of the objects, per image.
+        over_devices: Averages the number of positives over devices, where there are several.
+
+    References:
+        J. Wang et al., "End-to-end object detection with fully convolutional network", CVPR 2021.
+    """
+    with full_precision(dense.logits):
+        count = sum((assignment.objects >= 0).sum() for assignment in assignments).float()
+        return _class_loss(dense.one_to_one.float(), assignments, labels) / over_devices(count).clamp(min=1)
+
+
+def _class_loss(logits: Tensor, assignments: Sequence[Assignment], labels: Sequence[Tensor]) -> Tensor:
+    """Sum the focal loss of logits (B, P, C) whose targets are the classes of assigned objects."""
+    targets = torch.zeros_like(logits)
+    for image, assignment in enumerate(assignments):
+        positive = (assignment.objects >= 0).nonzero().squeeze(1)
+        targets[image, positive, labels[image][assignment.objects[positive]]] = 1
+    return sigmoid_focal_loss(logits, targets, FOCAL_ALPHA, FOCAL_GAMMA, reduction="sum")

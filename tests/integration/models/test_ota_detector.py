@@ -1,6 +1,7 @@
 """OTADetector as Anomalib trains it: it learns, resumes, honors its user, and says what is wrong in one line."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from lightning.pytorch import Callback, seed_everything
 from PIL import Image
 from torchvision.transforms.v2 import Identity
 
-from anomalib_ot import CocoBoxes, OTADetector
+from anomalib_ot import CocoBoxes, OTADetector, SinkhornNMS
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import write_coco
 from anomalib_ot.integration.models.ota_options import PRESETS
+from anomalib_ot.vision.detections import Detections
+from anomalib_ot.vision.suppression import suppress_duplicates
 
 pytestmark = pytest.mark.slow
 
@@ -278,6 +281,81 @@ def test_frozen_batch_norm_keeps_its_statistics(frozen, shapes, tmp_path):
     moved = sum(bool((mean != 0).any()) for mean in means)  # random weights begin with 0
     assert len(means) > 10
     assert moved == 0 if frozen else moved > 10
+
+
+# ---- end to end
+
+
+QUIET = {"evaluator": False, "visualizer": False}
+
+
+@pytest.fixture(scope="module")
+def end_to_end(shapes, tmp_path_factory):
+    """A detector with two branches that has memorised eight images, and its checkpoint."""
+    seed_everything(0)
+    model = OTADetector(**SMALL | {"lr": 3e-3, "frozen_stages": 0, "end_to_end": True})
+    runner = engine(tmp_path_factory.mktemp("end_to_end"), max_epochs=60)
+    runner.fit(model, datamodule=data(shapes))
+    return model.eval(), runner.trainer.checkpoint_callback.best_model_path
+
+
+def test_what_removes_duplicates_decides_which_branch_detects(end_to_end):
+    model, path = end_to_end
+    assert model.model.decoding.one_to_one
+    loaded = [
+        OTADetector.load_from_checkpoint(path, **QUIET),
+        OTADetector.load_from_checkpoint(path, nms="hard", **QUIET),
+        OTADetector.load_from_checkpoint(path, post_processor=SinkhornNMS(), **QUIET),
+    ]
+    assert [other.model.decoding.one_to_one for other in loaded] == [True, False, False]
+    assert all(other.model.head.one_to_one is not None for other in loaded)
+
+
+def test_nothing_is_left_for_suppression(end_to_end, shapes, tmp_path):
+    model, _ = end_to_end
+    (batch,) = engine(tmp_path).predict(model, datamodule=data(shapes, eval_batch_size=8))
+    scores = torch.where(batch.pred_box_scores > 0.3, batch.pred_box_scores, 0)
+    found = Detections(batch.pred_boxes, scores, torch.where(scores > 0, batch.pred_box_labels, -1))
+    assert found.valid.sum() >= 10  # six images with two objects each
+    assert torch.equal(suppress_duplicates(found, 0.5), found.valid)
+
+
+def test_there_is_one_branch_unless_it_is_asked_for(trained):
+    model, _ = trained
+    assert model.model.head.one_to_one is None
+    assert not model.model.decoding.one_to_one
+    assert model.hparams["end_to_end"] is False
+    assert OTADetector(preset="paper", class_names=["a"], evaluator=False).model.head.one_to_one is None
+
+
+def test_a_checkpoint_decides_about_the_branch(trained, end_to_end, shapes, tmp_path, caplog):
+    state = torch.load(trained[1], weights_only=False)
+    del state["hyper_parameters"]["end_to_end"]  # as before there was a branch
+    torch.save(state, tmp_path / "old.ckpt")
+    old = OTADetector.load_from_checkpoint(tmp_path / "old.ckpt", **QUIET)
+    assert old.hparams["end_to_end"] is False
+    asked = OTADetector(**SMALL | {"end_to_end": True})
+    engine(tmp_path).predict(asked, datamodule=data(shapes), ckpt_path=tmp_path / "old.ckpt")
+    assert asked.model.head.one_to_one is None
+    assert "end_to_end=False (not True)" in caplog.text
+    plain = OTADetector(**SMALL)
+    engine(tmp_path).predict(plain, datamodule=data(shapes), ckpt_path=end_to_end[1])
+    assert plain.model.decoding.one_to_one
+
+
+def operations(xml):
+    return Counter(part.get_type_name() for part in openvino.Core().read_model(xml).get_ops())
+
+
+def test_the_exported_graph_has_no_suppression(end_to_end, tmp_path):
+    graphs = {}
+    for nms in (None, "hard"):
+        model = OTADetector.load_from_checkpoint(end_to_end[1], nms=nms, **QUIET).eval()
+        graphs[nms] = operations(model.to_openvino(tmp_path / str(nms)))  # not written unless it agrees with PyTorch
+    assert not any("NonMaxSuppression" in name or "Nms" in name for name in graphs[None])
+    # What suppresses in a graph are rounds of "any" over pairs of boxes.
+    assert graphs["hard"]["ReduceLogicalOr"] >= 20
+    assert graphs[None]["ReduceLogicalOr"] == 0
 
 
 # ---- exports

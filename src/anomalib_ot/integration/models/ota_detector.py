@@ -13,7 +13,8 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from torch import Tensor
 
-from anomalib_ot.detection.losses import dense_losses
+from anomalib_ot.detection.assigner import Assigner, Assignment
+from anomalib_ot.detection.losses import Dense, dense_losses, one_to_one_loss
 from anomalib_ot.detection.ota import DenseDetector
 from anomalib_ot.integration.checks.errors import install_short_errors
 from anomalib_ot.integration.models.backbone import checked_weights
@@ -22,9 +23,11 @@ from anomalib_ot.integration.models.ota_options import (
     DETECTOR_ARGUMENTS,
     build_assigner,
     build_detector,
+    build_one_to_one,
     detector_preset,
 )
 from anomalib_ot.integration.processing.box_processors import BoxPreProcessor
+from anomalib_ot.integration.processing.sinkhorn_nms import SinkhornNMS
 from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.vision.backbone import normalization
 
@@ -35,7 +38,8 @@ class OTADetector(BoxModel, AnomalibModule):
     """Find labeled defects: boxes with classes, by an FCOS-style detector whose labels are assigned by transport.
 
     During training each object supplies points to the feature grid as far as its predictions are good, and background
-    supplies the rest; the cheapest transport of these supplies says what every point has to learn.
+    supplies the rest; the cheapest transport of these supplies says what every point has to learn. End to end, a second
+    transport, of one point per object at the same cost, teaches a second branch, whose detections have no duplicates.
 
     Args:
         backbone: Name of a convolutional timm model.
@@ -53,13 +57,16 @@ class OTADetector(BoxModel, AnomalibModule):
         channels: Channels of pyramid and head; None leaves the preset's, as for the following ones.
         num_convs: Convolutions per tower of the head.
         num_extra: Levels of the pyramid beyond the backbone's coarsest map.
+        end_to_end: Whether a one-to-one branch is trained beside the one-to-many branch, and detects alone, without any
+            suppression of duplicates; what removes duplicates otherwise works on the one-to-many branch.
         frozen_stages: Stages of the backbone that are not trained.
         frozen_norm: Whether the backbone's batch norm keeps the statistics, scales and shifts that it came with. Images
             of defects have others; where a device has one or two images per step, it may still be better.
-        nms: What removes duplicates in the network: "hard" or "none"; None: "hard", unless the post-processor does it.
+        nms: What removes duplicates in the network: "hard" or "none", on the one-to-many branch; None: the one-to-one
+            branch, where there is one, else "hard", unless the post-processor does it.
             "sinkhorn_select" and "sinkhorn_merge" are short for a `SinkhornNMS` as post-processor with that `decode`
             and the thresholds here: for places that take plain values alone, such as files of `anomalib benchmark`.
-        nms_threshold: Largest overlap (IoU) of two detections of one class, for `nms`.
+        nms_threshold: Largest overlap (IoU) of two detections of one class, for `nms` and of several tiles.
         score_threshold: Least score of a detection.
         image_threshold: Score of a box that makes the image a defective one.
         max_detections: Most detections per image; a `SinkhornNMS` has its own number.
@@ -83,7 +90,13 @@ class OTADetector(BoxModel, AnomalibModule):
     """
 
     own_entry = "model.head.level_scales"
-    integer_rooms = ("model.feature_extractor", "model.pyramid", "model.head.class_tower", "model.head.box_tower")
+    integer_rooms = (
+        "model.feature_extractor",
+        "model.pyramid",
+        "model.head.class_tower",
+        "model.head.box_tower",
+        "model.head.one_to_one.tower",
+    )
     trained_by = DETECTOR_ARGUMENTS
     model: DenseDetector | None
 
@@ -102,6 +115,7 @@ class OTADetector(BoxModel, AnomalibModule):
         channels: int | None = None,
         num_convs: int | None = None,
         num_extra: int | None = None,
+        end_to_end: bool | None = None,
         frozen_stages: int | None = None,
         frozen_norm: bool | None = None,
         nms: str | None = None,
@@ -134,18 +148,31 @@ class OTADetector(BoxModel, AnomalibModule):
 
     def _configure(self) -> None:
         """Read the preset and the assigner from the arguments."""
-        names = ("channels", "num_convs", "num_extra", "frozen_stages", "frozen_norm", "lr", "weight_decay")
-        self.preset = detector_preset(self.hparams["preset"], **{name: self.hparams[name] for name in names})
-        self.assigner = build_assigner(self.hparams["assigner"], self.preset, self.hparams["assigner_args"])
+        names = ("channels", "num_convs", "num_extra", "end_to_end", "frozen_stages", "frozen_norm", "lr")
+        overrides = {name: self.hparams[name] for name in (*names, "weight_decay")}
+        self.preset = detector_preset(self.hparams["preset"], **overrides)
+        self.hparams["end_to_end"] = self.preset.end_to_end  # checkpoints say it, whatever the preset becomes
+        rule = self.hparams["assigner"], self.preset, self.hparams["assigner_args"]
+        self.assigner = build_assigner(*rule)
+        self.one_to_one_assigner = build_one_to_one(*rule) if self.preset.end_to_end else None
 
     def new_network(self, num_classes: int) -> DenseDetector:
         """Build an untrained network; the arguments may have come from a checkpoint."""
         self._configure()
         names = ("backbone", "layers", "image_size", "nms_threshold", "score_threshold", "tile_size", "tile_overlap")
         arguments = {name: self.hparams[name] for name in names} | self.suppression()
+        others = self.hparams["nms"] is not None or isinstance(self.post_processor, SinkhornNMS)
+        arguments["one_to_one"] = self.preset.end_to_end and not others
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return build_detector(self.preset, num_classes=num_classes, **arguments)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Become the model that was trained; checkpoints before version 0.2 have one branch, and do not say so."""
+        if self.own_entry in checkpoint["state_dict"]:
+            branch = any(name.startswith("model.head.one_to_one.") for name in checkpoint["state_dict"])
+            checkpoint["hyper_parameters"]["end_to_end"] = branch
+        super().on_load_checkpoint(checkpoint)
 
     # ---- training
 
@@ -153,23 +180,17 @@ class OTADetector(BoxModel, AnomalibModule):
         """Assign, and return the loss."""
         del args
         dense = self.model.dense(batch.image)
-        with full_precision(dense.logits):
-            assignments = [
-                self.assigner(
-                    dense.logits[image].detach().float(),
-                    dense.boxes[image].detach(),
-                    dense.points,
-                    dense.strides,
-                    batch.gt_boxes[image],
-                    batch.gt_box_labels[image],
-                )
-                for image in range(len(batch.image))
-            ]
+        assignments = self._assign(self.assigner, dense.logits, dense, batch)
         losses = dense_losses(
             dense, assignments, batch.gt_boxes, batch.gt_box_labels, over_devices=self.mean_over_devices
         )
         image_size = batch.image.shape[-2:]
         against = self.duplicate_losses(lambda: self.model.decoding.candidates(dense, image_size), batch)
+        if dense.one_to_one is not None:
+            alone = self._assign(self.one_to_one_assigner, dense.one_to_one, dense, batch)
+            against["one_to_one_loss"] = one_to_one_loss(
+                dense, alone, batch.gt_box_labels, over_devices=self.mean_over_devices
+            )
         total = losses.total
         if against:
             total = total + torch.stack(list(against.values())).sum()
@@ -179,3 +200,19 @@ class OTADetector(BoxModel, AnomalibModule):
         named |= {"iou_loss": losses.iou_loss, "positives_per_object": losses.num_positives / max(objects, 1)}
         self.log_dict({f"train_{name}": value.detach() for name, value in named.items()}, batch_size=len(batch.image))
         return total
+
+    @staticmethod
+    def _assign(assigner: Assigner, logits: Tensor, dense: Dense, batch: Batch) -> list[Assignment]:
+        """Assign the points of each image, by class logits (B, P, C) and the boxes predicted."""
+        with full_precision(logits):
+            return [
+                assigner(
+                    logits[image].detach().float(),
+                    dense.boxes[image].detach(),
+                    dense.points,
+                    dense.strides,
+                    batch.gt_boxes[image],
+                    batch.gt_box_labels[image],
+                )
+                for image in range(len(batch.image))
+            ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
-from anomalib_ot.detection.assigner import ASSIGNERS, Assigner
+from anomalib_ot.detection.assigner import ASSIGNERS, Assigner, OTAssigner
 from anomalib_ot.detection.detector import Decoding, Suppress
 from anomalib_ot.detection.ota import DenseDetector
 from anomalib_ot.integration.checks.errors import InputError
@@ -28,6 +28,7 @@ DETECTOR_ARGUMENTS = (
     "channels",
     "num_convs",
     "num_extra",
+    "end_to_end",
     "class_names",
 )
 
@@ -53,6 +54,7 @@ class DetectorPreset:
         weight_decay: Weight decay; none on norms and biases.
         clip: Largest norm of the gradient where the trainer has no limit; 0: none.
         frozen_norm: Whether the backbone's batch norm is frozen.
+        end_to_end: Whether there is a one-to-one branch.
     """
 
     channels: int
@@ -71,11 +73,48 @@ class DetectorPreset:
     weight_decay: float
     clip: float
     frozen_norm: bool
+    end_to_end: bool
 
 
 PRESETS = {
-    "default": DetectorPreset(128, 2, 2, 1, 0.5, "softplus", True, 3.0, 10, 512, "adamw", 1e-3, 1.0, 0.02, 10.0, False),
-    "paper": DetectorPreset(256, 4, 2, 2, 0.0, "relu", False, 0.0, 20, 5000, "sgd", 0.01, 1.0, 1e-4, 0.0, True),
+    "default": DetectorPreset(
+        channels=128,
+        num_convs=2,
+        num_extra=2,
+        frozen_stages=1,
+        offset=0.5,
+        distance="softplus",
+        nearest=True,
+        spatial_weight=3.0,
+        top=10,
+        max_candidates=512,
+        optimizer="adamw",
+        lr=1e-3,
+        backbone_lr=1.0,
+        weight_decay=0.02,
+        clip=10.0,
+        frozen_norm=False,
+        end_to_end=False,
+    ),
+    "paper": DetectorPreset(
+        channels=256,
+        num_convs=4,
+        num_extra=2,
+        frozen_stages=2,
+        offset=0.0,
+        distance="relu",
+        nearest=False,
+        spatial_weight=0.0,
+        top=20,
+        max_candidates=5000,
+        optimizer="sgd",
+        lr=0.01,
+        backbone_lr=1.0,
+        weight_decay=1e-4,
+        clip=0.0,
+        frozen_norm=True,
+        end_to_end=False,
+    ),
 }
 
 
@@ -121,6 +160,20 @@ def check_rates(lr: float, weight_decay: float, usual: DetectorPreset) -> None:
             raise InputError(msg)
 
 
+def build_one_to_one(assigner: str, preset: DetectorPreset, arguments: Mapping[str, Any] | None) -> OTAssigner:
+    """Build the rule of the one-to-one branch: transport of one point per object, at OTA's cost.
+
+    Args:
+        assigner: The rule of the one-to-many branch; where that is "ota", the cost is its own, and both rank alike.
+        preset: Gives the arguments of the rule that `arguments` have not.
+        arguments: Further arguments of the one-to-many branch's rule, by name.
+
+    Raises:
+        InputError: If an argument is not known.
+    """
+    return replace(build_assigner("ota", preset, arguments if assigner == "ota" else None), one_to_one=True)
+
+
 def build_assigner(assigner: str, preset: DetectorPreset, arguments: Mapping[str, Any] | None) -> Assigner:
     """Build the rule that assigns points to objects.
 
@@ -156,6 +209,7 @@ def build_detector(
     max_detections: int,
     tile_size: Sequence[int] | None,
     tile_overlap: float,
+    one_to_one: bool = False,
 ) -> DenseDetector:
     """Build an untrained detector; the backbone's weights are randomly initialized.
 
@@ -171,6 +225,7 @@ def build_detector(
         max_detections: Most detections per image.
         tile_size: Height and width of tiles; None: images are not cut.
         tile_overlap: Part of a tile that it shares with its neighbor.
+        one_to_one: Whether the one-to-one branch detects.
 
     Raises:
         InputError: If an argument is out of range or not known; the message names the known ones.
@@ -189,11 +244,13 @@ def build_detector(
         num_extra=preset.num_extra,
         offset=preset.offset,
         distance=preset.distance,
+        end_to_end=preset.end_to_end,
         decoding=Decoding(
             build_suppression(nms, nms_threshold),
             score_threshold=score_threshold,
             max_candidates=max(preset.max_candidates, max_detections),
             max_detections=max_detections,
+            one_to_one=one_to_one,
         ),
         tiling=None if tile_size is None else Tiling(tuple(tile_size), tile_overlap, max_detections=max_detections),
     )
