@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -28,13 +29,13 @@ pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="thi
 # ---- commands
 
 
-def commands() -> list[tuple[str, str]]:
-    """Find the `anomalib` command lines of the guide and the README, each with the page that it is on."""
+def commands(start: str = "anomalib ") -> list[tuple[str, str]]:
+    """Find the command lines of the guide and the README that begin so, each with the page that it is on."""
     found = []
     for page in [*PAGES, ROOT / "README.md"]:
         for block in FENCE.findall(page.read_text(encoding="utf-8")):
             lines = block.replace("\\\n", " ").splitlines()
-            found += [(page.relative_to(ROOT).as_posix(), line) for line in lines if line.startswith("anomalib ")]
+            found += [(page.relative_to(ROOT).as_posix(), line) for line in lines if line.startswith(start)]
     return list(dict.fromkeys(found))
 
 
@@ -60,6 +61,16 @@ def test_a_command_parses(page, line, parse, monkeypatch):
     if words[-1] == "...":  # "and the rest as above": what is needed, at least
         words[-1:] = ["SyntheticFabric"] if words[-2] == "--data" else ["--data.train_json", "train.json"]
     assert parse(words)["subcommand"] == words[0]
+
+
+@pytest.mark.parametrize(("page", "line"), commands("anomalib-ot inspect "))
+def test_a_command_of_the_inspector_parses(page, line):
+    from anomalib_ot.edge.options import check_options, read_options
+
+    del page
+    options = read_options(shlex.split(line, comments=True)[2:])
+    if options.mqtt is None or importlib.util.find_spec("paho") is not None:
+        check_options(options)
 
 
 def test_a_command_with_a_wrong_argument_does_not_parse(parse, capsys):

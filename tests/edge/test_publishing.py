@@ -145,6 +145,7 @@ def test_the_webhook_gets_every_line_with_its_token(inspect, monkeypatch):
     assert SECRET not in err
 
 
+@pytest.mark.slow
 @needs_broker
 def test_user_and_password_open_the_broker_and_are_never_told(inspect, monkeypatch):
     monkeypatch.setattr(publishing, "GRACE", 3.0)
@@ -163,6 +164,7 @@ def test_user_and_password_open_the_broker_and_are_never_told(inspect, monkeypat
     assert SECRET not in err
 
 
+@pytest.mark.slow
 @needs_broker
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl, which makes the certificate, is not installed")
 def test_the_connection_to_the_broker_can_be_encrypted(inspect, monkeypatch, tmp_path):
@@ -254,6 +256,7 @@ def test_handing_a_line_on_takes_no_time(monkeypatch):
     assert slowest < 0.5  # a pause of the machine, never the 1 s of an attempt
 
 
+@pytest.mark.slow
 @needs_broker
 def test_a_broker_that_dies_and_comes_back_gets_all_lines(bright, line, tmp_path):
     port, output = free_port(), tmp_path / "lines.jsonl"
