@@ -46,7 +46,8 @@ def prototypes(cloth, tmp_path_factory):
     """A model and its checkpoint."""
     folder = tmp_path_factory.mktemp("prototypes")
     layers = {"layers": ["layer1", "layer2"], "pre_trained": False}
-    model = OTPrototypes(**layers, image_size=(64, 64), num_prototypes=8, visualizer=False, evaluator=False)
+    members = [{"layers": ["layer1"], "num_prototypes": 8}, {"layers": ["layer2"], "num_prototypes": 8}]
+    model = OTPrototypes(**layers, image_size=(64, 64), members=members, visualizer=False, evaluator=False)
     runner = engine(folder)
     runner.fit(model, datamodule=cloth)
     runner.trainer.save_checkpoint(folder / "model.ckpt")

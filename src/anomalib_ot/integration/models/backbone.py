@@ -56,7 +56,9 @@ def build_extractor(
 
     # timm returns maps in the order of the network, and Anomalib names them in the order asked for.
     ordered = [layer for layer in known if layer in layers]
-    extractor = TimmFeatureExtractor(backbone=backbone, layers=ordered, pre_trained=False, requires_grad=trainable)
+    places = [known.index(layer) for layer in ordered]  # by name it would build another network to find them
+    extractor = TimmFeatureExtractor(backbone=backbone, layers=places, pre_trained=False, requires_grad=trainable)
+    extractor.layers = ordered
     return extractor.requires_grad_(trainable)
 
 
