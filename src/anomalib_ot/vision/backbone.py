@@ -1,7 +1,6 @@
 """Pretrained weights for timm backbones, from the hub or from a local file, and never by chance."""
 
 import difflib
-from functools import cache
 from pathlib import Path
 
 import timm
@@ -27,12 +26,6 @@ def known_layers(backbone: str) -> list[str]:
     >>> known_layers("resnet18")
     ['act1', 'layer1', 'layer2', 'layer3', 'layer4']
     """
-    return list(_layers(backbone))
-
-
-@cache
-def _layers(backbone: str) -> tuple[str, ...]:
-    """See `known_layers`; no weights are made."""
     if not timm.is_model(backbone):
         near = difflib.get_close_matches(backbone.split(".")[0], timm.list_models(), n=6)
         hint = f"near ones: {', '.join(near)}" if near else "timm.list_models() lists them"
@@ -41,20 +34,18 @@ def _layers(backbone: str) -> tuple[str, ...]:
     cure = "take a convolutional model or a plain vision transformer"
     refusal = f"backbone={backbone!r} gives no feature maps {{}}; {cure}"
     if "vit" in backbone.lower():  # Anomalib goes by the name, too
-        with torch.device("meta"):
-            model = timm.create_model(backbone, pretrained=False)
+        model = timm.create_model(backbone, pretrained=False)
         blocks = getattr(model, "blocks", None)
         if blocks is None or not hasattr(model, "patch_embed"):
             raise ValueError(refusal.format(f"by block ({type(model).__name__} is no plain transformer)"))
-        return tuple(f"blocks.{i}" for i in range(len(blocks)))
+        return [f"blocks.{i}" for i in range(len(blocks))]
     try:
-        with torch.device("meta"):
-            model = timm.create_model(backbone, pretrained=False, features_only=True)
+        model = timm.create_model(backbone, pretrained=False, features_only=True)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise ValueError(refusal.format(f"({str(error)[:200]})")) from error
     if getattr(model, "output_fmt", "NCHW") != "NCHW":
         raise ValueError(refusal.format(f"with channels first ({model.output_fmt.value})"))
-    return tuple(info["module"] for info in model.feature_info.info)
+    return [info["module"] for info in model.feature_info.info]
 
 
 def normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -56,9 +56,7 @@ def build_extractor(
 
     # timm returns maps in the order of the network, and Anomalib names them in the order asked for.
     ordered = [layer for layer in known if layer in layers]
-    places = [known.index(layer) for layer in ordered]  # by name it would build another network to find them
-    extractor = TimmFeatureExtractor(backbone=backbone, layers=places, pre_trained=False, requires_grad=trainable)
-    extractor.layers = ordered
+    extractor = TimmFeatureExtractor(backbone=backbone, layers=ordered, pre_trained=False, requires_grad=trainable)
     return extractor.requires_grad_(trainable)
 
 
