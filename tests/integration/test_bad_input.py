@@ -43,7 +43,17 @@ def home(tmp_path):
 @pytest.fixture
 def cloth(fabric, tmp_path) -> Path:
     """A folder of one's own: six good images, two with holes, their masks."""
-    root = tmp_path / "cloth"
+    return copy_of(fabric, tmp_path / "cloth")
+
+
+@pytest.fixture(scope="module")
+def expected(fabric, tmp_path_factory) -> dict[str, float]:
+    """The scores of the cloth as it is."""
+    home = tmp_path_factory.mktemp("expected")
+    return scores(copy_of(fabric, home / "cloth"), home)
+
+
+def copy_of(fabric: Path, root: Path) -> Path:
     shutil.copytree(fabric / "train/good", root / "good")
     for number, defect in enumerate(("hole", "stain")):
         for folder, source in (("bad", "test"), ("mask", "ground_truth")):
@@ -366,11 +376,10 @@ def sixteen_bits(image: Image.Image) -> np.ndarray:
     return np.asarray(image)[..., ::-1].astype(np.uint16) * 257
 
 
-def test_sixteen_bits_score_as_eight_do(cloth, home, tmp_path):
+def test_sixteen_bits_score_as_eight_do(cloth, home, tmp_path, expected):
     gray, deep_gray = (shutil.copytree(cloth, tmp_path / name) for name in ("gray", "deep_gray"))
     convert(gray, lambda image: image.convert("L"))
     convert(deep_gray, lambda image: np.asarray(image.convert("L")).astype(np.uint16) * 257, ".tiff")
-    expected = scores(cloth, home)
     convert(cloth, sixteen_bits)
     assert scores(cloth, home) == pytest.approx(expected, abs=1e-3)
     expected_gray = scores(gray, home)
@@ -379,8 +388,7 @@ def test_sixteen_bits_score_as_eight_do(cloth, home, tmp_path):
 
 
 @pytest.mark.parametrize("how", [lambda image: image.convert("RGBA"), lambda image: image], ids=["RGBA", "BMP"])
-def test_other_formats_score_as_rgb_does(how, cloth, home):
-    expected = scores(cloth, home)
+def test_other_formats_score_as_rgb_does(how, cloth, home, expected):
     convert(cloth, how, ".png" if how(Image.new("RGB", (1, 1))).mode == "RGBA" else ".bmp")
     assert scores(cloth, home) == expected
 

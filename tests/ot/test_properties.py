@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,6 +74,7 @@ def test_the_fast_form_follows_the_log_form(problem, rho):
     assert (distance <= 1e-13 * unit * 12).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(problems(), relaxations)
 def test_acceleration_goes_where_plain_iterations_go(problem, rho):

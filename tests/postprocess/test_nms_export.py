@@ -12,6 +12,11 @@ pytestmark = pytest.mark.slow
 
 NAMES = ("boxes", "scores", "labels", "features", "valid", "scales")
 SIDE = 1000  # pixels of a scene
+SETTINGS = {
+    "select": {"decode": "select"},
+    "merge": {"decode": "merge", "max_regions": 20},
+    "agnostic": {"decode": "merge", "score": "mean", "class_aware": False, "inner_weight": 0.9, "spatial": "centre"},
+}
 
 
 class Suppression(nn.Module):
@@ -21,6 +26,13 @@ class Suppression(nn.Module):
 
     def forward(self, boxes: Tensor, scores: Tensor, labels: Tensor, features: Tensor, valid: Tensor, scales: Tensor):
         return tuple(sinkhorn_nms(boxes, scores, labels, features, valid, scales=scales, **self.settings))
+
+
+@pytest.fixture(scope="module")
+def merging(inputs):
+    """A model that merges, and its graph by OpenVINO's own conversion."""
+    model = Suppression(SETTINGS["merge"]).eval()
+    return model, exported(model, inputs, None, "openvino")
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +84,13 @@ def errors(model, graph, inputs, precision):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("form", ["onnx", "openvino"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"decode": "select"},
-        {"decode": "merge", "max_regions": 20},
-        {"decode": "merge", "score": "mean", "class_aware": False, "inner_weight": 0.9, "spatial": "centre"},
-    ],
-    ids=["select", "merge", "agnostic"],
-)
-def test_openvino_gives_what_torch_gives(inputs, tmp_path, settings, form):
-    model = Suppression(settings).eval()
-    graph = exported(model, inputs, tmp_path / "nms.onnx", form)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_openvino_gives_what_torch_gives(inputs, tmp_path, name, form, request):
+    if (name, form) == ("merge", "openvino"):
+        model, graph = request.getfixturevalue("merging")
+    else:
+        model = Suppression(SETTINGS[name]).eval()
+        graph = exported(model, inputs, tmp_path / "nms.onnx", form)
     boxes, scores, labels, scales = errors(model, graph, inputs, "f32")
     assert boxes <= 1e-5
     assert scores <= 1e-5
@@ -96,7 +103,6 @@ def test_openvino_gives_what_torch_gives(inputs, tmp_path, settings, form):
     reason="this processor does not calculate in bf16: OpenVINO takes f32 whatever it is asked for",
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_half_precision_hurts_merged_boxes_so_ask_for_full(inputs, tmp_path):
-    model = Suppression({"decode": "merge"}).eval()
-    graph = exported(model, inputs, tmp_path / "nms.onnx", "openvino")
+def test_half_precision_hurts_merged_boxes_so_ask_for_full(inputs, merging):
+    model, graph = merging
     assert errors(model, graph, inputs, "bf16")[0] > 100 * errors(model, graph, inputs, "f32")[0]

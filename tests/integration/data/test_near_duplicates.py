@@ -82,7 +82,7 @@ def test_a_cache_that_cannot_be_written_is_told(pieces, tmp_path, caplog):
 
 def test_broken_and_missing_images_are_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"a\.png cannot be read"):
+    with pytest.raises(ValueError, match=r"a\.png is text, not an image"):
         image_hashes([str(tmp_path / "a.png")], tmp_path / "cache.json")
     with pytest.raises(ValueError, match=r"gone\.png cannot be read \(No such file"):
         image_hashes([str(tmp_path / "gone.png")], tmp_path / "cache.json")

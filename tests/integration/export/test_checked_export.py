@@ -9,7 +9,7 @@ import onnx
 import openvino
 import pytest
 import torch
-from anomalib.deploy import CompressionType
+from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from lightning.pytorch import seed_everything
 
@@ -46,7 +46,8 @@ def prototypes(cloth, tmp_path_factory):
     """A model and its checkpoint."""
     folder = tmp_path_factory.mktemp("prototypes")
     layers = {"layers": ["layer1", "layer2"], "pre_trained": False}
-    model = OTPrototypes(**layers, image_size=(64, 64), num_prototypes=8, visualizer=False, evaluator=False)
+    members = [{"layers": ["layer1"], "num_prototypes": 8}, {"layers": ["layer2"], "num_prototypes": 8}]
+    model = OTPrototypes(**layers, image_size=(64, 64), members=members, visualizer=False, evaluator=False)
     runner = engine(folder)
     runner.fit(model, datamodule=cloth)
     runner.trainer.save_checkpoint(folder / "model.ckpt")
@@ -263,7 +264,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_work(sparse, tmp_pat
             export(tmp_path / "file" / "inner")
 
 
-def test_integers_are_calibrated_and_measured(prototypes, cloth, tmp_path, caplog):
+def test_integers_are_calibrated_and_measured(prototypes, cloth, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
     model, _ = prototypes
     path = model.to_openvino(tmp_path, compression_type=INT8, datamodule=cloth)
@@ -288,6 +289,11 @@ def test_integers_are_calibrated_and_measured(prototypes, cloth, tmp_path, caplo
     assert manifest["parity"]["map"] > 1e-5  # they do calculate with integers
     check_documented(manifest)
     check_integers(operations(path), 3)
+    # Anomalib's own inferencer reads it; it makes a folder where it stands.
+    monkeypatch.chdir(tmp_path)
+    image = samples.array(0)
+    found = OpenVINOInferencer(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).predict(image[0].transpose(1, 2, 0))
+    assert float(np.squeeze(found.pred_score)) == pytest.approx(float(after.scores[0]), abs=1e-5)
 
 
 def check_documented(manifest):
@@ -328,6 +334,13 @@ def test_integers_of_a_detector(detector, boxes, tmp_path):
     assert manifest["parity"]["boxes_compared"] > 0
     assert manifest["scores"]["count"] == 4  # the training had no validation: of this export
     check_integers(operations(path), 8)
+
+
+def test_anomalibs_inferencers_know_no_boxes(detector, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    inferencer = TorchInferencer(detector.to_torch(tmp_path), device="cpu")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'pred_boxes'"):  # as docs/howto/export.md says
+        inferencer.predict(torch.rand(3, 64, 72))
 
 
 def test_integers_as_far_as_accuracy_allows(prototypes, cloth, tmp_path):

@@ -326,7 +326,7 @@ def test_tiles_are_grouped_before_they_are_put_together(checkpoint, images):
     ("form", "arguments", "model_arguments"),
     [
         ("onnx", {"decode": "merge", "settings": {"num_iters": 2, "rounds": 2}}, {}),
-        ("openvino", {"settings": {"rounds": 4}}, {"image_size": (64, 80), "tile_size": (64, 64)}),
+        ("openvino", {"settings": {"num_iters": 2, "rounds": 2}}, {"image_size": (64, 80), "tile_size": (64, 64)}),
     ],
     ids=["merge", "tiles"],
 )

@@ -94,7 +94,8 @@ class BoxModel(BoxTraining, CheckedExport):
         if self.hparams["class_names"] is not None:
             self.build(self.hparams["class_names"])
         else:
-            self.new_network(1)
+            with torch.device("meta"):  # it is there to be refused, and costs no weights
+                self.new_network(1)
 
     def new_network(self, num_classes: int) -> nn.Module:
         """Build an untrained network, from `hparams`."""
