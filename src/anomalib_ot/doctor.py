@@ -112,7 +112,7 @@ def _faiss(is_edge: bool) -> Finding:
     """Tell which FAISS there is, and what it searches on."""
     packages = {_name(one): one for one in metadata.distributions() if re.fullmatch("faiss(-cpu|-gpu.*)?", _name(one))}
     if not packages and is_edge:
-        return Finding(WARNING, "FAISS: not installed; training needs it, inspect does not")
+        return Finding(WARNING, "FAISS: not installed; training takes longer without it, inspect does not use it")
     if len(packages) > 1:
         both = " and ".join(sorted(packages))
         msg = f"FAISS: {both} are installed over each other; pip uninstall {' '.join(sorted(packages))}, then {ONE_OF}"
@@ -121,6 +121,8 @@ def _faiss(is_edge: bool) -> Finding:
         faiss = import_faiss()
     except ImportError as error:
         return Finding(FAILED, str(error))
+    if faiss is None:
+        return Finding(WARNING, f"FAISS: not installed; searches take longer in PyTorch; {ONE_OF}")
     ((name, package),) = packages.items() or (("built here", None),)
     runtime = re.search(r"-cu(\d+)", " ".join(package.requires or ())) if package is not None else None
     own = f" with its own CUDA {runtime[1]}" if runtime else ""

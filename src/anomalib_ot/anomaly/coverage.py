@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from anomalib_ot.anomaly.members import Member
+from anomalib_ot.anomaly.nearest import find_nearest
 from anomalib_ot.anomaly.prototypes import TINY, Coverage, PrototypeBank, unit
-from anomalib_ot.anomaly.search import import_faiss
 from anomalib_ot.anomaly.training_patches import EncodedPatches, sample_numbers
 
 SAMPLE = 20_000  # patches that farthest points are chosen from
@@ -57,10 +57,8 @@ def farthest_points(points: Tensor, count: int, seed: int, *, quantile: float = 
 
 def nearest_distance(points: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     """Return the squared distance (P,) to the nearest prototype (K, D) and its number (P,), by FAISS on the CPU."""
-    index = import_faiss().IndexFlatL2(prototypes.shape[1])
-    index.add(prototypes.contiguous().cpu().numpy())
-    squared, number = index.search(points.contiguous().cpu().numpy(), 1)
-    return torch.from_numpy(squared[:, 0]).clamp(min=0.0), torch.from_numpy(number[:, 0])
+    squared, number = map(torch.cat, zip(*find_nearest(points.cpu(), prototypes.cpu()), strict=True))
+    return squared[:, 0], number[:, 0]
 
 
 class Barycenters:

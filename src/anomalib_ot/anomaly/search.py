@@ -1,18 +1,24 @@
-"""FAISS, which finds nearest prototypes: imported when it is needed, from whichever package has it."""
+"""FAISS, which accelerates the search for nearest prototypes: imported when needed, from whichever package has it."""
 
 import logging
+from functools import cache
 from types import ModuleType
 
 __all__ = ["import_faiss"]
 
+logger = logging.getLogger(__name__)
+
 ONE_OF = "pip install faiss-cpu, or on Linux with an NVIDIA card faiss-gpu; never both"
 
 
-def import_faiss() -> ModuleType:
+def import_faiss() -> ModuleType | None:
     """Import FAISS when it is needed, as importing Anomalib's models loads this file; without its loader's chatter.
 
+    Returns:
+        The module; None if it is not installed, which is logged once.
+
     Raises:
-        ImportError: If it is not installed, or what is installed cannot be loaded; the message says what to do.
+        ImportError: If what is installed cannot be loaded; the message says what to do.
     """
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     try:
@@ -20,8 +26,8 @@ def import_faiss() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "faiss":
             raise
-        msg = f"FAISS, which finds nearest prototypes, is not installed; {ONE_OF}"
-        raise ImportError(msg) from error
+        _say_missing()
+        return None
     except (ImportError, OSError) as error:  # a library that it needs is missing
         msg = f"FAISS is installed and cannot be loaded ({error}); pip uninstall faiss-cpu faiss-gpu, then {ONE_OF}"
         raise ImportError(msg) from error
@@ -29,3 +35,8 @@ def import_faiss() -> ModuleType:
         msg = f"FAISS is installed in parts only, as after removing one of two packages; {ONE_OF}, --force-reinstall"
         raise ImportError(msg)
     return faiss
+
+
+@cache
+def _say_missing() -> None:
+    logger.warning("FAISS is not installed: PyTorch searches for nearest prototypes, which takes longer; %s", ONE_OF)

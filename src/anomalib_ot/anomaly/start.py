@@ -8,8 +8,8 @@ from torch import Tensor
 
 from anomalib_ot.anomaly.coverage import start_by_coverage
 from anomalib_ot.anomaly.members import automatic_number
+from anomalib_ot.anomaly.nearest import lloyd
 from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
-from anomalib_ot.anomaly.search import import_faiss
 from anomalib_ot.anomaly.training_patches import EncodedPatches, sample_numbers
 from anomalib_ot.vision.patches import grid_positions
 
@@ -110,22 +110,11 @@ def k_means(points: Tensor, count: int, seed: int, *, spherical: bool = False) -
         seed: Makes two runs equal.
         spherical: Cluster directions; the centres then have the mean length of the points.
     """
-    faiss = import_faiss()
     points = points.cpu()
     data = unit(points) if spherical else points
     data = np.ascontiguousarray(data.numpy(), dtype=np.float32)
-    engine = faiss.Kmeans(
-        data.shape[1],
-        count,
-        niter=KMEANS_ITERATIONS,
-        seed=seed,
-        spherical=spherical,
-        min_points_per_centroid=1,
-        max_points_per_centroid=POINTS_PER_PROTOTYPE,
-        gpu=faiss.get_num_gpus() > 0,
-    )
-    engine.train(data, init_centroids=spread_points(torch.from_numpy(data), count, seed).numpy())
-    centres = torch.from_numpy(np.array(engine.centroids, dtype=np.float32))
+    start = spread_points(torch.from_numpy(data), count, seed).numpy()
+    centres = torch.from_numpy(lloyd(data, start, KMEANS_ITERATIONS, seed, spherical=spherical)).float()
     return centres * points.norm(dim=1).mean() if spherical else centres
 
 

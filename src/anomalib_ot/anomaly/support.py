@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from anomalib_ot.anomaly.nearest import find_nearest
 from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
 from anomalib_ot.anomaly.scales import energy
-from anomalib_ot.anomaly.search import import_faiss
 from anomalib_ot.ot import Support, sinkhorn
 
 BLOCK = 512  # points that are searched for at a time
@@ -143,15 +143,11 @@ def neighbours(queries: Tensor, known: Tensor, count: int) -> Iterator[tuple[Ten
     Yields:
         Indices of queries and of their neighbours, both (block, count).
     """
-    faiss = import_faiss()
-    index = faiss.IndexFlatL2(known.shape[1])
-    if known.is_cuda and hasattr(faiss, "StandardGpuResources"):
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), known.device.index or 0, index)
-    index.add(known.detach().cpu().contiguous().numpy())
-    for first in range(0, len(queries), BLOCK):
-        block = queries[first : first + BLOCK].detach().cpu().contiguous().numpy()
-        near = torch.from_numpy(index.search(block, count)[1]).to(queries.device)
-        yield torch.arange(first, first + len(block), device=near.device)[:, None].expand_as(near), near
+    first = 0
+    for _, near in find_nearest(queries, known, count):
+        rows = torch.arange(first, first + len(near), device=near.device)[:, None]
+        yield rows.expand_as(near), near
+        first += len(near)
 
 
 def _joint(encoded: Tensor, positions: Tensor, bank: PrototypeBank, energy_unit: float) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,7 @@ def short_argument_error(message: str, *, foreign: bool = False) -> str | None:
     mistyped, value = MISTYPED.match(reason), VALUE.search(reason)
     if known and refused and refused[2] == "required":
         return f"{option}.{refused[1]} is missing, {name} needs it; expected {known.get(refused[1], 'a value')}"
-    if refused and name in ("PreProcessor", "PostProcessor"):  # no class was named, and jsonargparse has taken the type's
+    if refused and name in ("PreProcessor", "PostProcessor"):  # no class was named: jsonargparse takes the type's
         fits = refused[1] in inspect.signature(anomalib_ot.SinkhornNMS).parameters
         hint = f"{option} {'SinkhornNMS' if fits else 'CLASS'}"
         return f"{option}.{refused[1]} is given, but not whose argument it is; name the class first: {hint}"
