@@ -152,6 +152,7 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_page_fetches_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         text = page.read_text("utf-8")
@@ -161,11 +162,13 @@ def test_a_page_fetches_nothing_from_elsewhere(site):
         assert not [address for address in loaded if "//" in address], page.name
 
 
+@pytest.mark.slow
 def test_measured_figures_and_changes_are_in_the_guide(site):
     assert "OTADetector passes an AP50" in (site / "results.html").read_text("utf-8")
     assert "Keep a Changelog" in (site / "changelog.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_doctests_of_the_reference_are_code(site):
     text = (site / "reference" / "ot.html").read_text("utf-8")
     assert "Examples:" in text

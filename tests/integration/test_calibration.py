@@ -119,6 +119,7 @@ def test_good_images_of_the_training_are_refused_for_the_threshold(folders, tmp_
         engine(tmp_path).fit(model, datamodule=datamodule)
 
 
+@pytest.mark.slow
 def test_an_export_decides_by_its_manifest(checkpoint, folders, tmp_path, capsys):
     model = OTPrototypes.load_from_checkpoint(checkpoint)
     path = Path(model.to_openvino(tmp_path / "exported", onnx_kwargs={"check_parity": False}))
@@ -140,6 +141,7 @@ def test_an_export_decides_by_its_manifest(checkpoint, folders, tmp_path, capsys
     assert {result.verdict for result in after} == {"good"}
 
 
+@pytest.mark.slow
 def test_a_calibrated_checkpoint_hands_its_threshold_to_the_export(checkpoint, folders, tmp_path):
     assert run([str(checkpoint), "--good", str(folders["good"]), "--max-false-alarms", "0.5"]) == 0
     model = OTPrototypes.load_from_checkpoint(checkpoint)

@@ -63,7 +63,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
     (tmp_path / "a.png").write_text("text")
-    with pytest.raises(ValueError, match=r"a\.png cannot be read"):
+    with pytest.raises(ValueError, match=r"a\.png is text, not an image"):
         check_image_files([record(tmp_path / "a.png")], Findings())
 
 

@@ -234,7 +234,7 @@ def empty(path):
         (remove("ground_truth/dent/4_mask.png"), r"dent/4\.png has no mask in .*expected one named 4\.png or 4_mask"),
         (lambda root: save_mask(root / "ground_truth/dent/4.png", []), r"has the masks .*4\.png, .*4_mask\.png"),
         (lambda root: save_mask(root / "ground_truth/dent/4_mask.png", [], (30, 32)), r"is 30 x 32 pixels, its image"),
-        (lambda root: (root / "test/dent/4.png").write_text("no"), r"dent/4\.png cannot be read"),
+        (lambda root: (root / "test/dent/4.png").write_text("no"), r"dent/4\.png is text, not an image"),
         (lambda root: (root / "ground_truth/dent/4_mask.png").write_text("no"), r"mask .*4_mask\.png cannot be read"),
     ],
 )
