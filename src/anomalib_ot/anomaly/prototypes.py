@@ -40,9 +40,9 @@ def cheapest(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PatchScores(NamedTuple):
-    """Costs of the best prototype per patch: `feature` and `position` (B, N) add up to the score.
+    """Costs per patch: `feature` and `position` (B, N) add up to the score, the cost of the cheapest prototype.
 
-    `matched` (B, N, 2) is the position (y, x) of that prototype.
+    `matched` (B, N, 2) is the position (y, x) of the prototype that the patch looks like most.
     """
 
     feature: Tensor
@@ -167,17 +167,17 @@ class PrototypeBank(nn.Module):
     def forward(self, embeddings: Tensor, grid_size: tuple[int, int]) -> PatchScores:
         """Score patches (B, N, D) of a grid (h, w) against the cheapest prototype.
 
+        The feature part is the least feature cost of any prototype, wherever that is at home; the position part is what
+        the place of the patch adds to it. So a normal thing in the wrong place does not look wrong, though it is
+        cheapest to take it for something else that belongs there.
+
         Returns:
-            The two calibrated parts of the cost and the position of the prototype, of all patches of the grid: those
-            outside the region of interest, which are none of the N, have those of the nearest one inside.
+            The two calibrated parts of the cost, and the position of the prototype that the patch looks like most.
         """
         feature, position = self.costs(embeddings, grid_size)
-        cost, index = cheapest(feature + position)
-        rows = self.num_prototypes * torch.arange(position.shape[0], device=index.device)
-        picked = position.flatten()[rows + index]
-        picked = torch.minimum(picked, cost)
-        matched = self.positions[index]
-        found = (cost - picked) / self.calibration, picked / self.calibration, matched
+        looks, index = cheapest(feature)
+        added = ((feature + position).amin(-1) - looks).clamp(min=0.0)
+        found = looks / self.calibration, added / self.calibration, self.positions[index]
         return PatchScores(*map(self.on_grid, found))
 
     def kinds_of(self, embeddings: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anomalib_ot.anomaly.model import Explained
+from anomalib_ot.integration.data.batches import CAUSES
 from anomalib_ot.integration.export.export import CheckedExport
 from anomalib_ot.integration.export.requirements import check_input_size
 from anomalib_ot.integration.processing.pre_post import without_causes
@@ -67,8 +68,8 @@ class ExplainedExport(CheckedExport):
         """Predict raw images (B, 3, H, W) in [0, 1], as the exported model does."""
         predictions = super().forward(batch, *args, **kwargs)
         if self.model.roi.numel():  # normalization lifts what was 0
-            maps = ("anomaly_map", "feature_map", "position_map")
-            maps = {name: getattr(predictions, name) for name in maps if name in predictions._fields}
+            names = [name for name in ("anomaly_map", *CAUSES) if getattr(predictions, name, None) is not None]
+            maps = {name: getattr(predictions, name) for name in names}
             inside = {name: torch.where(self.model.roi, values, 0.0) for name, values in maps.items()}
             predictions = predictions._replace(**inside)
         return predictions if self.export_explanation else without_causes(predictions)
