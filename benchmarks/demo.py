@@ -164,7 +164,8 @@ def _run(options: argparse.Namespace, workshop: Path, console: Console, steps: d
     _draw_sheet(halves["test"], model.post_processor, SHOWN, options.out / "contact_sheet.png")
 
     trays = SyntheticTray(**arguments)
-    tray_model = _model(options, visualizer=False)
+    # Parts at any angle look more different than cloth does, and a fault may be small: more prototypes, and the maximum.
+    tray_model = _model(options, num_prototypes=1024, score="max", visualizer=False)
     with step("tray_draw", "Draw the trays, or find them in the cache"):
         trays.prepare_data()
     with step("tray_train", f"Train on {options.num_train} complete trays"):
