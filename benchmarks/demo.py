@@ -164,8 +164,8 @@ def _run(options: argparse.Namespace, workshop: Path, console: Console, steps: d
     _draw_sheet(halves["test"], model.post_processor, SHOWN, options.out / "contact_sheet.png")
 
     trays = SyntheticTray(**arguments)
-    # Parts at any angle look more different than cloth does, and a fault may be small: more prototypes, and the maximum.
-    tray_model = _model(options, num_prototypes=1024, score="max", visualizer=False)
+    # Parts at any angle look more different than cloth, and faults may be small: more prototypes, and the maximum.
+    tray_model = _model(options, num_prototypes=512, score="max", visualizer=False)
     with step("tray_draw", "Draw the trays, or find them in the cache"):
         trays.prepare_data()
     with step("tray_train", f"Train on {options.num_train} complete trays"):
@@ -247,7 +247,7 @@ def _compare(path: Path, items: list[Any]) -> dict[str, Any]:
 
 
 def _per_defect(items: list[Any], order: Sequence[str]) -> dict[str, dict[str, float]]:
-    """AUROC of each kind of defect against the good images, by several scores; thresholds play no part."""
+    """AUROC of each kind of defect against good images, by several scores, and of the pixels of its images."""
     import torch
     from sklearn.metrics import roc_auc_score
 
@@ -268,6 +268,11 @@ def _per_defect(items: list[Any], order: Sequence[str]) -> dict[str, dict[str, f
         figures[defect] = {"images": sum(truth)}
         for name, values in scores.items():
             figures[defect][name] = round(float(roc_auc_score(truth, [values[index] for index in chosen])), 4)
+        of_kind = [item for item, kind in zip(items, kinds, strict=True) if kind == defect]
+        pixels = (
+            torch.stack([getattr(item, name) for item in of_kind]).flatten() for name in ("gt_mask", "anomaly_map")
+        )
+        figures[defect]["pixels"] = round(float(roc_auc_score(*pixels)), 4)
     return figures
 
 
@@ -321,13 +326,20 @@ def _table(title: str, per_defect: dict[str, dict[str, float]], metrics: dict[st
     """Show AUROC per kind of defect, below those of all images where they were measured."""
     table = Table(title=title, title_justify="left")
     table.add_column("AUROC")
-    for name in ("score", "map alone", "transport score", "position map"):
+    for name in ("score", "map alone", "transport score", "position map", "pixels"):
         table.add_column(name, justify="right")
     if metrics is not None:
-        table.add_row("all defects", f"{metrics['image_AUROC']:.3f}", "", "", "")
-        table.add_row("pixels", "", f"{metrics['pixel_AUROC']:.3f}", "", "", end_section=True)
+        table.add_row(
+            "all defects",
+            f"{metrics['image_AUROC']:.3f}",
+            "",
+            "",
+            "",
+            f"{metrics['pixel_AUROC']:.3f}",
+            end_section=True,
+        )
     for defect, figures in per_defect.items():
-        values = [figures[name] for name in ("score", "map_alone", "transport_score", "position_map")]
+        values = [figures[name] for name in ("score", "map_alone", "transport_score", "position_map", "pixels")]
         table.add_row(f"{defect} ({figures['images']})", *(f"{value:.3f}" for value in values))
     return table
 
