@@ -87,6 +87,7 @@ def test_a_misplaced_motif_is_found_by_its_place_and_a_missing_one_by_the_count(
     defects = json.loads((finished[1] / "metrics.json").read_text())["per_defect"]
     assert defects["misplaced_motif"]["position_map"] == 1
     assert defects["missing_motif"]["transport_score"] >= 0.75
+    assert defects["missing_motif"]["pixels"] >= 0.75
 
 
 def test_the_whole_demo_keeps_what_the_readme_says(tmp_path):
