@@ -31,12 +31,12 @@ def textured(images=6, grid=GRID, width=8, seed=0):
     return layout + 0.1 * torch.rand(images, *layout.shape, generator=generator)
 
 
-def coloured(images, colours, grid=GRID):
-    return colours[torch.arange(images) % len(colours)][:, None].repeat(1, grid[0] * grid[1], 1)
+def colored(images, colors, grid=GRID):
+    return colors[torch.arange(images) % len(colors)][:, None].repeat(1, grid[0] * grid[1], 1)
 
 
 @pytest.fixture(scope="module")
-def colours():
+def colors():
     return torch.rand(4, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -54,13 +54,13 @@ def scores(bank, embeddings, grid=GRID):
 
 @pytest.mark.parametrize("feature_cost", FEATURE_COSTS)
 @pytest.mark.parametrize("seed", range(4))
-def test_k_constant_colours_become_the_k_prototypes(colours, feature_cost, seed):
-    embeddings = coloured(12, colours)
+def test_k_constant_colors_become_the_k_prototypes(colors, feature_cost, seed):
+    embeddings = colored(12, colors)
     bank, cost = fit(embeddings, seed=seed, num_prototypes=4, feature_cost=feature_cost)
     assert cost < 1e-2  # of the cost of being off by a hundredth
-    away = bank.feature_distance(bank.encode(colours))
+    away = bank.feature_distance(bank.encode(colors))
     if feature_cost != "cosine":
-        away = away / bank.encode(colours).norm(dim=1, keepdim=True)
+        away = away / bank.encode(colors).norm(dim=1, keepdim=True)
     assert sorted(away.argmin(1).tolist()) == [0, 1, 2, 3]
     assert away.min(1).values.max() < 1e-3
     assert scores(bank, embeddings).max() < 0.5
@@ -68,10 +68,10 @@ def test_k_constant_colours_become_the_k_prototypes(colours, feature_cost, seed)
 
 
 @pytest.mark.parametrize("momentum", [None, 0.5])
-def test_transport_alone_finds_the_colours_from_a_random_start(colours, momentum):
-    # The whole set is one problem and shares are forced to be equal, as they are: nobody else's colour fits in.
+def test_transport_alone_finds_the_colors_from_a_random_start(colors, momentum):
+    # The whole set is one problem and shares are forced to be equal, as they are: nobody else's color fits in.
     bank, cost = fit(
-        coloured(12, colours),
+        colored(12, colors),
         start="random",
         feature_cost="euclidean",
         num_prototypes=4,
@@ -85,8 +85,8 @@ def test_transport_alone_finds_the_colours_from_a_random_start(colours, momentum
         max_iters=1000,
     )
     assert cost < 1e-3
-    assert sorted(torch.cdist(colours, bank.prototypes).argmin(1).tolist()) == [0, 1, 2, 3]
-    assert torch.cdist(colours, bank.prototypes).min(1).values.max() < 1e-3
+    assert sorted(torch.cdist(colors, bank.prototypes).argmin(1).tolist()) == [0, 1, 2, 3]
+    assert torch.cdist(colors, bank.prototypes).min(1).values.max() < 1e-3
 
 
 def test_refinement_lowers_the_cost_of_transport():
@@ -99,7 +99,7 @@ def test_refinement_lowers_the_cost_of_transport():
     assert energies[2] < energies[1]
 
 
-def test_prototypes_go_to_the_barycentres_of_what_they_received():
+def test_prototypes_go_to_the_barycenters_of_what_they_received():
     embeddings = textured()
     bank, _ = fit(embeddings, passes=0, feature_cost="euclidean", structure="learned")
     before = {name: value.clone() for name, value in bank.named_buffers()}
@@ -169,7 +169,7 @@ def test_grids_of_local_prototypes(num_global):
     assert torch.equal(bank.positions, cells.repeat(copies, 1))
 
 
-def test_cells_have_centres_height_first():
+def test_cells_have_centers_height_first():
     assert cell_positions((4, 2), 0.5).tolist() == [[0.25, 0.5], [0.75, 0.5]]
     with pytest.raises(ValueError, match=r"num_global=0.2.*no cell on a grid of 4 x 4"):
         cell_positions((4, 4), 0.2)
@@ -318,9 +318,9 @@ def test_spread_points_is_seeded_and_takes_given_points_only():
 
 def test_k_means_finds_the_means_of_clusters_and_of_directions():
     generator = torch.Generator().manual_seed(0)
-    centres = torch.eye(4) * 5
-    points = centres.repeat(50, 1) + 0.01 * torch.rand(200, 4, generator=generator)
-    assert torch.cdist(centres, k_means(points, 4, 0)).min(1).values.max() < 0.02
+    centers = torch.eye(4) * 5
+    points = centers.repeat(50, 1) + 0.01 * torch.rand(200, 4, generator=generator)
+    assert torch.cdist(centers, k_means(points, 4, 0)).min(1).values.max() < 0.02
     stretched = points * (0.5 + torch.rand(200, 1, generator=generator))
     directions = k_means(stretched, 4, 0, spherical=True)
     torch.testing.assert_close(directions.norm(dim=1), stretched.norm(dim=1).mean().expand(4), rtol=1e-3, atol=0)

@@ -84,7 +84,7 @@ def test_the_parts_add_up(either):
 
 
 def halves(seed, count=4):
-    left, right = (torch.tensor(colour)[:, None, None] for colour in ((0.9, 0.1, 0.1), (0.1, 0.2, 0.9)))
+    left, right = (torch.tensor(color)[:, None, None] for color in ((0.9, 0.1, 0.1), (0.1, 0.2, 0.9)))
     images = torch.cat([left.expand(count, 3, 64, 32), right.expand(count, 3, 64, 32)], dim=3)
     return images + 0.02 * torch.rand(images.shape, generator=torch.Generator().manual_seed(seed))
 

@@ -34,7 +34,7 @@ def published(member, copies):
 
 
 class Published:
-    """Section 3 of the paper in numpy and POT: costs over the batch's maxima, plan, barycentres, moving averages."""
+    """Section 3 of the paper in numpy and POT: costs over the batch's maxima, plan, barycenters, moving averages."""
 
     def __init__(self, embeddings, copies, alpha, structure, *, same_start, by_mass):
         self.x, self.alpha, self.structure = embeddings.double().numpy(), alpha, structure
@@ -129,7 +129,7 @@ def test_equals_the_published_method(structure, copies, alpha, noise, flipped):
 @pytest.mark.parametrize("copies", [2, 1, 0.5])
 @pytest.mark.parametrize("noise", [0.1, 1.5])
 def test_equals_it_even_where_100_iterations_are_too_few(structure, alpha, copies, noise):
-    # Then two loops agree only if they begin alike, and a barycentre is one only after division by the mass received
+    # Then two loops agree only if they begin alike, and a barycenter is one only after division by the mass received
     # (published: by the mass that there should be).
     compare(problem(noise, flipped=False), copies, alpha, structure, same_start=True, by_mass=True)
 

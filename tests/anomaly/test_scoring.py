@@ -15,8 +15,8 @@ from anomalib_ot.anomaly.training_patches import Patches
 SIZE, CELL, BLOB = 128, 32, 20
 
 
-class Colours(nn.Module):
-    """The mean colour of each patch of 8 x 8 pixels."""
+class Colors(nn.Module):
+    """The mean color of each patch of 8 x 8 pixels."""
 
     def forward(self, images):
         return {"layer": F.avg_pool2d(images, 8)}
@@ -38,7 +38,7 @@ def blobs(count, images, seed, cells=None):
 @pytest.fixture(scope="module", params=["cosine", "whitened"])
 def counting(request):
     member = Member(layers=("layer",), feature_cost=request.param, num_prototypes=16, pooling=1)
-    model = PrototypesModel(Colours(), [member], transport_score=True, num_groups=8, smoothing=2.0).eval()
+    model = PrototypesModel(Colors(), [member], transport_score=True, num_groups=8, smoothing=2.0).eval()
     embedded = model.embed(blobs(4, 60, 0))
     model.fit({source: Patches(*found) for source, found in embedded.items()}, (SIZE, SIZE), 0)
     return model
@@ -81,7 +81,7 @@ PLACES = [1, 7, 8, 14]
 @pytest.fixture(scope="module", params=["cosine", "whitened"])
 def placed(request):
     member = Member(layers=("layer",), feature_cost=request.param, num_prototypes=16, pooling=1)
-    model = PrototypesModel(Colours(), [member], transport_score=True, num_groups=8, smoothing=2.0).eval()
+    model = PrototypesModel(Colors(), [member], transport_score=True, num_groups=8, smoothing=2.0).eval()
     embedded = model.embed(blobs(4, 60, 0, PLACES))
     model.fit({source: Patches(*found) for source, found in embedded.items()}, (SIZE, SIZE), 0)
     return model

@@ -63,7 +63,7 @@ def test_a_sparse_solution_is_near_the_dense_one():
     assert sparse.kept_mass(rows, cost[rows]).mean() > 0.97
 
 
-def test_more_neighbours_than_prototypes_means_all_of_them():
+def test_more_neighbors_than_prototypes_means_all_of_them():
     x, y, p, z = clusters(n=50, m=20)
     support = nearest_support(x, y, bank_of(p, z), 100)
     assert support.density == 1
@@ -79,14 +79,14 @@ def test_k_grows_with_epsilon_until_dense_is_better():
     assert choose_k(x, y, bank_of(p, z, epsilon=0.01), energy_unit=0.2, keep=0.8) <= found[0]
 
 
-def test_no_neighbours_is_refused():
+def test_no_neighbors_is_refused():
     x, y, p, z = clusters(n=50, m=20)
     with pytest.raises(ValueError, match="k=0: expected at least 1"):
         nearest_support(x, y, bank_of(p, z), 0)
 
 
-@pytest.mark.parametrize("neighbours", [24, "auto"])
-def test_a_fit_on_few_pairs_is_near_the_dense_fit(neighbours):
+@pytest.mark.parametrize("neighbors", [24, "auto"])
+def test_a_fit_on_few_pairs_is_near_the_dense_fit(neighbors):
     from anomalib_ot.anomaly.fitting import fit_bank
     from anomalib_ot.anomaly.training_patches import Patches
 
@@ -95,8 +95,8 @@ def test_a_fit_on_few_pairs_is_near_the_dense_fit(neighbours):
     embeddings = kinds.expand(12, 64, 8) + 0.3 * torch.randn(12, 64, 8, generator=generator)
     settings = {"feature_cost": "euclidean", "num_prototypes": None, "num_global": 2, "passes": 2, "epsilon": 0.01}
     banks = []
-    for given in (None, neighbours):
-        bank = PrototypeBank(Member(layers=("layer",), neighbours=given, **settings))
+    for given in (None, neighbors):
+        bank = PrototypeBank(Member(layers=("layer",), neighbors=given, **settings))
         fit_bank(bank, Patches(embeddings, (8, 8)), 0)
         banks.append(bank)
     dense, sparse = banks
@@ -108,12 +108,12 @@ def test_a_fit_on_few_pairs_is_near_the_dense_fit(neighbours):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"neighbours": 0}, "neighbours=0: expected a number of at least 1"),
-        ({"neighbours": "many"}, "neighbours='many': expected a whole number of prototypes, 'auto'"),
-        ({"neighbours": 8, "solver": "pot"}, "neighbours=8: expected solver='sinkhorn'"),
-        ({"neighbours": 8, "position_unit": None}, "need all pairs; leave neighbours out"),
+        ({"neighbors": 0}, "neighbors=0: expected a number of at least 1"),
+        ({"neighbors": "many"}, "neighbors='many': expected a whole number of prototypes, 'auto'"),
+        ({"neighbors": 8, "solver": "pot"}, "neighbors=8: expected solver='sinkhorn'"),
+        ({"neighbors": 8, "position_unit": None}, "need all pairs; leave neighbors out"),
     ],
 )
-def test_neighbours_that_cannot_be_are_refused(settings, message):
+def test_neighbors_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Member(layers=("layer",), **settings)

@@ -29,14 +29,14 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     FabricFolder(num_train=8, num_test_good=12, num_per_defect=2, image_size=(64, 64)).ensure(root)
     held_out = next(path for path in root.rglob("good") if "test" in path.parts)
     bad = next(path for path in held_out.parent.iterdir() if path.is_dir() and path.name != "good")
-    labelled = root / "labelled"
-    labelled.mkdir()
+    labeled = root / "labeled"
+    labeled.mkdir()
     for path in sorted(held_out.iterdir())[:3]:
         with Image.open(path) as image:
             picture = image.convert("RGB")
         ImageDraw.Draw(picture).rectangle((20, 20, 36, 30), fill=(250, 250, 20))
-        picture.save(labelled / path.name)
-    return {"train": root / "train" / "good", "good": held_out, "bad": bad, "alarms": labelled}
+        picture.save(labeled / path.name)
+    return {"train": root / "train" / "good", "good": held_out, "bad": bad, "alarms": labeled}
 
 
 def trained(folders, folder: Path, **more) -> Path:

@@ -15,7 +15,7 @@ SIDE = 1000  # pixels of a scene
 SETTINGS = {
     "select": {"decode": "select"},
     "merge": {"decode": "merge", "max_regions": 20},
-    "agnostic": {"decode": "merge", "score": "mean", "class_aware": False, "inner_weight": 0.9, "spatial": "centre"},
+    "agnostic": {"decode": "merge", "score": "mean", "class_aware": False, "inner_weight": 0.9, "spatial": "center"},
 }
 
 

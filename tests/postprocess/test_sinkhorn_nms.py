@@ -246,7 +246,7 @@ def test_without_classes_a_merged_region_has_the_class_of_most_of_its_members():
     assert sinkhorn_nms(boxes, scores, labels, decode="select", class_aware=False).labels[0, 0] == 4
 
 
-@pytest.mark.parametrize("spatial", ["diou", "centre"])
+@pytest.mark.parametrize("spatial", ["diou", "center"])
 def test_boxes_follow_scale_and_translation(make_scenes, spatial):
     scenes = make_scenes(2)
     boxes, scores, labels = double(scenes)

@@ -41,7 +41,7 @@ def assign(
     positions: Tensor,
     energy_unit: float,
     start: Transport | SparseTransport | None = None,
-    neighbours: int | None = None,
+    neighbors: int | None = None,
 ) -> Assignment:
     """Assign patches to prototypes by entropic transport from equal masses.
 
@@ -54,7 +54,7 @@ def assign(
         positions: Their positions (n, 2); or (N, 2) of the N patches of an image, the same for each of n / N images.
         energy_unit: The feature cost that counts as 1.
         start: The potentials of a similar problem.
-        neighbours: Consider only this many prototypes per patch, and half as many patches per prototype; None: all.
+        neighbors: Consider only this many prototypes per patch, and half as many patches per prototype; None: all.
 
     Raises:
         ValueError: If POT is to solve a problem of more than two million pairs.
@@ -67,9 +67,9 @@ def assign(
         "max_iters": member.max_iters,
         "init": start,
     }
-    if neighbours is not None:
+    if neighbors is not None:
         everywhere = positions.repeat(len(encoded) // len(positions), 1)
-        support = nearest_support(encoded, everywhere, bank, neighbours, energy_unit=energy_unit)
+        support = nearest_support(encoded, everywhere, bank, neighbors, energy_unit=energy_unit)
         return _found(sparse_sinkhorn(support, **settings))
     if member.scale != "largest":
         feature = energy(bank, bank.feature_distance(encoded)) / energy_unit

@@ -22,7 +22,7 @@ def fit_bank(
 
     Statistics and start come first (unless `resume`: then the prototypes at hand are refined further), then `passes`
     rounds of assignment: patches go to their nearest prototypes, or those of a few images are assigned to them by one
-    entropic problem, and prototypes move towards the barycentre of what they received. At last the scales of the metric
+    entropic problem, and prototypes move towards the barycenter of what they received. At last the scales of the metric
     are measured on all patches.
 
     Patches are read a few images at a time, about eight times each: memory depends on the number of prototypes and on

@@ -22,7 +22,7 @@ NONE_CHOOSES = (
     "momentum",
     "min_improvement",
     "max_problem_mb",
-    "neighbours",
+    "neighbors",
 )
 PRESETS = ("default", "paper")
 # "auto": as many prototypes as make this many numbers, within bounds. Narrow features need, and afford, more of them.
@@ -65,19 +65,19 @@ class Member:
         tolerance: Marginal error at which an assignment is good enough; 0 always makes `max_iters` iterations.
         max_iters: Largest number of Sinkhorn iterations per assignment.
         momentum: Part of the old prototype kept at each update, 0 to below 1; None updates once per pass, to the
-            barycentre of all patches.
+            barycenter of all patches.
         passes: Refinement passes over the patches, at most; 0 keeps the start.
         min_improvement: Stop after a pass that lowers the mean transport cost by no more than this part of it; 0
             stops once it no longer falls, None never. With relaxed shares the cost need not fall from pass to pass.
         batch_images: Images per assignment problem, at most.
         max_problem_mb: Bound of the cost matrix of one assignment problem, MB, which fewer images keep to; None sets no
             bound. A solver holds a few matrices of that size.
-        neighbours: Let transport consider only this many prototypes per patch, and half as many patches per prototype:
+        neighbors: Let transport consider only this many prototypes per patch, and half as many patches per prototype:
             memory in proportion, for thousands of prototypes and a small epsilon. "auto" takes as many as keep 99.7 %
             of the mass, or all where that needs many; None takes all.
         warm_start: Start each assignment from the potentials found before, instead of from 0.
         solver: "sinkhorn", or "pot" for reference: POT in float64, for problems of up to two million pairs.
-        pooling: Neighbourhood of a patch, in patches.
+        pooling: Neighborhood of a patch, in patches.
         shrinkage: Part of the average variance mixed into the whitening, above 0 to 1.
         align_corners: How maps are upsampled (True as published).
         calibrate: Divide scores by their spread, so that members are comparable: by the 99th percentile of patches of
@@ -113,7 +113,7 @@ class Member:
     min_improvement: float | None = None
     batch_images: int = 8
     max_problem_mb: float | None = 1000.0
-    neighbours: int | str | None = None
+    neighbors: int | str | None = None
     warm_start: bool = True
     solver: str = "sinkhorn"
     pooling: int = 3
@@ -144,17 +144,17 @@ class Member:
             if isinstance(value, bool) or not isinstance(value, (Integral, NoneType)):
                 msg = f"{name}={value!r}: expected a whole number{' or auto' if name == 'num_prototypes' else ''}"
                 raise ValueError(msg)
-        if self.neighbours != "auto":
-            if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, (Integral, NoneType)):
-                msg = f"neighbours={self.neighbours!r}: expected a whole number of prototypes, 'auto', or null for all"
+        if self.neighbors != "auto":
+            if isinstance(self.neighbors, bool) or not isinstance(self.neighbors, (Integral, NoneType)):
+                msg = f"neighbors={self.neighbors!r}: expected a whole number of prototypes, 'auto', or null for all"
                 raise ValueError(msg)
-            self._check_number("neighbours", "of at least 1", lambda value: value >= 1)
-        if self.neighbours is not None and (
+            self._check_number("neighbors", "of at least 1", lambda value: value >= 1)
+        if self.neighbors is not None and (
             self.solver == "pot" or self.scale == "largest" or self.position_unit is None
         ):
             msg = (
-                f"neighbours={self.neighbours!r}: expected solver='sinkhorn', another scale than 'largest', a "
-                "position_unit; as POT and scales that are maxima of a batch need all pairs; leave neighbours out"
+                f"neighbors={self.neighbors!r}: expected solver='sinkhorn', another scale than 'largest', a "
+                "position_unit; as POT and scales that are maxima of a batch need all pairs; leave neighbors out"
             )
             raise ValueError(msg)
         for name in ("alpha", "position_quantile"):

@@ -164,7 +164,7 @@ class PrototypesModel(nn.Module):
         return banks[0].inside
 
     def forward(self, images: Tensor) -> Explained:
-        """Score normalised images (B, 3, H, W)."""
+        """Score normalized images (B, 3, H, W)."""
         embedded = self.embed(images)
         with torch.autocast(images.device.type, enabled=False):
             size = (images.shape[-2], images.shape[-1])
@@ -185,7 +185,7 @@ class PrototypesModel(nn.Module):
             )
 
     def predict(self, images: Tensor) -> Explained:
-        """Score normalised images (B, 3, H, W) as `forward` does, in portions."""
+        """Score normalized images (B, 3, H, W) as `forward` does, in portions."""
         parts = [self(some) for _, some in portions(images)]
         return Explained(*(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)))
 

@@ -1,4 +1,4 @@
-"""Refinement: prototypes move to the barycentres of the patches that transport assigns to them."""
+"""Refinement: prototypes move to the barycenters of the patches that transport assigns to them."""
 
 import logging
 import math
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Report | None = None) -> float:
-    """Move prototypes to the barycentres of the patches that transport assigns to them.
+    """Move prototypes to the barycenters of the patches that transport assigns to them.
 
     ``p <- m p + (1 - m) (plan^T x) / (plan^T 1)`` after each problem, and positions alike if the structure is learned;
-    `m` is the momentum. Without momentum, plans of a whole pass are summed and prototypes move once, to the barycentre
+    `m` is the momentum. Without momentum, plans of a whole pass are summed and prototypes move once, to the barycenter
     of all patches: the order of images then has no influence. Positions of the copies of a grid stay one shared
     layout.
 
@@ -61,7 +61,7 @@ def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Repo
     steps = member.passes * len(_problems(others, size, drop_last=member.drop_last))
     copies = int(member.num_global) if member.num_global is not None and member.num_global >= 1 else 1
     energy_unit, solved, last = typical_energy(bank, encoded), Solved(), math.nan
-    neighbours = _neighbours(bank, encoded, energy_unit, size, seed)
+    neighbors = _neighbors(bank, encoded, energy_unit, size, seed)
     lowest, best = math.inf, None
     for _ in range(member.passes):
         solved.begin_pass()
@@ -70,7 +70,7 @@ def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Repo
         for images in _problems(order, size, drop_last=member.drop_last):
             x = encoded.images(images).flatten(0, 1)
             start = solved.start(moving=member.momentum is not None) if member.warm_start else None
-            found = assign(bank, x, encoded.positions, energy_unit, start, neighbours)
+            found = assign(bank, x, encoded.positions, energy_unit, start, neighbors)
             solved.add(found)
             sums.add(found.plan, x, encoded.positions)
             if member.momentum is not None:
@@ -82,7 +82,7 @@ def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Repo
             sums.move(bank, 0.0, copies)
         if len(held_out):
             start = solved.start(moving=True) if member.warm_start else None
-            cost = _mean_cost(bank, encoded, held_out.split(size), energy_unit, start, neighbours)
+            cost = _mean_cost(bank, encoded, held_out.split(size), energy_unit, start, neighbors)
             if cost < lowest:
                 lowest, best = cost, (bank.prototypes, bank.positions)
         if member.min_improvement is not None and last - solved.mean_cost <= member.min_improvement * last:
@@ -126,13 +126,13 @@ def _mean_cost(
     problems: Sequence[Tensor],
     energy_unit: float,
     start: Transport | SparseTransport | None,
-    neighbours: int | None,
+    neighbors: int | None,
 ) -> float:
     """Return the mean transport cost per unit of mass of images that are assigned to prototypes as they are."""
     total = 0.0
     for images in problems:
         x = encoded.images(images).flatten(0, 1)
-        total += len(images) * assign(bank, x, encoded.positions, energy_unit, start, neighbours).cost
+        total += len(images) * assign(bank, x, encoded.positions, energy_unit, start, neighbors).cost
     return total / sum(map(len, problems))
 
 
@@ -150,9 +150,9 @@ def _refine_by_nearest(bank: PrototypeBank, encoded: EncodedPatches, report: Rep
     return cost
 
 
-def _neighbours(bank: PrototypeBank, encoded: EncodedPatches, energy_unit: float, size: int, seed: int) -> int | None:
+def _neighbors(bank: PrototypeBank, encoded: EncodedPatches, energy_unit: float, size: int, seed: int) -> int | None:
     """Return how many prototypes per patch to consider, as the member says, or as the first images ask for."""
-    wanted = bank.member.neighbours
+    wanted = bank.member.neighbors
     if wanted != "auto":
         return wanted
     x = encoded.images(slice(0, min(size, encoded.num_images)))
@@ -231,7 +231,7 @@ class Received:
         self.positions += transposed @ everywhere
 
     def move(self, bank: PrototypeBank, keep: float, copies: int) -> None:
-        """Move to `keep` times the prototypes plus the rest times the barycentres; those without mass stay."""
+        """Move to `keep` times the prototypes plus the rest times the barycenters; those without mass stay."""
         alive, mass = (self.mass > TINY)[:, None], self.mass.clamp(min=TINY)[:, None]
         mixed = keep * bank.prototypes + (1 - keep) * self.embeddings / mass
         bank.prototypes = torch.where(alive, mixed.float(), bank.prototypes)

@@ -85,7 +85,7 @@ def smallest_cost(bank: PrototypeBank, typical_length: float) -> float:
 
 
 def energy(bank: PrototypeBank, distance: Tensor) -> Tensor:
-    """Feature cost of transport: one minus the cosine, or the squared distance, which a barycentre minimises."""
+    """Feature cost of transport: one minus the cosine, or the squared distance, which a barycenter minimizes."""
     return distance if bank.member.feature_cost == "cosine" else distance.square()
 
 

@@ -16,14 +16,14 @@ from anomalib_ot.vision.patches import grid_positions
 POINTS_PER_PROTOTYPE = 1000
 CANDIDATES_PER_PROTOTYPE = 100
 KMEANS_ITERATIONS = 10
-CELL_BYTES = 2**26  # of patches that are held at a time to find the centres of cells
+CELL_BYTES = 2**26  # of patches that are held at a time to find the centers of cells
 
 
 def start_prototypes(bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> None:
     """Set prototypes and positions before the first assignment.
 
-    Free prototypes are farthest points or k-means centres; a grid of local prototypes starts at the mean of the patches
-    of each cell, several copies of it at the k-means centres of each cell. `start="random"` draws features uniformly
+    Free prototypes are farthest points or k-means centers; a grid of local prototypes starts at the mean of the patches
+    of each cell, several copies of it at the k-means centers of each cell. `start="random"` draws features uniformly
     from [0, 1). K-means takes a seeded sample of 1000 patches per prototype, farthest points one of 20,000, and no more
     than these are read; means take all.
 
@@ -68,7 +68,7 @@ def start_prototypes(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
         prototypes = k_means(sample, count, seed, spherical=member.feature_cost == "cosine")
     else:
         cell = torch.cdist(places, cells).argmin(1)
-        prototypes = _cell_centres(encoded, cell, len(cells), copies, seed).transpose(0, 1).flatten(0, 1)
+        prototypes = _cell_centers(encoded, cell, len(cells), copies, seed).transpose(0, 1).flatten(0, 1)
     if cells is not None:
         positions = cells.repeat(copies, 1)
     elif member.start == "random" or member.structure == "fixed":
@@ -81,7 +81,7 @@ def start_prototypes(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
 def cell_positions(grid_size: tuple[int, int], num_global: float) -> Tensor:
     """Return the layout (cells, 2) that local prototypes share.
 
-    Whole grids use the token positions; a fraction uses the centres of `floor(h f)` x `floor(w f)` cells.
+    Whole grids use the token positions; a fraction uses the centers of `floor(h f)` x `floor(w f)` cells.
 
     Raises:
         ValueError: If a fraction leaves no cell.
@@ -100,22 +100,22 @@ def cell_positions(grid_size: tuple[int, int], num_global: float) -> Tensor:
 
 
 def k_means(points: Tensor, count: int, seed: int, *, spherical: bool = False) -> Tensor:
-    """Return the k-means centres (count, D) of points (P, D), by FAISS from a spread-out start.
+    """Return the k-means centers (count, D) of points (P, D), by FAISS from a spread-out start.
 
     On the CPU, unless the installed FAISS has GPUs.
 
     Args:
-        points: What to cluster; of more than 1000 per centre, FAISS takes a sample.
-        count: Number of centres, at most P.
+        points: What to cluster; of more than 1000 per center, FAISS takes a sample.
+        count: Number of centers, at most P.
         seed: Makes two runs equal.
-        spherical: Cluster directions; the centres then have the mean length of the points.
+        spherical: Cluster directions; the centers then have the mean length of the points.
     """
     points = points.cpu()
     data = unit(points) if spherical else points
     data = np.ascontiguousarray(data.numpy(), dtype=np.float32)
     start = spread_points(torch.from_numpy(data), count, seed).numpy()
-    centres = torch.from_numpy(lloyd(data, start, KMEANS_ITERATIONS, seed, spherical=spherical)).float()
-    return centres * points.norm(dim=1).mean() if spherical else centres
+    centers = torch.from_numpy(lloyd(data, start, KMEANS_ITERATIONS, seed, spherical=spherical)).float()
+    return centers * points.norm(dim=1).mean() if spherical else centers
 
 
 def spread_points(points: Tensor, count: int, seed: int) -> Tensor:
@@ -146,19 +146,19 @@ def spread_points(points: Tensor, count: int, seed: int) -> Tensor:
     return sample[chosen]
 
 
-def _cell_centres(encoded: EncodedPatches, cell: Tensor, count: int, copies: int, seed: int) -> Tensor:
-    """Return the centres (cells, copies, D') of cells: means, or k-means centres where patches are enough.
+def _cell_centers(encoded: EncodedPatches, cell: Tensor, count: int, copies: int, seed: int) -> Tensor:
+    """Return the centers (cells, copies, D') of cells: means, or k-means centers where patches are enough.
 
     Args:
         encoded: The patches.
         cell: The cell of each patch of an image (N,).
         count: Number of cells.
-        copies: Centres per cell.
+        copies: Centers per cell.
         seed: Seed of samples and of k-means.
     """
-    centres = _cell_means(encoded, cell, count)[:, None].repeat(1, copies, 1)
+    centers = _cell_means(encoded, cell, count)[:, None].repeat(1, copies, 1)
     if copies == 1:
-        return centres
+        return centers
     patches = torch.bincount(cell, minlength=count)
     images = sample_numbers(
         encoded.num_images, math.ceil(POINTS_PER_PROTOTYPE * copies / int(patches.clamp(min=1).min())), seed
@@ -169,8 +169,8 @@ def _cell_centres(encoded: EncodedPatches, cell: Tensor, count: int, copies: int
         numbers = [(images[:, None] * encoded.per_image + (cell == one).nonzero().T).flatten() for one in some]
         points = encoded.rows(torch.cat(numbers)).split([len(those) for those in numbers])
         for one, own in zip(some, points, strict=True):
-            centres[one] = k_means(own, copies, seed)
-    return centres
+            centers[one] = k_means(own, copies, seed)
+    return centers
 
 
 def _cell_means(encoded: EncodedPatches, cell: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which pairs of patch and prototype are worth considering: neighbours found by FAISS, position folded in."""
+"""Which pairs of patch and prototype are worth considering: neighbors found by FAISS, position folded in."""
 
 import math
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def nearest_support(
         (prototypes, patches, math.ceil(k / 2), True),
     ):
         count = min(count, len(known))
-        for own, near in neighbours(queries, known, min(LOOKED_AT * count, len(known))):
+        for own, near in neighbors(queries, known, min(LOOKED_AT * count, len(known))):
             pairs = (near, own) if swapped else (own, near)
             cost = pair_cost(encoded, positions, bank, *pairs, energy_unit)
             cheapest = cost.topk(count, dim=1, largest=False, sorted=False)
@@ -135,13 +135,13 @@ def pair_cost(
     return torch.cat(costs).view(shape)
 
 
-def neighbours(queries: Tensor, known: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def neighbors(queries: Tensor, known: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Find the known points (m, D) nearest to each query (n, D), exactly, a block of queries at a time.
 
     On CUDA FAISS searches there, where it has its GPU part; else on the CPU.
 
     Yields:
-        Indices of queries and of their neighbours, both (block, count).
+        Indices of queries and of their neighbors, both (block, count).
     """
     first = 0
     for _, near in find_nearest(queries, known, count):

@@ -356,10 +356,10 @@ def spatial_cost(boxes: Tensor, places: Tensor, kind: str) -> Tensor:
     Args:
         boxes: Boxes xyxy.
         places: Boxes xyxy, in the same unit.
-        kind: "diou" or "centre", see `SinkhornNMSSettings`.
+        kind: "diou" or "center", see `SinkhornNMSSettings`.
 
     >>> line, spot = torch.tensor([[[0.0, 9, 100, 11]]]), torch.tensor([[[49.0, 9, 51, 11]]])
-    >>> spatial_cost(line, spot, "diou").item(), spatial_cost(line, spot, "centre").item()
+    >>> spatial_cost(line, spot, "diou").item(), spatial_cost(line, spot, "center").item()
     (0.49000000953674316, 0.0)
     """
     distance = center_distance(boxes, places)

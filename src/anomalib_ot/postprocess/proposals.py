@@ -16,7 +16,7 @@ from anomalib_ot.vision.suppression import top_detections
 
 DECODES = ("select", "merge")
 SCORES = ("seed", "mean")
-SPATIAL = ("diou", "centre")
+SPATIAL = ("diou", "center")
 OWN_SHARE = 1e-6  # what a seed belongs to its region at least; a region without mass is its seed
 
 
@@ -84,7 +84,7 @@ class SinkhornNMSSettings:
         score_weight: Weight of 1 - score in the cost, >= 0.
         feature_weight: Weight of (1 - cosine) / 2 in the cost, >= 0; without features there is no such term.
         spatial_weight: Weight of the spatial term, in [0, 1], in the cost, >= 0.
-        spatial: "diou", (1 - distance IoU) / 2, or "centre", the distance of the centers over the diagonal of the box
+        spatial: "diou", (1 - distance IoU) / 2, or "center", the distance of the centers over the diagonal of the box
             round both, which sees no shape.
         class_weight: Cost of another class, >= 0; only if `class_aware`.
         slack_cost: Cost of belonging to no region. Proposals to which every region is more expensive are background;

@@ -121,7 +121,7 @@ def test_predicted_boxes_lie_where_the_defects_are_in_pixels_of_the_files(checkp
         entries = [entry for entry in content["annotations"] if entry["image_id"] == number]
         anomaly_map = maps[str(pictures / name)].squeeze()
         assert bool(entries) == bool(anomaly_map.max() > 0.5)
-        for entry in entries:  # the score is the normalised map's peak within the box
+        for entry in entries:  # the score is the normalized map's peak within the box
             x, y, w, h = entry["bbox"]
             x, y, w, h = round(x / 2), round(y / 3), round(w / 2), round(h / 3)
             assert entry["score"] == pytest.approx(anomaly_map[y : y + h, x : x + w].max().item(), abs=1e-6)
@@ -263,7 +263,7 @@ def test_the_models_own_threshold_is_used(tmp_path):
 # ---- what the model sees of a file
 
 
-def test_a_centre_crop_is_accounted_for(tmp_path):
+def test_a_center_crop_is_accounted_for(tmp_path):
     steps = [Resize((128, 80), antialias=True), CenterCrop((64, 64)), Normalize([0.5], [0.5])]
     part = seen_part(Compose([Compose(steps[:1]), *steps[1:]]))
     assert part == pytest.approx((0.1, 0.25, 0.9, 0.75))
@@ -291,9 +291,9 @@ def test_settings_are_refused_by_name(options, name):
         RegionWriter("a.json", **options)
 
 
-def test_without_normalisation_a_threshold_is_asked_for(tmp_path):
+def test_without_normalization_a_threshold_is_asked_for(tmp_path):
     for post_processor in (False, PostProcessor(enable_normalization=False)):
-        with pytest.raises(InputError, match=r"are not normalised.*--trainer.callbacks.threshold"):
+        with pytest.raises(InputError, match=r"are not normalized.*--trainer.callbacks.threshold"):
             stage(RegionWriter(tmp_path / "a.json"), post_processor=post_processor)
     with pytest.raises(InputError, match=r"no threshold for pixels.*--trainer.callbacks.threshold"):
         stage(RegionWriter(tmp_path / "a.json"), post_processor=PostProcessor())

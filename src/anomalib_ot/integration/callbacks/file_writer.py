@@ -24,7 +24,7 @@ class FileWriter(Callback):
     """Gather records of tested or predicted images by name, and write one file at the end of the run.
 
     Several processes write one file together. A batch is looked at when the next one comes, or the end: callbacks of
-    the model, such as the one that normalises, come after those of the user.
+    the model, such as the one that normalizes, come after those of the user.
 
     Args:
         path: The file to write; its folder is made if need be.

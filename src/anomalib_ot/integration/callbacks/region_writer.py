@@ -39,7 +39,7 @@ class RegionWriter(FileWriter):
         path: The COCO file to write; its folder is made if need be.
         root: Folder of the images; file names in the file are relative to it. None: the folder of `path`.
         threshold: Peaks of the map above it become boxes, in units of the map. None: the model's own threshold for
-            pixels, which there is after a training with normalisation.
+            pixels, which there is after a training with normalization.
         extent: How far down a region grows, as a fraction of its peak's height; see `RegionSettings` for this and what
             follows.
         edge: Where its box ends, as a fraction of the height near by, `extent` to 1.
@@ -134,15 +134,15 @@ class RegionWriter(FileWriter):
 
 
 def model_threshold(pl_module: "AnomalibModule") -> float:
-    """Return the threshold that a model has for the pixels of its normalised maps.
+    """Return the threshold that a model has for the pixels of its normalized maps.
 
     Raises:
-        InputError: If its maps are not normalised, or it has found no threshold.
+        InputError: If its maps are not normalized, or it has found no threshold.
     """
     post_processor = getattr(pl_module, "post_processor", None)
     cure = "; give RegionWriter a threshold (--trainer.callbacks.threshold), in units of the anomaly map"
     if not isinstance(post_processor, PostProcessor) or not post_processor.enable_normalization:
-        msg = f"the anomaly maps of this {type(pl_module).__name__} are not normalised, their threshold is not known"
+        msg = f"the anomaly maps of this {type(pl_module).__name__} are not normalized, their threshold is not known"
         raise InputError(msg + cure)
     if any(math.isnan(value) for value in (post_processor.pixel_min, post_processor.pixel_threshold)):
         msg = f"this {type(pl_module).__name__} has no threshold for pixels, since no validation has found one"

@@ -119,6 +119,8 @@ def _renamed(member: Mapping[str, Any]) -> dict[str, Any]:
     member = dict(member)
     if member.get("start") == "data":
         member["start"] = "k-means"
+    if "neighbours" in member:
+        member["neighbors"] = member.pop("neighbours")
     if "prototype_scale" in member:
         member["scale"] = "prototype" if member.pop("prototype_scale") else "largest"
     return member
