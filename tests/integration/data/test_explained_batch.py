@@ -71,6 +71,21 @@ def test_adopt_twice_keeps_what_is_not_named():
     assert batch.transport_score.tolist() == [1, 1, 1]
 
 
+def test_three_causes_follow_the_anomaly_map():
+    given = predictions()
+    given["missing_map"] = torch.zeros_like(given["anomaly_map"])
+    given["missing_map"][0, :, 1:3, 1:3] = 2.0
+    given["anomaly_map"] = given["anomaly_map"] + given["missing_map"]
+    batch = ExplainedBatch.adopt(plain_batch(), **given)
+    batch.anomaly_map = torch.rand(B, H, W)
+    assert torch.equal(batch.feature_map + batch.position_map + batch.missing_map, batch.anomaly_map)
+    assert (batch.missing_map[given["missing_map"][:, 0] == 0] == 0).all()
+    with pytest.raises(ValueError, match="feature_map \\+ position_map \\+ missing_map differs from anomaly_map"):
+        ExplainedBatch.adopt(plain_batch(), **(given | {"missing_map": given["missing_map"] + 1}))
+    with pytest.raises(ValueError, match="missing_map is given without feature_map and position_map"):
+        ExplainedBatch.adopt(plain_batch(), missing_map=given["missing_map"])
+
+
 def test_a_batch_without_explanation_is_allowed():
     batch = ExplainedBatch.adopt(plain_batch(), pred_score=torch.rand(B))
     assert batch.feature_map is batch.position_map is batch.matched_position is batch.transport_score is None

@@ -176,9 +176,9 @@ def test_what_lies_outside_never_scores(checkpoint, folders, tmp_path):
 def test_maps_are_zero_outside_and_causes_sum_to_the_map(checkpoint, folders, tmp_path):
     for item in predicted(checkpoint, folders["inside"], tmp_path):
         assert item.anomaly_map[ROI].max() > 0.5
-        for values in (item.anomaly_map, item.feature_map, item.position_map):
+        for values in (item.anomaly_map, item.feature_map, item.position_map, item.missing_map):
             assert values[~ROI].eq(0).all()
-        assert torch.equal(item.feature_map + item.position_map, item.anomaly_map)
+        assert torch.equal(item.feature_map + item.position_map + item.missing_map, item.anomaly_map)
         assert not item.pred_mask[~ROI].any()
 
 
@@ -233,7 +233,7 @@ def test_an_export_holds_the_region_and_so_does_the_inspector(checkpoint, folder
     for score, out in zip(expected.pred_score, results["inside"], strict=True):
         assert out.score == pytest.approx(float(score), abs=1e-4)
     assert expected.anomaly_map[..., ~ROI].eq(0).all()
-    assert torch.equal(expected.feature_map + expected.position_map, expected.anomaly_map)
+    assert torch.equal(expected.feature_map + expected.position_map + expected.missing_map, expected.anomaly_map)
 
 
 # ---- images of another shape than the mask

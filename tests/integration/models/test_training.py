@@ -403,7 +403,7 @@ def test_predictions_carry_their_explanation(reference, engine, data, fabric):
     assert sum(len(batch.image_path) for batch in batches) == 5
     for batch in batches:
         assert isinstance(batch, ExplainedBatch)
-        assert torch.equal(batch.feature_map + batch.position_map, batch.anomaly_map)
+        assert torch.equal(batch.feature_map + batch.position_map + batch.missing_map, batch.anomaly_map)
         assert batch.matched_position.shape == (len(batch.image_path), 2, 16, 16)
         assert batch.pred_label is not None
         item = batch.items[0]

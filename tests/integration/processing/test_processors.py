@@ -106,6 +106,26 @@ def test_map_score_and_thresholds(batch):
     assert torch.equal(out.matched_position, given.matched_position)
 
 
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_three_causes_add_up(normalizes):
+    built = post_processor(enable_normalization=normalizes)
+    given = explained(3)
+    missing = torch.zeros_like(given.anomaly_map)
+    missing[1, :, 2:5, 2:5] = 4.0
+    given = given._replace(anomaly_map=given.anomaly_map + missing, missing_map=missing)
+    out = built(given)
+    assert torch.equal(out.feature_map + out.position_map + out.missing_map, out.anomaly_map)
+    assert (out.missing_map[missing == 0] == 0).all()
+    assert (out.missing_map[missing > 0] > 0).all()
+    assert min(float(part.min()) for part in (out.feature_map, out.position_map, out.missing_map)) >= 0
+    if not normalizes:
+        return
+    batch = ExplainedBatch.adopt(ImageBatch(image=torch.rand(3, 3, 12, 10)), **given._asdict())
+    built.normalize_batch(batch)
+    for name in ("anomaly_map", "feature_map", "position_map", "missing_map"):
+        assert torch.equal(getattr(batch, name).as_subclass(torch.Tensor), getattr(out, name)[:, 0])
+
+
 def test_an_image_alone_and_in_a_batch():
     given = explained(3)
     alone = post_processor()(Explained(*(None if value is None else value[1:2] for value in given)))
