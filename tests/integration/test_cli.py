@@ -197,7 +197,7 @@ def test_members_of_a_config_file(anomalib, small_data, home):
 
 def test_help_lists_the_arguments_with_what_they_mean(anomalib):
     done = anomalib("train", "--model.help", "OTPrototypes", COLUMNS="200")
-    assert len(done.stdout.splitlines()) < 150  # a processor typed as nn.Module lists two thousand classes
+    assert len(done.out.splitlines()) < 150  # a processor typed as nn.Module lists two thousand classes
     assert done.code == 0, done.err
     assert "backbone_weights" in done.out
     assert "Weight of the position cost in every member" in done.out

@@ -22,6 +22,7 @@ from anomalib_ot.anomaly.search import import_faiss
 from anomalib_ot.integration.callbacks.false_alarms import FalseAlarmThreshold, VerdictReport, check_rate
 from anomalib_ot.integration.callbacks.result_writer import ResultWriter
 from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, is_reading, trained_arguments
+from anomalib_ot.integration.checks.console import quiet_console
 from anomalib_ot.integration.checks.errors import InputError, install_short_errors
 from anomalib_ot.integration.data.batches import ExplainedBatch
 from anomalib_ot.integration.data.datamodule_checks import check_datamodule
@@ -145,6 +146,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         install_short_errors()
+        quiet_console()
         pre_trained, backbone_weights = checked_weights(pre_trained, backbone_weights)
         model = build_model(
             backbone=backbone,
@@ -230,8 +232,8 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """Leave the trainer to its user; only the check of an untrained model before the first epoch is turned off."""
-        return {"num_sanity_val_steps": 0}
+        """Leave the trainer to its user, but for the check of an untrained model and a summary without parameters."""
+        return {"num_sanity_val_steps": 0, "enable_model_summary": False}
 
     @property
     def learning_type(self) -> LearningType:

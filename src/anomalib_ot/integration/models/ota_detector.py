@@ -16,6 +16,7 @@ from torch import Tensor
 from anomalib_ot.detection.assigner import Assigner, Assignment
 from anomalib_ot.detection.losses import Dense, dense_losses, one_to_one_loss
 from anomalib_ot.detection.ota import DenseDetector
+from anomalib_ot.integration.checks.console import quiet_console
 from anomalib_ot.integration.checks.errors import install_short_errors
 from anomalib_ot.integration.models.backbone import checked_weights
 from anomalib_ot.integration.models.detector import BoxModel
@@ -134,6 +135,7 @@ class OTADetector(BoxModel, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         install_short_errors()
+        quiet_console()
         pre_trained, backbone_weights = checked_weights(pre_trained, backbone_weights)
         if pre_processor is True:
             pre_processor = BoxPreProcessor.of(image_size, *normalization(backbone))

@@ -15,6 +15,7 @@ from torch import Tensor
 from anomalib_ot.detection.mixture import linear_ramp, mixture_losses
 from anomalib_ot.detection.set_loss import MATCHERS, set_losses
 from anomalib_ot.detection.sparse_mdod import SparseDetector
+from anomalib_ot.integration.checks.console import quiet_console
 from anomalib_ot.integration.checks.errors import install_short_errors
 from anomalib_ot.integration.models.backbone import checked_weights
 from anomalib_ot.integration.models.detector import BoxModel
@@ -130,6 +131,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         install_short_errors()
+        quiet_console()
         pre_trained, backbone_weights = checked_weights(pre_trained, backbone_weights)
         if pre_processor is True:
             pre_processor = BoxPreProcessor.of(image_size, *normalization(backbone))
