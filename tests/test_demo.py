@@ -87,7 +87,6 @@ def test_a_misplaced_motif_is_found_by_its_place_and_a_missing_one_by_the_count(
     defects = json.loads((finished[1] / "metrics.json").read_text())["per_defect"]
     assert defects["misplaced_motif"]["position_map"] == 1
     assert defects["missing_motif"]["transport_score"] >= 0.75
-    assert defects["missing_motif"]["pixels"] >= 0.75
 
 
 def test_the_whole_demo_keeps_what_the_readme_says(tmp_path):
@@ -99,6 +98,7 @@ def test_the_whole_demo_keeps_what_the_readme_says(tmp_path):
     (metrics,) = engine.train(model, datamodule=datamodule)
     # 172 of the 180 pairs of a good and a bad image are in order, .956; on another CPU a few may turn round.
     assert metrics["image_AUROC"] >= 0.93
+    assert metrics["pixel_AUROC"] >= 0.85  # 0.76 where no map shows a missing motif
 
 
 def test_pictures_model_and_sheet_are_there_and_can_be_read(finished):
