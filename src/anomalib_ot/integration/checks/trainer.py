@@ -1,7 +1,5 @@
 """Checks of a trainer before a stage starts: its precision, whose training it holds, how it reads checkpoints."""
 
-import weakref
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -10,7 +8,7 @@ from anomalib_ot.integration.checks.errors import InputError
 
 __all__ = ["check_trainer", "leave_out_validation", "restore_validation"]
 
-TRAINED = "anomalib_ot_trained"  # attribute of a trainer: the model that it trains, weakly
+TRAINED = "anomalib_ot_trained"  # attribute of a trainer: the model that it trains
 LIMIT = "anomalib_ot_limit_val_batches"
 
 
@@ -29,7 +27,7 @@ def check_trainer(trainer: Trainer, model: LightningModule) -> None:
     install_checkpoint_check(trainer)
     if trainer.state.fn == TrainerFn.FITTING:
         _check_unused(trainer, model)
-        setattr(trainer, TRAINED, weakref.ref(model))
+        setattr(trainer, TRAINED, model)  # which a spawned process gets with it
 
 
 def leave_out_validation(trainer: Trainer) -> None:
@@ -78,7 +76,7 @@ def _check_unused(trainer: Trainer, model: LightningModule) -> None:
     """Refuse a trainer whose counts of epochs and steps are not those of this model, or have reached their end."""
     if trainer.ckpt_path or not (trainer.current_epoch or trainer.global_step):
         return  # a checkpoint brings counts of its own
-    former = vars(trainer).get(TRAINED, lambda: None)()
+    former = vars(trainer).get(TRAINED)
     if former is not model:
         msg = (
             f"this Engine has trained another model, and its trainer goes on counting (epoch {trainer.current_epoch}): "
