@@ -127,6 +127,18 @@ def test_images_of_another_size_find_the_places(placed):
     assert cell(missing, PLACES[3]).mean() > 2 * missing.mean()
 
 
+def test_fewer_patches_than_kinds():
+    members = [
+        Member(layers=("layer",), feature_cost=cost, num_prototypes=2, pooling=1) for cost in ("cosine", "whitened")
+    ]
+    model = PrototypesModel(Colors(), members, transport_score=True, num_groups=16, smoothing=0.0).eval()
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model.fit({source: Patches(*found) for source, found in model.embed(images).items()}, (16, 16), 0)
+    assert model.banks[0].kinds.shape[0] == 8
+    out = model(torch.rand(3, 3, 16, 16))
+    assert torch.equal(out.feature_map + out.position_map + out.missing_map, out.anomaly_map)
+
+
 # ---- the score by itself
 
 

@@ -337,7 +337,7 @@ class PrototypesModel(nn.Module):
         matter of chance), `w_k` the share of kind k in what is unusual.
         """
         maps, banks = [], self._counting_banks()
-        shares = lacking.split(self.transport_score.num_groups, dim=1)
+        shares = lacking.split([kinds.shape[-1] for kinds in found], dim=1)
         for bank, kinds, share in zip(banks, found, shares, strict=True):
             grid = embedded[bank.member.layers, bank.member.pooling][1]
             expected = bank.occupancy
