@@ -56,7 +56,7 @@ def farthest_points(points: Tensor, count: int, seed: int, *, quantile: float = 
 
 
 def nearest_distance(points: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the squared distance (P,) to the nearest prototype (K, D) and its number (P,), by FAISS on the CPU."""
+    """Return the squared distance (P,) to the nearest prototype (K, D) and its number (P,), on the CPU."""
     squared, number = map(torch.cat, zip(*find_nearest(points.cpu(), prototypes.cpu()), strict=True))
     return squared[:, 0], number[:, 0]
 

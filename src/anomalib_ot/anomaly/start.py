@@ -8,12 +8,11 @@ from torch import Tensor
 
 from anomalib_ot.anomaly.coverage import start_by_coverage
 from anomalib_ot.anomaly.members import automatic_number
-from anomalib_ot.anomaly.nearest import lloyd
+from anomalib_ot.anomaly.nearest import POINTS_PER_CENTER, lloyd
 from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
 from anomalib_ot.anomaly.training_patches import EncodedPatches, sample_numbers
 from anomalib_ot.vision.patches import grid_positions
 
-POINTS_PER_PROTOTYPE = 1000
 CANDIDATES_PER_PROTOTYPE = 100
 KMEANS_ITERATIONS = 10
 CELL_BYTES = 2**26  # of patches that are held at a time to find the centers of cells
@@ -64,7 +63,7 @@ def start_prototypes(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
     elif cells is None and member.start == "coverage":
         prototypes = start_by_coverage(bank, encoded, count, seed)
     elif cells is None:
-        sample = encoded.rows(sample_numbers(len(encoded), POINTS_PER_PROTOTYPE * count, seed))
+        sample = encoded.rows(sample_numbers(len(encoded), POINTS_PER_CENTER * count, seed))
         prototypes = k_means(sample, count, seed, spherical=member.feature_cost == "cosine")
     else:
         cell = torch.cdist(places, cells).argmin(1)
@@ -161,7 +160,7 @@ def _cell_centers(encoded: EncodedPatches, cell: Tensor, count: int, copies: int
         return centers
     patches = torch.bincount(cell, minlength=count)
     images = sample_numbers(
-        encoded.num_images, math.ceil(POINTS_PER_PROTOTYPE * copies / int(patches.clamp(min=1).min())), seed
+        encoded.num_images, math.ceil(POINTS_PER_CENTER * copies / int(patches.clamp(min=1).min())), seed
     )
     at_once = max(CELL_BYTES // (4 * encoded.width * len(images) * int(patches.max())), 1)
     wanted = (patches * len(images) >= copies).nonzero().flatten()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from anomalib_ot.imaging.samples import UNREADABLE, file_problem
+from anomalib_ot.imaging.samples import FORMATS, UNREADABLE, file_problem
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.mask_regions import read_mask
 
@@ -79,7 +79,7 @@ def check_shape(paths: Iterable[str | Path], size: tuple[int, int] | None, descr
         return
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 width, height = image.size
         except UNREADABLE:
             continue

@@ -181,10 +181,9 @@ class ExplainedPostProcessor(PostProcessor):
             span = self.pixel_max - self.pixel_min
             stretch = torch.where(span > 0, 1 / span, 1.0)  # no statistics (NaN) or all alike: nothing was stretched
             missing_map = None if missing_map is None else torch.minimum(missing_map * stretch, anomaly_map)
-            rest = anomaly_map if missing_map is None else anomaly_map - missing_map
+        rest = anomaly_map if missing_map is None else anomaly_map - missing_map
+        if self.enable_normalization:
             position_map = torch.minimum(position_map * stretch, rest)
-        else:
-            rest = anomaly_map if missing_map is None else anomaly_map - missing_map
         parts = split_by_cause(anomaly_map, rest - position_map, position_map, missing_map)
         return dict(zip(CAUSES, parts, strict=False))
 

@@ -12,6 +12,7 @@ from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER,
 __all__ = [
     "Panel",
     "Verdict",
+    "adds",
     "draw_arrows",
     "draw_color_bar",
     "draw_panels",
@@ -191,10 +192,10 @@ def draw_panels(
         usual = 0.0 if position_map is None else normal_level(_counting(position_map, roi))
         panels.append(Panel("Looks wrong", "bright: unlike the good parts", overlay(base, feature_map + usual)))
     usual = 0.0 if feature_map is None else normal_level(_counting(feature_map, roi))
-    if position_map is not None and (with_empty or position_map.max() >= LEAST_STRENGTH):
+    if position_map is not None and (with_empty or adds(position_map)):
         unlike = None if feature_map is None else feature_map - usual
         panels.append(_position_panel(base, position_map, usual, unlike, matched_position, max_arrows))
-    if missing_map is not None and (with_empty or missing_map.max() >= LEAST_STRENGTH):
+    if missing_map is not None and (with_empty or adds(missing_map)):
         panels.append(
             Panel(MISSING, "bright: what good parts have here is not there", overlay(base, missing_map + usual))
         )
@@ -215,6 +216,11 @@ def find_shares(
         return None, inside
     maps = (anomaly_map, feature_map, position_map, pred_mask, missing_map)
     return cause_shares(*(_counting(values, roi) for values in maps)), inside
+
+
+def adds(cause: np.ndarray) -> bool:
+    """Whether the map (H, W) of a cause adds anything that can be seen."""
+    return float(cause.max()) >= LEAST_STRENGTH
 
 
 def _counting(values: np.ndarray | None, roi: np.ndarray | None) -> np.ndarray | None:

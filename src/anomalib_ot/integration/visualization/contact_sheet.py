@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_ot.integration.visualization.anomaly_figure import (
-    LEAST_STRENGTH,
+    adds,
     draw_color_bar,
     draw_panels,
     find_shares,
@@ -40,7 +39,8 @@ def contact_sheet(rows: Sequence[tuple[str, Mapping[str, Any]]], width: int = 12
     if not rows or width < 600:
         msg = f"rows has {len(rows)} entries and width is {width}; expected at least one row and 600 pixels."
         raise ValueError(msg)
-    missing = any(_adds(explanation.get("missing_map")) for _, explanation in rows)
+    maps = (explanation.get("missing_map") for _, explanation in rows)
+    missing = any(one is not None and adds(one) for one in maps)
     names = ("anomaly_map", "feature_map", "position_map", *(["missing_map"] if missing else []))
     count = 1 + sum(rows[0][1].get(name) is not None for name in names)
     column = (width - LABEL_WIDTH - BAR_WIDTH - GAP - count * SPACE) // count
@@ -72,10 +72,6 @@ def contact_sheet(rows: Sequence[tuple[str, Mapping[str, Any]]], width: int = 12
     if count > 1:
         draw_color_bar(sheet, width - BAR_WIDTH, TITLE_HEIGHT, heights[0] - SPACE)
     return sheet
-
-
-def _adds(missing_map: np.ndarray | None) -> bool:
-    return missing_map is not None and float(missing_map.max()) >= LEAST_STRENGTH
 
 
 def _label(name: str, explanation: Mapping[str, Any], height: int) -> Image.Image:
