@@ -116,5 +116,7 @@ def test_wrong_arguments(arguments, message):
 def test_arguments_of_an_older_checkpoint_are_read_and_the_removed_preset_is_refused():
     kept = SinkhornNMS(decode="merge", threshold=0.5).checkpoint_config()[CHECKPOINT_KEY]
     assert sinkhorn_nms_of(kept | {"preset": "sinkhorn"}).arguments == kept
+    spelled = kept | {"settings": kept["settings"] | {"spatial": "centre"}}
+    assert sinkhorn_nms_of(spelled).settings["spatial"] == "center"
     with pytest.raises(InputError, match=r"keeps a SinkhornNMS with preset 'paper', .* expected 'sinkhorn'"):
         sinkhorn_nms_of(kept | {"preset": "paper"})

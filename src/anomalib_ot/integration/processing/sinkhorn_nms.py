@@ -203,7 +203,7 @@ class SinkhornNMS(PostProcessor):
 
 
 def sinkhorn_nms_of(kept: Mapping[str, Any]) -> SinkhornNMS:
-    """Make the post-processor whose arguments a checkpoint keeps; those of 0.1 name a preset, too.
+    """Make the post-processor whose arguments a checkpoint keeps; those of 0.1 name a preset, and a "centre".
 
     Args:
         kept: What `SinkhornNMS.checkpoint_config` returned, under `CHECKPOINT_KEY`.
@@ -219,6 +219,9 @@ def sinkhorn_nms_of(kept: Mapping[str, Any]) -> SinkhornNMS:
             "removed; expected 'sinkhorn': name another post-processor, such as --model.post_processor SinkhornNMS"
         )
         raise InputError(msg)
+    settings = arguments.get("settings") or {}
+    if settings.get("spatial") == "centre":
+        arguments["settings"] = {**settings, "spatial": "center"}
     return SinkhornNMS(**arguments)
 
 
