@@ -106,7 +106,7 @@ class Watched:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_nothing_reads_more_at_once_for_more_images(options, monkeypatch):
     monkeypatch.setattr(training_patches, "BLOCK_PATCHES", 64)
-    monkeypatch.setattr(start, "POINTS_PER_PROTOTYPE", 20)
+    monkeypatch.setattr(start, "POINTS_PER_CENTER", 20)
     largest, read = [], []
     for images in (24, 96):
         watched = Watched(textured(images))
@@ -188,7 +188,7 @@ def test_a_start_from_a_sample_is_as_good(options, monkeypatch):
     embeddings = textured(200)
     options = {"feature_cost": "euclidean", "passes": 0, **options}
     exact = fit(embeddings, **options)
-    monkeypatch.setattr(start, "POINTS_PER_PROTOTYPE", 40)
+    monkeypatch.setattr(start, "POINTS_PER_CENTER", 40)
     near = fit(embeddings, **options)
     assert not torch.equal(near["prototypes"], exact["prototypes"])
     cost = [torch.cdist(embeddings.flatten(0, 1), found["prototypes"]).min(1).values.mean() for found in (exact, near)]
