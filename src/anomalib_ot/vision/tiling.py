@@ -1,7 +1,7 @@
-"""Large images in tiles: cut them, and put the detections of the tiles together again."""
+"""Large images in tiles: cut them, and put the detections or the maps of the tiles together again."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,28 @@ class Tiling:
             windows.append((0, 0, width, height))
         return torch.tensor(windows, dtype=torch.float32)
 
+    def stitch(self, maps: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Put maps of tiles together into those of their images.
+
+        ``m(x) = sum_t w_t(x) m_t(x) / sum_t w_t(x)``, where the weight `w_t` falls linearly from the middle of a tile
+        to its edges: no step is left where a tile ends, and a map that is the same in all tiles stays as it is.
+
+        Args:
+            maps: Maps (B, T, C, h, w) of the tiles, without one of the whole image.
+            image_size: Height and width of the images, pixels, no smaller than a tile.
+
+        Returns:
+            Maps (B, C, H, W).
+
+        >>> maps = torch.tensor([0.0, 6.0]).view(1, 2, 1, 1, 1).expand(1, 2, 1, 1, 4)
+        >>> Tiling((1, 4), overlap=0.5).stitch(maps, (1, 6))
+        tensor([[[[0.0000, 0.0000, 1.5000, 4.5000, 6.0000, 6.0000]]]])
+        """
+        rows, columns = (self._starts(length, tile) for length, tile in zip(image_size, self.size, strict=True))
+        strips = maps.unflatten(1, (len(rows), len(columns))).unbind(1)
+        joined = [_joined(strip.unbind(1), columns, image_size[1]) for strip in strips]
+        return _joined([strip.mT for strip in joined], rows, image_size[0]).mT
+
     def merge(
         self, found: Detections, image_size: tuple[int, int], suppress: Callable[[Detections], Tensor]
     ) -> Detections:
@@ -107,6 +129,25 @@ class Tiling:
         merged, best = _join(everything, windows[tile], tile, rounds=count)
         merged = merged._replace(labels=torch.where(best, merged.labels, -1))
         return top_detections(merged, suppress(merged) & best, self.max_detections)
+
+
+def _joined(parts: Sequence[Tensor], starts: Sequence[int], length: int) -> Tensor:
+    """Join parts (..., w) that begin at `starts`, in ascending order, to (..., length): the mean by their weights."""
+    width = parts[0].shape[-1]
+    ramp = [min(place, width - 1 - place) + 0.5 for place in range(width)]
+    total = [0.0] * length
+    for start in starts:
+        for place, weight in enumerate(ramp):
+            total[start + place] += weight
+    done, open_part, begin = [], parts[0].new_zeros(*parts[0].shape[:-1], 0), 0
+    for start, part in zip(starts, parts, strict=True):
+        share = [weight / total[start + place] for place, weight in enumerate(ramp)]
+        part = part * torch.tensor(share, dtype=part.dtype, device=part.device)
+        done.append(open_part[..., : start - begin])
+        rest = open_part[..., start - begin :]
+        shared = rest.shape[-1]
+        open_part, begin = torch.cat([rest + part[..., :shared], part[..., shared:]], dim=-1), start
+    return torch.cat([*done, open_part], dim=-1)
 
 
 def _join(found: Detections, windows: Tensor, tile: Tensor, rounds: int) -> tuple[Detections, Tensor]:

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from anomalib_ot.anomaly.model import PrototypesModel, portions
+from anomalib_ot.anomaly.model import PrototypesModel, training_portions
 from anomalib_ot.anomaly.search import import_faiss
 from anomalib_ot.integration.callbacks.false_alarms import FalseAlarmThreshold, VerdictReport, check_rate
 from anomalib_ot.integration.callbacks.result_writer import ResultWriter
@@ -80,6 +80,10 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         num_global: Number of grids of local prototypes of every member (below 1: a coarser grid); None leaves the
             preset's.
         image_size: Height and width that images are resized to, pixels.
+        tile_size: Height and width of tiles that resized images are cut into, in training, prediction and exports,
+            pixels; their maps are put together. Places and amounts then do not count: `alpha` is 0, `transport_score`
+            False. None: images are not cut.
+        tile_overlap: Part of a tile that it shares with its neighbor, 0 to 0.9.
         roi: The region of interest, in which alone defects are looked for: path of a mask image (not 0 inside), or a
             list of polygons, each a list of points [x, y] from 0 to 1, from the left and from the top. The checkpoint
             keeps it. None: everything.
@@ -129,6 +133,8 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         num_prototypes: int | None = None,
         num_global: float | None = None,
         image_size: Sequence[int] = (256, 256),
+        tile_size: Sequence[int] | None = None,
+        tile_overlap: float = 0.2,
         roi: list[list[list[float]]] | str | Path | None = None,
         score: str | None = None,
         smoothing: float | None = None,
@@ -161,7 +167,12 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
             smoothing=smoothing,
             transport_score=transport_score,
             num_groups=num_groups,
+            tile_size=tile_size,
+            tile_overlap=tile_overlap,
         )
+        if roi is not None and tile_size is not None:
+            msg = "roi and tile_size are both given, which do not work together; crop the images to the region instead"
+            raise InputError(msg)
         check_training_arguments(epochs, max_cached_gb)
         roi = str(roi) if isinstance(roi, Path) else roi
         if pre_processor is True:
@@ -247,14 +258,15 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
     def on_train_epoch_start(self) -> None:
         """Begin a pass with nothing collected."""
         self._cache.clear()
-        self._cache.expected_images = images_to_come(self.trainer)
+        expected, tiling = images_to_come(self.trainer), self.model.tiling
+        tiles = 1 if tiling is None else len(tiling.corners(*self.hparams["image_size"]))
+        self._cache.expected_images = None if expected is None else expected * tiles
 
     def training_step(self, batch: Batch, *args: object) -> None:
         """Collect the embeddings of a batch of good images."""
         del args
-        paths = batch.image_path
-        for start, images in portions(batch.image):
-            self._cache.add(self.model.embed(images), None if paths is None else paths[start : start + len(images)])
+        for images, keys in training_portions(batch.image, batch.image_path, self.model.tiling):
+            self._cache.add(self.model.embed(images), keys)
         self._network_size = tuple(batch.image.shape[-2:])
         # Without an optimizer Lightning counts no step, and then writes no checkpoint and never reaches max_steps.
         steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress

@@ -9,6 +9,7 @@ from anomalib_ot.anomaly.scoring import IMAGE_SCORES
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.values import check_fraction, check_known, check_least
 from anomalib_ot.integration.models.backbone import FILTER_BANK, build_extractor
+from anomalib_ot.vision.tiling import Tiling
 
 __all__ = ["MODEL_ARGUMENTS", "as_trained", "build_model", "check_training_arguments"]
 
@@ -28,6 +29,8 @@ MODEL_ARGUMENTS = (
     "smoothing",
     "transport_score",
     "num_groups",
+    "tile_size",
+    "tile_overlap",
 )
 
 
@@ -45,6 +48,8 @@ def build_model(
     smoothing: float | None,
     transport_score: bool | None,
     num_groups: int,
+    tile_size: Sequence[int] | None,
+    tile_overlap: float,
 ) -> PrototypesModel:
     """Build an unfitted model, its backbone still without weights of worth.
 
@@ -61,6 +66,9 @@ def build_model(
         smoothing: Standard deviation of the Gaussian over the map, pixels.
         transport_score: Whether the transport score takes part; None: unless the preset is "paper".
         num_groups: Kinds of patches per member that it counts.
+        tile_size: Height and width of tiles; None: images are not cut. With tiles `alpha` and `transport_score` are 0
+            and False where they are None.
+        tile_overlap: Part of a tile that it shares with its neighbor.
 
     Raises:
         InputError: If an argument is out of range or not known; the message names the known ones.
@@ -70,15 +78,20 @@ def build_model(
     if len(set(layers)) < len(layers):
         msg = f"layers is {list(layers)}, which names a layer twice; name each once"
         raise InputError(msg)
+    if len(image_size) != 2 or min(image_size) < MIN_SIDE:
+        msg = f"image_size is {list(image_size)}; expected height and width of at least {MIN_SIDE} pixels each"
+        raise InputError(msg)
+    tiling = None
+    if tile_size is not None:
+        tiling = _tiling(tile_size, tile_overlap, image_size)
+        _check_placeless(preset, members, alpha=alpha, num_global=num_global, transport_score=transport_score)
+        alpha, transport_score = 0.0, False
     compact = backbone == FILTER_BANK and preset == "default"
     if compact and members is None and num_global is None:
         members = compact_members(layers)
     built = _members(preset, layers, members, alpha=alpha, num_prototypes=num_prototypes, num_global=num_global)
     score = score if score is not None else ("mean_top1" if compact else "max")
     check_known("score", score, IMAGE_SCORES)
-    if len(image_size) != 2 or min(image_size) < MIN_SIDE:
-        msg = f"image_size is {list(image_size)}; expected height and width of at least {MIN_SIDE} pixels each"
-        raise InputError(msg)
     if smoothing is not None and not 0 <= smoothing < 100:
         msg = f"smoothing is {smoothing}; expected a standard deviation from 0 to below 100 pixels; 0 turns it off"
         raise InputError(msg)
@@ -90,7 +103,45 @@ def build_model(
         smoothing=smoothing if smoothing is not None else (0.0 if published else 4.0),
         transport_score=not published if transport_score is None else transport_score,
         num_groups=num_groups,
+        tiling=tiling,
     )
+
+
+def _tiling(tile_size: Sequence[int], tile_overlap: float, image_size: Sequence[int]) -> Tiling:
+    fits = len(tile_size) == 2 and tile_size[0] <= image_size[0] and tile_size[1] <= image_size[1]
+    if not fits or min(tile_size) < MIN_SIDE:
+        msg = (
+            f"tile_size is {list(tile_size)}; expected height and width of at least {MIN_SIDE} pixels each, and "
+            f"at most those of image_size, {list(image_size)}"
+        )
+        raise InputError(msg)
+    if not 0 <= tile_overlap <= 0.9:
+        msg = f"tile_overlap is {tile_overlap}; expected a part of the tile from 0 to 0.9"
+        raise InputError(msg)
+    return Tiling((int(tile_size[0]), int(tile_size[1])), tile_overlap, whole_image=False)
+
+
+def _check_placeless(
+    preset: str,
+    members: Sequence[Mapping[str, Any]] | None,
+    *,
+    alpha: float | None,
+    num_global: float | None,
+    transport_score: bool | None,
+) -> None:
+    """Refuse what needs places: on a tile of a large surface they mean nothing."""
+    given = {"alpha": alpha, "num_global": num_global, "transport_score": transport_score}
+    for number, member in enumerate(members or ()):
+        given |= {f"members[{number}].{name}": member.get(name) for name in ("alpha", "num_global")}
+    told = [f"{name} is {value}" for name, value in given.items() if value]
+    if preset == "paper":
+        told.insert(0, "preset is 'paper'")
+    if told:
+        msg = (
+            f"{told[0]}, and tile_size is given: it needs places in the image, or amounts of all of it, which a tile "
+            "does not tell; leave one of the two out"
+        )
+        raise InputError(msg)
 
 
 def as_trained(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +149,7 @@ def as_trained(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
     Its members had no weights, by which its checkpoints are known. Its members and its image score were others.
     """
-    saved = dict(checkpoint.get("hyper_parameters", {}))
+    saved = {"tile_size": None, **checkpoint.get("hyper_parameters", {})}  # none before there were tiles
     if "model.banks.0.weight" in checkpoint["state_dict"] or saved.get("preset", "default") != "default":
         return saved
     saved["transport_score"] = bool(saved.get("transport_score"))
