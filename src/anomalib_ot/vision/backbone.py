@@ -1,6 +1,9 @@
 """Pretrained weights for timm backbones, from the hub or from a local file, and never by chance."""
 
 import difflib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import timm
@@ -121,7 +124,7 @@ def load_weights(extractor: nn.Module, backbone: str, indices: list[int] | None,
     for tensors in (state, {name: 2 * value + 1 for name, value in state.items() if value.is_floating_point()}):
         overlay = {"state_dict": {**state, **tensors}, "url": "", "hf_hub_id": None, "file": None}
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), _quiet_timm():
                 torch.manual_seed(0)
                 network = timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **options)
         except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
@@ -143,6 +146,18 @@ def load_weights(extractor: nn.Module, backbone: str, indices: list[int] | None,
         raise ValueError(msg)
     _check_depth(state, backbone, weights)
     extractor.load_state_dict({name: loaded[0].get(name, value) for name, value in own.items()})
+
+
+@contextmanager
+def _quiet_timm() -> Iterator[None]:
+    """Let timm say nothing of keys that a file lacks or has besides: those that matter are an error here."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_depth(state: dict[str, Tensor], backbone: str, weights: str | Path) -> None:

@@ -37,6 +37,8 @@ def say() -> None:
     logger.info("Initializing OTPrototypes model.")
     logger.warning("24 hidden files found in /home/me/.cache/anomalib-ot/fabric/train/good. Please make sure")
     logger.warning("3 hidden files found in /data/bolts/good. Please make sure")
+    logger.warning("Unexpected keys (fc.weight, fc.bias) found while loading pretrained weights. This may be expected")
+    logger.info("Missing keys (layer4.0.conv1.weight) discovered while loading pretrained weights. This is expected")
     logger.info(LONG)
 
 
@@ -58,5 +60,5 @@ def test_all_is_printed_where_it_is_asked_for_and_where_there_is_no_command(logg
     monkeypatch.delitem(sys.modules, "anomalib.cli.cli")
     quiet_console()
     say()
-    assert len(logged[0].getvalue().splitlines()) == 4
+    assert len(logged[0].getvalue().splitlines()) == 6
     assert "Initializing" in logged[1].getvalue()

@@ -13,7 +13,7 @@ LOGGERS = ("", "lightning", "lightning.pytorch", "lightning.fabric", "lightning_
 HABITUAL = re.compile(
     r"Initializing \w+ model\.|Loading the callbacks|Overriding \w+ from|GPU available|TPU available|.{0,3}Tip: "
     r"|The following callbacks returned in|`Trainer\.\w+` stopped|\d+ hidden files found in \S*anomalib-ot"
-    r"|ckpt_path is not provided|Throughput"
+    r"|ckpt_path is not provided|Throughput|(Missing|Unexpected) keys \(.* while loading pretrained weights"
 )
 HABITUAL_WARNINGS = (
     "`max_epochs` was not set",
