@@ -4,7 +4,7 @@
 
 ResNet-18, the sets and image sizes of `real_data.py`, all of their test images. Which good images are taken is drawn by
 seed, and the first of eight are those of one, two and four. The backbone sees every image once; what it says is
-replayed to each model. Results go to OUT/runs.jsonl as they come; runs that are there already are not repeated.
+kept in OUT and replayed to each model. Results go to OUT/runs.jsonl as they come; runs that are there already are not repeated.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def numbered(numbers: list[int], size: int) -> Tensor:
 class Seen:
     """What the backbone says of the test images of a set, and of good ones, turned and mirrored."""
 
-    def __init__(self, root: Path, size: int, weights: Path) -> None:
+    def __init__(self, root: Path, size: int, weights: Path, kept: Path) -> None:
         from anomalib_ot.integration.models.backbone import build_extractor, fill_weights
         from anomalib_ot.vision.backbone import normalization
 
@@ -73,12 +73,16 @@ class Seen:
         self.tests = list(range(len(tests)))
         self.number = {key: place for place, key in enumerate(wanted)}
         parts: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
+        kept.mkdir(exist_ok=True)
         for start in range(0, len(wanted), BATCH):
-            images = torch.stack([self._image(*key, mean, std) for key in wanted[start : start + BATCH]])
-            with torch.inference_mode():
-                for layer, values in network(images).items():
-                    parts[layer].append(values)
-        self.features = Replay({layer: torch.cat(values).clone() for layer, values in parts.items()})
+            file = kept / f"{start:04}.pt"
+            if not file.exists():
+                images = torch.stack([self._image(*key, mean, std) for key in wanted[start : start + BATCH]])
+                with torch.inference_mode():
+                    torch.save({layer: values.clone() for layer, values in network(images).items()}, file)
+            for layer, values in torch.load(file).items():
+                parts[layer].append(values)
+        self.features = Replay({layer: torch.cat(values) for layer, values in parts.items()})
 
     def _image(self, path: Path, version: tuple[int, bool], mean: list[float], std: list[float]) -> Tensor:
         with Image.open(path) as file:
@@ -164,7 +168,7 @@ def main() -> None:
                 for model, versions in models:
                     if (name, model, shots, seed) in done:
                         continue
-                    seen = seen or Seen(args.data / name, SETS[name], args.weights)
+                    seen = seen or Seen(args.data / name, SETS[name], args.weights, args.out / name.replace("/", "_"))
                     fit = run_patchcore if model == "Patchcore" else run_prototypes
                     value = fit(seen, seen.references(seed, shots, versions))
                     runs.append({"set": name, "model": model, "shots": shots, "seed": seed, "auroc": value})
