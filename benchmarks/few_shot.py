@@ -4,7 +4,8 @@
 
 ResNet-18, the sets and image sizes of `real_data.py`, all of their test images. Which good images are taken is drawn by
 seed, and the first of eight are those of one, two and four. The backbone sees every image once; what it says is
-kept in OUT and replayed to each model. Results go to OUT/runs.jsonl as they come; runs that are there already are not repeated.
+kept in OUT and replayed to each model. Results go to OUT/runs.jsonl as they come; runs that are there already are not
+repeated.
 """
 
 import argparse
