@@ -47,7 +47,7 @@ def model_of(name: str) -> OTPrototypes | OTADetector:
 def test_there_is_a_file_for_everything_the_readme_names():
     names = {"ot_prototypes", "ot_prototypes_paper", "ot_prototypes_filter_bank", "ot_prototypes_members"}
     names |= {"ota_detector", "ota_detector_paper", "ota_detector_sinkhorn", "ota_detector_tiles"}
-    names |= {"sparse_mdod", "sparse_mdod_paper"}
+    names |= {"ot_prototypes_tiles", "sparse_mdod", "sparse_mdod_paper"}
     assert {path.stem for path in MODELS} == names
     assert {path.stem for path in DATA} == {"synthetic_fabric", "synthetic_tray", "folder", "mvtec_ad", *BOXES}
     assert {path.stem for path in BENCHMARKS} == {
