@@ -139,14 +139,17 @@ def _joined(parts: Sequence[Tensor], starts: Sequence[int], length: int) -> Tens
     for start in starts:
         for place, weight in enumerate(ramp):
             total[start + place] += weight
-    done, open_part, begin = [], parts[0].new_zeros(*parts[0].shape[:-1], 0), 0
+    weighted = []
     for start, part in zip(starts, parts, strict=True):
         share = [weight / total[start + place] for place, weight in enumerate(ramp)]
-        part = part * torch.tensor(share, dtype=part.dtype, device=part.device)
-        done.append(open_part[..., : start - begin])
-        rest = open_part[..., start - begin :]
-        shared = rest.shape[-1]
-        open_part, begin = torch.cat([rest + part[..., :shared], part[..., shared:]], dim=-1), start
+        weighted.append(part * torch.tensor(share, dtype=part.dtype, device=part.device))
+    done, open_part = [], weighted[0]
+    for before, start, part in zip(starts, starts[1:], weighted[1:], strict=False):
+        done.append(open_part[..., : start - before])
+        shared = width - (start - before)
+        if shared > 0:
+            part = torch.cat([open_part[..., start - before :] + part[..., :shared], part[..., shared:]], dim=-1)
+        open_part = part
     return torch.cat([*done, open_part], dim=-1)
 
 

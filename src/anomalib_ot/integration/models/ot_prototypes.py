@@ -261,6 +261,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         expected, tiling = images_to_come(self.trainer), self.model.tiling
         tiles = 1 if tiling is None else len(tiling.corners(*self.hparams["image_size"]))
         self._cache.expected_images = None if expected is None else expected * tiles
+        self._cache.unit = "images" if tiling is None else "tiles"
 
     def training_step(self, batch: Batch, *args: object) -> None:
         """Collect the embeddings of a batch of good images."""
