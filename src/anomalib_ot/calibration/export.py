@@ -30,11 +30,10 @@ class CalibratedExport:
         self._file = self.path.with_name("manifest.json")
         self._inspector = Inspector(self.path)
         if self._inspector.manifest.kind != "anomaly":
-            msg = (
+            raise InspectError(
                 f"the model {self.path} finds boxes; expected one with an anomaly map: thresholds of boxes are set by "
                 "--threshold of anomalib-ot inspect"
             )
-            raise InspectError(msg)
         if not self._file.is_file():
             msg = f"there is no {self._file}, where the threshold is to be written; export the model with anomalib-ot"
             raise InspectError(msg)
@@ -49,8 +48,7 @@ class CalibratedExport:
         broken = [result.error for result in results if result.error is not None]
         if broken:
             more = f" ({len(broken) - 1} more of the {len(files)} files are bad too)" if len(broken) > 1 else ""
-            msg = f"{description}: {broken[0]}{more}"
-            raise InspectError(msg)
+            raise InspectError(f"{description}: {broken[0]}{more}")
         return [float(result.score) for result in results]
 
     def write(self, calibration: Mapping[str, Any], good: Sequence[float]) -> None:
@@ -66,11 +64,10 @@ class CalibratedExport:
         del good
         manifest = json.loads(self._file.read_text(encoding="utf-8-sig"))
         if manifest.get("image_threshold") is not None and calibration["threshold"] == CUT:
-            msg = (
+            raise InspectError(
                 f"the threshold is {CUT:g}, where {self.path} cuts scores off, so that nothing could lie above it; "
                 "calibrate the checkpoint instead, and export it again"
             )
-            raise InspectError(msg)
         manifest |= {"image_threshold": calibration["threshold"], "calibration": dict(calibration)}
         text = json.dumps(manifest, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
         try:

@@ -44,8 +44,7 @@ def _update(model: Path, good: Path, output: Path | None) -> None:
         msg = f"MODEL.ckpt is '{model}', an export, which cannot learn: update the checkpoint, then export it again"
         raise InputError(msg)
     if output is not None and (output.suffix != ".ckpt" or not output.parent.is_dir()):
-        msg = f"--output is '{output}'; expected the name of a checkpoint (.ckpt) in a folder that exists"
-        raise InputError(msg)
+        raise InputError(f"--output is '{output}'; expected the name of a checkpoint (.ckpt) in a folder that exists")
     files = image_files("--good", good)
     from anomalib_ot.integration.models.updated_checkpoint import UpdatedCheckpoint
 

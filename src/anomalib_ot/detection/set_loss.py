@@ -135,11 +135,10 @@ MATCHERS: dict[str, Matcher] = {"hungarian": match_exactly, "sinkhorn": match_by
 
 def _check_finite(cost: Tensor) -> None:
     if not torch.isfinite(cost).all():
-        msg = (
+        raise ValueError(
             f"cost has {int((~torch.isfinite(cost)).sum())} entries that are NaN or infinite; expected finite ones: "
             "the network's outputs have run away, lower its learning rate"
         )
-        raise ValueError(msg)
 
 
 def set_losses(

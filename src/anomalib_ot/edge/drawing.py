@@ -67,8 +67,7 @@ def draw_view(
         ValueError: If the result keeps no view.
     """
     if result.view is None or result.size is None:
-        msg = f"the result of {result.name} has nothing to draw; make the inspector with views=True"
-        raise ValueError(msg)
+        raise ValueError(f"the result of {result.name} has nothing to draw; make the inspector with views=True")
     picture = result.view.picture
     longest = max(picture.size)
     scale = min(max(longest, sides[0]), sides[1]) / longest

@@ -47,8 +47,7 @@ def strict_json(text: str) -> Any:
     """Parse JSON; NaN and Infinity, which Python reads too, are none."""
 
     def refuse(word: str) -> None:
-        msg = f"{word} is no JSON"
-        raise ValueError(msg)
+        raise ValueError(f"{word} is no JSON")
 
     return json.loads(text, parse_constant=refuse)
 

@@ -179,8 +179,7 @@ def _of_file(path: Path, max_pixels: int) -> Samples:
     try:
         return read_samples(path, max_pixels)
     except ImportError as error:
-        msg = f"cannot be read: {error}"
-        raise FrameError(msg) from error
+        raise FrameError(f"cannot be read: {error}") from error
     except UNREADABLE as error:
         raise FrameError(read_problem(path, error)) from error
 
@@ -189,8 +188,7 @@ def _of_array(values: np.ndarray) -> Samples:
     fits = values.ndim == 2 or (values.ndim == 3 and values.shape[2] in CHANNELS)
     if not fits or values.dtype not in (np.uint8, np.uint16):
         expected = "expected (H, W) or (H, W, 3) of uint8 or uint16"
-        msg = f"is an array of shape {values.shape} and type {values.dtype}; {expected}"
-        raise FrameError(msg)
+        raise FrameError(f"is an array of shape {values.shape} and type {values.dtype}; {expected}")
     if values.ndim == 3:
         values = values[..., 0] if values.shape[2] == 1 else values[..., :3]
     return Samples(values, EIGHT_BIT_MAX if values.dtype == np.uint8 else SIXTEEN_BIT_MAX)

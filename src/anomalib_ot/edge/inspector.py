@@ -93,11 +93,9 @@ class Inspector:
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         if requests is not None and requests < 1:
-            msg = f"requests is {requests}; expected at least 1, or None for what is best"
-            raise InspectError(msg)
+            raise InspectError(f"requests is {requests}; expected at least 1, or None for what is best")
         if threshold is not None and not math.isfinite(threshold):
-            msg = f"threshold is {threshold}; expected a number"
-            raise InspectError(msg)
+            raise InspectError(f"threshold is {threshold}; expected a number")
         self.path = find_model(model)
         self.threshold = threshold
         self.expected = None if expect is None else Expected.parse(expect)
@@ -170,8 +168,7 @@ class Inspector:
             InspectError: If the inspector is closed, or other streams of the same thread hold all requests.
         """
         if self._compiled is None:
-            msg = "this inspector is closed; make a new one"
-            raise InspectError(msg)
+            raise InspectError("this inspector is closed; make a new one")
         pending: deque[_Pending] = deque()
         try:
             for number, image in enumerate(images):
@@ -218,8 +215,7 @@ class Inspector:
                     raise InspectError(msg)
                 self._change.wait(TICK)
             if self._compiled is None:
-                msg = "this inspector was closed; make a new one"
-                raise InspectError(msg)
+                raise InspectError("this inspector was closed; make a new one")
             request = self._free.pop()
             self._holders[id(request)] = me
             return request

@@ -105,8 +105,7 @@ def find_model(model: str | Path) -> Path:
     if path.is_file():
         if path.suffix.lower() in SUFFIXES:
             return path
-        msg = f"the model {path} is no .xml or .onnx file: export it with --export_type openvino or onnx"
-        raise InspectError(msg)
+        raise InspectError(f"the model {path} is no .xml or .onnx file: export it with --export_type openvino or onnx")
     if not path.is_dir():
         msg = f"the model {path} does not exist; expected model.xml, model.onnx or the folder of an export"
         raise InspectError(msg)
@@ -144,8 +143,7 @@ def read_manifest(path: Path, outputs: Sequence[str], embedded: str | None = Non
     needed = {"anomaly": ("pred_score", "anomaly_map"), "boxes": ("pred_boxes", "pred_box_scores", "pred_box_labels")}
     missing = [name for name in needed[manifest.kind] if name not in outputs]
     if missing:
-        msg = f"the model {path} has no output {missing[0]} but {', '.join(outputs)}: export it again"
-        raise InspectError(msg)
+        raise InspectError(f"the model {path} has no output {missing[0]} but {', '.join(outputs)}: export it again")
     return manifest
 
 
@@ -154,11 +152,10 @@ def _kind(outputs: Sequence[str], path: Path) -> str:
         return "boxes"
     if "anomaly_map" in outputs:
         return "anomaly"
-    msg = (
+    raise InspectError(
         f"the model {path} has the outputs {', '.join(outputs)}; expected those of an Anomalib export, "
         "anomaly_map or pred_boxes among them"
     )
-    raise InspectError(msg)
 
 
 def _class_names(path: Path) -> tuple[str, ...] | None:
@@ -176,18 +173,15 @@ def _parse(text: str, origin: str, outputs: Sequence[str]) -> Manifest:
     try:
         found = fields.strict_json(text)
         if not isinstance(found, dict):
-            msg = f"a {type(found).__name__}, expected an object"
-            raise TypeError(msg)
+            raise TypeError(f"a {type(found).__name__}, expected an object")
         if type(found["format"]) is not int or found["format"] != FORMAT:
             said = f"{origin} has format {fields.short(repr(found['format']))}; expected {FORMAT}"
-            msg = f"{said}: update anomalib-ot, or export again with it"
-            raise InspectError(msg)
+            raise InspectError(f"{said}: update anomalib-ot, or export again with it")
         given, scores = (fields.table(found, key) for key in ("input", "scores"))
         for key, value in PLAIN_COLOR.items():
             if given.get(key, value) != value:
                 said = f"{origin} asks for input {key} {fields.short(given[key])}; expected {value}"
-                msg = f"{said}: export the model again"
-                raise InspectError(msg)
+                raise InspectError(f"{said}: export the model again")
         good = fields.table(scores, "good")
         return Manifest(
             kind=fields.one_of(found, "kind", ("anomaly", "boxes")),

@@ -87,8 +87,7 @@ def mqtt_address(url: str) -> MqttAddress:
         msg = f"{PASSWORD} is set, and {USERNAME} is not; MQTT takes no password without a user: set both or none"
         raise InspectError(msg)
     if find_spec("paho") is None:
-        msg = "--mqtt needs the package paho-mqtt, which is not installed; pip install paho-mqtt"
-        raise InspectError(msg)
+        raise InspectError("--mqtt needs the package paho-mqtt, which is not installed; pip install paho-mqtt")
     return MqttAddress(parts.hostname, port, topic, parts.scheme == "mqtts", username or None, password or None)
 
 
@@ -113,21 +112,17 @@ def _split(option: str, url: str, schemes: tuple[str, ...], form: str) -> tuple[
         msg = f"{option} holds '@': names and passwords would be seen in the list of processes; set {variables} instead"
         raise InspectError(msg)
     if not url.isascii() or any(letter <= " " for letter in url):
-        msg = f"{option} holds blanks or letters beyond ASCII; expected {form}, with those written as %XX"
-        raise InspectError(msg)
+        raise InspectError(f"{option} holds blanks or letters beyond ASCII; expected {form}, with those written as %XX")
     try:
         parts = urlsplit(url)
         port = parts.port
         host = (parts.hostname or "").encode("idna")
     except ValueError as error:
-        msg = f"{option} is no address ({error}); expected {form}"
-        raise InspectError(msg) from error
+        raise InspectError(f"{option} is no address ({error}); expected {form}") from error
     if parts.scheme not in schemes:
-        msg = f"{option} begins with {url.partition('/')[0]!r}; expected {form}"
-        raise InspectError(msg)
+        raise InspectError(f"{option} begins with {url.partition('/')[0]!r}; expected {form}")
     if not host or port == 0:
-        msg = f"{option} names no {'port above 0' if host else 'host'}; expected {form}"
-        raise InspectError(msg)
+        raise InspectError(f"{option} names no {'port above 0' if host else 'host'}; expected {form}")
     return parts, port or PORTS[parts.scheme]
 
 

@@ -48,8 +48,7 @@ class Record:
         self._file: OutputFile | None = None
         if self._path is None:
             if resume:
-                msg = "--resume goes on with a file; say which with --output FILE"
-                raise InspectError(msg)
+                raise InspectError("--resume goes on with a file; say which with --output FILE")
             if sys.stdout is None:
                 msg = "standard output is closed, so that results would be lost; open it, or give --output FILE"
                 raise InspectError(msg)

@@ -54,11 +54,9 @@ def open_source(
     """
     stop = stop or threading.Event()
     if watch and not os.path.isdir(source):
-        msg = f"--watch waits for files in a folder; '{source}' is none"
-        raise InspectError(msg)
+        raise InspectError(f"--watch waits for files in a folder; '{source}' is none")
     if source == "-" and sys.__stdin__ is None:
-        msg = "the source is -, and standard input is closed; open it, or name files"
-        raise InspectError(msg)
+        raise InspectError("the source is -, and standard input is closed; open it, or name files")
     if source == "-":
         return _until(stop, _named_on_stdin())
     left_out = None if skip is None else os.path.realpath(skip)

@@ -136,8 +136,7 @@ def arrows(
         [(0.1, 0.1, 0.9, 0.5, 0.8)]
     """
     if matched_position.ndim != 3 or matched_position.shape[0] != 2:
-        msg = f"matched_position has shape {matched_position.shape}; expected (2, h, w), y before x."
-        raise ValueError(msg)
+        raise ValueError(f"matched_position has shape {matched_position.shape}; expected (2, h, w), y before x.")
     grid = np.array(matched_position.shape[1:])
     if position_map.ndim != 2 or (position_map.shape < grid).any():
         msg = f"position_map has shape {position_map.shape}; expected (H, W), at least the patch grid {tuple(grid)}."

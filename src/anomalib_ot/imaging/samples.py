@@ -185,8 +185,7 @@ def _color_samples(path: str | Path, file_format: str | None) -> np.ndarray:
     except cv2.error as error:
         raise ValueError(str(error)) from error
     if values is None or values.dtype != np.uint16:
-        msg = "OpenCV does not read its 16-bit channels"
-        raise ValueError(msg)
+        raise ValueError("OpenCV does not read its 16-bit channels")
     return values[..., 2::-1]  # blue, green, red, and perhaps alpha
 
 

@@ -150,17 +150,13 @@ def masks_in_boxes(
     (torch.Size([1, 32, 32]), 4)
     """
     if boxes.ndim != 2 or boxes.shape[1] != 4:
-        msg = f"boxes has the shape {tuple(boxes.shape)}; expected (N, 4), xyxy: those of one image"
-        raise ValueError(msg)
+        raise ValueError(f"boxes has the shape {tuple(boxes.shape)}; expected (N, 4), xyxy: those of one image")
     if anomaly_map.ndim != 2:
-        msg = f"anomaly_map has the shape {tuple(anomaly_map.shape)}; expected (h, w): that of one image"
-        raise ValueError(msg)
+        raise ValueError(f"anomaly_map has the shape {tuple(anomaly_map.shape)}; expected (h, w): that of one image")
     if not anomaly_map.isfinite().all():
-        msg = "anomaly_map holds NaN or infinite values; expected finite ones: look at its input"
-        raise ValueError(msg)
+        raise ValueError("anomaly_map holds NaN or infinite values; expected finite ones: look at its input")
     if not 0 <= threshold < 1:
-        msg = f"threshold is {threshold!r}; expected a number from 0 to below 1"
-        raise ValueError(msg)
+        raise ValueError(f"threshold is {threshold!r}; expected a number from 0 to below 1")
     maps = F.interpolate(widen(anomaly_map)[None, None], tuple(image_size), mode="bilinear", antialias=True)
     boxes = widen(boxes)[None]
     masks = aggregate_map_masks(torch.eye(boxes.shape[1]).to(boxes)[None], boxes, boxes, maps, mask_size=mask_size)

@@ -92,11 +92,10 @@ def refine_regions(
     """
     expected = (*boxes.shape[:2], merged.shape[1] + 1)
     if not torch.jit.is_tracing() and tuple(plan.shape) != expected:
-        msg = (
+        raise ValueError(
             f"plan has the shape {tuple(plan.shape)}; expected {expected} for {boxes.shape[1]} proposals and "
             f"{merged.shape[1]} regions: its last column is for what belongs to no region"
         )
-        raise ValueError(msg)
     with full_precision(boxes):
         boxes = widen(boxes)
         weights, refined = refine_boxes(plan[..., :-1], boxes, scores, merged, entropy=entropy)
@@ -235,8 +234,7 @@ def entropy_weights(quality: Tensor, usable: Tensor, entropy: float = 0.6) -> Te
             [1.0000, 0.0000, 0.0000]])
     """
     if not entropy >= 0:
-        msg = f"entropy is {entropy}; expected a number of at least 0, in nats"
-        raise ValueError(msg)
+        raise ValueError(f"entropy is {entropy}; expected a number of at least 0, in nats")
     if not torch.jit.is_tracing() and quality.shape[-1] == 0:
         return widen(quality)
     with full_precision(quality):

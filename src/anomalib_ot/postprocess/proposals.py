@@ -55,8 +55,7 @@ def check_settings(settings: object, ranges: dict[str, Range]) -> None:
     for name, allowed in ranges.items():
         value = getattr(settings, name)
         if not allowed.fits(value):
-            msg = f"{name} is {value!r}; expected {allowed.expected}"
-            raise ValueError(msg)
+            raise ValueError(f"{name} is {value!r}; expected {allowed.expected}")
 
 
 @dataclass(frozen=True)
@@ -221,17 +220,14 @@ def check_proposals(
             msg = f"{name} has the shape {tuple(values.shape)}; expected one per box, {tuple(boxes.shape[:2])}"
             raise ValueError(msg)
     if features is not None and (features.ndim != 3 or features.shape[:2] != boxes.shape[:2]):
-        msg = f"features has the shape {tuple(features.shape)}; expected one per box, (B, N, D)"
-        raise ValueError(msg)
+        raise ValueError(f"features has the shape {tuple(features.shape)}; expected one per box, (B, N, D)")
     if scales is not None and scales.shape != boxes.shape:
         msg = f"scales has the shape {tuple(scales.shape)}; expected one per side of a box, {tuple(boxes.shape)}"
         raise ValueError(msg)
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        msg = f"labels is {labels.dtype}; expected class indices, int64"
-        raise ValueError(msg)
+        raise ValueError(f"labels is {labels.dtype}; expected class indices, int64")
     if valid is not None and valid.dtype != torch.bool:
-        msg = f"valid is {valid.dtype}; expected booleans: compare first, as in labels >= 0"
-        raise ValueError(msg)
+        raise ValueError(f"valid is {valid.dtype}; expected booleans: compare first, as in labels >= 0")
 
     boxes = widen(boxes)
     scores, labels = scores.to(boxes), labels.long()
@@ -253,19 +249,17 @@ def _check_values(boxes: Tensor, scores: Tensor, features: Tensor | None, scales
     for name, values in (("boxes", boxes), ("features", features), ("scales", scales)):
         if values is not None and not values.isfinite().all():
             image, proposal = (~values.isfinite()).nonzero()[0, :2].tolist()
-            msg = (
+            raise ValueError(
                 f"{name}[{image}, {proposal}] holds NaN or an infinite value; expected finite ones: look at what "
                 "predicts it, or say with valid that it is not there"
             )
-            raise ValueError(msg)
     wrong = ~((scores >= 0) & (scores <= 1))
     if wrong.any():
         image, proposal = wrong.nonzero()[0].tolist()
-        msg = (
+        raise ValueError(
             f"scores[{image}, {proposal}] is {scores[image, proposal].item():g}; expected a number in [0, 1]: apply "
             "the sigmoid or the softmax first"
         )
-        raise ValueError(msg)
 
 
 class Regions(NamedTuple):

@@ -93,8 +93,7 @@ def _another_place(
         x, y = float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin))
         if np.hypot(x - place[0], y - place[1]) >= 0.28 * min(height, width):
             return x, y
-    msg = f"no second place for the motif was found in {_TRIES} tries: this is a bug, please report it"
-    raise RuntimeError(msg)
+    raise RuntimeError(f"no second place for the motif was found in {_TRIES} tries: this is a bug, please report it")
 
 
 def _blob(grid: YarnGrid, radius: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

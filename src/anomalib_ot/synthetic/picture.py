@@ -52,11 +52,9 @@ def check_arguments(
     """
     for name, value in (("seed", seed), ("index", index)):
         if not isinstance(value, (int, np.integer)) or value < 0:
-            msg = f"{name} is {value!r}; expected a whole number of at least 0"
-            raise ValueError(msg)
+            raise ValueError(f"{name} is {value!r}; expected a whole number of at least 0")
     if defect is not None and defect not in defects:
-        msg = f"defect is {defect!r}; expected None or one of {', '.join(defects)}"
-        raise ValueError(msg)
+        raise ValueError(f"defect is {defect!r}; expected None or one of {', '.join(defects)}")
     if len(size) != 2 or not all(isinstance(side, (int, np.integer)) and side >= smallest_side for side in size):
         msg = f"size is {tuple(size)}; expected (height, width), whole numbers of at least {smallest_side} pixels"
         raise ValueError(msg)

@@ -79,10 +79,9 @@ def _size_of(sample: Any) -> tuple[int, int]:
     """Read the height and width of a sample's image."""
     parts = _parts_of(sample)
     if not parts:
-        msg = (
+        raise TypeError(
             f"the sample is {type(sample).__name__}; expected an image as a tensor: put ToImage() before this transform"
         )
-        raise TypeError(msg)
     # As torchvision itself takes it: an explicit image, or else the first tensor.
     image = next((part for part in parts if isinstance(part, tv_tensors.Image)), parts[0])
     return int(image.shape[-2]), int(image.shape[-1])
@@ -114,14 +113,11 @@ class BoxSafeCrop(v2.Transform):
     def __init__(self, size: tuple[int, int], min_part: float = 0.5, focus: float = 0.7) -> None:
         super().__init__()
         if isinstance(size, int) or len(size) != 2 or min(size) < 1:
-            msg = f"size is {size}; expected (height, width), whole numbers of pixels of at least 1"
-            raise ValueError(msg)
+            raise ValueError(f"size is {size}; expected (height, width), whole numbers of pixels of at least 1")
         if not 0 < min_part <= 1:
-            msg = f"min_part is {min_part}; expected a part of a box, over 0 and at most 1"
-            raise ValueError(msg)
+            raise ValueError(f"min_part is {min_part}; expected a part of a box, over 0 and at most 1")
         if not 0 <= focus <= 1:
-            msg = f"focus is {focus}; expected a probability from 0 to 1"
-            raise ValueError(msg)
+            raise ValueError(f"focus is {focus}; expected a probability from 0 to 1")
         self.size = (int(size[0]), int(size[1]))
         self.min_part = min_part
         self.focus = focus
@@ -214,8 +210,7 @@ class DefectAugmentation(v2.Transform):
             raise ValueError(msg)
         for name, value in (("brightness", brightness), ("contrast", contrast)):
             if not 0 <= value <= 1:
-                msg = f"{name} is {value}; expected a relative change from 0 to 1"
-                raise ValueError(msg)
+                raise ValueError(f"{name} is {value}; expected a relative change from 0 to 1")
         BoxSafeCrop(crop_size or (1, 1), min_part, focus)  # checks the arguments now, not in the first batch
         self.crop_size = None if crop_size is None else (int(crop_size[0]), int(crop_size[1]))
         self.scale = (float(scale[0]), float(scale[1]))

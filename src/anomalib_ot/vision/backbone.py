@@ -29,8 +29,7 @@ def known_layers(backbone: str) -> list[str]:
     if not timm.is_model(backbone):
         near = difflib.get_close_matches(backbone.split(".")[0], timm.list_models(), n=6)
         hint = f"near ones: {', '.join(near)}" if near else "timm.list_models() lists them"
-        msg = f"backbone={backbone!r}: timm {timm.__version__} has no model of that name; {hint}"
-        raise ValueError(msg)
+        raise ValueError(f"backbone={backbone!r}: timm {timm.__version__} has no model of that name; {hint}")
     cure = "take a convolutional model or a plain vision transformer"
     refusal = f"backbone={backbone!r} gives no feature maps {{}}; {cure}"
     if "vit" in backbone.lower():  # Anomalib goes by the name, too
@@ -79,11 +78,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        msg = (
+        raise ValueError(
             f"backbone_weights={str(path)!r} cannot be read as a checkpoint of plain tensors ({reason}); "
             "save it with safetensors.torch.save_file(model.state_dict(), ...) or torch.save(model.state_dict(), ...)"
-        )
-        raise ValueError(msg) from error
+        ) from error
     for key in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -136,11 +134,10 @@ def load_weights(extractor: nn.Module, backbone: str, indices: list[int] | None,
         if name in own and value.is_floating_point() and torch.equal(value, loaded[1][name])
     ]
     if missing:
-        msg = (
+        raise ValueError(
             f"backbone_weights={str(weights)!r} lacks {len(missing)} tensors that {backbone!r} needs for these "
             f"layers, the first is {missing[0]!r}; give the checkpoint of this backbone, or shallower layers"
         )
-        raise ValueError(msg)
     _check_depth(state, backbone, weights)
     extractor.load_state_dict({name: loaded[0].get(name, value) for name, value in own.items()})
 
@@ -155,8 +152,7 @@ def _check_depth(state: dict[str, Tensor], backbone: str, weights: str | Path) -
         for tensors in (full, state)
     )
     if known < given:
-        msg = (
+        raise ValueError(
             f"backbone_weights={str(weights)!r} does not fit backbone={backbone!r}: it holds {min(given - known)!r} "
             f"and {len(given - known) - 1} more tensors unknown to it; name the backbone that the file is of"
         )
-        raise ValueError(msg)

@@ -119,8 +119,7 @@ def average_precision(hits: np.ndarray, scores: np.ndarray, num_truths: int) -> 
     0.8333333333333333
     """
     if num_truths < 1:
-        msg = f"num_truths is {num_truths}; expected at least 1: leave out classes that do not occur."
-        raise ValueError(msg)
+        raise ValueError(f"num_truths is {num_truths}; expected at least 1: leave out classes that do not occur.")
     right = hits[np.argsort(-scores, kind="stable")]
     precision = np.cumsum(right) / np.arange(1, len(right) + 1)
     best_from_here = np.maximum.accumulate(precision[::-1])[::-1]

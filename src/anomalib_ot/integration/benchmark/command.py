@@ -75,8 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _sweep(options: argparse.Namespace) -> int:
     if options.processes < 1:
-        msg = f"--processes is {options.processes}; expected at least 1"
-        raise InputError(msg)
+        raise InputError(f"--processes is {options.processes}; expected at least 1")
     configs, share = read_configs(options.config), SweepShare.of_environment(os.environ)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # Anomalib's own imports, of which a user can change nothing

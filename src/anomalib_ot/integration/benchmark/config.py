@@ -120,8 +120,7 @@ def sweep_jobs(configs: Sequence[dict]) -> list[SweepJob]:
                 job = SweepJob({"accelerator": accelerator, **single})
                 jobs.setdefault(job.key, job)
     if not jobs:
-        msg = "the configuration has no jobs: a grid in it is empty; put at least one value into every grid"
-        raise InputError(msg)
+        raise InputError("the configuration has no jobs: a grid in it is empty; put at least one value into every grid")
     return list(jobs.values())
 
 
@@ -162,13 +161,11 @@ def _read(path: Path) -> dict:
             if near
             else "give a YAML file, such as those in configs/benchmark"
         )
-        msg = f"--config is '{path}', which is no file: {hint}"
-        raise InputError(msg)
+        raise InputError(f"--config is '{path}', which is no file: {hint}")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        msg = f"--config '{path}' is not YAML: {' '.join(str(error).split())}"
-        raise InputError(msg) from error
+        raise InputError(f"--config '{path}' is not YAML: {' '.join(str(error).split())}") from error
     _check_keys(config, TOP, f"--config '{path}'")
     for accelerator in _as_list(config["accelerator"]):
         if accelerator not in ACCELERATORS:
@@ -181,18 +178,15 @@ def _read(path: Path) -> dict:
 def _check_keys(found: object, expected: Sequence[str], where: str) -> None:
     """Refuse what has other keys than expected, or lacks one."""
     if not isinstance(found, dict):
-        msg = f"{where} is {type(found).__name__}; expected a mapping with {', '.join(expected)}"
-        raise InputError(msg)
+        raise InputError(f"{where} is {type(found).__name__}; expected a mapping with {', '.join(expected)}")
     for name in found:
         if name not in expected:
             near = difflib.get_close_matches(str(name), expected, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(expected)}"
-            msg = f"{where} has '{name}', which it does not know: {hint}"
-            raise InputError(msg)
+            raise InputError(f"{where} has '{name}', which it does not know: {hint}")
     for name in expected:
         if name not in found:
-            msg = f"{where} has no '{name}'; it needs {', '.join(expected)}"
-            raise InputError(msg)
+            raise InputError(f"{where} has no '{name}'; it needs {', '.join(expected)}")
 
 
 def _check_class(found: object, part: str) -> None:
@@ -201,7 +195,6 @@ def _check_class(found: object, part: str) -> None:
         return
     if not isinstance(found, dict) or not isinstance(found.get("class_path"), str) or set(found) - set(CLASS):
         came = sorted(found) if isinstance(found, dict) else repr(found)
-        msg = (
+        raise InputError(
             f"benchmark.{part} is {came}; expected class_path (a name) and init_args (its arguments), or a grid of such"
         )
-        raise InputError(msg)

@@ -104,9 +104,8 @@ def _numbers(environment: Mapping[str, str], names: Sequence[str], defaults: Seq
     for name, default in zip(names, defaults, strict=True):
         text = environment.get(name, "" if default is None else str(default))
         if not text.strip().isdecimal():
-            msg = (
+            raise InputError(
                 f"{name} is '{text}'; a launcher sets it to a whole number from 0, together with {', '.join(names[:2])}"
             )
-            raise InputError(msg)
         numbers.append(int(text))
     return numbers

@@ -65,10 +65,9 @@ class SweepRecord:
             self._file.write((json.dumps({**row, "time": time.time()}, default=str) + "\n").encode())
             os.fsync(self._file.fileno())
         except OSError as error:
-            msg = (
+            raise InputError(
                 f"'{self._file.name}' cannot be written ({error.strerror}); make room, then give the same command again"
-            )
-            raise InputError(msg) from error
+            ) from error
 
     def rows(self) -> dict[str, dict]:
         """Read the rows of all processes by key: the last of each job, a finished one before all others."""
@@ -100,8 +99,7 @@ def _precedence(row: dict) -> tuple[bool, float]:
 def _claim(folder: Path, configs: list[dict]) -> None:
     """Make the folder one of this configuration, or see that it is."""
     if folder.exists() and not folder.is_dir():
-        msg = f"--out is '{folder}', a file; expected a new folder, or one of the same sweep"
-        raise InputError(msg)
+        raise InputError(f"--out is '{folder}', a file; expected a new folder, or one of the same sweep")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stored = folder / CONFIG
@@ -109,10 +107,9 @@ def _claim(folder: Path, configs: list[dict]) -> None:
         if not stored.is_file():
             foreign = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
             if foreign and CONFIG not in foreign:
-                msg = (
+                raise InputError(
                     f"--out is '{folder}', which holds other files, such as '{foreign[0]}'; give a new or empty folder"
                 )
-                raise InputError(msg)
             write_whole(stored, json.dumps(mine, indent=2).encode())
         theirs = json.loads(stored.read_text(encoding="utf-8"))
     except OSError as error:

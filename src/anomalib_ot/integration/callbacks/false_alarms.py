@@ -69,11 +69,10 @@ class FalseAlarmThreshold(Callback):
         self._check_count(len(good))
         shared = set(map(str, good)) & set(dataset_image_paths(train))
         if shared:
-            msg = (
+            raise InputError(
                 f"max_false_alarms is {self.rate:g}, and {len(shared)} good validation images (first {min(shared)}) "
                 f"are training images, whose scores say nothing of future ones; {CURE}"
             )
-            raise InputError(msg)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
@@ -114,11 +113,10 @@ class FalseAlarmThreshold(Callback):
     def _check_count(self, count: int) -> None:
         needed = least_count(self.rate)
         if count < needed:
-            msg = (
+            raise InputError(
                 f"max_false_alarms is {self.rate:g}, which needs at least {needed} good validation images; there are "
                 f"{count}, and scores of training images say nothing of future ones; {CURE}"
             )
-            raise InputError(msg)
 
 
 class VerdictReport(Callback):

@@ -108,8 +108,7 @@ def check_folder(path: Path) -> None:
         InputError: If they cannot, or the path is that of a folder.
     """
     if path.is_dir():
-        msg = f"path is {path}, a folder; expected a file to write, such as {path / 'boxes.json'}"
-        raise InputError(msg)
+        raise InputError(f"path is {path}, a folder; expected a file to write, such as {path / 'boxes.json'}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-"):

@@ -98,8 +98,7 @@ class RegionWriter(FileWriter):
         """Find the boxes of a batch, in pixels of its files."""
         anomaly_map, paths = getattr(batch, "anomaly_map", None), getattr(batch, "image_path", None)
         if anomaly_map is None:
-            msg = "RegionWriter needs anomaly maps, and this model gives none; use a model that localises"
-            raise InputError(msg)
+            raise InputError("RegionWriter needs anomaly maps, and this model gives none; use a model that localises")
         if paths is None:
             msg = "RegionWriter needs the files of the images (image_path), and this data has none; use a folder"
             raise InputError(msg)
@@ -107,8 +106,7 @@ class RegionWriter(FileWriter):
         try:
             found = find_regions(anomaly_map.as_subclass(Tensor).reshape(-1, 1, height, width), self._active)
         except ValueError as error:
-            msg = f"images {paths[0]} to {paths[-1]}: {error}"
-            raise InputError(msg) from error
+            raise InputError(f"images {paths[0]} to {paths[-1]}: {error}") from error
         candidates = {}
         for index, path in enumerate(paths):
             with Image.open(path) as image:
@@ -180,11 +178,10 @@ def seen_part(transform: nn.Module | None) -> SeenPart:
     sizes = [step.size for step in resized if isinstance(step, Resize)]
     if len(moving) > 1 or not isinstance(moving[0], CenterCrop) or not sizes or sizes[-1] is None or len(sizes[-1]) < 2:
         names = ", ".join(type(step).__name__ for step in steps)
-        msg = (
+        raise InputError(
             f"the pre-processor does {names}, so that it is not known which part of a file the anomaly map shows; "
             "expected Resize to a fixed height and width, then at most one CenterCrop"
         )
-        raise InputError(msg)
     (height, width), (crop_height, crop_width) = sizes[-1], moving[0].size
     left, top = (1 - crop_width / width) / 2, (1 - crop_height / height) / 2
     return SeenPart(left, top, 1 - left, 1 - top)

@@ -53,8 +53,7 @@ class SubmissionWriter(FileWriter):
         """Round the boxes of a batch, in pixels of its files; an image that is called good has none."""
         absent = [name for name in (*FIELDS, "image_path") if getattr(batch, name, None) is None]
         if absent:
-            msg = f"SubmissionWriter needs boxes of image files, and the batch has no {', '.join(absent)}"
-            raise InputError(msg)
+            raise InputError(f"SubmissionWriter needs boxes of image files, and the batch has no {', '.join(absent)}")
         found = {}
         for index, path in enumerate(batch.image_path):
             boxes, scores, labels, is_defective, size = (getattr(batch, name)[index].cpu() for name in FIELDS)

@@ -67,8 +67,7 @@ def _check_file(path: Path) -> None:
         msg = f"checkpoint {path} does not exist; expected what a training has written, such as "
         raise InputError(msg + (_of_another_run(path) or USUAL_PLACE))
     if not zipfile.is_zipfile(path):
-        msg = f"checkpoint {path} is cut off or no checkpoint; take another one, such as {USUAL_PLACE}"
-        raise InputError(msg)
+        raise InputError(f"checkpoint {path} is cut off or no checkpoint; take another one, such as {USUAL_PLACE}")
 
 
 def _of_another_run(path: Path) -> str | None:
@@ -103,11 +102,10 @@ def check_own_checkpoint(checkpoint: Mapping[str, Any], entry: str, model: str) 
     """
     if entry not in checkpoint.get("state_dict", {}):
         keys = ", ".join(list(checkpoint.get("state_dict", {}))[:3])
-        msg = (
+        raise InputError(
             f"the checkpoint is of another model, not of {model} (its weights begin with {keys or 'nothing'}); "
             "name the model that it was trained with, or another checkpoint"
         )
-        raise InputError(msg)
 
 
 def keep_what_was_trained(trainer: Trainer, model: LightningModule, checkpoint: dict[str, Any]) -> bool:

@@ -98,8 +98,7 @@ def check_images(paths: Iterable[str | Path], description: str) -> ImageReport:
     bad = [(name, finding.problem) for name, finding in found.items() if finding.problem]
     if bad:
         more = f" ({len(bad) - 1} more of the {len(names)} files are bad too, next {bad[1][0]})" if len(bad) > 1 else ""
-        msg = f"{description}: {bad[0][0]} {bad[0][1]}{more}"
-        raise InputError(msg)
+        raise InputError(f"{description}: {bad[0][0]} {bad[0][1]}{more}")
     _check_one_float_scale(found, description)
     report = ImageReport(
         count=len(names),
@@ -176,11 +175,10 @@ def _check_one_float_scale(found: dict[str, _Finding], description: str) -> None
     unit = next((n for n, f in found.items() if f.sample == "float" and 0 < f.greatest <= 1), None)
     byte = next((n for n, f in found.items() if f.sample == "float" and f.greatest > 1), None)
     if unit and byte:
-        msg = (
+        raise InputError(
             f"{description}: the float image {unit} lies in [0, 1] but {byte} reaches {found[byte].greatest:g}; "
             "expected one scale for all, [0, 1] or [0, 255]: save them again on one"
         )
-        raise InputError(msg)
 
 
 def _with_mode(found: dict[str, _Finding], *modes: str) -> tuple[str, ...]:

@@ -42,11 +42,10 @@ def leave_out_validation(trainer: Trainer) -> None:
     if datamodule is None or not hasattr(datamodule, "train_data") or hasattr(datamodule, "val_data"):
         return
     if trainer.state.fn == TrainerFn.VALIDATING:
-        msg = (
+        raise InputError(
             f"data {datamodule.name} have no validation images (--data.val_split_mode none); expected some to "
             "validate on: take another one, such as same_as_test"
         )
-        raise InputError(msg)
     if trainer.state.fn == TrainerFn.FITTING:
         setattr(trainer, LIMIT, trainer.limit_val_batches)
         trainer.limit_val_batches = 0
@@ -65,11 +64,10 @@ def _check_precision(precision: str) -> None:
         InputError: If the trainer converts the model itself to another precision; mixed precision does not.
     """
     if precision.endswith("-true") and precision != "32-true":
-        msg = (
+        raise InputError(
             f"trainer.precision is {precision!r}, in which prototypes cannot be fitted; "
             "expected '32-true', or '16-mixed' or 'bf16-mixed' to run the backbone alone in half precision"
         )
-        raise InputError(msg)
 
 
 def _check_unused(trainer: Trainer, model: LightningModule) -> None:
@@ -78,15 +76,13 @@ def _check_unused(trainer: Trainer, model: LightningModule) -> None:
         return  # a checkpoint brings counts of its own
     former = vars(trainer).get(TRAINED)
     if former is not model:
-        msg = (
+        raise InputError(
             f"this Engine has trained another model, and its trainer goes on counting (epoch {trainer.current_epoch}): "
             f"{type(model).__name__} would be trained too little or not at all; expected an Engine of its own for each "
             "model: Engine(...)"
         )
-        raise InputError(msg)
     if -1 < trainer.fit_loop.max_epochs <= trainer.current_epoch:
-        msg = (
+        raise InputError(
             f"this Engine has trained this model for all of its {trainer.current_epoch} epoch(s), there is nothing "
             "left to train; take another Engine to train it again, or one with more max_epochs and ckpt_path to go on"
         )
-        raise InputError(msg)

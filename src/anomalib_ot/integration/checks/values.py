@@ -35,8 +35,7 @@ def check_fraction(name: str, value: float) -> None:
     """
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= 1:
-        msg = f"{name} is {value!r}; expected a number from 0 to 1"
-        raise InputError(msg)
+        raise InputError(f"{name} is {value!r}; expected a number from 0 to 1")
 
 
 def check_known(name: str, value: str, known: Collection[str]) -> None:
@@ -79,11 +78,10 @@ def check_state_dict_finite(state_dict: Mapping[str, Tensor], path: str | Path) 
             continue
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
-            msg = (
+            raise InputError(
                 f"weights {path}: tensor {name!r} holds {bad} NaN or infinite values of {tensor.numel()}; "
                 "the file is damaged or its training diverged, take another one"
             )
-            raise InputError(msg)
 
 
 def check_least(name: str, value: int, least: int) -> None:
@@ -101,8 +99,7 @@ def check_least(name: str, value: int, least: int) -> None:
         >>> check_least("epochs", 3, 1)
     """
     if not value >= least:
-        msg = f"{name} is {value!r}; expected at least {least}"
-        raise InputError(msg)
+        raise InputError(f"{name} is {value!r}; expected at least {least}")
 
 
 def check_fitted(pl_module: LightningModule, doing: str) -> None:
@@ -117,8 +114,7 @@ def check_fitted(pl_module: LightningModule, doing: str) -> None:
     """
     if not pl_module.is_fitted:
         name = type(pl_module).__name__
-        msg = (
+        raise InputError(
             f"this {name} model is not trained, there is nothing to {doing}; train it first, "
             f"or name its checkpoint (--ckpt_path PATH, in Python {name}.load_from_checkpoint(PATH))"
         )
-        raise InputError(msg)

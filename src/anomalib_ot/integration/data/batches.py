@@ -108,8 +108,7 @@ class _ExplanationFields:
             value = value.squeeze(axis)
         if value.ndim != axis + 2:
             expected = "(B, 1, H, W) or (B, H, W)" if cls.batched else "(1, H, W) or (H, W)"
-            msg = f"{name} has shape {tuple(value.shape)}; {cls.__name__} expects {expected}."
-            raise ValueError(msg)
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; {cls.__name__} expects {expected}.")
         return Mask(value) if isinstance(value, torch.Tensor) else value
 
     @classmethod
@@ -148,8 +147,7 @@ class _ExplanationFields:
         value = cls._float32("transport_score", transport_score)
         if value.ndim != int(cls.batched):
             expected = "(B,)" if cls.batched else "()"
-            msg = f"transport_score has shape {tuple(value.shape)}; {cls.__name__} expects {expected}."
-            raise ValueError(msg)
+            raise ValueError(f"transport_score has shape {tuple(value.shape)}; {cls.__name__} expects {expected}.")
         return value
 
     @classmethod
@@ -167,8 +165,7 @@ class _ExplanationFields:
         """Check the fields against each other; Anomalib calls this after `update` too."""
         if (self.feature_map is None) != (self.position_map is None):
             missing = "feature_map" if self.feature_map is None else "position_map"
-            msg = f"{missing} is None while the other cause is given; give both maps or neither."
-            raise ValueError(msg)
+            raise ValueError(f"{missing} is None while the other cause is given; give both maps or neither.")
         if self.missing_map is not None and self.feature_map is None:
             msg = "missing_map is given without feature_map and position_map; give all three causes or none."
             raise ValueError(msg)
@@ -195,11 +192,10 @@ class _ExplanationFields:
         parts = [part for part in (feature_map, position_map, missing_map) if part is not None]
         shapes = [tuple(part.shape) for part in (whole, *parts)]
         if len(set(shapes)) != 1:
-            msg = (
+            raise ValueError(
                 f"anomaly_map and {', '.join(CAUSES[: len(parts)])} have shapes {shapes}; expected one shape. "
                 "To change the map size, set the causes to None first, missing_map before the others."
             )
-            raise ValueError(msg)
         if isinstance(whole, torch.Tensor) and not torch.equal(sum(parts[1:], parts[0]), whole):
             plain = (part.as_subclass(torch.Tensor) for part in (whole, *parts))
             split = split_by_cause(*plain)
@@ -265,16 +261,14 @@ class ExplainedBatch(ImageBatch, _ExplanationFields):
             ValueError: If a shape is wrong, or the causes do not sum to the anomaly map.
         """
         if type(batch) not in (ImageBatch, cls):
-            msg = (
+            raise TypeError(
                 f"batch is a {type(batch).__name__}; expected {cls.__name__} or ImageBatch; models of "
                 "different kinds need an Engine each"
             )
-            raise TypeError(msg)
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(predictions) - set(known))
         if unknown:
-            msg = f"predictions {unknown} are no fields of {cls.__name__}; it has {known}."
-            raise TypeError(msg)
+            raise TypeError(f"predictions {unknown} are no fields of {cls.__name__}; it has {known}.")
         values = {**{name: getattr(batch, name, None) for name in known}, **predictions}
         if not set(CAUSES).isdisjoint(predictions):
             cls._check_sum(**{name: values[name] for name in ("anomaly_map", *CAUSES)})

@@ -68,11 +68,10 @@ class BoxBatch(ImageBatch):
         """Make a batch of items; those without boxes are negatives, and have empty tensors."""
         sizes = {tuple(item.image.shape[-2:]) for item in items}
         if len(sizes) > 1:
-            msg = (
+            raise ValueError(
                 f"images of one batch have different sizes, {sorted(sizes)}; expected one size: "
                 "let the augmentations end with a crop or a resize to a fixed size"
             )
-            raise ValueError(msg)
         columns: dict[str, Any] = {}
         for field in fields(items[0]):
             values = [getattr(item, field.name) for item in items]

@@ -201,9 +201,8 @@ def _labels_among(class_names: Sequence[str], coco: CocoFile, json_path: Path) -
     used = {label for image in coco.images for label in image.labels}
     unknown = [name for label, name in enumerate(coco.class_names) if label in used and name not in class_names]
     if unknown:
-        msg = (
+        raise InputError(
             f"annotations {json_path} have boxes of the category {unknown[0]!r}, which is not among those of the "
             f"training file ({', '.join(class_names)}); add it there or rename it"
         )
-        raise InputError(msg)
     return {label: class_names.index(coco.class_names[label]) for label in used}

@@ -84,8 +84,7 @@ class BoxDataModule(AnomalibDataModule):
             ("seed", seed, 0),
         ):
             if value < least:
-                msg = f"{name} is {value}; expected at least {least}"
-                raise InputError(msg)
+                raise InputError(f"{name} is {value}; expected at least {least}")
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
@@ -167,24 +166,21 @@ class BoxDataModule(AnomalibDataModule):
             if records:
                 continue
             if count:
-                msg = (
+                raise InputError(
                     f"data {self.name}: there is no {name} image in {self.root}, the {count} there are for the other "
                     f"subsets; expected at least one: {self._cure_of_split(name)}"
                 )
-                raise InputError(msg)
             reason = findings.warnings
             told = f" ({reason[0]})" if reason else ""
-            msg = (
+            raise InputError(
                 f"data {self.name}: there is no {name} image in {self.root}{told}; expected at least one: add images"
                 f"{', or correct what was found' if reason else ''}"
             )
-            raise InputError(msg)
         if not any(len(record.boxes) for record in content.train):
-            msg = (
+            raise InputError(
                 f"data {self.name}: none of the {len(content.train)} training images has a box (the first is "
                 f"{content.train[0].image_path}); expected at least one to learn from: add annotations"
             )
-            raise InputError(msg)
         for name in ("validation", "test"):
             if not any(len(record.boxes) for record in subsets[name]):
                 findings.add("subset", "without any box, so that mAP means nothing there", f"the {name} images")
@@ -221,5 +217,4 @@ def check_ratio(name: str, value: float) -> None:
     >>> check_ratio("val_split_ratio", 0.2)
     """
     if not 0 < value < 1:
-        msg = f"{name} is {value}; expected a number between 0 and 1, both excluded"
-        raise InputError(msg)
+        raise InputError(f"{name} is {value}; expected a number between 0 and 1, both excluded")

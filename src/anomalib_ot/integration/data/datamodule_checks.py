@@ -185,8 +185,7 @@ def _header_size_at(path: str, _mtime: int) -> tuple[int, int]:
 
 def _check_mask_shape(image: str, mask: str) -> None:
     if not Path(mask).exists():
-        msg = f"mask {mask} of image {image} does not exist; add it, or correct its path"
-        raise InputError(msg)
+        raise InputError(f"mask {mask} of image {image} does not exist; add it, or correct its path")
     try:
         width, height = _header_size(image)
     except (OSError, Image.DecompressionBombError):
@@ -194,14 +193,12 @@ def _check_mask_shape(image: str, mask: str) -> None:
     try:
         mask_width, mask_height = _header_size(mask)
     except (OSError, Image.DecompressionBombError) as error:
-        msg = f"mask {mask} of image {image} cannot be read as an image ({error}); save it again"
-        raise InputError(msg) from error
+        raise InputError(f"mask {mask} of image {image} cannot be read as an image ({error}); save it again") from error
     if not math.isclose(width * mask_height, height * mask_width, rel_tol=ASPECT_TOLERANCE):
-        msg = (
+        raise InputError(
             f"mask {mask} is {mask_width} x {mask_height} pixels, its image {image} is {width} x {height}; "
             "expected the same size, is it the mask of another image?"
         )
-        raise InputError(msg)
 
 
 def _check_training_images(datamodule: AnomalibDataModule, train: tuple[str, ...], is_split: bool) -> None:
@@ -210,11 +207,10 @@ def _check_training_images(datamodule: AnomalibDataModule, train: tuple[str, ...
     where = f" ({train[0]})" if train else ""
     cause = "; Anomalib's split keeps a part of them for validation and test" if is_split else ""
     folder = Path(train[0]).parent if train else getattr(datamodule, "root", None)
-    msg = (
+    raise InputError(
         f"data {datamodule.name}: {len(train)} normal image(s) to train on{where}, at least {MIN_TRAINING_IMAGES} "
         f"are needed{cause}; add normal images to {folder}"
     )
-    raise InputError(msg)
 
 
 def _warn_without_validation(datamodule: AnomalibDataModule, count: int) -> None:

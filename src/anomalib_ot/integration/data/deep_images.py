@@ -44,8 +44,7 @@ def read_image_deep(path: str | Path) -> Tensor:
         return to_dtype(torch.from_numpy(values.copy()).movedim(-1, 0).contiguous(), torch.float32, scale=True)
     problem = out_of_scale(values)
     if problem:
-        msg = f"image {path} {problem}"
-        raise InputError(msg)
+        raise InputError(f"image {path} {problem}")
     scaled = torch.from_numpy(values.astype(np.float32)) / full
     return scaled.expand(3, -1, -1).contiguous() if scaled.ndim == 2 else scaled.movedim(-1, 0).contiguous()
 
@@ -84,12 +83,11 @@ def restore_deep_images(
         if resize is not None and image.shape != batch_image.shape[1:]:
             image = resize(image)
         if image.shape != batch_image.shape[1:]:
-            msg = (
+            raise InputError(
                 f"image {path} has 16 bits and comes as {tuple(image.shape[-2:])} (height, width) into a batch of "
                 f"{tuple(batch_image.shape[-2:])}; give all images one size, convert them to 8 bits, or keep the "
                 "model's resize in the pre-processor"
             )
-            raise InputError(msg)
         if restored is None:
             restored = batch_image.clone()
         restored[index] = image.to(batch_image)
@@ -114,22 +112,20 @@ def check_augmentations(datamodule: AnomalibDataModule, deep_paths: Collection[s
         return
     modes = (datamodule.test_split_mode, datamodule.val_split_mode)
     if TestSplitMode.SYNTHETIC in modes or ValSplitMode.SYNTHETIC in modes:
-        msg = (
+        raise InputError(
             f"data {datamodule.name}: synthetic anomalies cannot be made from 16-bit or float images (such as "
             f"{min(deep_paths)}); convert the images to 8 bits or set --data.val_split_mode and "
             "--data.test_split_mode to another value"
         )
-        raise InputError(msg)
     for subset in ("train", "val", "test"):
         foreign = _steps(getattr(datamodule, f"{subset}_augmentations", None))
         dataset = getattr(datamodule, f"{subset}_data", None)
         deep = sorted(set(deep_paths).intersection(dataset_image_paths(dataset))) if dataset is not None else []
         if foreign and deep:
-            msg = (
+            raise InputError(
                 f"--data.{subset}_augmentations holds {type(foreign[0]).__name__}, which is not supported on 16-bit or "
                 f"float images such as {deep[0]}; convert the images to 8 bits or drop the augmentation"
             )
-            raise InputError(msg)
 
 
 def _steps(transform: Transform | None) -> list[Transform]:

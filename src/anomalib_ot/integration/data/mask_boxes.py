@@ -103,8 +103,7 @@ class MaskBoxes(BoxDataModule):
         check_distance("duplicate_distance", duplicate_distance)
         for name, value, least in (("min_area", min_area, 1), ("gap", gap, 0)):
             if value < least:
-                msg = f"{name} is {value}; expected pixels, at least {least}"
-                raise InputError(msg)
+                raise InputError(f"{name} is {value}; expected pixels, at least {least}")
         self.normal_dir = normal_dir
         self.normal_test_dir = normal_test_dir
         self.defect_dir = defect_dir
@@ -162,8 +161,7 @@ class MaskBoxes(BoxDataModule):
         folder = self._folder(argument)
         paths = [str(path) for path in find_images(folder, findings, without=self._other_folders(argument))]
         if not paths:
-            msg = f"{argument} is '{folder}', which holds no image; add images, or set it to null"
-            raise InputError(msg)
+            raise InputError(f"{argument} is '{folder}', which holds no image; add images, or set it to null")
         return list(zip(paths, image_sizes(paths), strict=True))
 
     def _defect_kinds(self, findings: Findings) -> dict[Path, list[Path]]:
@@ -202,17 +200,15 @@ class MaskBoxes(BoxDataModule):
             found = [mask for suffix in SUFFIXES for mask in masks.get(place.with_name(place.name + suffix), ())]
             if len(found) != 1:
                 came = f"the masks {', '.join(map(str, found))}" if found else f"no mask in {mask_dir / place.parent}"
-                msg = f"image {path} has {came}; expected one named {path.stem}.png or {path.stem}_mask.png"
-                raise InputError(msg)
+                raise InputError(f"image {path} has {came}; expected one named {path.stem}.png or {path.stem}_mask.png")
             used.add(found[0])
             mask = read_mask(found[0])
             if mask.shape[::-1] != size:
                 height, width = mask.shape
-                msg = (
+                raise InputError(
                     f"mask {found[0]} is {width} x {height} pixels, its image {path} is {size[0]} x {size[1]}; "
                     "expected the same size, is it the mask of another image?"
                 )
-                raise InputError(msg)
             odd = mask_oddity(mask)
             if odd:
                 findings.add("mask", f"{odd}{'' if mask.any() else ', its image left out'}", str(found[0]))
@@ -254,8 +250,7 @@ def _search(
 ) -> None:
     place = folder.resolve()
     if place in above:
-        msg = f"folder {folder} leads back to {place}, which it lies in; remove this link"
-        raise InputError(msg)
+        raise InputError(f"folder {folder} leads back to {place}, which it lies in; remove this link")
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:

@@ -101,12 +101,10 @@ def read_mask(path: Path) -> np.ndarray:
             values = read_samples(path).values
             values = values.max(axis=-1) if values.ndim == 3 else values
     except (*UNREADABLE, ImportError) as error:
-        msg = f"mask {path} cannot be read ({' '.join(str(error).split())}); save it again"
-        raise InputError(msg) from error
+        raise InputError(f"mask {path} cannot be read ({' '.join(str(error).split())}); save it again") from error
     problem = out_of_scale(values) if is_deep and values.size else None
     if problem:
-        msg = f"mask {path} {problem}"
-        raise InputError(msg)
+        raise InputError(f"mask {path} {problem}")
     middle = _full_scale(values) / 2
     return values >= middle if _is_nearly_bimodal(values, middle, is_lossy) else values > 0
 

@@ -93,8 +93,7 @@ def _key(path: str) -> str:
     try:
         status = os.stat(path)
     except OSError as error:
-        msg = f"image {path} cannot be read ({error.strerror}); restore it or correct its path"
-        raise InputError(msg) from error
+        raise InputError(f"image {path} cannot be read ({error.strerror}); restore it or correct its path") from error
     return f"{os.path.abspath(path)}|{status.st_mtime_ns}|{status.st_size}"
 
 
@@ -137,6 +136,5 @@ def _hash(path: str) -> str:
             image.draft("L", (4 * _SIDE, 4 * _SIDE))
             bits = imagehash.phash(image, hash_size=_SIDE).hash
     except UNREADABLE as error:
-        msg = f"image {path} {read_problem(path, error)}"
-        raise InputError(msg) from error
+        raise InputError(f"image {path} {read_problem(path, error)}") from error
     return np.packbits(bits.reshape(-1)).tobytes().hex()

@@ -188,14 +188,11 @@ def _header(path: str) -> tuple[tuple[int, int], int, bool]:
                 orientation = image.getexif().get(ORIENTATION, 1)
                 return image.size, orientation if isinstance(orientation, int) else 1, is_huge
     except FileNotFoundError as error:
-        msg = f"image {path} does not exist; restore it, or correct its path"
-        raise InputError(msg) from error
+        raise InputError(f"image {path} does not exist; restore it, or correct its path") from error
     except Image.DecompressionBombError as error:
-        msg = f"image {path} has more pixels than Pillow opens ({error}); cut it into tiles"
-        raise InputError(msg) from error
+        raise InputError(f"image {path} has more pixels than Pillow opens ({error}); cut it into tiles") from error
     except DECODE_ERRORS as error:
-        msg = f"image {path} {read_problem(path, error)}"
-        raise InputError(msg) from error
+        raise InputError(f"image {path} {read_problem(path, error)}") from error
 
 
 def _wrong_size(path: str, expected: tuple[int, int], found: tuple[int, int], orientation: int) -> str:

@@ -42,8 +42,7 @@ def read_region(roi: str | Path | Polygons, image_size: Sequence[int]) -> tuple[
     if isinstance(roi, str | Path):
         problem = file_problem(roi)
         if problem:
-            msg = f"roi is '{roi}', which {problem}; {EXPECTED}"
-            raise InputError(msg)
+            raise InputError(f"roi is '{roi}', which {problem}; {EXPECTED}")
         mask = read_mask(Path(roi))
         size = mask.shape[1], mask.shape[0]
         drawn, told = Image.fromarray(mask.astype(np.uint8) * 255), f"the mask '{roi}'"
@@ -52,8 +51,7 @@ def read_region(roi: str | Path | Polygons, image_size: Sequence[int]) -> tuple[
         for number, polygon in enumerate(_checked(roi)):
             corners = [(x * drawn.width, y * drawn.height) for x, y in polygon]
             if not _area(corners) > 0:
-                msg = f"roi[{number}] is a polygon without an area: {list(map(list, polygon))}; {EXPECTED}"
-                raise InputError(msg)
+                raise InputError(f"roi[{number}] is a polygon without an area: {list(map(list, polygon))}; {EXPECTED}")
             ImageDraw.Draw(drawn).polygon(corners, fill=255)
     region = torch.from_numpy(np.array(drawn.resize((width, height), Image.Resampling.BOX))) >= HALF
     if not region.any():
@@ -84,29 +82,25 @@ def check_shape(paths: Iterable[str | Path], size: tuple[int, int] | None, descr
         except UNREADABLE:
             continue
         if abs(width * size[1] / (height * size[0]) - 1) > ROUNDING:
-            msg = (
+            raise InputError(
                 f"{description}: {path} has {width} x {height} pixels (width x height), and the mask of the region of "
                 f"interest (roi) {size[0]} x {size[1]}; expected one ratio of width and height: draw the mask on such "
                 "an image"
             )
-            raise InputError(msg)
 
 
 def _checked(polygons: object) -> Polygons:
     """Return polygons as they were given, or say what is wrong."""
     if not isinstance(polygons, list | tuple) or len(polygons) == 0:
-        msg = f"roi is {polygons!r}; {EXPECTED}"
-        raise InputError(msg)
+        raise InputError(f"roi is {polygons!r}; {EXPECTED}")
     for number, polygon in enumerate(polygons):
         if not isinstance(polygon, list | tuple) or len(polygon) < 3:
             count = f"{len(polygon)} points" if isinstance(polygon, list | tuple) else repr(polygon)
-            msg = f"roi[{number}] is {count}; a polygon has at least 3: {EXPECTED}"
-            raise InputError(msg)
+            raise InputError(f"roi[{number}] is {count}; a polygon has at least 3: {EXPECTED}")
         for point in polygon:
             is_pair = isinstance(point, list | tuple) and len(point) == 2
             if not is_pair or not all(isinstance(value, Real) and 0 <= value <= 1 for value in point):
-                msg = f"roi[{number}] has the point {point!r}; {EXPECTED}, x and y from 0 to 1"
-                raise InputError(msg)
+                raise InputError(f"roi[{number}] has the point {point!r}; {EXPECTED}, x and y from 0 to 1")
     return polygons
 
 

@@ -89,11 +89,9 @@ def groups_by_pattern(argument: str, pattern: str | None, names: Sequence[str]) 
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        msg = f"{argument} is {pattern!r}, which is no regular expression ({error}); correct it"
-        raise InputError(msg) from error
+        raise InputError(f"{argument} is {pattern!r}, which is no regular expression ({error}); correct it") from error
     if compiled.groups != 1:
-        msg = f"{argument} is {pattern!r}; expected exactly one group in parentheses, such as '^([0-9]+)_'"
-        raise InputError(msg)
+        raise InputError(f"{argument} is {pattern!r}; expected exactly one group in parentheses, such as '^([0-9]+)_'")
     found = [(name, compiled.search(name)) for name in names]
     for name, match in found:
         if match is None or match[1] is None:

@@ -77,11 +77,9 @@ class SyntheticFabricBoxes(BoxDataModule):
         counts = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
         for name, value in (counts | {"num_val_good": num_val_good, "num_test_good": num_test_good}).items():
             if value < 1:
-                msg = f"{name} is {value}; expected at least 1"
-                raise InputError(msg)
+                raise InputError(f"{name} is {value}; expected at least 1")
         if num_train_good < 2:
-            msg = f"num_train_good is {num_train_good}; expected at least 2"
-            raise InputError(msg)
+            raise InputError(f"num_train_good is {num_train_good}; expected at least 2")
         self._folder = FabricFolder(
             num_train=num_train_good,
             num_test_good=num_val_good + num_test_good,

@@ -74,8 +74,7 @@ class SyntheticFolder:
         """Check the arguments, and put the defects into their usual order."""
         for name, least in (("num_train", 2), ("num_test_good", 2), ("num_per_defect", 1), ("seed", 0)):
             if getattr(self, name) < least:
-                msg = f"{name} is {getattr(self, name)}; expected at least {least}"
-                raise InputError(msg)
+                raise InputError(f"{name} is {getattr(self, name)}; expected at least {least}")
         if len(self.image_size) != 2 or min(self.image_size) < self.SMALLEST_SIDE:
             least = self.SMALLEST_SIDE
             msg = f"image_size is {self.image_size}; expected (height, width) of at least {least} pixels each"
@@ -137,8 +136,7 @@ class SyntheticFolder:
             self._check(root)
             return
         if root.exists() and not root.is_dir():
-            msg = f"root is '{root}', a file; expected a new or empty folder"
-            raise InputError(msg)
+            raise InputError(f"root is '{root}', a file; expected a new or empty folder")
         root.parent.mkdir(parents=True, exist_ok=True)
         # Whoever is killed in here leaves a hidden folder beside root, but never half a data set in it.
         with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as workshop:
@@ -173,8 +171,7 @@ class SyntheticFolder:
                 for name, value in self.parameters.items()
                 if pairs.get(name) != value
             )
-            msg = f"root is '{root}', which holds {self._title} of other parameters ({differences}): {cure}"
-            raise InputError(msg)
+            raise InputError(f"root is '{root}', which holds {self._title} of other parameters ({differences}): {cure}")
         expected = {ANNOTATIONS}
         for picture in self.pictures():
             expected |= {picture.path} if picture.defect is None else {picture.path, _mask_path(picture)}
@@ -182,10 +179,9 @@ class SyntheticFolder:
         odd = sorted(expected ^ found)
         if odd:
             state = "missing" if odd[0] in expected else "not of this data set"
-            msg = (
+            raise InputError(
                 f"root is '{root}', where {len(odd)} files are missing or foreign, such as '{odd[0]}' ({state}): {cure}"
             )
-            raise InputError(msg)
 
     def _write(self, stage: Path) -> None:
         """Draw all images into a folder that does not exist yet."""

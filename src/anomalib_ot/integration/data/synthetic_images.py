@@ -79,11 +79,9 @@ class SyntheticImages(AnomalibDataModule):
         )
         modes = [mode.value for mode in ValSplitMode if mode is not ValSplitMode.FROM_DIR]
         if val_split_mode not in modes:
-            msg = f"val_split_mode is {val_split_mode!r}; expected one of {', '.join(modes)}"
-            raise InputError(msg)
+            raise InputError(f"val_split_mode is {val_split_mode!r}; expected one of {', '.join(modes)}")
         if not 0 < val_split_ratio < 1:
-            msg = f"val_split_ratio is {val_split_ratio}; expected a number between 0 and 1, both excluded"
-            raise InputError(msg)
+            raise InputError(f"val_split_ratio is {val_split_ratio}; expected a number between 0 and 1, both excluded")
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,

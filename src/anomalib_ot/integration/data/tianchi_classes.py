@@ -63,8 +63,7 @@ def class_table(contest_round: int) -> dict[str, tuple[str, ...]]:
     """
     tables = {1: ROUND_1, 2: ROUND_2}
     if contest_round not in tables:
-        msg = f"round is {contest_round!r}; expected 1 (plain fabric) or 2 (printed fabric)"
-        raise ValueError(msg)
+        raise ValueError(f"round is {contest_round!r}; expected 1 (plain fabric) or 2 (printed fabric)")
     return tables[contest_round]
 
 

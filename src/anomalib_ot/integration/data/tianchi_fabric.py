@@ -82,18 +82,15 @@ class TianchiFabric(BoxDataModule):
             seed=seed,
         )
         if round not in (1, 2):
-            msg = f"round is {round}; expected 1 (plain fabric) or 2 (printed fabric)"
-            raise InputError(msg)
+            raise InputError(f"round is {round}; expected 1 (plain fabric) or 2 (printed fabric)")
         check_ratio("val_split_ratio", val_split_ratio)
         check_ratio("test_split_ratio", test_split_ratio)
         check_ratio("val_split_ratio + test_split_ratio", val_split_ratio + test_split_ratio)
         check_distance("duplicate_distance", duplicate_distance)
         if min_area is not None and min_area < 0:
-            msg = f"min_area is {min_area}; expected square pixels, at least 0"
-            raise InputError(msg)
+            raise InputError(f"min_area is {min_area}; expected square pixels, at least 0")
         if max_boxes < 1:
-            msg = f"max_boxes is {max_boxes}; expected at least 1"
-            raise InputError(msg)
+            raise InputError(f"max_boxes is {max_boxes}; expected at least 1")
         self.round = round
         self.val_split_ratio = val_split_ratio
         self.test_split_ratio = test_split_ratio

@@ -107,8 +107,7 @@ def _folders(root: Path, contest_round: int) -> list[Path]:
         other = 3 - contest_round
         is_other = any(root.glob(f"guangdong1_round{other}_*")) or root.match(f"guangdong1_round{other}_*")
         cure = f"set --data.round {other}" if is_other else "unpack the training archives there"
-        msg = f"root is '{root}', which holds no folder {pattern} with training data; {cure}"
-        raise InputError(msg)
+        raise InputError(f"root is '{root}', which holds no folder {pattern} with training data; {cure}")
     return folders
 
 
@@ -135,8 +134,7 @@ def _read_entries(path: Path, contest_round: int, findings: Findings) -> dict[st
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        msg = f"annotations {path} are not JSON ({error}); unpack them again"
-        raise InputError(msg) from error
+        raise InputError(f"annotations {path} are not JSON ({error}); unpack them again") from error
     if not isinstance(content, list) or not all(isinstance(entry, Mapping) for entry in content):
         msg = f"annotations {path} are no list of objects; expected the contest's file, with name, defect_name and bbox"
         raise InputError(msg)
@@ -145,17 +143,15 @@ def _read_entries(path: Path, contest_round: int, findings: Findings) -> dict[st
     for index, entry in enumerate(content):
         name, defect, bbox = entry.get("name"), entry.get("defect_name"), entry.get("bbox")
         if not isinstance(name, str) or not isinstance(defect, str) or not isinstance(bbox, list):
-            msg = f"annotations {path}: entry {index} is {dict(entry)}; expected name, defect_name and bbox"
-            raise InputError(msg)
+            raise InputError(f"annotations {path}: entry {index} is {dict(entry)}; expected name, defect_name and bbox")
         defect = defect.strip()
         if defect == NO_DEFECT:
             findings.add("annotation", f"named {NO_DEFECT} (no defect) passed over", f"image {name}")
         elif defect not in classes:
-            msg = (
+            raise InputError(
                 f"annotations {path}: the defect_name {defect!r} of image {name} is none of the {len(classes)} names "
                 f"of round {contest_round} ({', '.join(classes)}); correct it, or set --data.round"
             )
-            raise InputError(msg)
         corners = tuple(bbox) if all(isinstance(value, int | float) for value in bbox) else ()
         entries.setdefault(name, []).append(Entry(classes.get(defect), corners))
     return entries
@@ -177,11 +173,10 @@ def _images_of(name: str, archives: list[_Archive], findings: Findings) -> list[
     for archive in holders:
         different = [path for same in copies.values() for path in [p for a, p in same if a is archive][:1]]
         if len(different) > 1:
-            msg = (
+            raise InputError(
                 f"{different[0]} and {different[1]} are different images of one name in one archive, so that the "
                 "annotations fit both; remove one"
             )
-            raise InputError(msg)
     images = []
     for same in copies.values():
         path = same[0][1]

@@ -45,8 +45,7 @@ def write_lookalike(
     """
     folder = Path(root) / ARCHIVE
     if folder.exists():
-        msg = f"root is '{root}', which holds {ARCHIVE} already; name a new folder"
-        raise InputError(msg)
+        raise InputError(f"root is '{root}', which holds {ARCHIVE} already; name a new folder")
     for part in ("defect_Images", "normal_Images", "Annotations"):
         (folder / part).mkdir(parents=True)
     entries = []

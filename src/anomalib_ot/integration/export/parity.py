@@ -213,11 +213,10 @@ def check_parity(parity: Mapping[str, Any]) -> None:
         return
     if not all(parity[name] <= most for name, most in allowed.items()):
         limits = ", ".join(f"{name} {most:.2g}" for name, most in allowed.items())
-        msg = (
+        raise ParityError(
             f"the exported model does not say what PyTorch says: {told}; allowed: {limits}. It was not written. "
             "--onnx_kwargs.check_parity false (in Python onnx_kwargs={'check_parity': False}) exports it all the same"
         )
-        raise ParityError(msg)
 
 
 def described(parity: Mapping[str, Any]) -> str:

@@ -44,8 +44,7 @@ def check_export_root(export_root: Path | str) -> None:
         msg = f"--export_root is '{path}', which cannot be made a folder ({error.strerror}); {cure}"
         raise InputError(msg) from error
     if not access(path, W_OK):
-        msg = f"--export_root is '{path}', which may not be written to; {cure}"
-        raise InputError(msg)
+        raise InputError(f"--export_root is '{path}', which may not be written to; {cure}")
 
 
 def check_input_size(model: Any, input_size: Sequence[int] | None) -> None:
@@ -62,11 +61,10 @@ def check_input_size(model: Any, input_size: Sequence[int] | None) -> None:
     parts = [] if transform is None else [*transform.modules(), *flat_transforms(transform)]
     if input_size is None and not any(isinstance(part, AntialiasResize | Resize) for part in parts):
         size = ",".join(str(int(side)) for side in model.hparams["image_size"])
-        msg = (
+        raise InputError(
             "--input_size is not given, and no pre-processor resizes (pre_processor is False or of your own); expected "
             f"the height and width that images will have, as in training: --input_size [{size}]"
         )
-        raise InputError(msg)
 
 
 def export_call() -> dict[str, Any]:
@@ -118,11 +116,10 @@ def check_uncompressed(form: str) -> None:
     """
     kind = export_call().get("compression_type")
     if kind is not None:
-        msg = (
+        raise InputError(
             f"--compression_type is {CompressionType(kind).value}, which --export_type {form} cannot have; "
             "leave it out, or take --export_type openvino"
         )
-        raise InputError(msg)
 
 
 def check_packages(kind: CompressionType | None, datamodule: AnomalibDataModule | None) -> None:
@@ -134,8 +131,7 @@ def check_packages(kind: CompressionType | None, datamodule: AnomalibDataModule 
     needed = ["openvino"] if kind in PRECISIONS else ["openvino", "nncf"]
     missing = [name for name in needed if not module_available(name)]
     if missing:
-        msg = f"this export needs the package {missing[0]}: pip install 'anomalib-ot[openvino]'"
-        raise InputError(msg)
+        raise InputError(f"this export needs the package {missing[0]}: pip install 'anomalib-ot[openvino]'")
     if kind in CALIBRATED and datamodule is None:
         msg = f"--compression_type {kind.value} needs images to calibrate with; name the data set (--data ...)"
         raise InputError(msg)

@@ -60,18 +60,16 @@ class BoxRecord(Metric):
         """
         absent = [name for name in FIELDS if getattr(batch, name, None) is None]
         if absent:
-            msg = (
+            raise ValueError(
                 f"the batch of type {type(batch).__name__} has no {', '.join(absent)}; box metrics expect a BoxBatch "
                 "with predicted and true boxes: evaluate a detector on data with boxes"
             )
-            raise ValueError(msg)
         added = [_flat_numbers(*image) for image in zip(*(getattr(batch, name) for name in FIELDS), strict=True)]
         if not all(bool(numbers.isfinite().all()) for numbers in added):
-            msg = (
+            raise ValueError(
                 "boxes or scores of the batch hold NaN or infinite values, which no metric can rank; if they are "
                 "predicted, the training has diverged: lower its learning rate"
             )
-            raise ValueError(msg)
         self.numbers.extend(added)
 
     def compute(self) -> EvaluatedBoxes:

@@ -72,11 +72,10 @@ class BoxMetric(AnomalibMetric, Metric):
             RuntimeError: If the record was reset behind this metric's back.
         """
         if self._update_count > self.record.update_count + 1:
-            msg = (
+            raise RuntimeError(
                 f"{self.name} has seen {self._update_count} batches and its record {self.record.update_count}: another "
                 "metric that shares it was reset alone; reset all metrics of one record together"
             )
-            raise RuntimeError(msg)
         self.record.compute_on_cpu = self.compute_on_cpu
         if self._update_count > self.record.update_count:
             self.record.update(batch)

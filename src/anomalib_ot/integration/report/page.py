@@ -46,15 +46,12 @@ def read_run(path: Path) -> dict[str, Any]:
     try:
         run = json.loads(path.read_bytes())
         if not isinstance(run, dict):
-            msg = "not an object"
-            raise ValueError(msg)
+            raise ValueError("not an object")
         absent = [name for name in NEEDED if name not in run]
         if absent:
-            msg = f"without {', '.join(absent)}"
-            raise ValueError(msg)
+            raise ValueError(f"without {', '.join(absent)}")
     except (OSError, ValueError) as error:
-        msg = f"{path} is damaged ({error}); remove it, or test or predict again"
-        raise InputError(msg) from error
+        raise InputError(f"{path} is damaged ({error}); remove it, or test or predict again") from error
     return run
 
 
@@ -75,8 +72,7 @@ def report_page(lines: Path) -> tuple[str, Summary]:
 
     summary = summarized(read_rows(lines))
     if not summary.images:
-        msg = f"{lines} has no rows; expected at least one image: test or predict again"
-        raise InputError(msg)
+        raise InputError(f"{lines} has no rows; expected at least one image: test or predict again")
     run = read_run(lines.with_name(RUN)) if lines.name == LINES else {}
     loader = PackageLoader("anomalib_ot.integration.report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)

@@ -97,43 +97,36 @@ def _checked(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line, parse_constant=_refuse_constant)
         if not isinstance(row, dict):
-            msg = "not an object"
-            raise TypeError(msg)
+            raise TypeError("not an object")
         row = {"path": row.pop("name", None), "score": None} | row
         row["verdict"] = VERDICTS[row["verdict"]]
         if not isinstance(row["path"], str):
-            msg = "no path"
-            raise TypeError(msg)
+            raise TypeError("no path")
         for name in NUMBERS:
             value = row.get(name)
             if value is not None and (isinstance(value, bool) or not math.isfinite(value)):
-                msg = f"{name} is no number"
-                raise TypeError(msg)
+                raise TypeError(f"{name} is no number")
         if row.get("truth") not in (None, GOOD, DEFECTIVE):
-            msg = f"truth is {row['truth']!r}"
-            raise TypeError(msg)
+            raise TypeError(f"truth is {row['truth']!r}")
         if row.get("sha256") is not None:
             int(row["sha256"], 16)
         for found in (*(row.get("boxes") or ()), *(row.get("regions") or ())):
             row_box = [float(side) for side in found["box"]]
             if len(row_box) != 4:
-                msg = "a box without four sides"
-                raise TypeError(msg)
+                raise TypeError("a box without four sides")
         if row.get("causes") is not None:
             row["causes"] = CauseShares(**{name: int(share) for name, share in row["causes"].items()})._asdict()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-        msg = (
+        raise InputError(
             f"{path}, line {number} is no result ({why}); expected a row of JSON as anomalib test, anomalib predict "
             "and anomalib-ot inspect write it: make the table again"
-        )
-        raise InputError(msg) from error
+        ) from error
     return row
 
 
 def _refuse_constant(word: str) -> None:
-    msg = f"{word} is not JSON"
-    raise ValueError(msg)
+    raise ValueError(f"{word} is not JSON")
 
 
 def csv_parts(rows: Iterable[Mapping[str, Any]], *, with_p_value: bool) -> Iterator[bytes]:

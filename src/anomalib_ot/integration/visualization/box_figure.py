@@ -163,15 +163,13 @@ def class_name(label: int, class_names: Sequence[str] | None) -> str:
 def _check(found: DetectedBoxes, size: int) -> None:
     """Refuse what cannot be drawn."""
     if size < 320:
-        msg = f"size is {size}; expected at least 320 pixels."
-        raise ValueError(msg)
+        raise ValueError(f"size is {size}; expected at least 320 pixels.")
     shapes = [np.shape(column) for column in found[:5] if column is not None]
     expected = [(len(found.labels), 4), (len(found.labels),), (len(found.labels),)]
     if found.gt_boxes is not None and found.gt_labels is not None:
         expected += [(len(found.gt_labels), 4), (len(found.gt_labels),)]
     if shapes != expected:
-        msg = f"the boxes have shapes {shapes}; expected (N, 4), (N,), (N,), and (G, 4), (G,) or both None."
-        raise ValueError(msg)
+        raise ValueError(f"the boxes have shapes {shapes}; expected (N, 4), (N,), (N,), and (G, 4), (G,) or both None.")
     if found.scales is not None and np.shape(found.scales) != np.shape(found.boxes):
         msg = f"scales have the shape {np.shape(found.scales)}; expected the boxes' {np.shape(found.boxes)}."
         raise ValueError(msg)

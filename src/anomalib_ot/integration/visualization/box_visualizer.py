@@ -78,11 +78,10 @@ class BoxVisualizer(PictureWriter):
             ValueError: If the item has no predicted boxes.
         """
         if any(getattr(item, name, None) is None for name in ("pred_boxes", "pred_box_scores", "pred_box_labels")):
-            msg = (
+            raise ValueError(
                 f"the item of {item.image_path or 'an image without path'} has no pred_boxes, pred_box_scores or "
                 "pred_box_labels; expected what a detector has found: draw its output, not its input"
             )
-            raise ValueError(msg)
         threshold = score_threshold if self.score_threshold is None else self.score_threshold
         if name is None:
             name = "/".join(Path(item.image_path).parts[-2:]) if item.image_path else ""

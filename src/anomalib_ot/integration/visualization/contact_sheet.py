@@ -53,10 +53,9 @@ def contact_sheet(rows: Sequence[tuple[str, Mapping[str, Any]]], width: int = 12
         drawn.append(draw_panels(**given, panel_size=size, with_empty=True))
         titles = [panel.title for panel in drawn[-1]]
         if titles != [panel.title for panel in drawn[0]]:
-            msg = (
+            raise ValueError(
                 f"row {name!r} has the panels {titles}; expected those of row {rows[0][0]!r}: draw one sheet per model."
             )
-            raise ValueError(msg)
     heights = [max(panels[0].drawn.height, 6 * LINE + 44) + SPACE for panels in drawn]
     sheet = Image.new("RGB", (width, TITLE_HEIGHT + sum(heights) + SPACE), PAPER)
     draw = ImageDraw.Draw(sheet)
