@@ -21,15 +21,10 @@ LEAST_IOU = torch.finfo(torch.float32).eps
 
 
 class Assignment(NamedTuple):
-    """What each of P points of an image answers for.
+    """What each of P points of an image answers for."""
 
-    Args:
-        objects: Index (P,) of the point's object, -1 for background, int64.
-        iou: Overlap (P,) of the box that the point predicts with its object; 0 for background.
-    """
-
-    objects: Tensor
-    iou: Tensor
+    objects: Tensor  # index (P,) of the point's object, -1 for background, int64
+    iou: Tensor  # overlap (P,) of the box that the point predicts with its object; 0 for background
 
 
 class Assigner(Protocol):
@@ -164,30 +159,21 @@ def transport_matches(cost: Tensor, background: Tensor, **transport: float) -> T
 class OTAssigner:
     """Assign by optimal transport (OTA).
 
-    Args:
-        radius: Center prior: half side of the square round an object's center, in strides.
-        top: Largest overlaps that make up an object's number of points.
-        epsilon: Entropic strength, in units of cost.
-        num_iters: Sinkhorn iterations.
-        iou_weight: Weight of the overlap in the cost.
-        spatial_weight: Weight of where a point lies, see `spatial_cost`; 0 as published.
-        nearest: Whether an object without a candidate gets its nearest point; else it takes no part.
-        only_candidates: Whether the transport is solved on candidates alone. The labels are the same, see
-            `transport_plan`; False exists to show that.
-        one_to_one: Whether each object supplies one point, at the same cost, instead of as many as its overlaps say.
-
     References:
         Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021.
     """
 
-    radius: float = 2.5
-    top: int = 20
-    epsilon: float = 0.1
-    num_iters: int = 50
-    iou_weight: float = 1.5
-    spatial_weight: float = 0.0
-    nearest: bool = True
+    radius: float = 2.5  # center prior: half side of the square round an object's center, in strides
+    top: int = 20  # largest overlaps that make up an object's number of points
+    epsilon: float = 0.1  # entropic strength, in units of cost
+    num_iters: int = 50  # Sinkhorn iterations
+    iou_weight: float = 1.5  # weight of the overlap in the cost
+    spatial_weight: float = 0.0  # weight of where a point lies, see `spatial_cost`; 0 as published
+    nearest: bool = True  # whether an object without a candidate gets its nearest point; else it takes no part
+    # Whether the transport is solved on candidates alone. The labels are the same, see `transport_plan`; False exists
+    # to show that.
     only_candidates: bool = True
+    # Whether each object supplies one point, at the same cost, instead of as many as its overlaps say.
     one_to_one: bool = False
 
     @torch.no_grad()
@@ -255,23 +241,16 @@ def cheapest_labels(cost: Tensor, counts: Tensor) -> Tensor:
 class SimOTAssigner:
     """Assign the cheapest points to each object, without transport and without a background to compete with (SimOTA).
 
-    Args:
-        radius: Half side of the square round an object's center, in strides.
-        inside: Whether candidates lie inside the object's box; YOLOX since 2023: False, with a radius of 1.5.
-        top: Largest overlaps that make up an object's number of points.
-        iou_weight: Weight of the overlap in the cost.
-        nearest: Whether an object without a candidate gets its nearest point.
-
     References:
         Z. Ge et al., "YOLOX: exceeding YOLO series in 2021", arXiv 2107.08430, section 2.1; with OTA's cost. The labels
         are not YOLOX's, whose cost is another, and where other points count for an object's number.
     """
 
-    radius: float = 2.5
-    inside: bool = True
-    top: int = 10
-    iou_weight: float = 1.5
-    nearest: bool = True
+    radius: float = 2.5  # half side of the square round an object's center, in strides
+    inside: bool = True  # whether candidates lie inside the object's box; YOLOX since 2023: False, with a radius of 1.5
+    top: int = 10  # largest overlaps that make up an object's number of points
+    iou_weight: float = 1.5  # weight of the overlap in the cost
+    nearest: bool = True  # whether an object without a candidate gets its nearest point
 
     @torch.no_grad()
     def __call__(
@@ -301,14 +280,11 @@ class FCOSAssigner:
     A level of stride s takes objects whose farthest side is 4 s to 8 s away; the finest takes all smaller, the coarsest
     all larger ones.
 
-    Args:
-        radius: Half side of the square round an object's center, in strides.
-
     References:
         Z. Tian et al., "FCOS: fully convolutional one-stage object detection", ICCV 2019, with center sampling.
     """
 
-    radius: float = 1.5
+    radius: float = 1.5  # half side of the square round an object's center, in strides
 
     @torch.no_grad()
     def __call__(
@@ -341,17 +317,11 @@ ASSIGNERS: dict[str, type[OTAssigner] | type[SimOTAssigner] | type[FCOSAssigner]
 
 
 class PairCost(NamedTuple):
-    """Costs of G objects and Q points.
+    """Costs of G objects and Q points."""
 
-    Args:
-        cost: Cost (G, Q) of a pair; `inf` where the point is no candidate for the object.
-        background: Cost (Q,) of a point that is background.
-        iou: Overlap (G, Q) of the box that the point predicts with the object; 0 where it is no candidate.
-    """
-
-    cost: Tensor
-    background: Tensor
-    iou: Tensor
+    cost: Tensor  # cost (G, Q) of a pair; `inf` where the point is no candidate for the object
+    background: Tensor  # cost (Q,) of a point that is background
+    iou: Tensor  # overlap (G, Q) of the box that the point predicts with the object; 0 where it is no candidate
 
 
 def candidate_points(

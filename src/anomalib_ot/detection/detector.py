@@ -24,26 +24,20 @@ CPU_PORTION = 4  # images
 class Decoding:
     """How a dense head's outputs become detections: `score = sqrt(p(class) p(overlap))`, the best, no duplicates.
 
-    Args:
-        suppress: Says which detections (B, K), sorted by score, are no duplicates: bool (B, K). With `one_to_one` of
-            several tiles alone.
-        score_threshold: Scores must be above it.
-        level_top: Pairs of a point and a class that stay per level.
-        max_candidates: Pairs per image that are compared for duplicates.
-        max_detections: Slots of the result.
-        one_to_one: Whether the classes are those of the one-to-one branch, where nothing has to be suppressed; the
-            score is sqrt(p(class)) then, since that branch knows the overlaps.
-
     References:
         Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021, and the authors' code, where
         all levels' candidates are compared for duplicates.
     """
 
+    # Says which detections (B, K), sorted by score, are no duplicates: bool (B, K). With `one_to_one` of several tiles
+    # alone.
     suppress: Suppress = suppress_duplicates
-    score_threshold: float = 0.05
-    level_top: int = 1000
-    max_candidates: int = 512
-    max_detections: int = 100
+    score_threshold: float = 0.05  # scores must be above it
+    level_top: int = 1000  # pairs of a point and a class that stay per level
+    max_candidates: int = 512  # pairs per image that are compared for duplicates
+    max_detections: int = 100  # slots of the result
+    # Whether the classes are those of the one-to-one branch, where nothing has to be suppressed; the score is
+    # sqrt(p(class)) then, since that branch knows the overlaps.
     one_to_one: bool = False
 
     def __call__(self, dense: Dense, image_size: tuple[int, int]) -> Detections:

@@ -13,41 +13,24 @@ from anomalib_ot.ot.precision import full_precision
 
 
 class Dense(NamedTuple):
-    """What a dense head says at P points of B images.
+    """What a dense head says at P points of B images."""
 
-    Args:
-        logits: Class logits (B, P, C).
-        boxes: Predicted boxes (B, P, 4), pixels of the network's input.
-        iou_logits: Logit (B, P) of the overlap that the box is expected to have with its object.
-        points: Points (P, 2), pixels.
-        strides: Stride (P,) of each point.
-        level_sizes: Number of points of each level.
-        one_to_one: Class logits (B, P, C) of the one-to-one branch; None where the head has none.
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    iou_logits: Tensor
-    points: Tensor
-    strides: Tensor
-    level_sizes: tuple[int, ...]
-    one_to_one: Tensor | None = None
+    logits: Tensor  # class logits (B, P, C)
+    boxes: Tensor  # predicted boxes (B, P, 4), pixels of the network's input
+    iou_logits: Tensor  # logit (B, P) of the overlap that the box is expected to have with its object
+    points: Tensor  # points (P, 2), pixels
+    strides: Tensor  # stride (P,) of each point
+    level_sizes: tuple[int, ...]  # number of points of each level
+    one_to_one: Tensor | None = None  # class logits (B, P, C) of the one-to-one branch; None where the head has none
 
 
 class DenseLosses(NamedTuple):
-    """The three terms, already weighted, and how many points were positive.
+    """The three terms, already weighted, and how many points were positive."""
 
-    Args:
-        class_loss: Focal loss of all points.
-        box_loss: Generalized IoU loss of the positive points.
-        iou_loss: Cross-entropy of the overlap's estimate at the positive points.
-        num_positives: Positive points of the batch, on this device.
-    """
-
-    class_loss: Tensor
-    box_loss: Tensor
-    iou_loss: Tensor
-    num_positives: Tensor
+    class_loss: Tensor  # focal loss of all points
+    box_loss: Tensor  # generalized IoU loss of the positive points
+    iou_loss: Tensor  # cross-entropy of the overlap's estimate at the positive points
+    num_positives: Tensor  # positive points of the batch, on this device
 
     @property
     def total(self) -> Tensor:

@@ -17,20 +17,14 @@ LEAST_SCALE = 1e-3  # pixels
 
 
 class Mixture(NamedTuple):
-    """K proposals for each of B images as components of a mixture of Cauchy distributions.
+    """K proposals for each of B images as components of a mixture of Cauchy distributions."""
 
-    Args:
-        mixture_logits: Logit (B, K) of a proposal showing an object; `mixture_weights` are its sigmoids, relative to
-            their sum in the image.
-        class_logits: Logits (B, K, C) of the classes; `class_probs` are their softmax.
-        means: Boxes xyxy (B, K, 4), pixels.
-        scales: Scale (B, K, 4) of each side's Cauchy distribution, pixels, above 0.
-    """
-
+    # Logit (B, K) of a proposal showing an object; `mixture_weights` are its sigmoids, relative to their sum in the
+    # image.
     mixture_logits: Tensor
-    class_logits: Tensor
-    means: Tensor
-    scales: Tensor
+    class_logits: Tensor  # logits (B, K, C) of the classes; `class_probs` are their softmax
+    means: Tensor  # boxes xyxy (B, K, 4), pixels
+    scales: Tensor  # scale (B, K, 4) of each side's Cauchy distribution, pixels, above 0
 
     @property
     def mixture_weights(self) -> Tensor:
@@ -45,34 +39,22 @@ class Mixture(NamedTuple):
 
 
 class MixtureTerms(NamedTuple):
-    """The two losses of each of N objects.
+    """The two losses of each of N objects."""
 
-    Args:
-        nll: Negative log-likelihood (N,).
-        mcm: Loss (N,) of maximum component maximization, at least 0.
-        responsibilities: Part (N, K) that each component has in the object's likelihood; without gradient.
-    """
-
-    nll: Tensor
-    mcm: Tensor
-    responsibilities: Tensor
+    nll: Tensor  # negative log-likelihood (N,)
+    mcm: Tensor  # loss (N,) of maximum component maximization, at least 0
+    responsibilities: Tensor  # part (N, K) that each component has in the object's likelihood; without gradient
 
 
 class MixtureLosses(NamedTuple):
-    """The loss of a batch, and what it consists of, stage by stage.
+    """The loss of a batch, and what it consists of, stage by stage."""
 
-    Args:
-        total: To be minimized: sums over stages and objects, divided by the number of images.
-        nll: Mean (S,) over objects of their negative log-likelihood; NaN without objects, as `best_share`.
-        best_share: Mean (S,) over objects of `exp(-mcm)`, the part of the best component in the likelihood. It rises
-            from stage to stage where training is healthy.
-        presence: Cross-entropy (S,) of the presence, per image; not weighted.
-    """
-
-    total: Tensor
-    nll: Tensor
+    total: Tensor  # to be minimized: sums over stages and objects, divided by the number of images
+    nll: Tensor  # mean (S,) over objects of their negative log-likelihood; NaN without objects, as `best_share`
+    # Mean (S,) over objects of `exp(-mcm)`, the part of the best component in the likelihood. It rises from stage to
+    # stage where training is healthy.
     best_share: Tensor
-    presence: Tensor
+    presence: Tensor  # cross-entropy (S,) of the presence, per image; not weighted
 
 
 def floor_scales(scales: Tensor, means: Tensor, part: float = FLOOR) -> Tensor:

@@ -23,17 +23,11 @@ Matcher = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class SetLosses(NamedTuple):
-    """The terms of each of S stages, already weighted.
+    """The terms of each of S stages, already weighted."""
 
-    Args:
-        class_loss: Focal loss (S,) of all proposals.
-        distance_loss: Distance (S,) of the matched boxes' sides, in parts of the image.
-        overlap_loss: Generalized IoU loss (S,) of the matched boxes.
-    """
-
-    class_loss: Tensor
-    distance_loss: Tensor
-    overlap_loss: Tensor
+    class_loss: Tensor  # focal loss (S,) of all proposals
+    distance_loss: Tensor  # distance (S,) of the matched boxes' sides, in parts of the image
+    overlap_loss: Tensor  # generalized IoU loss (S,) of the matched boxes
 
     @property
     def total(self) -> Tensor:

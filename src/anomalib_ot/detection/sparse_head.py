@@ -212,29 +212,18 @@ def start_weights(module: nn.Module) -> None:
 
 
 class BoxSet(NamedTuple):
-    """K boxes for each of B images, each with its own classes.
+    """K boxes for each of B images, each with its own classes."""
 
-    Args:
-        class_logits: Logits (B, K, C); every class is present or not by itself (sigmoid).
-        boxes: Boxes xyxy (B, K, 4), pixels.
-    """
-
-    class_logits: Tensor
-    boxes: Tensor
+    class_logits: Tensor  # logits (B, K, C); every class is present or not by itself (sigmoid)
+    boxes: Tensor  # boxes xyxy (B, K, 4), pixels
 
 
 class Proposed(NamedTuple):
-    """What the last stage proposes, ready to be decoded.
+    """What the last stage proposes, ready to be decoded."""
 
-    Args:
-        boxes: Boxes xyxy (B, K, 4), pixels.
-        scores: Confidence (B, K, C) that box and class are true, 0 to 1.
-        scales: Scale (B, K, 4) of each side's distribution, pixels; None where none is known.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    scales: Tensor | None
+    boxes: Tensor  # boxes xyxy (B, K, 4), pixels
+    scores: Tensor  # confidence (B, K, C) that box and class are true, 0 to 1
+    scales: Tensor | None  # scale (B, K, 4) of each side's distribution, pixels; None where none is known
 
 
 class MixtureOutput(nn.Module):

@@ -16,21 +16,13 @@ STRONG = 0.5
 
 @dataclass(frozen=True)
 class DriftReport:
-    """What is said of the drift.
+    """What is said of the drift."""
 
-    Args:
-        word: ``"unknown"``, ``"too few frames"``, ``"none"``, ``"some"`` or ``"strong"``.
-        meaning: The same in a sentence.
-        distance: See `score_distance`; None if not known.
-        limit: The distance that chance alone seldom exceeds (1 time in 20); None if not known.
-        frames: How many of the last frames were compared.
-    """
-
-    word: str
-    meaning: str
-    distance: float | None = None
-    limit: float | None = None
-    frames: int = 0
+    word: str  # ``"unknown"``, ``"too few frames"``, ``"none"``, ``"some"`` or ``"strong"``
+    meaning: str  # the same in a sentence
+    distance: float | None = None  # see `score_distance`; None if not known
+    limit: float | None = None  # the distance that chance alone seldom exceeds (1 time in 20); None if not known
+    frames: int = 0  # how many of the last frames were compared
 
 
 def score_distance(scores: Sequence[float], quantiles: Sequence[float]) -> float:

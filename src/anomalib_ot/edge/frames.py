@@ -75,13 +75,9 @@ class Frame:
 
 @dataclass(frozen=True)
 class Pixels:
-    """The samples of a frame.
+    """The samples of a frame."""
 
-    Args:
-        samples: As read, (H, W) or (H, W, 3), and the value that stands for 1.
-    """
-
-    samples: Samples
+    samples: Samples  # as read, (H, W) or (H, W, 3), and the value that stands for 1
 
     @property
     def width(self) -> int:

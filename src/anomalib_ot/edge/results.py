@@ -31,35 +31,21 @@ class FoundBox:
 
 @dataclass(frozen=True)
 class MapSummary:
-    """What is said of an anomaly map.
+    """What is said of an anomaly map."""
 
-    Args:
-        max: Its greatest value.
-        x: Where that is, from the left, in pixels of the frame.
-        y: Where that is, from the top.
-        area: Share of the frame above the pixel threshold, in [0, 1]; None: no threshold is known.
-    """
-
-    max: float
-    x: float
-    y: float
-    area: float | None
+    max: float  # its greatest value
+    x: float  # where that is, from the left, in pixels of the frame
+    y: float  # where that is, from the top
+    area: float | None  # share of the frame above the pixel threshold, in [0, 1]; None: no threshold is known
 
 
 class Stamp(NamedTuple):
-    """What decided, so that an audit can follow a line.
+    """What decided, so that an audit can follow a line."""
 
-    Args:
-        model: Model, version and precision.
-        model_sha256: Of the model's files.
-        manifest_sha256: Of the manifest; "" without one.
-        threshold: Score above which a frame is defective; None: not known.
-    """
-
-    model: str
-    model_sha256: str
-    manifest_sha256: str
-    threshold: float | None
+    model: str  # model, version and precision
+    model_sha256: str  # of the model's files
+    manifest_sha256: str  # of the manifest; "" without one
+    threshold: float | None  # score above which a frame is defective; None: not known
 
 
 @dataclass(frozen=True)

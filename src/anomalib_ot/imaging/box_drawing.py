@@ -33,23 +33,15 @@ RIM, SPACE = 4, 5  # the widest line with its dark rim; one pixel more
 
 
 class Mark(NamedTuple):
-    """A rectangle to draw, and what its plate says.
+    """A rectangle to draw, and what its plate says."""
 
-    Args:
-        box: xyxy, pixels of the drawing; the outline runs around it.
-        text: On the plate; "" draws none.
-        color: Of the outline and the plate.
-        dashed: Whether the outline is dashed; it then runs further out, beside one that is not.
-        inverted: Whether the outline is double and the plate dark with colored letters: a second row of colors.
-        needed: Whether the plate is drawn even where there is no free place for it.
-    """
-
-    box: tuple[float, float, float, float]
-    text: str
-    color: Color
-    dashed: bool = False
+    box: tuple[float, float, float, float]  # xyxy, pixels of the drawing; the outline runs around it
+    text: str  # on the plate; "" draws none
+    color: Color  # of the outline and the plate
+    dashed: bool = False  # whether the outline is dashed; it then runs further out, beside one that is not
+    # Whether the outline is double and the plate dark with colored letters: a second row of colors.
     inverted: bool = False
-    needed: bool = False
+    needed: bool = False  # whether the plate is drawn even where there is no free place for it
 
 
 def class_color(label: int) -> tuple[Color, bool]:

@@ -49,15 +49,10 @@ BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"
 
 
 class Samples(NamedTuple):
-    """The samples of an image, not yet scaled.
+    """The samples of an image, not yet scaled."""
 
-    Args:
-        values: (H, W, 3) of uint8, or (H, W) or (H, W, 3) of a deeper type.
-        full: The value that stands for 1, on the scale of the format, whatever part of it the image uses.
-    """
-
-    values: np.ndarray
-    full: int
+    values: np.ndarray  # (H, W, 3) of uint8, or (H, W) or (H, W, 3) of a deeper type
+    full: int  # the value that stands for 1, on the scale of the format, whatever part of it the image uses
 
 
 def read_samples(path: str | Path, max_pixels: int | None = None) -> Samples:

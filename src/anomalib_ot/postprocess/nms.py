@@ -157,29 +157,17 @@ def sinkhorn_regions(
 
 
 class _Seeds(NamedTuple):
-    """The proposals that regions grow from, best first.
+    """The proposals that regions grow from, best first."""
 
-    Args:
-        index: Which proposals they are (B, K).
-        boxes: Their boxes (B, K, 4).
-        scores: Their scores times their gates (B, K).
-        labels: Their classes (B, K).
-        keep: Whether they make detections (B, K), bool.
-        gate_value: Their gates (B, K).
-        outranked: How many proposals each one outranks (B, K).
-        gate: The gates of all proposals (B, N).
-        scales: Scales of their sides (B, K, 4), or None.
-    """
-
-    index: Tensor
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    keep: Tensor
-    gate_value: Tensor
-    outranked: Tensor
-    gate: Tensor
-    scales: Tensor | None
+    index: Tensor  # which proposals they are (B, K)
+    boxes: Tensor  # their boxes (B, K, 4)
+    scores: Tensor  # their scores times their gates (B, K)
+    labels: Tensor  # their classes (B, K)
+    keep: Tensor  # whether they make detections (B, K), bool
+    gate_value: Tensor  # their gates (B, K)
+    outranked: Tensor  # how many proposals each one outranks (B, K)
+    gate: Tensor  # the gates of all proposals (B, N)
+    scales: Tensor | None  # scales of their sides (B, K, 4), or None
 
     @property
     def detections(self) -> Detections:

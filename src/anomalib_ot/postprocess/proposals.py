@@ -156,23 +156,14 @@ class SinkhornNMSSettings:
 
 
 class Proposals(NamedTuple):
-    """N proposals per image; those that are not valid are 0 throughout.
+    """N proposals per image; those that are not valid are 0 throughout."""
 
-    Args:
-        boxes: Boxes xyxy (B, N, 4), any unit, float32 or float64.
-        scores: Scores (B, N) in [0, 1], as the boxes.
-        labels: Class indices (B, N), int64.
-        features: Features (B, N, D), as the boxes, or None.
-        valid: Which of them exist (B, N), bool.
-        scales: How uncertain each side is (B, N, 4), as the boxes, or None.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    features: Tensor | None
-    valid: Tensor
-    scales: Tensor | None = None
+    boxes: Tensor  # boxes xyxy (B, N, 4), any unit, float32 or float64
+    scores: Tensor  # scores (B, N) in [0, 1], as the boxes
+    labels: Tensor  # class indices (B, N), int64
+    features: Tensor | None  # features (B, N, D), as the boxes, or None
+    valid: Tensor  # which of them exist (B, N), bool
+    scales: Tensor | None = None  # how uncertain each side is (B, N, 4), as the boxes, or None
 
     def padded(self, least: int) -> "Proposals":
         """Return at least so many proposals per image; those that are added are not valid."""

@@ -24,27 +24,16 @@ ACCURACY_SHARE = 0.2
 
 
 class EvaluatedBoxes(NamedTuple):
-    """The predicted and the true boxes of a whole data set, in flat arrays.
+    """The predicted and the true boxes of a whole data set, in flat arrays."""
 
-    Args:
-        num_images: Number of images I, those without any box included.
-        boxes: Predicted boxes xyxy (N, 4), pixels.
-        scores: Their confidence (N,).
-        labels: Their class index (N,), int64.
-        images: Their image (N,), int64 in [0, I).
-        gt_boxes: True boxes xyxy (G, 4), pixels.
-        gt_labels: Their class index (G,), int64.
-        gt_images: Their image (G,), int64 in [0, I).
-    """
-
-    num_images: int
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    images: np.ndarray
-    gt_boxes: np.ndarray
-    gt_labels: np.ndarray
-    gt_images: np.ndarray
+    num_images: int  # number of images I, those without any box included
+    boxes: np.ndarray  # predicted boxes xyxy (N, 4), pixels
+    scores: np.ndarray  # their confidence (N,)
+    labels: np.ndarray  # their class index (N,), int64
+    images: np.ndarray  # their image (N,), int64 in [0, I)
+    gt_boxes: np.ndarray  # true boxes xyxy (G, 4), pixels
+    gt_labels: np.ndarray  # their class index (G,), int64
+    gt_images: np.ndarray  # their image (G,), int64 in [0, I)
 
     @property
     def is_defective(self) -> np.ndarray:
@@ -180,35 +169,21 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
 
 
 class ClassResult(NamedTuple):
-    """How well one class is found.
+    """How well one class is found."""
 
-    Args:
-        label: Class index.
-        num_truths: True boxes, 0 if the class was only predicted.
-        average_precision: All-points average precision at IoU .5; NaN without truths.
-        num_found: Truths that a box above the score threshold hits.
-        num_false: Boxes above the score threshold that hit nothing.
-    """
-
-    label: int
-    num_truths: int
-    average_precision: float
-    num_found: int
-    num_false: int
+    label: int  # class index
+    num_truths: int  # true boxes, 0 if the class was only predicted
+    average_precision: float  # all-points average precision at IoU .5; NaN without truths
+    num_found: int  # truths that a box above the score threshold hits
+    num_false: int  # boxes above the score threshold that hit nothing
 
 
 class TianchiValues(NamedTuple):
-    """The score of the Tianchi fabric contest, and the two parts that it is made of; each in [0, 1].
+    """The score of the Tianchi fabric contest, and the two parts that it is made of; each in [0, 1]."""
 
-    Args:
-        score: `0.2 accuracy + 0.8 map`.
-        accuracy: Share of the images that are rightly called defective or good.
-        map: Mean over three overlaps (IoU .1, .3 and .5) of the mean average precision.
-    """
-
-    score: float
-    accuracy: float
-    map: float
+    score: float  # `0.2 accuracy + 0.8 map`
+    accuracy: float  # share of the images that are rightly called defective or good
+    map: float  # mean over three overlaps (IoU .1, .3 and .5) of the mean average precision
 
 
 def tianchi_values(data: EvaluatedBoxes, image_threshold: float) -> TianchiValues | None:

@@ -21,18 +21,12 @@ class Tiling:
 
     What is larger than the overlap is cut in every tile. Its parts are put together: two detections of one class in
     different tiles are the same object if they agree (IoU at least 0.5) on the area that both tiles show.
-
-    Args:
-        size: Height and width of a tile, pixels; an image smaller than that is one tile, padded with 0.
-        overlap: Least part of a tile's side that it shares with its neighbor, 0 to below 1.
-        whole_image: Whether the whole image is looked at too, for objects larger than a tile.
-        max_detections: Slots per image of the merged result.
     """
 
-    size: tuple[int, int]
-    overlap: float = 0.2
-    whole_image: bool = True
-    max_detections: int = 100
+    size: tuple[int, int]  # height and width of a tile, pixels; an image smaller than that is one tile, padded with 0
+    overlap: float = 0.2  # least part of a tile's side that it shares with its neighbor, 0 to below 1
+    whole_image: bool = True  # whether the whole image is looked at too, for objects larger than a tile
+    max_detections: int = 100  # slots per image of the merged result
 
     def corners(self, height: int, width: int) -> list[tuple[int, int]]:
         """List the upper left corners (top, left) of the tiles of an image, evenly spaced.

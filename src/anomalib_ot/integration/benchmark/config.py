@@ -26,15 +26,12 @@ CLASS = ("class_path", "init_args")
 class SweepJob:
     """One training and test: a model on data, with a seed.
 
-    Args:
-        config: `accelerator`, `seed`, `model` and `data`, as Anomalib's benchmark would get them.
-
     Attributes:
         flat: The same in one level with dotted names; what two jobs are told apart by.
         key: A short name of it, the same on every machine.
     """
 
-    config: dict
+    config: dict  # `accelerator`, `seed`, `model` and `data`, as Anomalib's benchmark would get them
 
     @cached_property
     def flat(self) -> dict[str, object]:

@@ -25,23 +25,16 @@ THREAD_NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 class SweepShare:
     """The place of this process among those that work on a sweep.
 
-    Args:
-        rank: Number of this process, from 0.
-        world: Number of processes on all machines.
-        local_rank: Number of this process on its machine.
-        local_world: Number of processes on this machine.
-        run: What the launcher calls this start of all processes; empty where it says nothing.
-
     Example:
         >>> SweepShare.of_environment({"RANK": "1", "WORLD_SIZE": "2"}).part(["a", "b", "c", "d", "e"])
         ['b', 'd']
     """
 
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    local_world: int = 1
-    run: str = ""
+    rank: int = 0  # number of this process, from 0
+    world: int = 1  # number of processes on all machines
+    local_rank: int = 0  # number of this process on its machine
+    local_world: int = 1  # number of processes on this machine
+    run: str = ""  # what the launcher calls this start of all processes; empty where it says nothing
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str]) -> SweepShare:

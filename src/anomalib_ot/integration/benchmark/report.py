@@ -35,21 +35,14 @@ up to 30 % false positives, the PRO of the literature. F1 is at the thresholds o
 
 @dataclass(frozen=True)
 class SweepTable:
-    """Results by model and data.
+    """Results by model and data."""
 
-    Args:
-        models: Names of the models, in the order of the configuration.
-        data: Names of the data.
-        figures: Names of what the evaluators measured.
-        values: By model, data and name of a figure or cost: the value, the mean over seeds.
-        problems: Jobs without a result, and why.
-    """
-
-    models: list[str]
-    data: list[str]
-    figures: list[str]
+    models: list[str]  # names of the models, in the order of the configuration
+    data: list[str]  # names of the data
+    figures: list[str]  # names of what the evaluators measured
+    # By model, data and name of a figure or cost: the value, the mean over seeds.
     values: dict[tuple[str, str, str], float]
-    problems: list[str]
+    problems: list[str]  # jobs without a result, and why
 
     def mean(self, model: str, name: str) -> float | None:
         """Mean of a figure or cost over the data that have it; None where none has."""

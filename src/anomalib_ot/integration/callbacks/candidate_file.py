@@ -14,17 +14,11 @@ DECIMALS = 2  # of pixels
 
 
 class Candidates(NamedTuple):
-    """The candidate boxes of one image.
+    """The candidate boxes of one image."""
 
-    Args:
-        size: Width and height of the file, pixels.
-        boxes: Boxes xyxy, pixels of the file, best first.
-        scores: Their scores.
-    """
-
-    size: tuple[int, int]
-    boxes: list[list[float]]
-    scores: list[float]
+    size: tuple[int, int]  # width and height of the file, pixels
+    boxes: list[list[float]]  # boxes xyxy, pixels of the file, best first
+    scores: list[float]  # their scores
 
 
 def write_candidates(path: Path, images: Mapping[str, Candidates]) -> None:

@@ -37,23 +37,15 @@ PATIENCE = 1.0  # seconds of silence before the progress bar
 
 @dataclass(frozen=True)
 class ImageReport:
-    """What ``check_images`` found in files that are all readable.
+    """What ``check_images`` found in files that are all readable."""
 
-    Args:
-        count: Number of files.
-        deep: 16-bit and float files, which Anomalib's 8-bit reading saturates or coarsens; as given, as strings.
-        alpha: Files with an alpha channel, which is dropped.
-        gray: Files with one channel.
-        palette: Files with a palette, which is expanded to RGB.
-        turned: Files with an EXIF orientation, which is not applied.
-    """
-
-    count: int
+    count: int  # number of files
+    # 16-bit and float files, which Anomalib's 8-bit reading saturates or coarsens; as given, as strings.
     deep: frozenset[str]
-    alpha: tuple[str, ...]
-    gray: tuple[str, ...]
-    palette: tuple[str, ...]
-    turned: tuple[str, ...]
+    alpha: tuple[str, ...]  # files with an alpha channel, which is dropped
+    gray: tuple[str, ...]  # files with one channel
+    palette: tuple[str, ...]  # files with a palette, which is expanded to RGB
+    turned: tuple[str, ...]  # files with an EXIF orientation, which is not applied
 
 
 @dataclass(frozen=True)

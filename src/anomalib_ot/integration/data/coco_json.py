@@ -31,40 +31,24 @@ PARTS = ("images", "annotations", "categories")
 
 @dataclass
 class CocoImage:
-    """One image of a COCO file.
+    """One image of a COCO file."""
 
-    Args:
-        file_name: Its path as the file has it, with forward slashes.
-        width: Pixels.
-        height: Pixels.
-        boxes: Boxes xyxy, pixels, within the image.
-        labels: Index of each box's class among the file's ``class_names``.
-        dropped: How many of its boxes were dropped.
-        annotated_as: The id under which it has annotations.
-    """
-
-    file_name: str
-    width: int
-    height: int
-    boxes: list[tuple[float, float, float, float]]
-    labels: list[int]
-    dropped: int = 0
-    annotated_as: int | float | str | None = None
+    file_name: str  # its path as the file has it, with forward slashes
+    width: int  # pixels
+    height: int  # pixels
+    boxes: list[tuple[float, float, float, float]]  # boxes xyxy, pixels, within the image
+    labels: list[int]  # index of each box's class among the file's ``class_names``
+    dropped: int = 0  # how many of its boxes were dropped
+    annotated_as: int | float | str | None = None  # the id under which it has annotations
 
 
 @dataclass(frozen=True)
 class CocoFile:
-    """What a COCO file holds.
+    """What a COCO file holds."""
 
-    Args:
-        images: Its images, in its order; those that lost all their boxes to faults are left out.
-        class_names: Its categories, in the order of their ids.
-        warnings: What was found and put right, one line per kind, with counts.
-    """
-
-    images: list[CocoImage]
-    class_names: list[str]
-    warnings: list[str]
+    images: list[CocoImage]  # its images, in its order; those that lost all their boxes to faults are left out
+    class_names: list[str]  # its categories, in the order of their ids
+    warnings: list[str]  # what was found and put right, one line per kind, with counts
 
 
 def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:

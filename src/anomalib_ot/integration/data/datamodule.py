@@ -25,19 +25,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BoxContent:
-    """What a data set with boxes holds.
+    """What a data set with boxes holds."""
 
-    Args:
-        class_names: Name of each class, by class index.
-        train: Images to train on.
-        val: Images to validate with.
-        test: Images to test with; may be those of `val`.
-    """
-
-    class_names: list[str]
-    train: list[LabeledImage]
-    val: list[LabeledImage]
-    test: list[LabeledImage]
+    class_names: list[str]  # name of each class, by class index
+    train: list[LabeledImage]  # images to train on
+    val: list[LabeledImage]  # images to validate with
+    test: list[LabeledImage]  # images to test with; may be those of `val`
 
 
 class BoxDataModule(AnomalibDataModule):

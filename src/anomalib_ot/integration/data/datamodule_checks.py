@@ -49,19 +49,12 @@ ALIKE = 0.5  # common pixels over all pixels of two readings
 
 @dataclass(frozen=True)
 class DataPaths:
-    """The files of a datamodule, by subset.
+    """The files of a datamodule, by subset."""
 
-    Args:
-        train: Paths of the training images.
-        val: Paths of the validation images.
-        test: Paths of the test images.
-        masks: Paths of the masks of the validation and test images.
-    """
-
-    train: tuple[str, ...] = ()
-    val: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
-    masks: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()  # paths of the training images
+    val: tuple[str, ...] = ()  # paths of the validation images
+    test: tuple[str, ...] = ()  # paths of the test images
+    masks: tuple[str, ...] = ()  # paths of the masks of the validation and test images
 
     def for_stage(self, stage: str | None) -> tuple[str, ...]:
         """Return the images that a Lightning stage reads, each once; all of them if ``stage`` is None."""

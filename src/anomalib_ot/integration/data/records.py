@@ -26,21 +26,13 @@ PLURAL = {"box": "boxes", "class": "classes"}
 
 @dataclass(frozen=True, eq=False)
 class LabeledImage:
-    """One image and its boxes.
+    """One image and its boxes."""
 
-    Args:
-        image_path: The file.
-        width: Its width, pixels.
-        height: Its height, pixels.
-        boxes: Boxes xyxy (G, 4), float32, pixels of the file, within it; none make the image a negative.
-        labels: Their class indices (G,), int64.
-    """
-
-    image_path: str
-    width: int
-    height: int
-    boxes: np.ndarray
-    labels: np.ndarray
+    image_path: str  # the file
+    width: int  # its width, pixels
+    height: int  # its height, pixels
+    boxes: np.ndarray  # boxes xyxy (G, 4), float32, pixels of the file, within it; none make the image a negative
+    labels: np.ndarray  # their class indices (G,), int64
 
     @classmethod
     def of(cls, image_path: str, size: tuple[int, int], boxes: Sequence, labels: Sequence[int]) -> "LabeledImage":

@@ -27,17 +27,11 @@ class Entry(NamedTuple):
 
 @dataclass
 class FabricImage:
-    """One image of the contest.
+    """One image of the contest."""
 
-    Args:
-        path: The file.
-        entries: Its annotations, each once.
-        template: The picture of the faultless pattern beside it; round 2 only.
-    """
-
-    path: Path
-    entries: tuple[Entry, ...]
-    template: Path | None = None
+    path: Path  # the file
+    entries: tuple[Entry, ...]  # its annotations, each once
+    template: Path | None = None  # the picture of the faultless pattern beside it; round 2 only
 
 
 @dataclass

@@ -71,42 +71,29 @@ class Bar(NamedTuple):
 
 @dataclass(frozen=True)
 class Histogram:
-    """Scores in bins of equal width.
+    """Scores in bins of equal width."""
 
-    Args:
-        bars: The bins, from the lowest score to the highest.
-        threshold: The score above which an image is defective; None: not known, or not the same for all.
-    """
-
-    bars: list[Bar]
-    threshold: float | None
+    bars: list[Bar]  # the bins, from the lowest score to the highest
+    threshold: float | None  # the score above which an image is defective; None: not known, or not the same for all
 
 
 @dataclass
 class Summary:
-    """What the rows of a run say together.
+    """What the rows of a run say together."""
 
-    Args:
-        images: How many rows there are.
-        verdicts: Their number by verdict.
-        confusion: Their number by truth ("good", "defective") and verdict; rows without truth are in neither.
-        scores: Finite scores by truth ("good", "defective", None: not known).
-        thresholds: The different thresholds, two at most.
-        fingerprint: Of the content of all image files, whatever their order and names; None: of some it is not known.
-        folder: The folder that holds all images; "" if there is none.
-        shown: The rows to show, the highest score first.
-        has_p_values: Whether a row has a p-value.
-    """
-
-    images: int = 0
+    images: int = 0  # how many rows there are
+    # Their number by verdict.
     verdicts: dict[str, int] = field(default_factory=lambda: dict.fromkeys((DEFECTIVE, GOOD, UNKNOWN, ERROR), 0))
+    # Their number by truth ("good", "defective") and verdict; rows without truth are in neither.
     confusion: dict[tuple[str, str], int] = field(default_factory=dict)
+    # Finite scores by truth ("good", "defective", None: not known).
     scores: dict[str | None, array] = field(default_factory=lambda: {kind: array("d") for kind in KNOWN})
-    thresholds: set[float] = field(default_factory=set)
+    thresholds: set[float] = field(default_factory=set)  # the different thresholds, two at most
+    # Of the content of all image files, whatever their order and names; None: of some it is not known.
     fingerprint: str | None = None
-    folder: str = ""
-    shown: list[dict[str, Any]] = field(default_factory=list)
-    has_p_values: bool = False
+    folder: str = ""  # the folder that holds all images; "" if there is none
+    shown: list[dict[str, Any]] = field(default_factory=list)  # the rows to show, the highest score first
+    has_p_values: bool = False  # whether a row has a p-value
 
     @property
     def known(self) -> int:

@@ -63,22 +63,14 @@ def draw_soft_edges(drawn: Image.Image, box: np.ndarray, scales: np.ndarray, col
 
 
 class DetectedBoxes(NamedTuple):
-    """What is drawn on a part; all boxes in pixels of its image.
+    """What is drawn on a part; all boxes in pixels of its image."""
 
-    Args:
-        boxes: Predicted boxes xyxy (N, 4), in any order.
-        scores: Their scores (N,), in [0, 1].
-        labels: Their class indices (N,); -1 in empty slots.
-        gt_boxes: Known defects xyxy (G, 4); None: not known.
-        gt_labels: Their class indices (G,); None: not known.
-        scales: How unsure each side (left, top, right, bottom) of the boxes is (N, 4), pixels; None: not known.
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    gt_boxes: np.ndarray | None = None
-    gt_labels: np.ndarray | None = None
+    boxes: np.ndarray  # predicted boxes xyxy (N, 4), in any order
+    scores: np.ndarray  # their scores (N,), in [0, 1]
+    labels: np.ndarray  # their class indices (N,); -1 in empty slots
+    gt_boxes: np.ndarray | None = None  # known defects xyxy (G, 4); None: not known
+    gt_labels: np.ndarray | None = None  # their class indices (G,); None: not known
+    # How unsure each side (left, top, right, bottom) of the boxes is (N, 4), pixels; None: not known.
     scales: np.ndarray | None = None
 
 

@@ -20,25 +20,16 @@ MOSTLY = 50  # percent
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known about the part as a whole; each field may be None.
+    """What is known about the part as a whole; each field may be None."""
 
-    Args:
-        score: Anomaly score of the image; [0, 1] after normalization.
-        defect: Whether the part is predicted defective; None: decided by score > threshold.
-        truth: Whether the part is known to be defective.
-        transport_score: How unusual the amounts of each kind of patch are, in units of the score.
-        transport_threshold: The transport score that makes a part defective on its own; None: not known.
-        threshold: The score above which a part is defective; None: not known.
-        name: File name to print.
-    """
-
-    score: float | None = None
-    defect: bool | None = None
-    truth: bool | None = None
-    transport_score: float | None = None
+    score: float | None = None  # anomaly score of the image; [0, 1] after normalization
+    defect: bool | None = None  # whether the part is predicted defective; None: decided by score > threshold
+    truth: bool | None = None  # whether the part is known to be defective
+    transport_score: float | None = None  # how unusual the amounts of each kind of patch are, in units of the score
+    # The transport score that makes a part defective on its own; None: not known.
     transport_threshold: float | None = None
-    threshold: float | None = 0.5
-    name: str = ""
+    threshold: float | None = 0.5  # the score above which a part is defective; None: not known
+    name: str = ""  # file name to print
 
     def decision(self) -> bool | None:
         """Return whether the part is defective, or None if nothing says so."""

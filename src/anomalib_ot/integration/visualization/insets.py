@@ -22,17 +22,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass
 class Inset:
-    """A square cut of the part.
+    """A square cut of the part."""
 
-    Args:
-        letter: By which its frame in the view is found.
-        region: xyxy, pixels of the part.
-        members: The small boxes that it shows with their names.
-    """
-
-    letter: str
-    region: Box
-    members: list[Box] = field(default_factory=list)
+    letter: str  # by which its frame in the view is found
+    region: Box  # xyxy, pixels of the part
+    members: list[Box] = field(default_factory=list)  # the small boxes that it shows with their names
 
 
 def find_insets(boxes: Sequence[Box], image_size: tuple[int, int], scale: float, most: int) -> list[Inset]:
