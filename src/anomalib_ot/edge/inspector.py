@@ -128,11 +128,9 @@ class Inspector:
         self._change = threading.Condition()
 
     def __enter__(self) -> "Inspector":
-        """Return itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Let go of the model."""
         self.close()
 
     def close(self) -> None:

@@ -68,11 +68,9 @@ class Page:
         self._thread.start()
 
     def __enter__(self) -> "Page":
-        """Return itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Stop serving."""
         self.close()
 
     def close(self) -> None:

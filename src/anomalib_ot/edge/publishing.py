@@ -363,11 +363,9 @@ class Publisher:
         self._is_open = True
 
     def __enter__(self) -> "Publisher":
-        """Return itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Close the outlets."""
         self.close()
 
     def send(self, line: str) -> None:

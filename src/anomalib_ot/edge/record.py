@@ -79,7 +79,6 @@ class Record:
         return known is None or now is None or known == now
 
     def __enter__(self) -> "Record":
-        """Return itself."""
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:

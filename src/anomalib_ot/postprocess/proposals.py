@@ -127,7 +127,6 @@ class SinkhornNMSSettings:
     entropy: float | None = 1.0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         check_settings(
             self,
             {

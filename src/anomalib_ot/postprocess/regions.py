@@ -54,7 +54,6 @@ class RegionSettings:
     score: str = "peak"
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         if not np.isfinite(self.threshold):
             _refuse("threshold", self.threshold, "a finite number, in units of the map")
         if not 0 < self.extent < 1:

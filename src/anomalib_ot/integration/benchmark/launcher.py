@@ -57,7 +57,6 @@ class SweepShare:
         return cls((number - first) // max(step, 1) * world + rank, count * world, local, run=run)
 
     def __post_init__(self) -> None:
-        """Refuse a place that is none."""
         if not 0 <= self.rank < self.world:
             msg = f"the launcher says that this is process {self.rank} of {self.world}; expected 0 to {self.world - 1}"
             raise InputError(msg)

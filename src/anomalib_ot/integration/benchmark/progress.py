@@ -36,12 +36,10 @@ class SweepProgress:
         self._task = self._bar.add_task("", total=total, failed=0)
 
     def __enter__(self) -> SweepProgress:
-        """Show the bar."""
         self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Leave the bar as it is."""
         self._bar.stop()
 
     def begin(self, jobs: int, done: int, processes: int) -> None:

@@ -48,11 +48,9 @@ class SweepRecord:
         self._file.truncate(whole)
 
     def __enter__(self) -> SweepRecord:
-        """Return itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Close the file."""
         self._file.close()
 
     def write(self, row: dict) -> None:

@@ -34,7 +34,6 @@ class FileWriter(Callback):
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Keep the path; see the class."""
         super().__init__()
         install_short_errors()
         self.path = Path(path)

@@ -73,7 +73,6 @@ class RegionWriter(FileWriter):
         max_boxes: int = RegionSettings.max_boxes,
         score: str = RegionSettings.score,
     ) -> None:
-        """Check and keep the settings."""
         super().__init__(path)
         self.root = self.path.parent if root is None else Path(root)
         self.has_root = root is not None

@@ -56,7 +56,6 @@ class ResultWriter(Callback):
     """
 
     def __init__(self) -> None:
-        """Keep nothing yet."""
         super().__init__()
         self._draft: BinaryIO | None = None
         self._path = Path()

@@ -30,7 +30,6 @@ class InputError(ValueError):
     last_message: ClassVar[str] = ""  # words only, without the spacing: to be found again where it is quoted
 
     def __init__(self, message: str) -> None:
-        """Take the message, of one line."""
         super().__init__(message)
         InputError.last_message = _words(message)
 

@@ -68,7 +68,6 @@ class BoxDataModule(AnomalibDataModule):
         augmentations: Transform | None,
         seed: int,
     ) -> None:
-        """Check the arguments; nothing is read yet."""
         install_short_errors()
         for name, value, least in (
             ("train_batch_size", train_batch_size, 1),

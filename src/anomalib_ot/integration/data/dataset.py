@@ -35,7 +35,6 @@ class BoxDataset(AnomalibDataset):
     """
 
     def __init__(self, records: Sequence[LabeledImage], split: Split, augmentations: Transform | None = None) -> None:
-        """Build the table of samples; no image is read yet."""
         super().__init__(augmentations=augmentations)
         abnormal = [LabelName.ABNORMAL if len(record.boxes) else LabelName.NORMAL for record in records]
         samples = DataFrame(

@@ -85,7 +85,6 @@ class MaskBoxes(BoxDataModule):
         augmentations: Transform | None = None,
         seed: int = 0,
     ) -> None:
-        """Check the arguments; nothing is read yet."""
         super().__init__(
             root=root,
             train_batch_size=train_batch_size,

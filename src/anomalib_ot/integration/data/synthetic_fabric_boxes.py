@@ -73,7 +73,6 @@ class SyntheticFabricBoxes(BoxDataModule):
         test_augmentations: Transform | None = None,
         augmentations: Transform | None = None,
     ) -> None:
-        """Check the arguments; nothing is drawn yet."""
         counts = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
         for name, value in (counts | {"num_val_good": num_val_good, "num_test_good": num_test_good}).items():
             if value < 1:

@@ -68,7 +68,6 @@ class SyntheticImages(AnomalibDataModule):
         val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TEST,
         val_split_ratio: float = 0.5,
     ) -> None:
-        """Check the arguments; nothing is drawn yet."""
         self._folder = self.folder_class(
             num_train=num_train,
             num_test_good=num_test_good,

@@ -67,7 +67,6 @@ class Samples:
         check_images([paths[row] for row in rows], f"data {datamodule.name}")
 
     def __len__(self) -> int:
-        """Count the images."""
         return len(self.table)
 
     def image(self, index: int) -> Tensor:

@@ -57,7 +57,6 @@ class BoxEvaluator(Evaluator):
         compute_on_cpu: bool = True,
         contest_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
     ) -> None:
-        """Keep the metrics; see the class."""
         if score_threshold is not None:
             check_fraction("score_threshold", score_threshold)
         super().__init__(val_metrics, test_metrics, compute_on_cpu)

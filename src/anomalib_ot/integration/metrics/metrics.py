@@ -53,7 +53,6 @@ class BoxMetric(AnomalibMetric, Metric):
     needs = "no image has a true box (of this size)"
 
     def __init__(self, name: str, record: BoxRecord | None = None) -> None:
-        """Keep the record; see the class."""
         super().__init__(fields=FIELDS)
         self.name = name
         self.record = BoxRecord() if record is None else record
@@ -124,7 +123,6 @@ class CocoPrecision(BoxMetric):
     """
 
     def __init__(self, key: str = "map", class_agnostic: bool = False, record: BoxRecord | None = None) -> None:
-        """Choose the part; see the class."""
         check_known("key", key, COCO_KEYS)
         super().__init__(f"class_agnostic_{key}" if class_agnostic else key, record)
         self.key = key
@@ -150,7 +148,6 @@ class TianchiScore(BoxMetric):
     def __init__(
         self, key: str = "score", image_threshold: float | None = None, record: BoxRecord | None = None
     ) -> None:
-        """Keep the threshold; see the class."""
         check_known("key", key, TIANCHI_KEYS)
         if image_threshold is not None:
             check_fraction("image_threshold", image_threshold)
@@ -179,7 +176,6 @@ class FalsePositivesPerGoodImage(BoxMetric):
     needs = "no image is free of true boxes"
 
     def __init__(self, score_threshold: float | None = None, record: BoxRecord | None = None) -> None:
-        """Keep the threshold; see the class."""
         if score_threshold is not None:
             check_fraction("score_threshold", score_threshold)
         super().__init__("false_positives_per_good_image", record)
@@ -198,7 +194,6 @@ class ImageAUROC(AUROC):
     """
 
     def __init__(self) -> None:
-        """Compare `pred_score` with `gt_label`."""
         super().__init__(fields=("pred_score", "gt_label"))
         self.name = "image_AUROC"
         self._has_warned = False
@@ -222,7 +217,6 @@ class ImageF1Score(F1Score):
     """
 
     def __init__(self) -> None:
-        """Compare `pred_label` with `gt_label`."""
         super().__init__(fields=("pred_label", "gt_label"))
         self.name = "image_F1Score"
         self._has_warned = False

@@ -34,7 +34,6 @@ class Selection:
     """
 
     def __init__(self, limit: int = MOST_SHOWN) -> None:
-        """Start empty."""
         self._limit, self._numbers = limit, count()
         self._kept: list[tuple[bool, float, int, Any]] = []
 

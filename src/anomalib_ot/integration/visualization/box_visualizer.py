@@ -49,7 +49,6 @@ class BoxVisualizer(PictureWriter):
     def __init__(
         self, output_dir: str | Path | None = None, score_threshold: float | None = None, size: int = 1280
     ) -> None:
-        """Keep the settings; see the class."""
         super().__init__(output_dir)
         if score_threshold is not None:
             check_fraction("score_threshold", score_threshold)

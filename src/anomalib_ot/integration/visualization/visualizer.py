@@ -47,7 +47,6 @@ class ExplanationVisualizer(PictureWriter):
     """
 
     def __init__(self, output_dir: str | Path | None = None, panel_size: int = 320, max_arrows: int = 8) -> None:
-        """Keep the settings; see the class."""
         super().__init__(output_dir)
         self.panel_size = panel_size
         self.max_arrows = max_arrows

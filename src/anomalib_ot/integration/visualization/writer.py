@@ -28,7 +28,6 @@ class PictureWriter(Visualizer):
     """
 
     def __init__(self, output_dir: str | Path | None = None) -> None:
-        """Keep the folder; see the class."""
         super().__init__()
         self.output_dir = output_dir
         self._names = PictureNames()
@@ -89,7 +88,6 @@ class PictureNames:
     """
 
     def __init__(self) -> None:
-        """Start with every name free."""
         self._owners: dict[str, str] = {}  # picture → source; keys casefolded, as some file systems ignore case
         self._folder: Path | None = None  # of the last claim
 
