@@ -45,12 +45,12 @@ class BoxDataModule(AnomalibDataModule):
         train_batch_size: Images per training batch.
         eval_batch_size: Images per validation or test batch.
         num_workers: Processes that read images; 0 reads in the main process.
-        train_augmentations: Augmentations of the training images. None: ``augmentations``, or else
-            ``DefectAugmentation()``; ``torchvision.transforms.v2.Identity`` for none at all.
+        train_augmentations: Augmentations of the training images, after the resize to the model's size. None:
+            ``augmentations``, or else ``DefectAugmentation()``; ``torchvision.transforms.v2.Identity`` for none at all.
         val_augmentations: Augmentations of the validation images.
         test_augmentations: Augmentations of the test images.
         augmentations: Augmentations where the argument above is None.
-        seed: Decides about the split where one is drawn, at least 0.
+        seed: Decides about the split, at least 0.
 
     Raises:
         InputError: If an argument is out of range, or (from ``prepare_data`` on) if the data cannot be used.
@@ -59,14 +59,14 @@ class BoxDataModule(AnomalibDataModule):
     def __init__(
         self,
         root: str | Path,
-        train_batch_size: int,
-        eval_batch_size: int,
-        num_workers: int,
-        train_augmentations: Transform | None,
-        val_augmentations: Transform | None,
-        test_augmentations: Transform | None,
-        augmentations: Transform | None,
-        seed: int,
+        train_batch_size: int = 8,
+        eval_batch_size: int = 8,
+        num_workers: int = 4,
+        train_augmentations: Transform | None = None,
+        val_augmentations: Transform | None = None,
+        test_augmentations: Transform | None = None,
+        augmentations: Transform | None = None,
+        seed: int = 0,
     ) -> None:
         install_short_errors()
         for name, value, least in (

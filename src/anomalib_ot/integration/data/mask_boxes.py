@@ -3,8 +3,7 @@
 import os
 from collections.abc import Collection
 from pathlib import Path
-
-from torchvision.transforms.v2 import Transform
+from typing import Any
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule, check_ratio
@@ -44,15 +43,7 @@ class MaskBoxes(BoxDataModule):
         test_split_ratio: Which part of the images divided is for the test.
         duplicate_distance: Images whose perceptual hashes of 256 bits differ in at most so many stay together, such as
             pictures of one piece. None: no search for near duplicates.
-        train_batch_size: Images per training batch.
-        eval_batch_size: Images per validation or test batch.
-        num_workers: Processes that read images; 0 reads in the main process.
-        train_augmentations: Augmentations of the training images, after the resize to the model's size. None:
-            ``augmentations``, or else ``DefectAugmentation()``; ``torchvision.transforms.v2.Identity`` for none at all.
-        val_augmentations: Augmentations of the validation images.
-        test_augmentations: Augmentations of the test images.
-        augmentations: Augmentations where the argument above is None.
-        seed: Decides about the split, at least 0.
+        kwargs: See `BoxDataModule`.
 
     Raises:
         InputError: If an argument is out of range, or (from ``prepare_data`` on) a folder is missing, or an image has
@@ -76,26 +67,9 @@ class MaskBoxes(BoxDataModule):
         val_split_ratio: float = 0.2,
         test_split_ratio: float = 0.2,
         duplicate_distance: int | None = 40,
-        train_batch_size: int = 8,
-        eval_batch_size: int = 8,
-        num_workers: int = 4,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            root=root,
-            train_batch_size=train_batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            train_augmentations=train_augmentations,
-            val_augmentations=val_augmentations,
-            test_augmentations=test_augmentations,
-            augmentations=augmentations,
-            seed=seed,
-        )
+        super().__init__(root, **kwargs)
         check_ratio("val_split_ratio", val_split_ratio)
         check_ratio("test_split_ratio", test_split_ratio)
         check_ratio("val_split_ratio + test_split_ratio", val_split_ratio + test_split_ratio)
