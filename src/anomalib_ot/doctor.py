@@ -32,11 +32,7 @@ class Finding(NamedTuple):
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 1 if something that is needed does not work.
-
-    Args:
-        arguments: The words after `doctor`; None takes those of the command line.
-    """
+    """Run the command and return its exit status: 0, or 1 if something that is needed does not work."""
     parser = argparse.ArgumentParser(
         prog="anomalib-ot doctor",
         description="Say what is installed, which devices there are, and where files can be written. Uses no network.",
@@ -51,11 +47,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at one item after the other.
-
-    Yields:
-        A finding per item. What a check itself raises is a failed one.
-    """
+    """Look at one item after the other; what a check itself raises is a failed one."""
     is_edge = not (_version("torch") or _version("anomalib"))
     yield Finding(OK, f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding(OK, f"anomalib-ot {__version__}")

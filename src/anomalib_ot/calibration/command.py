@@ -21,11 +21,7 @@ DONE, REFUSED = 0, 2
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 if the model, the images or an argument are of no use.
-
-    Args:
-        arguments: The words after `calibrate`; None takes those of the command line.
-    """
+    """Run the command and return its exit status: 0, or 2 if the model, the images or an argument are of no use."""
     options = _parser().parse_args(arguments)
     try:
         _calibrate(options)
@@ -115,11 +111,7 @@ def _model(path: Path):
 
 
 def image_files(option: str, folder: Path) -> list[str]:
-    """List the images below a folder, sorted.
-
-    Raises:
-        InputError: If there is none, or a folder cannot be looked into.
-    """
+    """List the images below a folder, sorted; an `InputError` if there is none, or a folder cannot be looked into."""
     if not folder.is_dir():
         raise InputError(f"{option} is '{folder}', which is no folder; expected a folder of images")
     found = scan(folder)

@@ -16,10 +16,7 @@ CUT = 1.0  # graphs with a scale cut scores off here; above it scores are raw
 
 
 class CalibratedExport:
-    """An exported model whose image threshold is to be set.
-
-    Args:
-        path: The folder of an export, ``model.xml`` or ``model.onnx``; ``manifest.json`` lies beside it.
+    """An exported model, ``manifest.json`` beside it, whose image threshold is to be set.
 
     Raises:
         InspectError: If there is no such model, it finds boxes, or it has no manifest.
@@ -39,11 +36,7 @@ class CalibratedExport:
             raise InspectError(msg)
 
     def scores(self, files: Sequence[str], description: str) -> list[float]:
-        """Return the image score of each file, as the graph gives it.
-
-        Raises:
-            InspectError: If files cannot be read; names the first, and says how many there are.
-        """
+        """Return the image score of each file, as the graph gives it; an `InspectError` if files cannot be read."""
         results = list(self._inspector.stream(files))
         broken = [result.error for result in results if result.error is not None]
         if broken:
@@ -53,10 +46,6 @@ class CalibratedExport:
 
     def write(self, calibration: Mapping[str, Any], good: Sequence[float]) -> None:
         """Store a threshold in the manifest, by which `anomalib-ot inspect` decides; the graph stays as it is.
-
-        Args:
-            calibration: What the threshold is and where it comes from, plain data.
-            good: Not needed here.
 
         Raises:
             InspectError: If nothing could lie above the threshold, or the manifest cannot be written.

@@ -16,11 +16,7 @@ MOST_TOLD = 20  # images in the table
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 if the checkpoint or the images are of no use.
-
-    Args:
-        arguments: The words after `update`; None takes those of the command line.
-    """
+    """Run the command and return its exit status: 0, or 2 if the checkpoint or the images are of no use."""
     parser = argparse.ArgumentParser(
         prog="anomalib-ot update",
         description="Add good images that a checkpoint of OTPrototypes calls defective to what it knows as normal, "

@@ -124,10 +124,8 @@ class Detector(nn.Module):
     def forward(self, images: Tensor, group: Callable[[Detections], Detections] | None = None) -> Detections:
         """Detect in normalized images (B, 3, H, W); boxes in their pixels.
 
-        Args:
-            images: The images.
-            group: Makes one detection per object of raw ones. Tiles need it twice: duplicates that one tile has of an
-                object must not be taken for its parts.
+        `group` makes one detection per object of raw ones. Tiles need it twice: duplicates that one tile has of an
+        object must not be taken for its parts.
         """
         group = group or (lambda found: found)
         if self.tiling is None:
@@ -149,13 +147,7 @@ def _portions(images: Tensor) -> Iterator[Tensor]:
 
 
 def freeze_stages(network: nn.Module, layers: Sequence[str], count: int) -> None:
-    """Stop training a backbone's first stages.
-
-    Args:
-        network: A network whose parameters are registered in the order in which it uses them.
-        layers: Names of the layers that end its stages, such as "act1" and "layer1".
-        count: How many of the stages; what comes before the first belongs to it.
-    """
+    """Stop training a backbone's first `count` stages, those that end with `layers`, and what comes before."""
     trained = tuple(f"{layer}." for layer in layers[count:])
     for name, parameter in network.named_parameters() if count else ():
         if trained and name.startswith(trained):

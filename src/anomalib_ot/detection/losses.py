@@ -93,11 +93,7 @@ def one_to_one_loss(
 ) -> Tensor:
     """Compute the focal loss of the one-to-one branch: a sum, divided by the positive points of the whole batch.
 
-    Args:
-        dense: The head's outputs, with those of the branch.
-        assignments: The object of each point, at most one point per object, per image.
-        labels: Class indices (G,) of the objects, per image.
-        over_devices: Averages the number of positives over devices, where there are several.
+    At most one point per object is positive in `assignments`; other arguments as for `dense_losses`.
 
     References:
         J. Wang et al., "End-to-end object detection with fully convolutional network", CVPR 2021.

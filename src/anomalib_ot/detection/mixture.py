@@ -128,30 +128,19 @@ def mixture_terms(
 def presence_loss(mixture_logits: Tensor, responsibilities: Tensor, images: Tensor) -> Tensor:
     """Return the cross-entropy between a proposal's presence and whether it answers for an object, summed: ().
 
-    The likelihood only knows presences relative to their sum, so that it learns nothing from images without objects,
-    and a common factor of all is free. Here each proposal is an event of its own, which happens if it is responsible
-    for an object (at most 1 in total): in images without objects it never does. Where the likelihood has its optimum,
-    this only picks the factor by which the presences add up to the number of objects.
-
-    Args:
-        mixture_logits: Logits (B, K).
-        responsibilities: Of each object (N, K), constants.
-        images: Index (N,) of the image that each object is in.
+    The likelihood knows presences only relative to their sum, and learns nothing from images without objects. Here each
+    proposal of logit (B, K) is an event of its own, which happens if it has `responsibilities` (N, K) for objects in
+    `images` (N,), at most 1 in total.
     """
     targets = torch.zeros_like(mixture_logits).index_add(0, images, responsibilities).clamp(max=1)
     return F.binary_cross_entropy_with_logits(mixture_logits, targets, reduction="sum")
 
 
 def linear_ramp(weight: float, rise: Sequence[float], part: float) -> float:
-    """Return the weight of maximum component maximization when a part of the training is done.
+    """Return the weight of maximum component maximization when a `part` (0 to 1) of the training is done.
 
-    A proposal that another one beats gets no gradient of its boxes any more. Chosen from the first step on, the best
-    are those that began well; later, they are the best of many that have learned.
-
-    Args:
-        weight: The weight in the end.
-        rise: Parts of the training between which it rises linearly from 0; (0, 0), as published, is not at all.
-        part: Part of the training that is done, 0 to 1.
+    It rises linearly from 0 to `weight` between the two parts `rise`; (0, 0), as published, is not at all. A proposal
+    that another one beats gets no gradient of its boxes: chosen later, the best are the best of many that have learned.
 
     >>> [round(linear_ramp(0.5, (0.25, 0.75), part), 3) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
     [0.0, 0.0, 0.25, 0.5, 0.5]

@@ -61,14 +61,7 @@ class SparseDecoding:
 class SparseDetector(Detector):
     """A detector of a few learned proposals; it needs neither points nor, as a mixture, any matching.
 
-    Args:
-        feature_extractor: Maps images (B, 3, H, W) to a dict of feature maps, finest first.
-        in_channels: Channels of those maps.
-        head: Its strides are those of the maps and of `num_extra` coarser levels.
-        channels: Channels of the pyramid, those of the head.
-        num_extra: Levels of the pyramid beyond the backbone's coarsest map.
-        decoding: How proposals become detections.
-        tiling: How large images are cut to be predicted; None: not at all.
+    Arguments as for `DenseDetector`; `channels` and strides are those of the `head`.
 
     References:
         J. Yoo et al., "End-to-end multi-object detection with a regularized mixture model" (first called Sparse MDOD),

@@ -25,12 +25,7 @@ MOST_DRAWN = 100  # boxes; more hide the frame
 
 
 def draw_result(result: Result, pixel_threshold: float | None = None) -> Image.Image:
-    """Draw the frame of a result with a strip above it: verdict, score and name.
-
-    Args:
-        result: With a view.
-        pixel_threshold: Value of the map above which a pixel is defective; None: the map is taken as normalized.
-    """
+    """Draw the frame of a result with a strip above it: verdict, score and name; see `draw_view`."""
     drawn = draw_view(result, pixel_threshold)
     title, small = ImageFont.load_default(TITLE), ImageFont.load_default(SMALL)
     word = WORDS[result.verdict]
@@ -58,10 +53,8 @@ def draw_view(
 ) -> Image.Image:
     """Draw the heat map with the outline of what is above the threshold, or the boxes, on the frame.
 
-    Args:
-        result: With a view.
-        pixel_threshold: See `draw_result`.
-        sides: Least and most pixels of the longer side of the picture.
+    `pixel_threshold` is the value of the map above which a pixel is defective, None: the map is taken as normalized.
+    `sides` are the least and most pixels of the picture's longer side.
 
     Raises:
         ValueError: If the result keeps no view.

@@ -26,16 +26,9 @@ class DriftReport:
 
 
 def score_distance(scores: Sequence[float], quantiles: Sequence[float]) -> float:
-    """Return the Kolmogorov-Smirnov distance between scores and a distribution given by quantiles.
+    """Return the Kolmogorov-Smirnov distance, 0 to 1, between scores and a distribution given by quantiles.
 
-    D = sup_x |F_n(x) - F(x)|: the largest difference between the shares of scores below x, here and there.
-
-    Args:
-        scores: At least one, in any order.
-        quantiles: At equal steps of probability from 0 to 1, growing.
-
-    Returns:
-        0 where both are alike, 1 where no score of one lies among those of the other.
+    D = sup_x |F_n(x) - F(x)|; the quantiles are at equal steps of probability from 0 to 1, ascending.
 
     References:
         N. Smirnov, "Table for estimating the goodness of fit of empirical distributions", 1948.
@@ -59,13 +52,7 @@ def score_distance(scores: Sequence[float], quantiles: Sequence[float]) -> float
 
 
 class Drift:
-    """Compares the scores of the last frames with those of good validation images.
-
-    Args:
-        quantiles: Of the scores of good validation images; None: not known, nothing can be said.
-        count: How many scores these are quantiles of; of fewer than 30 nothing is said.
-        window: How many of the last frames count.
-    """
+    """Compares the scores of the last frames with `quantiles` of the scores of `count` good validation images."""
 
     def __init__(self, quantiles: Sequence[float] | None, count: int, window: int = 500) -> None:
         self._quantiles = quantiles

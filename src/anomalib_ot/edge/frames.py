@@ -40,10 +40,7 @@ UNIT = np.arange(EIGHT_BIT_MAX + 1, dtype=np.float32) * np.float32(1 / EIGHT_BIT
 
 
 class InspectError(ValueError):
-    """A model, a source or an argument of no use; the message is one line that names it and says what to do.
-
-    A frame that cannot be read is no such error: it becomes a result that says why.
-    """
+    """A model, a source or an argument of no use; the message is one line that names it and says what to do."""
 
 
 # Looked up: a third faster than arithmetic. Multiplied as torchvision does, a division differs in the last bit.
@@ -60,10 +57,9 @@ class Frame:
     Args:
         name: What results call it; unique in a source, and the same when the source is read again.
         image: A file, or an array (H, W), (H, W, 3) or (H, W, 4) in RGB order of uint8 or uint16.
-        problem: Why the source has no image here, as the end of a sentence that begins with the name; None: it has.
+        problem: Why there is no image, as the end of a sentence that begins with the name; None: there is.
         taken: When the camera gave it, as `time.perf_counter` counts; None: when it is asked for.
-        retry: Asked when the file cannot be read: whether the source gives it again later, so that no result is made
-            of it now. None: it does not.
+        retry: Asked when the file cannot be read: whether the source gives it again later; None: it does not.
     """
 
     name: str
@@ -124,15 +120,11 @@ def changed_at(image: str | os.PathLike | np.ndarray | None) -> str | None:
 
 
 def read_pixels(image: str | os.PathLike | np.ndarray, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Read a frame as the training reads images, see `imaging.samples.read_samples`.
-
-    Args:
-        image: See `Frame`.
-        max_pixels: A file with more is refused before it is decoded.
+    """Read a frame as the training reads images, see `imaging.samples.read_samples`; a larger file is not decoded.
 
     Raises:
-        FrameError: If it is missing, empty, cut off, damaged, no image of a kind that is read, under 16 pixels on a
-            side, too large, outside its scale, or an array of another shape or type.
+        FrameError: If it is missing, damaged, no image of a kind that is read, under 16 pixels on a side, has more than
+            `max_pixels`, is outside its scale, or an array of another shape or type.
     """
     samples = _of_array(image) if isinstance(image, np.ndarray) else _of_file(Path(image), max_pixels)
     height, width = samples.values.shape[:2]
@@ -149,9 +141,7 @@ def read_pixels(image: str | os.PathLike | np.ndarray, max_pixels: int = MAX_PIX
 def network_input(pixels: Pixels, size: tuple[int, int] | None) -> np.ndarray:
     """Return what the graph takes, (1, 3, H, W), float32, in [0, 1].
 
-    Args:
-        pixels: The frame.
-        size: (height, width) to resize to, bilinear and antialiased as in training; None: the graph takes any size.
+    `size` is (height, width) to resize to, bilinear and antialiased as in training; None: the graph takes any.
     """
     made = np.empty((1, 3, *(size or (pixels.height, pixels.width))), dtype=np.float32)
     is_gray = pixels.samples.values.ndim == 2

@@ -66,11 +66,7 @@ class Manifest:
         return " ".join(word for word in (self.model, self.version, self.precision) if word) or "a model without a name"
 
     def unknown(self, threshold: float | None = None) -> list[str]:
-        """List what the export does not say, and what follows from that; empty if it says all.
-
-        Args:
-            threshold: The user's own, if there is one: then the model's is not missed.
-        """
+        """List what the export does not say, and what follows; with a `threshold` the model's is not missed."""
         notes = []
         if not self.is_written:
             notes.append(
@@ -93,10 +89,7 @@ class Manifest:
 
 
 def find_model(model: str | Path) -> Path:
-    """Return the file of a model, given the file or the folder that an export has made.
-
-    Args:
-        model: ``model.xml``, ``model.onnx``, their folder, or a folder above with one such file in it.
+    """Return the file of a model: itself, or the one in its folder or below.
 
     Raises:
         InspectError: If there is no such file, or more than one.
@@ -123,12 +116,7 @@ def find_model(model: str | Path) -> Path:
 
 
 def read_manifest(path: Path, outputs: Sequence[str], embedded: str | None = None) -> Manifest:
-    """Read what stands beside a model or in it, or else tell the kind by the names of the outputs.
-
-    Args:
-        path: The file of the model.
-        outputs: Names of the graph's outputs, in its order.
-        embedded: The text of the manifest in the graph, if there is one; the file beside the model comes first.
+    """Read the manifest beside a model, else the one `embedded` in its graph, else tell the kind by the outputs' names.
 
     Raises:
         InspectError: If the manifest cannot be read, or the outputs are those of neither kind.

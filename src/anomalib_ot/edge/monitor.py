@@ -53,13 +53,7 @@ class _Shown:
 
 
 class Monitor:
-    """Keeps the last results of an inspection, in bounded memory, for whoever looks; used by several threads.
-
-    Args:
-        manifest: Of the model.
-        source: What is inspected, in words.
-        clock: Seconds that only grow.
-    """
+    """Keeps the last results of an inspection, in bounded memory, for whoever looks; used by several threads."""
 
     def __init__(self, manifest: Manifest, source: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._manifest = manifest

@@ -91,11 +91,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuse arguments that would do nothing; `mqtt` and `webhook` become addresses that were read.
-
-    Raises:
-        InspectError: Which, and what to do.
-    """
+    """Refuse arguments that would do nothing, with an `InspectError`; `mqtt` and `webhook` become parsed addresses."""
     if not 0 < options.max_megapixels <= MOST_MEGAPIXELS:  # NaN, too
         msg = f"--max-megapixels is {options.max_megapixels:g}; expected a number above 0, up to {MOST_MEGAPIXELS}"
         raise InspectError(msg)

@@ -11,14 +11,7 @@ TICK = 0.1  # seconds between two looks at the wish to stop
 
 
 def polled(items: "queue.Queue[Item]") -> Iterator[Item | None]:
-    """Take items from a queue, without end.
-
-    Args:
-        items: Filled by another thread; None in it is passed on like any other item.
-
-    Yields:
-        Items, and None at once where there is none, and then every tick.
-    """
+    """Yield items of a queue that another thread fills, without end; None while there is none, every 0.1 s."""
     while True:
         try:
             item = items.get_nowait()

@@ -68,11 +68,7 @@ class WebhookAddress(NamedTuple):
 
 
 def mqtt_address(url: str) -> MqttAddress:
-    """Read the value of `--mqtt`; user and password come from the environment.
-
-    Raises:
-        InspectError: If it is no address of a broker and a topic, or paho-mqtt is not installed.
-    """
+    """Read the value of `--mqtt`; user and password come from the environment; an `InspectError` if it is invalid."""
     parts, port = _split("--mqtt", url, ("mqtt", "mqtts"), MQTT_FORM)
     topic = unquote(parts.path[1:])
     after = url.partition("//")[2].partition("/")[2]
@@ -92,11 +88,7 @@ def mqtt_address(url: str) -> MqttAddress:
 
 
 def webhook_address(url: str) -> WebhookAddress:
-    """Read the value of `--webhook`; the token comes from the environment.
-
-    Raises:
-        InspectError: If it is no address of a web server, or the token cannot be sent.
-    """
+    """Read the value of `--webhook`; the token comes from the environment; an `InspectError` if it is invalid."""
     parts, port = _split("--webhook", url, ("http", "https"), WEBHOOK_FORM)
     token = os.environ.get(TOKEN, "")
     if not token.isascii() or not token.isprintable():
@@ -127,12 +119,7 @@ def _split(option: str, url: str, schemes: tuple[str, ...], form: str) -> tuple[
 
 
 class _Outlet:
-    """What the two ways share: counts, and what is said of them.
-
-    Args:
-        shown: The address, in messages.
-        say: Told in a line when delivery fails, and when it goes on.
-    """
+    """What the two ways share: counts, and what is said of them."""
 
     def __init__(self, shown: str, say: Say) -> None:
         self.shown, self._say = shown, say
@@ -173,10 +160,6 @@ class Mqtt(_Outlet):
     """Publishes lines with quality of service 1: each is sent until the broker has acknowledged it.
 
     The client of paho-mqtt works in its own thread, connects again by itself, and keeps what waits.
-
-    Args:
-        address: Broker, topic, and who we are.
-        say: Told in a line when the connection fails, and when it is back.
     """
 
     def __init__(self, address: MqttAddress, say: Say) -> None:
@@ -250,12 +233,7 @@ class Mqtt(_Outlet):
 
 
 class Webhook(_Outlet):
-    """Posts lines to a web server, one after the other; a line that is not taken for now is sent again.
-
-    Args:
-        address: The server, and the token for it.
-        say: Told in a line when it takes nothing, and when it does again.
-    """
+    """Posts lines to a web server, one after the other; a line that is not taken for now is sent again."""
 
     def __init__(self, address: WebhookAddress, say: Say) -> None:
         super().__init__(address.shown, say)
@@ -350,12 +328,7 @@ class _NoRedirect(HTTPRedirectHandler):
 
 
 class Publisher:
-    """Hands each line to all outlets, and says at the end what could not be delivered.
-
-    Args:
-        addresses: Where to.
-        say: Told what happens, in a line.
-    """
+    """Hands each line to all outlets, and says at the end what could not be delivered."""
 
     def __init__(self, addresses: list[MqttAddress | WebhookAddress], say: Say) -> None:
         self._say = say

@@ -171,7 +171,7 @@ def read_outputs(
         name: Of the frame.
         picture: The frame to draw on, kept in the result's view; None keeps no view.
         size: (width, height) of the frame.
-        given: (width, height) of what the graph was given; boxes are in its pixels.
+        given: (width, height) of the graph's input; boxes are in its pixels.
         threshold: The user's own threshold; None: the graph's.
     """
     try:

@@ -36,7 +36,7 @@ def open_source(
     skip: str | os.PathLike | None = None,
     stalled_after: float | None = None,
 ) -> Iterator[Frame | None]:
-    """Open a source of frames.
+    """Open a source of frames; yields None where none is there at the moment.
 
     Args:
         source: An image, a folder (with the folders in it, sorted), a pattern such as ``"in/*.png"``, a video, the
@@ -45,9 +45,6 @@ def open_source(
         stop: Set by whoever wants no more frames.
         skip: A folder whose files are no frames, such as the one that pictures are written to.
         stalled_after: Seconds without a frame after which a camera gives a broken one; None: never.
-
-    Returns:
-        Frames, and None where none is there at the moment.
 
     Raises:
         InspectError: If there is no such source, or it cannot be watched.
@@ -135,13 +132,7 @@ def _read_stdin(chunks: "queue.Queue[bytes]") -> None:
 
 
 def video_frames(path: str) -> Iterator[Frame]:
-    """Read a video file; frames are called ``path#000000`` and so on.
-
-    Args:
-        path: The file.
-
-    Yields:
-        Frames in RGB order. Where the file ends before the number of frames that it claims, one with that problem.
+    """Read a video file; frames are called ``path#000000`` and so on. An early end of the file is a broken frame.
 
     Raises:
         InspectError: If OpenCV is not installed, or does not read the file.
@@ -171,18 +162,11 @@ def _read_video(cv2: ModuleType, capture, path: str) -> Iterator[Frame]:
 
 
 def camera_frames(index: int, stop: threading.Event, stalled_after: float | None = None) -> Iterator[Frame | None]:
-    """Read a camera until told to stop; frames are called ``camera0@`` and the time in UTC.
+    """Read a camera until `stop` is set; frames are called ``camera0@`` and the time in UTC, None while there is none.
 
-    A thread reads, so that a camera that waits for its trigger, or hangs, holds up neither what is on its way nor the
-    wish to stop. A camera that is lost gives one broken frame, and is opened again every second until it is back.
-
-    Args:
-        index: Number of the camera.
-        stop: Set by whoever wants no more frames.
-        stalled_after: Seconds without a frame after which there is one broken frame; None: a trigger may take long.
-
-    Returns:
-        Frames in RGB order, and None while there is none.
+    A thread reads, so that a hanging camera holds up neither frames in flight nor the stop. A lost camera gives one
+    broken frame and is opened again every second; so does one without a frame for `stalled_after` seconds (None:
+    never).
 
     Raises:
         InspectError: If OpenCV is not installed, or there is no such camera at the start.

@@ -50,18 +50,11 @@ def class_color(label: int) -> tuple[Color, bool]:
 
 
 def draw_marks(drawn: Image.Image, marks: Sequence[Mark]) -> int:
-    """Draw marks into a picture, the first one on top.
+    """Draw marks into an RGB picture, the first one on top; return how many plates were left out.
 
     Lines have a dark rim, so that they show on light and dark parts, and are thin on small boxes. Plates stay within
     the picture and cover neither each other, nor any outline, nor the inside of any but the largest boxes; a plate away
     from its box is tied to it by a line. A plate without a free place is left out.
-
-    Args:
-        drawn: RGB picture, drawn into.
-        marks: The most important first.
-
-    Returns:
-        How many plates were left out.
     """
     draw = ImageDraw.Draw(drawn)
     outlines = [_outline(mark) for mark in marks]

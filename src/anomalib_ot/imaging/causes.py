@@ -41,14 +41,7 @@ class Arrow(NamedTuple):
 
 
 def normal_level(values: np.ndarray) -> float:
-    """Return the value that is usual on this part: normal surroundings are not at 0, their looks vary too.
-
-    Args:
-        values: (H, W) map.
-
-    Returns:
-        The lower quartile of the map's pixels.
-    """
+    """Return the lower quartile of a map (H, W): normal surroundings are not at 0, their looks vary too."""
     return float(np.quantile(values, NORMAL_QUANTILE))
 
 
@@ -164,16 +157,10 @@ def arrows(
 
 
 def bowed_line(start: np.ndarray, end: np.ndarray, points: int = 25, bow: float = BOW) -> np.ndarray:
-    """Return points of an arc from start to end that always bows to the same side, so that swapped ends bow apart.
+    """Return `points` (y, x) of an arc from start to end that always bows to the same side, so that swapped ends bow
+    apart.
 
-    Args:
-        start: (2,) y and x.
-        end: (2,) y and x.
-        points: How many points, >= 2.
-        bow: How far the middle leaves the straight line, in lengths.
-
-    Returns:
-        (points, 2), the first is `start` and the last is `end`.
+    `bow` is how far the middle leaves the straight line, in lengths.
     """
     along = np.linspace(0, 1, points)[:, None]
     side = np.array([-(end - start)[1], (end - start)[0]])

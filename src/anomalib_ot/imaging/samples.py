@@ -62,16 +62,9 @@ def read_samples(path: str | Path, max_pixels: int | None = None) -> Samples:
     channel repeated to three, an orientation tag ignored. 16-bit files are on the scale of 65535. Float files are taken
     as [0, 1] if their greatest value is at most 1, else as [0, 255].
 
-    Args:
-        path: An image file of one of `FORMATS`.
-        max_pixels: More are refused before any is decoded; None: as many as Pillow takes.
-
-    Returns:
-        The samples, as they are in the file.
-
     Raises:
         ImportError: If the file has several 16-bit channels, and OpenCV (PNG) or tifffile (TIFF) is not installed.
-        Exception: One of `UNREADABLE` if the file cannot be read; `read_problem` puts it into words.
+        Exception: One of `UNREADABLE` if the file cannot be read or has over `max_pixels`; see `read_problem`.
     """
     with Image.open(path, formats=FORMATS) as image:
         if max_pixels is not None and image.width * image.height > max_pixels:
@@ -89,12 +82,8 @@ def read_samples(path: str | Path, max_pixels: int | None = None) -> Samples:
 def sample_format(image: Image.Image) -> str:
     """Tell how an opened, not yet loaded image stores a sample.
 
-    Args:
-        image: As ``PIL.Image.open`` returns it; only its header is looked at.
-
-    Returns:
-        ``"float"``, ``"16"`` (one channel of 16 or 32 bits), ``"16 color"`` (PNG and TIFF with several 16-bit
-        channels, which PIL cuts to 8), or ``"8"`` for everything that Anomalib's 8-bit reading gets right.
+    ``"float"``, ``"16"`` (one channel of 16 or 32 bits), ``"16 color"`` (PNG and TIFF with several 16-bit channels,
+    which PIL cuts to 8), or ``"8"`` for everything that Anomalib's 8-bit reading gets right.
     """
     if image.mode == "F":
         return "float"
@@ -144,14 +133,7 @@ def read_problem(path: str | Path, error: BaseException) -> str:
 
 
 def out_of_scale(values: np.ndarray) -> str | None:
-    """Say what is wrong with the values of a 16-bit or float image, if anything is.
-
-    Args:
-        values: All samples of the image.
-
-    Returns:
-        The end of a sentence that begins with the file's name, or None.
-    """
+    """Say what is wrong with the values of a 16-bit or float image, as the end of a sentence; None: nothing."""
     low, high = float(values.min()), float(values.max())
     if values.dtype.kind == "f":
         if not (math.isfinite(low) and math.isfinite(high)):

@@ -45,10 +45,6 @@ class RefinedRegions(NamedTuple):
         """Return which pixels of the image belong to each region, bool (B, K, H, W): mask > threshold within its box.
 
         That is K whole images: where most slots are empty, select the regions before.
-
-        Args:
-            image_size: Height and width of the image, pixels.
-            threshold: Values above it belong to the region, within [0, 1).
         """
         return paste_masks(self.masks, self.boxes, image_size) > threshold
 
@@ -165,7 +161,8 @@ def refine_boxes(
     """Refine the box of each region by its members.
 
     `q_ik = s_i IoU(b_i, b^_k)` for the members, proposals with `P_ik > 0.01`; `p_.k` are the `entropy_weights` of the
-    32 best of them, and the box is `sum_i p_ik b_i`.
+    32 best of them, and the box is `sum_i p_ik b_i`. Gradients reach boxes and scores, and the plan through `merged`
+    alone: who is a member is decided hard.
 
     Args:
         plan: How much of each proposal belongs to each region, (B, N, K).
@@ -175,13 +172,10 @@ def refine_boxes(
         entropy: Least entropy of the weights within a region, nats, >= 0; 1 are 2.7 members, effectively.
 
     Returns:
-        Weights (B, N, K), which sum to 1 in each region, or to 0 in one without members; and boxes (B, K, 4), those so
-        far where there are no members. Gradients reach boxes and scores, and the plan through `merged` alone: who is a
-        member is decided hard.
+        Weights (B, N, K), 1 in all in each region, or 0 in one without members; and boxes (B, K, 4), `merged` there.
 
     References:
-        Z. Lu et al., "Differentiable NMS via Sinkhorn matching for end-to-end fabric defect detection", 2025, weigh the
-        regions of an image so; to weigh the members of a region is ours.
+        Z. Lu et al., arXiv 2505.07040, weigh the regions of an image so; to weigh the members of a region is ours.
 
     >>> boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 12, 10], [0, 0, 30, 10]]])
     >>> plan, scores = torch.tensor([[[1.0], [1.0], [0.0]]]), torch.tensor([[0.9, 0.9, 0.9]])

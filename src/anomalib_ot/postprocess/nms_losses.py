@@ -30,22 +30,11 @@ OWN_SHARE = 1e-6  # of a seed in its region: a region without mass is its seed
 def match_regions(
     boxes: Tensor, scores: Tensor, labels: Tensor, filled: Tensor, gt_boxes: Tensor, gt_labels: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Match the regions of one image with its objects, one to one, at the least total cost.
+    """Match the K regions of one image with its G objects, one to one, at the least total cost: indices (M,) of both.
 
-    `cost = -2 score + 5 |b - b'|_1 - 2 GIoU(b, b')`, with lengths as fractions of the image. Only regions of an
-    object's class can be matched with it, so that objects may stay without one.
-
-    Args:
-        boxes: Boxes (K, 4) of the regions, pixels.
-        scores: Their confidence (K,).
-        labels: Their class indices (K,).
-        filled: Which regions there are, bool (K,).
-        gt_boxes: Objects (G, 4), pixels.
-        gt_labels: Their class indices (G,).
-        scale: Width, height, width and height of the image, (4,), pixels.
-
-    Returns:
-        Indices of matched regions and of their objects, (M,) each.
+    `cost = -2 score + 5 |b - b'|_1 - 2 GIoU(b, b')`, with lengths as fractions of the image (`scale`: width, height,
+    width and height, pixels). Only regions of an object's class can be matched with it, so that objects may stay
+    without one.
 
     Raises:
         ValueError: If a region has NaN or infinite scores or boxes.
@@ -80,23 +69,11 @@ def duplicate_targets(
     gt_labels: Tensor,
     least_iou: float = 0.5,
 ) -> Tensor:
-    """Say which proposals of one image stand for an object, and which only repeat one.
+    """Say which proposals of one image (N,) stand for an object, 1, and which only repeat one, 0; -1: they overlap
+    none.
 
-    From the highest rank down, a proposal takes the object that it overlaps most, of its class and not taken yet. A
-    proposal that overlaps objects enough but finds all of them taken is a duplicate.
-
-    Args:
-        boxes: Proposals (N, 4), pixels.
-        ranks: Scores (N,) after suppression, which decide who comes first.
-        labels: Class indices (N,).
-        valid: Which proposals there are, bool (N,).
-        gt_boxes: Objects (G, 4), pixels.
-        gt_labels: Their class indices (G,).
-        least_iou: Smallest overlap (IoU) with an object, in (0, 1].
-
-    Returns:
-        int64 (N,): 1 stands for an object, 0 is a duplicate, -1 is neither: it overlaps none, which is no matter of
-        duplicates.
+    From the highest rank (N,), the score after suppression, down, a proposal takes the object that it overlaps most, of
+    its class and not taken yet. One that overlaps objects (IoU >= `least_iou`) but finds all taken is a duplicate.
 
     References:
         J. Hosang et al., "Learning non-maximum suppression", CVPR 2017, section 3.

@@ -146,11 +146,7 @@ class SinkhornNMSSettings:
         )
 
     def softened(self, softness: float) -> "SinkhornNMSSettings":
-        """Return these settings with a soft gate, to train with: .1 at first, then less.
-
-        Args:
-            softness: Softness of overlap and order, > 0; the gate then is the mean of its last two rounds.
-        """
+        """Return these settings with a soft gate, the mean of its last two rounds, to train with: .1, then less."""
         return replace(self, overlap_softness=softness, order_softness=softness, average=True)
 
 
@@ -188,15 +184,7 @@ def check_proposals(
     valid: Tensor | None,
     scales: Tensor | None = None,
 ) -> Proposals:
-    """Check proposals and widen them to float32, or float64 where the boxes are.
-
-    Args:
-        boxes: Boxes xyxy (B, N, 4).
-        scores: Scores (B, N).
-        labels: Class indices (B, N), integers.
-        features: Features (B, N, D) or None.
-        valid: Which of them exist (B, N), bool; None: all.
-        scales: How uncertain each side is (B, N, 4), or None.
+    """Check proposals and widen them to float32, or float64 where the boxes are; shapes as in `Proposals`.
 
     Raises:
         ValueError: If a shape or type does not fit; unless traced also if a valid proposal holds NaN or infinite
@@ -295,16 +283,9 @@ class Regions(NamedTuple):
 
 
 def member_weights(plan: Tensor, seeds: Tensor) -> Tensor:
-    """Return the weight of each proposal in its regions' means.
+    """Return the weight (B, N, K) of each proposal in the means of regions with these seeds (B, K): 1 in all for each.
 
     ``(plan_ik + 1e-6 [i is the seed of k]) / sum_i``
-
-    Args:
-        plan: How much of each proposal is in each region (B, N, K), at least 0.
-        seeds: The seed of each region (B, K), an index.
-
-    Returns:
-        Weights (B, N, K), 1 in all for each region.
 
     >>> member_weights(torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]), torch.tensor([[0, 1]]))
     tensor([[[0.5000, 0.0000],
@@ -316,13 +297,7 @@ def member_weights(plan: Tensor, seeds: Tensor) -> Tensor:
 
 
 def heaviest_labels(weights: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the class with most weight times score among each region's members (B, K).
-
-    Args:
-        weights: Weights (B, N, K).
-        scores: Scores (B, N).
-        labels: Class indices (B, N).
-    """
+    """Return the class (B, K) with most weight (B, N, K) times score (B, N) among each region's members."""
     same = (labels.unsqueeze(-1) == labels.unsqueeze(-2)).to(weights)
     votes = same @ (weights * scores.unsqueeze(-1))
     return labels.gather(1, votes.argmax(1))

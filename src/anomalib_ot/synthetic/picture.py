@@ -37,19 +37,7 @@ class Sample:
 def check_arguments(
     seed: int, index: int, defect: str | None, size: tuple[int, int], defects: tuple[str, ...], smallest_side: int
 ) -> None:
-    """Refuse what no picture can be drawn from.
-
-    Args:
-        seed: Names the data set, at least 0.
-        index: Names the image, at least 0.
-        defect: One of ``defects``, or None.
-        size: Height and width in pixels, at least ``smallest_side`` each.
-        defects: The faults that can be drawn.
-        smallest_side: In pixels.
-
-    Raises:
-        ValueError: If one of the first four is none of these.
-    """
+    """Refuse, with a ValueError, what no picture can be drawn from."""
     for name, value in (("seed", seed), ("index", index)):
         if not isinstance(value, (int, np.integer)) or value < 0:
             raise ValueError(f"{name} is {value!r}; expected a whole number of at least 0")
@@ -74,13 +62,7 @@ def resize(field: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def photograph(color: np.ndarray, light_rng: np.random.Generator, sensor_rng: np.random.Generator) -> np.ndarray:
     """Light a scene unevenly, blur it as a lens does, average it to pixels and add the noise of the sensor.
 
-    Args:
-        color: The scene, linear RGB about in [0, 1], float32 (h, w, 3) on the sample points.
-        light_rng: Source of the light's direction, gradient and strength.
-        sensor_rng: Source of the noise.
-
-    Returns:
-        The picture, uint8 (h / OVERSAMPLING, w / OVERSAMPLING, 3).
+    `color` is linear RGB about in [0, 1], float32 (h, w, 3) on the sample points; the picture uint8 (H, W, 3).
     """
     h, w = color.shape[:2]
     u, v = np.linspace(-1, 1, w, dtype=np.float32)[None, :], np.linspace(-1, 1, h, dtype=np.float32)[:, None]
@@ -126,17 +108,13 @@ def measure(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tight_boxes(mask: np.ndarray) -> np.ndarray:
-    """Find the tight box of each connected part of a mask; parts that touch at a corner are one part.
-
-    Args:
-        mask: The mask (H, W); everything but 0 belongs to it.
+    """Find the tight box of each connected part of a mask (H, W); parts that touch at a corner are one part.
 
     Returns:
         Boxes xyxy in pixels, float32 (G, 4), right and bottom exclusive, ordered by the first pixel of each part.
 
-    Example:
-        >>> tight_boxes(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 1, 1]])).tolist()
-        [[0.0, 0.0, 2.0, 2.0], [1.0, 3.0, 3.0, 4.0]]
+    >>> tight_boxes(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 1, 1]])).tolist()
+    [[0.0, 0.0, 2.0, 2.0], [1.0, 3.0, 3.0, 4.0]]
     """
     parts = _parts(np.asarray(mask) != 0)
     boxes = []

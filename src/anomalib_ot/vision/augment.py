@@ -15,17 +15,10 @@ TRIES = 32  # windows drawn for each crop; the one that cuts least is taken
 
 
 def seen_parts(boxes: Tensor, windows: Tensor) -> Tensor:
-    """Say how much of each box each window shows: `|box ∩ window| / (min(w, W) min(h, H))`.
+    """Say how much of each box (G, 4) each window (N, 4) shows: `|box ∩ window| / (min(w, W) min(h, H))`, (N, G).
 
     The measure is what a window of that size (W, H) can show of a box (w, h) at most: a defect that is longer than the
     window counts as wholly seen where it fills the window from side to side.
-
-    Args:
-        boxes: Boxes xyxy (G, 4), pixels, of positive width and height.
-        windows: Windows xyxy (N, 4), pixels.
-
-    Returns:
-        Parts (N, G) in [0, 1].
 
     >>> long_scratch = torch.tensor([[0.0, 4.0, 100.0, 6.0]])
     >>> seen_parts(long_scratch, torch.tensor([[10.0, 0.0, 20.0, 10.0], [10.0, 5.0, 20.0, 15.0]])).flatten()
@@ -38,16 +31,7 @@ def seen_parts(boxes: Tensor, windows: Tensor) -> Tensor:
 
 
 def keep_boxes(sample: Any, keep: Tensor) -> Any:
-    """Drop boxes of a sample, and their labels with them.
-
-    Args:
-        sample: An image alone, or any nest of lists and dictionaries with one `tv_tensors.BoundingBoxes`; the labels
-            are the entry `labels` of a dictionary.
-        keep: Which boxes (G,) stay, bool.
-
-    Returns:
-        The sample without the others.
-    """
+    """Keep those boxes (G,) of a sample, and their `labels`: an image, or a nest of lists and dictionaries."""
     if isinstance(sample, tv_tensors.BoundingBoxes):
         return tv_tensors.wrap(sample[keep], like=sample)
     if isinstance(sample, Mapping):

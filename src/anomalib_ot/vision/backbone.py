@@ -12,13 +12,8 @@ WRAPPERS = ("state_dict", "state_dict_ema", "model", "model_ema")
 
 
 def known_layers(backbone: str) -> list[str]:
-    """List the layers of a timm backbone that features can be taken from, shallow first.
-
-    Args:
-        backbone: Name of a timm model.
-
-    Returns:
-        Layer names such as `layer2` or `blocks.4`.
+    """List the layers of a timm backbone that features can be taken from, shallow first, such as `layer2` or
+    `blocks.4`.
 
     Raises:
         ValueError: If timm knows no such model (the nearest names are in the message), or none of its layers is a map.
@@ -56,13 +51,7 @@ def normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a checkpoint file without running any code in it.
-
-    Args:
-        path: A `.safetensors` file, or a `.pth`/`.pt`/`.bin`/`.ckpt` file that holds tensors (torch's safe loader).
-
-    Returns:
-        The state dict, unwrapped from `state_dict`, `model` and the like.
+    """Read a state dict from `.safetensors`, `.pth`, `.pt`, `.bin` or `.ckpt` without running any code in the file.
 
     Raises:
         ValueError: If the file is missing, unreadable, holds more than tensors, or holds NaN or infinite weights.
@@ -97,16 +86,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(extractor: nn.Module, backbone: str, indices: list[int] | None, weights: str | Path) -> None:
-    """Load a local checkpoint of a timm model into a feature extractor built from that model.
+    """Load a local checkpoint of a timm model into a feature extractor built from that model, in place.
 
-    timm itself maps the names (a feature extractor's differ from the full model's). Tensors that the file lacks would
-    keep their start without a word: they are found by loading twice, once with other numbers in the file.
-
-    Args:
-        extractor: The timm network in use; its weights are replaced in place.
-        backbone: Name of the timm model.
-        indices: `out_indices` of a features-only extractor, None for a transformer used as a whole.
-        weights: Path of the checkpoint.
+    timm itself maps the names. Tensors that the file lacks would keep their start without a word: they are found by
+    loading twice, once with other numbers in the file. `indices` are the `out_indices` of a features-only extractor,
+    None for a transformer used as a whole.
 
     Raises:
         ValueError: If the file does not fit the backbone, or lacks weights of a layer that is used.

@@ -51,21 +51,13 @@ class EvaluatedBoxes(NamedTuple):
 
 
 def box_hits(data: EvaluatedBoxes, iou: float) -> np.ndarray:
-    """Tell which predicted boxes are right, by the rule of Pascal VOC.
+    """Tell which predicted boxes (N,) are right, by the rule of Pascal VOC.
 
     A box is compared with the true box of its image and class that it overlaps most. It is right if their intersection
     over union reaches `iou` and no box of a higher score has taken that truth; a second box on one truth is wrong.
 
-    Args:
-        data: The boxes of a data set.
-        iou: Least intersection over union, in (0, 1].
-
-    Returns:
-        Whether each predicted box is right (N,), bool; for each truth at most one is.
-
     References:
-        Everingham, Van Gool, Williams, Winn, Zisserman: The Pascal Visual Object Classes (VOC) Challenge, IJCV 2010,
-        section 4.2.
+        M. Everingham et al., "The Pascal Visual Object Classes (VOC) Challenge", IJCV 2010, section 4.2.
 
     >>> one, two = np.array([[0.0, 0, 4, 4]]), np.array([[0.0, 0, 4, 4], [0, 0, 4, 3]])
     >>> data = EvaluatedBoxes(1, two, np.array([0.2, 0.9]), *np.zeros((2, 2), int), one, *np.zeros((2, 1), int))
@@ -82,27 +74,19 @@ def box_hits(data: EvaluatedBoxes, iou: float) -> np.ndarray:
 
 
 def average_precision(hits: np.ndarray, scores: np.ndarray, num_truths: int) -> float:
-    r"""Compute the area below the precision-recall curve, with all its points.
+    r"""Compute the area below the precision-recall curve, with all its points; 0 without boxes.
 
     .. math::
         AP = \sum_n (r_n - r_{n-1}) \max_{m \ge n} p_m
 
-    with precision :math:`p_n` and recall :math:`r_n` of the n best boxes.
-
-    Args:
-        hits: Whether each box is right (N,), see `box_hits`.
-        scores: Confidence of each box (N,).
-        num_truths: Number of true boxes, >= 1.
-
-    Returns:
-        The average precision, in [0, 1]; 0 without boxes.
+    with precision :math:`p_n` and recall :math:`r_n` of the n best boxes, of which `hits` (N,) says which are right.
 
     Raises:
         ValueError: If there is no truth, for then there is no recall.
 
     References:
-        Everingham, Winn: The PASCAL VOC 2010 Development Kit, section 3.4.1; Padilla, Netto, da Silva: A Survey on
-        Performance Metrics for Object-Detection Algorithms, IWSSIP 2020, equations 4 and 5.
+        M. Everingham, J. Winn, "The PASCAL VOC 2010 development kit", section 3.4.1; R. Padilla et al., "A survey on
+        performance metrics for object-detection algorithms", IWSSIP 2020, equations 4 and 5.
 
     >>> average_precision(np.array([True, False, True]), np.array([0.9, 0.8, 0.7]), num_truths=2)
     0.8333333333333333
@@ -116,15 +100,7 @@ def average_precision(hits: np.ndarray, scores: np.ndarray, num_truths: int) -> 
 
 
 def class_average_precisions(data: EvaluatedBoxes, iou: float) -> dict[int, float]:
-    """Compute the average precision of each class that has true boxes.
-
-    Args:
-        data: The boxes of a data set.
-        iou: Least intersection over union of a right box, in (0, 1].
-
-    Returns:
-        Class index to average precision, ascending. Boxes of classes without any truth count nowhere.
-    """
+    """Compute the average precision of each class that has true boxes; boxes of other classes count nowhere."""
     hits = box_hits(data, iou)
     found = {}
     for label, num_truths in zip(*np.unique(data.gt_labels, return_counts=True), strict=True):
@@ -187,7 +163,7 @@ class TianchiValues(NamedTuple):
 
 
 def tianchi_values(data: EvaluatedBoxes, image_threshold: float) -> TianchiValues | None:
-    r"""Compute the score of the Tianchi fabric contest, with its two parts.
+    r"""Compute the score of the Tianchi fabric contest, with its two parts; None without true boxes.
 
     .. math::
         0.2 \, ACC + 0.8 \, (mAP_{.1} + mAP_{.3} + mAP_{.5}) / 3
@@ -195,15 +171,7 @@ def tianchi_values(data: EvaluatedBoxes, image_threshold: float) -> TianchiValue
     ACC is the share of images that are rightly called defective or good; an image is called defective if it has a box
     above `image_threshold`. An image that is called good is not handed in: its boxes count in no average precision,
     those of an image that is called defective count all, whatever their score. mAP is the mean over the classes with
-    truths of the all-points average precision of Pascal VOC. Boxes are taken as they are, from edge to edge, without
-    the extra pixel of some evaluators.
-
-    Args:
-        data: The boxes of a data set.
-        image_threshold: Score above which a box makes its image defective, in [0, 1].
-
-    Returns:
-        The values; None without true boxes, where mAP means nothing.
+    truths of the all-points average precision of Pascal VOC, without the extra pixel of some evaluators.
 
     References:
         Tianchi "Guangdong Industrial Intelligence Innovation Contest", fabric defect detection, 2019, rules of round 1,
@@ -220,15 +188,7 @@ def tianchi_values(data: EvaluatedBoxes, image_threshold: float) -> TianchiValue
 
 
 def false_positives_per_good_image(data: EvaluatedBoxes, score_threshold: float) -> float | None:
-    """Count the boxes above a score on images without truths, per such image.
-
-    Args:
-        data: The boxes of a data set.
-        score_threshold: Only boxes above this score count, in [0, 1].
-
-    Returns:
-        The mean number of boxes, >= 0; None if every image has a truth.
-    """
+    """Count the boxes above a score on images without truths, per such image; None if every image has a truth."""
     good = ~data.is_defective
     if not good.any():
         return None
@@ -236,16 +196,7 @@ def false_positives_per_good_image(data: EvaluatedBoxes, score_threshold: float)
 
 
 def class_results(data: EvaluatedBoxes, score_threshold: float, iou: float = 0.5) -> list[ClassResult]:
-    """Tell how well each class is found.
-
-    Args:
-        data: The boxes of a data set.
-        score_threshold: Score above which a box counts as found or false, in [0, 1].
-        iou: Least intersection over union of a right box, in (0, 1].
-
-    Returns:
-        One result for each class with a true box, or with a box above the threshold, by class index.
-    """
+    """Tell how well each class with a true box, or a box above the threshold, is found; by class index."""
     hits, shown = box_hits(data, iou), data.scores > score_threshold
     results = []
     for label in np.union1d(data.gt_labels, data.labels[shown]):

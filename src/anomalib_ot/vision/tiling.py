@@ -70,16 +70,10 @@ class Tiling:
     def merge(
         self, found: Detections, image_size: tuple[int, int], suppress: Callable[[Detections], Tensor]
     ) -> Detections:
-        """Merge the detections of tiles into those of their images.
+        """Merge the detections of tiles (B * T, K), in pixels of the tiles, into those of their images, in theirs.
 
-        Args:
-            found: Detections (B * T, K) in pixels of the tiles.
-            image_size: Height and width of the images, pixels.
-            suppress: Says which detections, sorted by score, are no duplicates.
-
-        Returns:
-            Detections in pixels of the images; parts of an object as their common box, with the best of their scores,
-            and the `scales` of the part that has it.
+        `suppress` says which detections, sorted by score, are no duplicates. Parts of an object become their common
+        box, with the best of their scores, and the `scales` of the part that has it.
         """
         windows = self._windows(*image_size).to(found.boxes)
         count, slots = len(windows), found.scores.shape[1]
@@ -104,16 +98,10 @@ class Tiling:
 
 
 def _join(found: Detections, windows: Tensor, tile: Tensor, rounds: int) -> tuple[Detections, Tensor]:
-    """Join the parts of each object into their common box.
+    """Join the parts of each object, detections (B, N) that are best first, into their common box.
 
-    Args:
-        found: Detections (B, N) in pixels of the image, best first.
-        windows: What the tile of each detection shows (B, N, 4).
-        tile: Its number (B, N).
-        rounds: Most steps from one part of an object to another.
-
-    Returns:
-        The detections with common boxes, and which of them (B, N) is the first, and so the best, of its object.
+    `windows` (B, N, 4) is what the tile of each shows, `tile` (B, N) its number, `rounds` the most steps from part to
+    part. Also returns which detections (B, N) are the first, and so the best, of their object.
     """
     low = torch.maximum(windows[:, :, None, :2], windows[:, None, :, :2])
     high = torch.minimum(windows[:, :, None, 2:], windows[:, None, :, 2:])

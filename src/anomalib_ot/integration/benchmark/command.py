@@ -40,11 +40,7 @@ exit status:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status.
-
-    Args:
-        arguments: The words after `benchmark`; None takes those of the command line.
-    """
+    """Run the command and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
         return _sweep(options)

@@ -51,11 +51,7 @@ class SweepLabels:
     """Short names of jobs: the classes, and as few arguments as tell the jobs of one class apart.
 
     Models are told apart by all their arguments; data only where one model meets them, so that a model which needs
-    another batch size is compared on the same data. Categories are always named. With several accelerators a model's
-    name ends with its own.
-
-    Args:
-        jobs: All jobs of a sweep.
+    another batch size is compared on the same data. Categories are always named, and several accelerators, too.
     """
 
     def __init__(self, jobs: Sequence[SweepJob]) -> None:
@@ -67,12 +63,7 @@ class SweepLabels:
         self._telling = {(part, kind): _telling(group, part) for (part, kind), group in groups.items()}
 
     def of(self, job: SweepJob, part: str) -> str:
-        """Name a job's model or data.
-
-        Args:
-            job: One of the jobs.
-            part: "model" or "data".
-        """
+        """Name a job's `part`, "model" or "data"."""
         kind = _class_of(job, part)
         names = self._telling[part, kind] or ([CATEGORY] if part == "data" else [])
         names = [name for name in names if name in job.flat]
@@ -83,25 +74,12 @@ class SweepLabels:
 
 
 def read_configs(paths: Sequence[str | Path]) -> list[dict]:
-    """Read and check benchmark files.
-
-    Args:
-        paths: YAML files with `accelerator` and `benchmark` (`seed`, `model`, `data`).
-
-    Returns:
-        Their contents.
-
-    Raises:
-        InputError: If a file is not there or not such a file.
-    """
+    """Read and check benchmark files, YAML with `accelerator` and `benchmark`; an `InputError` if one is wrong."""
     return [_read(Path(path)) for path in paths]
 
 
 def sweep_jobs(configs: Sequence[dict]) -> list[SweepJob]:
     """Expand grids as Anomalib's benchmark does; a job that comes twice is one job.
-
-    Args:
-        configs: What `read_configs` returned.
 
     Raises:
         InputError: If there is no job, or a model or data set of a grid is not described as one.

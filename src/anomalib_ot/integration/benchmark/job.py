@@ -42,9 +42,6 @@ def main(words: list[str]) -> None:
 def measured(config: dict) -> dict[str, dict[str, float | None]]:
     """Train and test a model, and measure it.
 
-    Args:
-        config: `accelerator`, `seed`, `model` and `data`.
-
     Returns:
         `figures` of the evaluator, and `costs`: `fit_duration` and `test_duration` in seconds, `latency_ms` (median of
         forwards of one image), `peak_mb` (highest resident memory of this process), `gpu_peak_mb` on CUDA, `state_mb`

@@ -40,9 +40,6 @@ class SweepShare:
     def of_environment(cls, environment: Mapping[str, str]) -> SweepShare:
         """Ask the launcher: RANK and WORLD_SIZE (torchrun and others), else srun's and a job array's variables.
 
-        Args:
-            environment: The variables of this process.
-
         Raises:
             InputError: If the variables are no numbers or do not fit together.
         """
@@ -75,13 +72,7 @@ class SweepShare:
 
 
 def job_environment(environment: Mapping[str, str], threads: int, device: str | None = None) -> dict[str, str]:
-    """Make the environment of a job: without what the launcher said, with its threads, and one device.
-
-    Args:
-        environment: The variables of this process.
-        threads: Threads of the job.
-        device: Its CUDA device, as CUDA_VISIBLE_DEVICES names it; None leaves all visible.
-    """
+    """Make the environment of a job: without what the launcher said, with its threads, and its CUDA device."""
     kept = {
         name: value
         for name, value in environment.items()

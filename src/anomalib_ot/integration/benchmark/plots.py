@@ -21,14 +21,7 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def sweep_plots(table: SweepTable) -> bytes | None:
-    """Draw a table.
-
-    Args:
-        table: Results by model and data.
-
-    Returns:
-        A PNG file, or None if nothing was measured.
-    """
+    """Draw a table as a PNG file; None if nothing was measured."""
     names = [name for name in FIRST_CHOICE if name in table.figures]
     names = [*names, *(name for name in table.figures if name not in FIRST_CHOICE)][:PANELS]
     models = [model for model in table.models if table.count(model)]

@@ -17,13 +17,7 @@ SHOWN = 3  # figures in a line
 
 
 class SweepProgress:
-    """Lines and a bar on standard error.
-
-    Args:
-        total: Jobs that this process will run.
-        share: Its place among others; with several, each line says whose it is.
-        console: Where to; None: standard error.
-    """
+    """Lines and a bar on standard error, for the jobs of one process; with several each line says whose it is."""
 
     def __init__(self, total: int, share: SweepShare, console: Console | None = None) -> None:
         self._total, self._done, self._failed = total, 0, 0

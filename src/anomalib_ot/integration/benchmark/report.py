@@ -80,13 +80,7 @@ class SweepTable:
 
 
 def sweep_table(jobs: Sequence[SweepJob], labels: SweepLabels, rows: Mapping[str, dict]) -> SweepTable:
-    """Put rows together.
-
-    Args:
-        jobs: All jobs of the sweep.
-        labels: Their names.
-        rows: What is known, by key of the job.
-    """
+    """Put rows, by key of the job, together."""
     grouped: dict[tuple[str, str, str], list[float]] = {}
     figures: dict[str, None] = {}
     problems = []
@@ -107,27 +101,13 @@ def sweep_table(jobs: Sequence[SweepJob], labels: SweepLabels, rows: Mapping[str
 
 
 def read_sweep(folder: Path) -> SweepTable:
-    """Read the results of a sweep, finished or not.
-
-    Args:
-        folder: Its `--out`.
-    """
+    """Read the results of a sweep, finished or not, from its `--out`."""
     jobs = sweep_jobs(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     return sweep_table(jobs, SweepLabels(jobs), read_rows(folder))
 
 
 def write_report(folder: Path, jobs: Sequence[SweepJob], labels: SweepLabels, record: SweepRecord) -> dict[str, dict]:
-    """Write `results.csv`, `table.md` and `plots.png` from the rows of all processes.
-
-    Args:
-        folder: Where to.
-        jobs: All jobs of the sweep.
-        labels: Their names.
-        record: The rows.
-
-    Returns:
-        The rows by key, as they were written.
-    """
+    """Write `results.csv`, `table.md` and `plots.png` from the rows of all processes, and return the rows by key."""
     from anomalib_ot.integration.benchmark.plots import sweep_plots
 
     keys = {job.key for job in jobs}

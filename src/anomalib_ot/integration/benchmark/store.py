@@ -29,11 +29,6 @@ class SweepRecord:
     A row is a mapping with `key`, `status` ("done", "failed" or "skipped") and whatever else is known. Rows are lines
     of JSON in `rows-<rank>.jsonl`; a line that a kill has cut short is dropped when its file is opened again.
 
-    Args:
-        folder: New, empty, or of the same configuration.
-        configs: What the benchmark files hold.
-        rank: Number of this process.
-
     Raises:
         InputError: If the folder belongs to something else, or another process writes the same file.
     """
@@ -54,11 +49,7 @@ class SweepRecord:
         self._file.close()
 
     def write(self, row: dict) -> None:
-        """Append a row; it is on the disk when this returns.
-
-        Raises:
-            InputError: If the disk is full or gone.
-        """
+        """Append a row; it is on the disk when this returns; an `InputError` if the disk is full or gone."""
         try:
             self._file.write((json.dumps({**row, "time": time.time()}, default=str) + "\n").encode())
             os.fsync(self._file.fileno())
@@ -73,11 +64,7 @@ class SweepRecord:
 
 
 def read_rows(folder: Path) -> dict[str, dict]:
-    """Read the rows of a folder by key: the last of each job, a finished one before all others.
-
-    Args:
-        folder: That of a sweep, which may be going on.
-    """
+    """Read the rows of a folder by key: the last of each job, a finished one before all others."""
     found: dict[str, dict] = {}
     for path in sorted(folder.glob("rows-*.jsonl")):
         for line in path.read_bytes().splitlines(keepends=True):

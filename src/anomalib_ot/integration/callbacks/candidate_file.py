@@ -22,13 +22,9 @@ class Candidates(NamedTuple):
 
 
 def write_candidates(path: Path, images: Mapping[str, Candidates]) -> None:
-    """Write candidate boxes as a COCO file, whole or not at all; the same boxes give the same bytes.
+    """Write candidate boxes by image as a COCO file, whole or not at all; the same boxes give the same bytes.
 
     Images are in the order of their names. There is no `segmentation`: an empty one stops the import of Label Studio.
-
-    Args:
-        path: The file; a former one is replaced.
-        images: The candidates by the file name of the image.
 
     Raises:
         InputError: If the file cannot be written.

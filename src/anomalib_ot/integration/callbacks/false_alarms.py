@@ -20,14 +20,10 @@ CURE = "add good images for the validation (--data.normal_test_dir), ask for a h
 
 
 def check_rate(max_false_alarms: float | None, post_processor: object) -> None:
-    """Check the argument `max_false_alarms` of a model.
-
-    Args:
-        max_false_alarms: A rate in (0, 1), or None.
-        post_processor: What holds the threshold.
+    """Check the argument `max_false_alarms` of a model, a rate in (0, 1) or None.
 
     Raises:
-        InputError: If the rate is out of range, or there is nothing to hold a threshold.
+        InputError: If the rate is out of range, or the post-processor cannot hold a threshold.
     """
     if max_false_alarms is None:
         return
@@ -43,10 +39,8 @@ def check_rate(max_false_alarms: float | None, post_processor: object) -> None:
 class FalseAlarmThreshold(Callback):
     """Sets the image threshold at the end of each validation from its good images; see `good_threshold`.
 
-    Stands after the post-processor, whose threshold (the F1 optimum) it replaces.
-
-    Args:
-        rate: The highest false-alarm rate to expect, in (0, 1).
+    Stands after the post-processor, whose threshold (the F1 optimum) it replaces. `rate` is the highest false-alarm
+    rate to expect, in (0, 1).
     """
 
     def __init__(self, rate: float) -> None:
@@ -54,11 +48,7 @@ class FalseAlarmThreshold(Callback):
         self._scores: list[Tensor] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse, before the training, validation images that are too few or those of the training.
-
-        Raises:
-            InputError: If they are.
-        """
+        """Refuse with an `InputError`, before the training, good images that are too few or those of the training."""
         del pl_module
         datamodule = trainer.datamodule
         val, train = (getattr(datamodule, f"{name}_data", None) for name in ("val", "train"))
@@ -89,11 +79,7 @@ class FalseAlarmThreshold(Callback):
             self._scores.append(outputs.pred_score.detach().as_subclass(Tensor).flatten()[~label].cpu())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the threshold in every process, from the scores of all.
-
-        Raises:
-            InputError: If the good images are too few.
-        """
+        """Set the threshold in every process, from the scores of all; an `InputError` if good images are too few."""
         if trainer.sanity_checking:
             return
         parts = [part for share in from_all(self._scores) for part in share]

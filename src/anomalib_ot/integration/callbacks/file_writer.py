@@ -21,13 +21,10 @@ __all__ = ["FileWriter", "check_folder", "write_text"]
 
 
 class FileWriter(Callback):
-    """Gather records of tested or predicted images by name, and write one file at the end of the run.
+    """Gather records of tested or predicted images by name, and write one file, `path`, at the end of the run.
 
     Several processes write one file together. A batch is looked at when the next one comes, or the end: callbacks of
     the model, such as the one that normalizes, come after those of the user.
-
-    Args:
-        path: The file to write; its folder is made if need be.
 
     Raises:
         InputError: When the run starts, if the file cannot be written.
@@ -101,11 +98,7 @@ class FileWriter(Callback):
 
 
 def check_folder(path: Path) -> None:
-    """Make the folder of a file and try whether files can be written there.
-
-    Raises:
-        InputError: If they cannot, or the path is that of a folder.
-    """
+    """Make the folder of a file and try whether files can be written there; an `InputError` if not."""
     if path.is_dir():
         raise InputError(f"path is {path}, a folder; expected a file to write, such as {path / 'boxes.json'}")
     try:
@@ -117,15 +110,7 @@ def check_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all.
-
-    Args:
-        path: The file; a former one is replaced.
-        text: What it shall hold.
-
-    Raises:
-        InputError: If the file cannot be written.
-    """
+    """Write a text file, whole or not at all; an `InputError` if it cannot be written."""
     try:
         write_whole(path, text.encode())
     except OSError as error:

@@ -131,11 +131,7 @@ class RegionWriter(FileWriter):
 
 
 def model_threshold(pl_module: "AnomalibModule") -> float:
-    """Return the threshold that a model has for the pixels of its normalized maps.
-
-    Raises:
-        InputError: If its maps are not normalized, or it has found no threshold.
-    """
+    """Return the threshold that a model has for the pixels of its normalized maps; an `InputError` if there is none."""
     post_processor = getattr(pl_module, "post_processor", None)
     cure = "; give RegionWriter a threshold (--trainer.callbacks.threshold), in units of the anomaly map"
     if not isinstance(post_processor, PostProcessor) or not post_processor.enable_normalization:

@@ -88,11 +88,7 @@ class SubmissionWriter(FileWriter):
 
 
 def check_classes(class_names: Sequence[str] | None, model: str) -> None:
-    """Check that a model's classes are those of a round of the contest, in its order.
-
-    Raises:
-        InputError: If they are not.
-    """
+    """Check that a model's classes are those of a round of the contest, in its order; an `InputError` if not."""
     if any(list(class_names or ()) == list(class_table(contest_round)) for contest_round in ROUNDS):
         return
     known = "no classes" if class_names is None else f"the classes {', '.join(class_names)}"

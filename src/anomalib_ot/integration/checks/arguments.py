@@ -26,14 +26,9 @@ STATUS = 2  # of a command line that cannot be understood
 
 
 def short_argument_error(message: str, *, foreign: bool = False) -> str | None:
-    """Say in one line what jsonargparse says of an argument in many.
+    """Say in one line what jsonargparse says of an argument in many; None if it is not about a class of this package.
 
-    Args:
-        message: What it would print.
-        foreign: Whether to do so for Anomalib's own classes too.
-
-    Returns:
-        The line; None if the message is of another kind, or not about a class of this package.
+    `foreign` does so for Anomalib's own classes, too.
 
     >>> short_argument_error("Parser key \\"model\\": - Expected a dot import path string: OTPrototype")
     "--model is 'OTPrototype', which is not known; did you mean 'OTPrototypes'?"
@@ -94,11 +89,8 @@ def install_short_argument_errors(switch: str, before_building: Callable[[], Non
 
     There is no hook for this in jsonargparse: its methods `error` and `instantiate_classes` are wrapped. Anomalib's
     classes get the line too in a command that names one of ours. All other messages go the former way, as does
-    everything with the environment variable `switch` set to 1. Repeated calls change nothing.
-
-    Args:
-        switch: Name of the environment variable that asks for the long form.
-        before_building: Called before a parser builds what was named, such as a logger, which comes before any model.
+    everything with the environment variable `switch` set to 1. `before_building` is called before a parser builds what
+    was named, such as a logger, which comes before any model. Repeated calls change nothing.
     """
     former = ArgumentParser.error
     if hasattr(former, "is_short"):

@@ -66,19 +66,12 @@ def check_images(paths: Iterable[str | Path], description: str) -> ImageReport:
     """Decode image files and stop at bad ones before training does.
 
     Two threads decode, with a progress bar from the first second on. What is found is kept for the life of the process
-    by path, time of change and size, so that fit and test do not decode the same files twice.
-
-    Args:
-        paths: Image files, in any number and order; doubles are read once.
-        description: What they are, for messages and the progress bar, such as "training images".
-
-    Returns:
-        The report on the files.
+    by path, time of change and size. `description` is such as "training images".
 
     Raises:
         InputError: If files are missing, empty, cut off, damaged, no images, under 16 pixels on a side, or hold values
-            outside their scale (see ``read_image_deep``); names the first one and says how many there are. Also if
-            some float files use [0, 1] and others [0, 255].
+            outside their scale (see ``read_image_deep``); names the first one and says how many there are. Also if some
+            float files use [0, 1] and others [0, 255].
     """
     names = list(dict.fromkeys(str(path) for path in paths))
     keys = {name: _key(name) for name in names}

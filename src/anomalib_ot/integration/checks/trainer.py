@@ -15,13 +15,9 @@ LIMIT = "anomalib_ot_limit_val_batches"
 def check_trainer(trainer: Trainer, model: LightningModule) -> None:
     """Check that a trainer can do what it is asked for, and have it check checkpoints when it reads them.
 
-    Args:
-        trainer: In the set-up of a stage.
-        model: The model of the stage.
-
     Raises:
-        InputError: If the precision is not float32, or a training would be skipped or begin in the middle, because
-            the trainer has counted the epochs of an earlier one.
+        InputError: If the precision is not float32, or a training would be skipped or begin in the middle, because the
+            trainer has counted the epochs of an earlier one.
     """
     _check_precision(trainer.precision)
     install_checkpoint_check(trainer)
@@ -33,10 +29,8 @@ def check_trainer(trainer: Trainer, model: LightningModule) -> None:
 def leave_out_validation(trainer: Trainer) -> None:
     """Let a training do without a validation, where its data have none, until `restore_validation`.
 
-    Anomalib's datamodules have no `val_data` with `val_split_mode none`, and ask for it all the same.
-
-    Raises:
-        InputError: If the validation itself was asked for.
+    Anomalib's datamodules have no `val_data` with `val_split_mode none`, and ask for it all the same; an `InputError`
+    if the validation itself was asked for.
     """
     datamodule = trainer.datamodule
     if datamodule is None or not hasattr(datamodule, "train_data") or hasattr(datamodule, "val_data"):
@@ -58,11 +52,7 @@ def restore_validation(trainer: Trainer) -> None:
 
 
 def _check_precision(precision: str) -> None:
-    """Check that a trainer leaves the model in float32: sums over all patches need it.
-
-    Raises:
-        InputError: If the trainer converts the model itself to another precision; mixed precision does not.
-    """
+    """Check that a trainer leaves the model in float32: sums over all patches need it; mixed precision is fine."""
     if precision.endswith("-true") and precision != "32-true":
         raise InputError(
             f"trainer.precision is {precision!r}, in which prototypes cannot be fitted; "

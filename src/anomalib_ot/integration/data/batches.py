@@ -29,16 +29,10 @@ def split_by_cause(
     position_map: torch.Tensor,
     missing_map: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Split an anomaly map into its causes in the ratio of two or three given maps.
+    """Split an anomaly map into its causes in the ratio of two or three given maps, >= 0, of its shape.
 
     feature = anomaly · feature_map / (feature_map + position_map), position = anomaly − feature; with a third map, what
     is missing is split off first.
-
-    Args:
-        anomaly_map: The map to split, >= 0, any shape.
-        feature_map: Weight of the feature cause, >= 0, same shape.
-        position_map: Weight of the position cause, >= 0, same shape.
-        missing_map: Weight of what is missing, >= 0, same shape; None: there are two causes.
 
     Returns:
         The two or three parts; their float32 sum, from the left, is `anomaly_map`, bit for bit. Where the weights are 0
@@ -244,17 +238,11 @@ class ExplainedBatch(ImageBatch, _ExplanationFields):
 
     @classmethod
     def adopt(cls, batch: ImageBatch, **predictions: torch.Tensor | None) -> "ExplainedBatch":
-        """Turn an `ImageBatch` into an `ExplainedBatch` in place, and set its predictions.
+        """Turn an `ImageBatch` into an `ExplainedBatch` in place, set its predictions by name, and return it.
 
         In place, because Anomalib's evaluator and visualizer read the batch that the trainer holds, not what the test
-        step returns; and `ImageBatch.update` drops the fields that it does not know.
-
-        Args:
-            batch: The batch that the trainer passed to the step; an `ExplainedBatch` keeps the fields not named here.
-            predictions: Fields of this class by name.
-
-        Returns:
-            `batch` itself. On an error it is left as it was.
+        step returns; and `ImageBatch.update` drops the fields that it does not know. On an error the batch is left as
+        it was.
 
         Raises:
             TypeError: If `batch` is of another class, or a prediction is not a field.

@@ -291,17 +291,11 @@ def write_coco(
 def check_no_corners(path: Path, boxes: Iterable[Sequence[float]], sizes: Iterable[tuple[int, int]]) -> None:
     """Check that the boxes of a file are not (left, top, right, bottom): such would be clipped to wrong ones.
 
-    They look so if most reach over the border of their image as (x, y, width, height), and none does as corners.
-
-    Args:
-        path: The file, for the message.
-        boxes: Four numbers for each box as the file has them; those that are not finite do not count.
-        sizes: Width and height of each box's image, pixels.
+    They look so if most reach over the border of their image (width, height) as (x, y, width, height), and none does as
+    corners; boxes that are not finite do not count.
 
     Raises:
         InputError: If they look like corners.
-
-    >>> check_no_corners(Path("a.json"), [(50, 30, 40, 40)] * 6, [(100, 80)] * 6)
     """
     values, limits = np.asarray(list(boxes), dtype=float).reshape(-1, 4), np.asarray(list(sizes), dtype=float)
     finite = np.isfinite(values).all(axis=1)
@@ -318,13 +312,7 @@ def check_no_corners(path: Path, boxes: Iterable[Sequence[float]], sizes: Iterab
 
 
 def are_fractions(boxes: Iterable[Sequence[float]]) -> np.ndarray:
-    """Tell which boxes lie within the first pixel of their image: they can only be meant as parts of the image.
-
-    Args:
-        boxes: Four numbers for each box, position and size or two corners; NaN for those that have none.
-
-    Returns:
-        For each box (N,) whether all four lie in 0 to 1.
+    """Tell which boxes (N,) lie within the first pixel of their image: they can only be meant as parts of the image.
 
     >>> are_fractions([(0.5, 0.25, 0.1, 0.2), (0, 0, 2, 1)]).tolist()
     [True, False]
@@ -335,17 +323,7 @@ def are_fractions(boxes: Iterable[Sequence[float]]) -> np.ndarray:
 
 
 def check_no_fractions(path: Path, boxes: Sequence[Sequence[float]]) -> None:
-    """Check that the boxes of a file are not in fractions of the image: as pixels they would be nothing.
-
-    Args:
-        path: The file, for the message.
-        boxes: Four numbers for each box as the file has them; those that are not finite do not count.
-
-    Raises:
-        InputError: If more than half are.
-
-    >>> check_no_fractions(Path("a.json"), [(50, 30, 40, 40)])
-    """
+    """Check that not more than half of the boxes of a file are fractions of the image; an `InputError` if so."""
     found = int(are_fractions(boxes).sum())
     usable = int(np.isfinite(np.asarray(boxes, dtype=float).reshape(-1, 4)).all(axis=1).sum())
     if 2 * found > usable:
@@ -357,12 +335,6 @@ def check_no_fractions(path: Path, boxes: Sequence[Sequence[float]]) -> None:
 
 def load_lists(path: Path) -> dict[str, list]:
     """Load a COCO file; its lists hold objects, and there is an image and a category.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content, with the lists ``images``, ``annotations`` and ``categories``.
 
     Raises:
         InputError: If there is no such file, or it is not JSON in UTF-8 or not COCO.

@@ -116,11 +116,7 @@ class BoxDataModule(AnomalibDataModule):
 
     @abstractmethod
     def _read(self, findings: Findings) -> BoxContent:
-        """Read the records of all subsets, without opening more images than needed.
-
-        Args:
-            findings: Counts what is odd but can be used.
-        """
+        """Read the records of all subsets, without opening more images than needed; what is odd is counted."""
 
     def _cure_of_split(self, name: str) -> str:
         """Say what fills a subset that the split has left empty."""
@@ -197,16 +193,6 @@ def _count_overlap(subsets: Mapping[str, Sequence[LabeledImage]], findings: Find
 
 
 def check_ratio(name: str, value: float) -> None:
-    """Check that a part of a split lies between 0 and 1.
-
-    Args:
-        name: Name of the argument.
-        value: What came.
-
-    Raises:
-        InputError: If it does not.
-
-    >>> check_ratio("val_split_ratio", 0.2)
-    """
+    """Check that a part of a split lies between 0 and 1; an `InputError` if not."""
     if not 0 < value < 1:
         raise InputError(f"{name} is {value}; expected a number between 0 and 1, both excluded")

@@ -71,19 +71,10 @@ class DataPaths:
 def check_datamodule(datamodule: object, stage: str | None = None) -> DataPaths:
     """Check the data before the model sees it, and list its files.
 
-    Call it twice for the whole picture: in the model's ``prepare_data``, where Lightning has not set the datamodule up
-    yet (the files are then discovered on a copy, and failures of Anomalib come as ``InputError``), and in the model's
-    ``setup``, where the split that training will use can be seen. Neither call changes the datamodule, its split, or
-    the state of a random number generator. The images themselves are not decoded: see ``check_images``.
-
-    Args:
-        datamodule: What the trainer holds; anything but an ``AnomalibDataModule`` (plain data loaders, None) is not
-            checked and has no paths.
-        stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-
-    Returns:
-        The image paths of each subset, and the mask paths. Before Lightning's set-up there is no split yet: ``train``
-        then holds all normal images and ``val`` is empty.
+    Call it in the model's ``prepare_data``, where Lightning has not set the datamodule up yet (files are discovered on
+    a copy: ``train`` then holds all normal images and ``val`` is empty), and in its ``setup``, where the split can be
+    seen. Neither call changes the datamodule, its split, or a random number generator. Images are not decoded: see
+    ``check_images``. Anything but an ``AnomalibDataModule`` is not checked and has no paths.
 
     Raises:
         InputError: If a folder is missing or holds no image, fewer than two images are left to train on, a mask is
@@ -117,14 +108,7 @@ def check_datamodule(datamodule: object, stage: str | None = None) -> DataPaths:
 
 
 def dataset_image_paths(dataset: Dataset) -> list[str]:
-    """List the image files of an Anomalib dataset.
-
-    Args:
-        dataset: A dataset with a ``samples`` frame, a ``PredictDataset``, or any other one (which has no known paths).
-
-    Returns:
-        The paths as the batches carry them in ``image_path``.
-    """
+    """List the image files of an Anomalib dataset, as batches carry them; other datasets have no known paths."""
     samples = getattr(dataset, "samples", None)
     paths: Iterable[object] = getattr(dataset, "image_filenames", []) if samples is None else samples["image_path"]
     return [str(path) for path in paths]
@@ -231,14 +215,7 @@ def count_odd_masks(masks: Iterable[str], findings: Findings) -> None:
     """Count masks that are empty, full or inverted for Anomalib, or of other objects than for this package.
 
     Anomalib takes every gray value above 0 as a defect; what that makes of noise, of transparency and of palettes is
-    not what `read_mask` makes of them. Masks are read once per process.
-
-    Args:
-        masks: The files.
-        findings: Counts them.
-
-    Raises:
-        InputError: If a mask cannot be read.
+    not what `read_mask` makes of them. Masks are read once per process; an `InputError` if one cannot be.
     """
     for mask in dict.fromkeys(masks):
         for what in _oddities(mask, os.stat(mask).st_mtime_ns):

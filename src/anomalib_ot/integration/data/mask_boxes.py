@@ -199,16 +199,7 @@ class MaskBoxes(BoxDataModule):
 
 
 def find_images(folder: Path, findings: Findings, *, deep: bool = True, without: Collection[Path] = ()) -> list[Path]:
-    """List the images of a folder.
-
-    Args:
-        folder: Where to look.
-        findings: Counts hidden images and folders, and files of other kinds, which are passed over.
-        deep: Whether to look into the folders below, links to folders too.
-        without: Folders below that are read elsewhere.
-
-    Returns:
-        Their paths, sorted.
+    """List the images of a folder, sorted, and if `deep` below it, but for folders `without`; what is odd is counted.
 
     Raises:
         InputError: If a folder cannot be read, or leads back into itself.

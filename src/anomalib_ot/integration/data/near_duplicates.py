@@ -31,18 +31,14 @@ _PATIENCE = 1.0  # seconds of silence before the progress bar
 def image_hashes(paths: Sequence[str], cache: Path | None = None) -> np.ndarray:
     """Hash images by what they look like: signs of the 16 x 16 lowest frequencies against their median.
 
-    Args:
-        paths: Image files; JPEG files are decoded at a fraction of their size.
-        cache: File that keeps hashes by path, time of change and size. None: one in the user's cache.
-
-    Returns:
-        Hashes (N, 4), uint64. Two unrelated images differ in about 128 of the 256 bits.
+    Hashes (N, 4), uint64, of two unrelated images differ in about 128 of the 256 bits. `cache` keeps them by path, time
+    of change and size; None: a file in the user's cache.
 
     Raises:
         InputError: If an image cannot be read.
 
     References:
-        Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010, section 3.2 (DCT hash).
+        C. Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010, section 3.2 (DCT hash).
     """
     if cache is None:
         cache = user_cache_path("anomalib-ot", appauthor=False) / "image_hashes.json"
@@ -57,14 +53,7 @@ def image_hashes(paths: Sequence[str], cache: Path | None = None) -> np.ndarray:
 
 
 def near_duplicate_groups(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """Number the groups of images that chains of near duplicates hold together.
-
-    Args:
-        hashes: Hashes (N, 4), see ``image_hashes``.
-        distance: In how many of the 256 bits two near duplicates differ at most; 0 groups equal hashes only.
-
-    Returns:
-        The group (N,) of each image, from 0 on.
+    """Number the groups (N,) of images that chains of near duplicates, at most `distance` bits apart, hold together.
 
     >>> near_duplicate_groups(np.array([[0, 0, 0, 0], [2**40, 0, 0, 0], [7, 7, 7, 7], [3, 0, 0, 1]], np.uint64), 3)
     array([0, 0, 1, 0])

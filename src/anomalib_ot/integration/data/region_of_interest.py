@@ -23,7 +23,7 @@ EXPECTED = "expected the path of a mask image, or polygons [[[x, y], [x, y], [x,
 
 
 def read_region(roi: str | Path | Polygons, image_size: Sequence[int]) -> tuple[Tensor, tuple[int, int] | None]:
-    """Return which pixels count, at the size that the network gets images in.
+    """Return which pixels count, (H, W) bool, at the size that the network gets images in.
 
     Args:
         roi: Path of a mask image, not 0 inside; or polygons, each a list of at least 3 points (x, y) from 0 to 1, from
@@ -31,11 +31,10 @@ def read_region(roi: str | Path | Polygons, image_size: Sequence[int]) -> tuple[
         image_size: Height and width of the result, pixels.
 
     Returns:
-        The pixels (H, W), bool; and width and height of the mask image, None of polygons.
+        The pixels; and width and height of the mask image, None of polygons.
 
     Raises:
-        InputError: If the file is not there or no image, a polygon has fewer than 3 points or leaves the image, or
-            nothing is inside.
+        InputError: If the file is not there or no image, a polygon is invalid, or nothing is inside.
     """
     height, width = (int(side) for side in image_size)
     size = None
@@ -61,14 +60,9 @@ def read_region(roi: str | Path | Polygons, image_size: Sequence[int]) -> tuple[
 
 
 def check_shape(paths: Iterable[str | Path], size: tuple[int, int] | None, description: str) -> None:
-    """Check that images have the shape of the mask image that says what counts.
+    """Check that images have the shape (width, height) of the mask image that says what counts; None: there is none.
 
     Only headers are read; what cannot be read is passed over, for those to tell that read all of it.
-
-    Args:
-        paths: Image files.
-        size: Width and height of the mask image; None: the region is not from one.
-        description: What the images are, for the message.
 
     Raises:
         InputError: If the ratio of width and height of an image differs by more than 2 %.

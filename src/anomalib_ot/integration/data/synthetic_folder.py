@@ -126,11 +126,7 @@ class SyntheticFolder:
     def ensure(self, root: Path) -> None:
         """Make sure that ``root`` holds exactly this data set: draw it if nothing is there, else look what is there.
 
-        Args:
-            root: The data set's folder. Any number of processes may ask for it at once.
-
-        Raises:
-            InputError: If ``root`` holds something else, or the data set with files missing or added.
+        Any number of processes may ask for it at once; an `InputError` if ``root`` holds something else.
         """
         if root.is_dir() and any(root.iterdir()):
             self._check(root)

@@ -50,13 +50,7 @@ ROUND_2: dict[str, tuple[str, ...]] = {
 
 
 def class_table(contest_round: int) -> dict[str, tuple[str, ...]]:
-    """Return the classes of a round, each with the Chinese names that count as it.
-
-    Args:
-        contest_round: 1 or 2.
-
-    Raises:
-        ValueError: If there is no such round.
+    """Return the classes of round 1 or 2, each with the Chinese names that count as it; a ValueError for another round.
 
     >>> len(class_table(1)), len(class_table(2))
     (20, 15)
@@ -69,12 +63,6 @@ def class_table(contest_round: int) -> dict[str, tuple[str, ...]]:
 
 def class_of_name(contest_round: int) -> dict[str, int]:
     """Map each Chinese name to its class index; the official number is one higher.
-
-    Args:
-        contest_round: 1 or 2.
-
-    Raises:
-        ValueError: If there is no such round.
 
     >>> class_of_name(1)["油渍"], class_of_name(2)["其他"]
     (1, 14)

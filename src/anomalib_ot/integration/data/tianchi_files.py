@@ -49,19 +49,11 @@ class _Archive:
 
 
 def read_tianchi(root: Path, contest_round: int, findings: Findings) -> list[FabricImage]:
-    """Find the training images of a round and their annotations.
+    """Find the training images of a round and their annotations; those of normal fabric have no entries.
 
-    Annotations belong to the images of their own archive. Those of names that it lacks go to the archives that have
-    the image, as parts of one archive share a file of annotations. Copies of one image in several archives are one.
-
-    Args:
-        root: Folder that holds the unpacked archives (``guangdong1_round1_train1_20190818`` and the like), directly or
-            in folders of their own, or one of these archives itself.
-        contest_round: 1 or 2.
-        findings: Counts copies, annotations without image, and images that cannot be used.
-
-    Returns:
-        The images; those of normal fabric have no entries.
+    Annotations belong to the images of their own archive. Those of names that it lacks go to the archives that have the
+    image, as parts of one archive share a file of annotations. Copies of one image in several archives are one. `root`
+    holds the unpacked archives (``guangdong1_round1_train1_20190818`` and the like), or is one of them.
 
     Raises:
         InputError: If there are no such folders, images or annotations, the annotations are no list of boxes, a defect

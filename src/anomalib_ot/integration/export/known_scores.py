@@ -12,11 +12,7 @@ NUM_QUANTILES = 101  # 0 %, 1 %, ... 100 %
 
 
 def summarized_scores(scores: Tensor, labels: Tensor | None = None) -> dict[str, Any] | None:
-    """Summarize image scores (n,) as plain data.
-
-    Args:
-        scores: One score per image, of any scale.
-        labels: Whether images are defective (n,); None: not known.
+    """Summarize image scores (n,), of images that are defective or not (n,) or nobody knows, as plain data.
 
     Returns:
         `count`, 101 ascending `quantiles`, and `good`, the two of good images alone (None: there are none, or nobody

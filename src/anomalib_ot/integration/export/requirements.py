@@ -32,11 +32,7 @@ CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
 
 
 def check_export_root(export_root: Path | str) -> None:
-    """Make the folder to export to, before minutes of work.
-
-    Raises:
-        InputError: If it cannot be made, or written to.
-    """
+    """Make the folder to export to, before minutes of work; an `InputError` if it cannot be made, or written to."""
     path, cure = Path(export_root), "give a folder that can be written"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -48,15 +44,7 @@ def check_export_root(export_root: Path | str) -> None:
 
 
 def check_input_size(model: Any, input_size: Sequence[int] | None) -> None:
-    """Refuse a graph for images of any size if nothing in it brings them to one.
-
-    Args:
-        model: The model.
-        input_size: Height and width that the graph is to take, pixels; None: any.
-
-    Raises:
-        InputError: If there is no resize and no size.
-    """
+    """Refuse, with an `InputError`, a graph for images of any size (None) if nothing in it brings them to one."""
     transform = getattr(model.pre_processor, "export_transform", None)
     parts = [] if transform is None else [*transform.modules(), *flat_transforms(transform)]
     if input_size is None and not any(isinstance(part, AntialiasResize | Resize) for part in parts):
@@ -83,14 +71,8 @@ def export_call() -> dict[str, Any]:
 def given_to_export(kind: type) -> dict[str, Any]:
     """Find the arguments of the model that Anomalib's `Engine.export` was given together with a checkpoint.
 
-    It loads the checkpoint as another model, with the arguments of the training. What differs from the defaults of
-    the class counts as given.
-
-    Args:
-        kind: Class of the model that is being loaded.
-
-    Returns:
-        Values by argument; none outside of such a call.
+    It loads the checkpoint as another model, with the arguments of the training. What differs from the defaults of the
+    class `kind` counts as given; nothing does outside of such a call.
     """
     model = export_call().get("model")
     if type(model) is not kind:
@@ -106,14 +88,7 @@ def given_to_export(kind: type) -> dict[str, Any]:
 
 
 def check_uncompressed(form: str) -> None:
-    """Refuse a `compression_type` that Anomalib's `Engine.export` was given and drops: only OpenVINO exports have one.
-
-    Args:
-        form: What is exported, "onnx" or "torch".
-
-    Raises:
-        InputError: If there is one.
-    """
+    """Refuse a `compression_type` that `Engine.export` was given and drops: only OpenVINO exports have one."""
     kind = export_call().get("compression_type")
     if kind is not None:
         raise InputError(
@@ -123,11 +98,7 @@ def check_uncompressed(form: str) -> None:
 
 
 def check_packages(kind: CompressionType | None, datamodule: AnomalibDataModule | None) -> None:
-    """Check that there is what an export to OpenVINO needs.
-
-    Raises:
-        InputError: If a package is missing, or images to calibrate with.
-    """
+    """Check that there are the packages, and images to calibrate with, that an export to OpenVINO needs."""
     needed = ["openvino"] if kind in PRECISIONS else ["openvino", "nncf"]
     missing = [name for name in needed if not module_available(name)]
     if missing:

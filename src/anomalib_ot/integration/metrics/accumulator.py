@@ -78,11 +78,7 @@ class BoxRecord(Metric):
         return _evaluated_boxes(numbers.detach().cpu().numpy())
 
     def coco(self, *, class_agnostic: bool = False) -> dict[str, float]:
-        """Return the summary of `coco_summary`, computed at most once between updates.
-
-        Args:
-            class_agnostic: Whether all boxes count as one class.
-        """
+        """Return the summary of `coco_summary`, computed at most once between updates."""
         boxes = self.compute()
         if self._summarized is not boxes:
             self._summaries, self._summarized = {}, boxes
@@ -102,16 +98,12 @@ def coco_summary(boxes: EvaluatedBoxes) -> dict[str, float]:
     Means go over the classes that have true boxes; boxes of other classes count nowhere. As COCO does, of each image
     and class the 100 best boxes count.
 
-    Args:
-        boxes: The boxes of a data set.
-
     Returns:
         `map` (IoU .5 to .95), `map_50`, `map_75`, `map_small` (truths below 32² pixels), `map_medium`, `map_large`
         (above 96²), each in [0, 1], or -1 where there is no truth to find.
 
     References:
-        Lin, Maire, Belongie, Hays, Perona, Ramanan, Dollár, Zitnick: Microsoft COCO: Common Objects in Context,
-        ECCV 2014.
+        T.-Y. Lin et al., "Microsoft COCO: Common objects in context", ECCV 2014.
     """
     names = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
     if not len(boxes.gt_boxes):

@@ -15,11 +15,7 @@ DONE, REFUSED = 0, 2
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 if there is no table to report.
-
-    Args:
-        arguments: The words after `report`; None takes those of the command line.
-    """
+    """Run the command and return its exit status: 0, or 2 if there is no table to report."""
     parser = argparse.ArgumentParser(
         prog="anomalib-ot report",
         description="Make the report of a run again, from its table: one HTML file that opens from disk.",

@@ -33,14 +33,7 @@ NAMED = 3  # classes of boxes on a card
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Read what is known of a run beside its rows; nothing if there is no such file.
-
-    Args:
-        path: The file `run.json`.
-
-    Raises:
-        InputError: If it is damaged.
-    """
+    """Read what is known of a run beside its rows, `run.json`; nothing if there is none; an `InputError` if damaged."""
     if not path.is_file():
         return {}
     try:
@@ -56,13 +49,9 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def report_page(lines: Path) -> tuple[str, Summary]:
-    """Make the report of a table; what is beside it (`run.json`, `thumbnails`) is put in.
+    """Make the report of a table; what is beside it (`run.json`, `thumbnails`) is put in; and what it says in numbers.
 
-    Args:
-        lines: The table: `predictions.jsonl` of a run, or lines of `anomalib-ot inspect`.
-
-    Returns:
-        The page, and what it says in numbers.
+    `lines` are `predictions.jsonl` of a run, or those of `anomalib-ot inspect`.
 
     Raises:
         InputError: If a file is damaged, or there is no row.
@@ -95,13 +84,7 @@ def report_page(lines: Path) -> tuple[str, Summary]:
 
 
 def write_report(lines: Path) -> Path:
-    """Write the report of a table beside it, whole or not at all.
-
-    Args:
-        lines: `predictions.jsonl` of a run, whose report is `report.html`; of another file it has that file's name.
-
-    Returns:
-        The report.
+    """Write the report of a table beside it, whole or not at all: `report.html`, or by the name of another file's.
 
     Raises:
         InputError: If the table is damaged or empty, or the report cannot be written.

@@ -21,9 +21,6 @@ KNOWN = (GOOD, DEFECTIVE, None)
 class Selection:
     """Keep the entries that a report shows: wrong verdicts before all others, then the highest scores.
 
-    Args:
-        limit: How many, >= 1.
-
     >>> selection = Selection(1)
     >>> for score in (0.2, 0.9, 0.4):
     ...     row = {"score": score, "verdict": "good"}
@@ -101,12 +98,7 @@ class Summary:
 
 
 def summarized(rows: Iterable[dict[str, Any]], limit: int = MOST_SHOWN) -> Summary:
-    """Read rows once and say what they say together; memory grows by a number per image.
-
-    Args:
-        rows: As `read_rows` gives them.
-        limit: How many to show at most.
-    """
+    """Read rows once and say what they say together; memory grows by a number per image."""
     made, selection, folders, total = Summary(), Selection(limit), _CommonFolder(), 0
     for row in rows:
         made.images += 1

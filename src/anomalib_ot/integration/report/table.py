@@ -52,15 +52,9 @@ NUMBERS = ("score", "threshold", "p_value", "transport_score", "transport_thresh
 
 
 def as_line(row: Mapping[str, Any]) -> bytes:
-    """Return a row as a line of strict JSON in UTF-8.
+    """Return a row as a line of strict JSON in UTF-8; a ValueError if it holds NaN or infinite values.
 
     Letters of all scripts stay as they are; only a path that is no valid Unicode is escaped.
-
-    Args:
-        row: Plain data.
-
-    Raises:
-        ValueError: If it holds NaN or infinite values.
 
     >>> as_line({"path": "Tür.png"}).decode()
     '{"path": "Tür.png"}\\n'
@@ -74,11 +68,7 @@ def as_line(row: Mapping[str, Any]) -> bytes:
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Read rows one by one: those of a run, or lines of `anomalib-ot inspect`, which are made alike.
 
-    Args:
-        path: The JSON lines.
-
-    Yields:
-        Rows with at least `path`, `verdict` ("defective", "good", "unknown", of `inspect` also "error") and `score`.
+    They have at least `path`, `verdict` ("defective", "good", "unknown", of `inspect` also "error") and `score`.
 
     Raises:
         InputError: If the file cannot be read, or a line of it is no result.
@@ -130,15 +120,7 @@ def _refuse_constant(word: str) -> None:
 
 
 def csv_parts(rows: Iterable[Mapping[str, Any]], *, with_p_value: bool) -> Iterator[bytes]:
-    """Turn rows into a CSV file (RFC 4180, UTF-8, a header), part by part.
-
-    Args:
-        rows: As `read_rows` gives them.
-        with_p_value: Whether there is a column for p-values.
-
-    Yields:
-        The header, then a line for each row. Boxes and regions are cells of JSON.
-    """
+    """Turn rows into a CSV file (RFC 4180, UTF-8, a header), part by part; boxes and regions are cells of JSON."""
     columns = [name for name in COLUMNS if with_p_value or name != "p_value"]
     yield _cells(columns)
     for row in rows:

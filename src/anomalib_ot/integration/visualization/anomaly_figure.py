@@ -31,16 +31,7 @@ LONGEST = 3  # longest side of a panel, in panel sizes
 
 
 def draw_arrows(image: Image.Image, chosen: list[Arrow], color: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """Draw arrows with a dark rim; a dot marks where the patch is, the head points to where it belongs.
-
-    Args:
-        image: The panel's image.
-        chosen: Arrows in fractions of the image.
-        color: RGB of the arrows.
-
-    Returns:
-        RGB image of the same size.
-    """
+    """Draw arrows with a dark rim; a dot marks where the patch is, the head points to where it belongs."""
     fine = 3
     size = np.array([image.height, image.width], dtype=float) * fine
     layer = Image.new("RGBA", (image.width * fine, image.height * fine), (*DARK, 0))

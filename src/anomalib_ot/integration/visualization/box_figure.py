@@ -30,13 +30,10 @@ MOST_DRAWN = 12  # boxes; with more an early training covers the part
 
 
 def draw_soft_edges(drawn: Image.Image, box: np.ndarray, scales: np.ndarray, color: tuple[int, int, int]) -> None:
-    """Lay a haze along the sides of a box: at a distance d its strength is `1 / (1 + (d / scale)^2)`, Cauchy's curve.
+    """Lay a haze along the sides of a box xyxy (4,), pixels, into an RGB picture.
 
-    Args:
-        drawn: RGB picture, drawn into.
-        box: xyxy (4,), pixels of the picture.
-        scales: Scale (4,) of the left, top, right and bottom side, pixels of the picture.
-        color: Of the haze.
+    At a distance d its strength is `1 / (1 + (d / scale)^2)`, Cauchy's curve, with scales (4,) of left, top, right and
+    bottom.
     """
     x1, y1, x2, y2 = box.tolist()
     left, top, right, bottom = scales.tolist()
@@ -86,25 +83,18 @@ def box_picture(
 ) -> Image.Image:
     """Draw one part with the boxes above a score, and known defects dashed beside them.
 
-    The 12 most certain boxes are drawn; the header says how many more there are. All of them count for what was found.
-
-    Where `scales` are known, a haze along each side shows how unsure it is.
-
-    A known defect is missed if no box above the score, of any class, overlaps it by .3 or more (intersection over
-    union). Boxes too small for the eye are framed, and enlarged below with their names.
+    The 12 most certain boxes are drawn; all count for what was found. Where `scales` are known, a haze along each side
+    shows how unsure it is. A known defect is missed if no box above the score, of any class, overlaps it by .3 or more
+    (intersection over union). Boxes too small for the eye are framed, and enlarged below with their names.
 
     Args:
         image: The part, at any size.
         found: Its boxes.
-        class_names: By index; a class without a name, or with one in a script that the font lacks, is called by its
-            index.
+        class_names: By index; a class without a name, or with one that the font lacks, is called by its index.
         score_threshold: Only boxes above this score are drawn, in [0, 1].
         verdict: What the header says; None: decided by the highest score.
         image_note: What to say below about the image itself.
         size: Greatest width of the part in pixels, >= 320; its height is at most .7 of that.
-
-    Returns:
-        RGB picture.
 
     Raises:
         ValueError: If `size` is too small, or the boxes do not fit together or hold NaN.

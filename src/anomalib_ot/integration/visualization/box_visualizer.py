@@ -62,19 +62,11 @@ class BoxVisualizer(PictureWriter):
         score_threshold: float = SCORE_THRESHOLD,
         name: str | None = None,
     ) -> Image.Image:
-        """Draw one item.
+        """Draw an item with predicted boxes, and its true ones if it has them; a ValueError if it has no predicted
+        ones.
 
-        Args:
-            item: With its predicted boxes; true boxes are drawn too if it has them.
-            class_names: By index; None: classes are called by their index.
-            score_threshold: Only boxes above this score are drawn, in [0, 1], unless the visualizer has its own.
-            name: File name to print; None: the last two parts of the item's path.
-
-        Returns:
-            RGB picture.
-
-        Raises:
-            ValueError: If the item has no predicted boxes.
+        The visualizer's own threshold comes before `score_threshold`; `name` None: the last two parts of the item's
+        path.
         """
         if any(getattr(item, name, None) is None for name in ("pred_boxes", "pred_box_scores", "pred_box_labels")):
             raise ValueError(

@@ -20,17 +20,12 @@ TITLE_SIZE, TEXT_SIZE, LINE = 17, 14, 19
 
 
 def contact_sheet(rows: Sequence[tuple[str, Mapping[str, Any]]], width: int = 1200) -> Image.Image:
-    """Draw parts in rows: name and verdict at the left, then the panels of `explain_picture`.
+    """Draw parts in rows: name and verdict at the left, then the panels of `explain_picture`, all of one area.
 
-    Args:
-        rows: A name, and the arguments of `explain_picture` (without sizes), per part; all with the same panels.
-        width: Of the sheet, in pixels, >= 600.
-
-    Returns:
-        RGB picture; the parts keep their aspect ratio, and all panels have one area.
+    Rows are a name and the arguments of `explain_picture` (without sizes); all with the same panels.
 
     Raises:
-        ValueError: If there is no row, the width is too small, or rows have different panels.
+        ValueError: If there is no row, the width is below 600 pixels, or rows have different panels.
 
     Example:
         >>> contact_sheet([("scratch", {"image": Image.new("L", (64, 64)), "verdict": Verdict(score=0.7)})]).width

@@ -40,12 +40,8 @@ class Verdict:
     def count_is_anomalous(self, inside: bool | None) -> bool:
         """Whether the part is bad because something is missing or there is one too many.
 
-        Args:
-            inside: Whether any pixel is predicted defective; None: not known.
-
-        Returns:
-            Whether the transport score alone makes the part defective; where its threshold is not known, whether it
-            must, because no pixel does.
+        The transport score alone makes it defective, or must, because no pixel does (`inside`), if its threshold is not
+        known.
         """
         if not self.decision() or self.transport_score is None:
             return False
@@ -68,19 +64,10 @@ def header(
     normalized: bool = True,
     remarks: Sequence[tuple[str, str]] = (),
 ) -> Image.Image:
-    """Draw what is known about the part as a whole, the most important first.
+    """Draw what is known about the part as a whole, the most important first, in a strip of this width.
 
-    Args:
-        width: Of the strip, in pixels; what does not fit goes on in a new line.
-        verdict: Score, decision, truth and name.
-        shares: How much each cause adds, or None.
-        inside: Whether any pixel is predicted defective, and the shares were counted there; if not, in the top 1 % of
-            the pixels. None: not known.
-        normalized: Whether the maps stay within [0, 1]; if not, the header says so.
-        remarks: More to say, each a small caption and a line of text.
-
-    Returns:
-        RGB strip.
+    `inside`: whether any pixel is predicted defective, and the shares were counted there; if not, in the top 1 % of the
+    pixels. `normalized`: whether the maps stay within [0, 1]. `remarks`: more to say, each a small caption and a text.
     """
     defect = verdict.decision()
     cards = [badge(defect)]

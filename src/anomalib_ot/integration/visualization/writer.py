@@ -92,16 +92,7 @@ class PictureNames:
         self._folder: Path | None = None  # of the last claim
 
     def claim(self, source: str | None, output_dir: Path, root: str | Path | None = None) -> Path:
-        """Return the picture file of a source image.
-
-        Args:
-            source: Path of the image file, or None.
-            output_dir: Folder of the pictures.
-            root: Folder of the data set; None or a folder elsewhere has no effect.
-
-        Returns:
-            A path below `output_dir`; no other source gets it.
-        """
+        """Return the picture file of a source image (None: unnamed) below `output_dir`; `root`: of the data set."""
         self._folder = output_dir
         if source is None:
             number = 0
