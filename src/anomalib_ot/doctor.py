@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 from anomalib_ot import __version__
 from anomalib_ot.anomaly.search import ONE_OF, import_faiss
 
-__all__ = ["Finding", "examine", "run"]
-
 OK, WARNING, FAILED = "ok", "warning", "failed"
 TRAINING = ("anomalib", "torch", "torchvision", "timm", "POT")  # what training needs and inspection does not
 DRIVER = Path("/proc/driver/nvidia/version")

@@ -14,8 +14,6 @@ from anomalib_ot.edge.frames import InspectError
 from anomalib_ot.edge.watched import scan
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["fingerprint", "image_files", "run"]
-
 HASH = 16  # letters of a fingerprint
 DONE, REFUSED = 0, 2
 

@@ -10,8 +10,6 @@ from anomalib_ot.edge.inspector import Inspector
 from anomalib_ot.edge.manifest import find_model
 from anomalib_ot.integration.checks.atomic_write import write_whole
 
-__all__ = ["CalibratedExport"]
-
 CUT = 1.0  # graphs with a scale cut scores off here; above it scores are raw
 
 

@@ -10,8 +10,6 @@ from rich.table import Table
 
 from anomalib_ot.anomaly.false_alarms import count_interval
 
-__all__ = ["print_report", "save_histogram"]
-
 BINS, WIDTH = 16, 40
 GOOD, BAD = "#0072b2", "#d55e00"  # Okabe and Ito
 

@@ -10,8 +10,6 @@ from anomalib_ot.calibration.command import DONE, REFUSED, fingerprint, image_fi
 from anomalib_ot.edge.manifest import SUFFIXES
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["run"]
-
 MOST_TOLD = 20  # images in the table
 
 

@@ -28,8 +28,6 @@ from anomalib_ot.edge.record import Record
 from anomalib_ot.edge.results import BROKEN, DEFECT, Result
 from anomalib_ot.edge.sources import open_source
 
-__all__ = ["run"]
-
 TICK = 0.1  # seconds
 QUALITY = 90
 DONE, SOME_BROKEN, REFUSED, CRASHED = 0, 1, 2, 3

@@ -11,8 +11,6 @@ from anomalib_ot.edge.results import Result
 from anomalib_ot.imaging.box_drawing import Mark, class_color, draw_marks
 from anomalib_ot.imaging.heat import dim_outside, draw_outline, overlay
 
-__all__ = ["COLORS", "WORDS", "draw_result", "draw_view", "picture_name"]
-
 COLORS = {"good": (24, 128, 56), "defect": (198, 40, 40), "unknown": (98, 104, 116), "error": (176, 96, 0)}
 WORDS = {"good": "GOOD", "defect": "DEFECT", "unknown": "NO VERDICT", "error": "BROKEN FRAME"}
 WHITE, BESIDE = (255, 255, 255), (98, 104, 116)

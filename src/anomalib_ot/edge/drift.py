@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Drift", "DriftReport", "score_distance"]
-
 LEAST = 30  # frames, and good validation images, before anything is said
 CHANCE = 1.36  # the 95 % point of Kolmogorov's distribution
 STRONG = 0.5

@@ -23,17 +23,6 @@ from anomalib_ot.imaging.samples import (
     size_problem,
 )
 
-__all__ = [
-    "MAX_PIXELS",
-    "Expected",
-    "Frame",
-    "FrameError",
-    "Pixels",
-    "changed_at",
-    "network_input",
-    "read_pixels",
-]
-
 CHANNELS = (1, 3, 4)
 MAX_PIXELS = 50_000_000  # more would take gigabytes before the network has seen any; 14 bytes for each on the way there
 UNIT = np.arange(EIGHT_BIT_MAX + 1, dtype=np.float32) * np.float32(1 / EIGHT_BIT_MAX)

@@ -8,8 +8,6 @@ import openvino
 from anomalib_ot.edge.frames import InspectError
 from anomalib_ot.edge.manifest import Manifest
 
-__all__ = ["embedded", "file_sha256", "first_line", "input_size", "output_name", "read_graph"]
-
 OUTPUTS = (
     *("pred_score", "pred_label", "anomaly_map", "pred_mask"),
     *("feature_map", "position_map", "missing_map", "transport_score"),

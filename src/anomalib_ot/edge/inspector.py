@@ -30,8 +30,6 @@ from anomalib_ot.edge.graph import embedded, file_sha256, first_line, input_size
 from anomalib_ot.edge.manifest import Manifest, find_model, read_manifest
 from anomalib_ot.edge.results import Result, Stamp, broken, read_outputs
 
-__all__ = ["Inspector"]
-
 TICK = 0.1  # seconds between two looks whether there is still something to wait for
 Image_ = str | os.PathLike | np.ndarray
 

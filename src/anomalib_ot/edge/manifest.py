@@ -11,8 +11,6 @@ from anomalib_ot.edge import fields
 from anomalib_ot.edge.drift import LEAST
 from anomalib_ot.edge.frames import InspectError
 
-__all__ = ["Manifest", "find_model", "read_manifest"]
-
 FORMAT = 1
 HINT = {"inference_precision": "f32"}  # where nothing is said
 PRECISIONS = ("f32", "f16", "bf16", "undefined")

@@ -16,8 +16,6 @@ from anomalib_ot.edge.drift import Drift
 from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.edge.results import DEFECT, Result, View
 
-__all__ = ["Monitor"]
-
 HISTORY = 24  # frames on the page
 PICTURE_EVERY = 0.2  # seconds; more pictures nobody can look at
 PICTURE_SIDES = (480, 960)  # pixels

@@ -15,8 +15,6 @@ from anomalib_ot.edge.publishing import (
     webhook_address,
 )
 
-__all__ = ["check_options", "read_options"]
-
 PORT, LAST_PORT = 8765, 65535
 MOST_MEGAPIXELS, MOST_SECONDS = 1000, 3600
 EPILOG = """exit status:

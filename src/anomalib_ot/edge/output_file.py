@@ -16,8 +16,6 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-__all__ = ["OutputFile", "whole_bytes", "write_all"]
-
 BLOCK = 65536
 
 

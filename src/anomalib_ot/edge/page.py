@@ -15,8 +15,6 @@ from importlib.resources import files
 from anomalib_ot.edge.frames import InspectError
 from anomalib_ot.edge.monitor import Monitor
 
-__all__ = ["LOOPBACK", "Page"]
-
 LOOPBACK = frozenset(["127.0.0.1", "localhost", "::1"])
 ANYWHERE = frozenset(["0.0.0.0", "::", ""])
 ASSETS = {

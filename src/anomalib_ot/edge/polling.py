@@ -4,8 +4,6 @@ import queue
 from collections.abc import Iterator
 from typing import TypeVar
 
-__all__ = ["polled"]
-
 Item = TypeVar("Item")
 TICK = 0.1  # seconds between two looks at the wish to stop
 

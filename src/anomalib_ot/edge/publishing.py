@@ -15,19 +15,6 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from anomalib_ot.edge.frames import InspectError
 
-__all__ = [
-    "MQTT_FORM",
-    "PASSWORD",
-    "TOKEN",
-    "USERNAME",
-    "WEBHOOK_FORM",
-    "MqttAddress",
-    "Publisher",
-    "WebhookAddress",
-    "mqtt_address",
-    "webhook_address",
-]
-
 MOST_LINES, MOST_BYTES = 10_000, 32 * 2**20  # that wait for delivery; what comes on top is left out, and counted
 GRACE = 5.0  # seconds at the end for what still waits
 TIMEOUT = 10.0  # seconds for the answer of a webhook

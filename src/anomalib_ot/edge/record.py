@@ -11,8 +11,6 @@ from anomalib_ot.edge.frames import Frame, InspectError, changed_at
 from anomalib_ot.edge.output_file import OutputFile, whole_bytes, write_all
 from anomalib_ot.edge.results import Result, broken
 
-__all__ = ["Record"]
-
 
 class Record:
     """Lines of JSON on standard output or at the end of a file, each handed to the system as soon as it is known.

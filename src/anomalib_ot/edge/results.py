@@ -12,8 +12,6 @@ from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.imaging.causes import CauseShares, cause_shares
 from anomalib_ot.imaging.p_values import p_value
 
-__all__ = ["FoundBox", "MapSummary", "Result", "Stamp", "View", "broken", "read_outputs"]
-
 HASH = 16  # letters of a checksum in a line: two models of one line never share them by chance
 MOST_BOXES = 1000  # in a line; how many more there are is said
 GOOD, DEFECT, UNKNOWN, BROKEN = "good", "defect", "unknown", "error"

@@ -16,12 +16,6 @@ from anomalib_ot.edge.frames import Frame, InspectError
 from anomalib_ot.edge.polling import polled
 from anomalib_ot.edge.watched import IMAGE_SUFFIXES, scan, unreadable_frame, watched_frames
 
-__all__ = [
-    "camera_frames",
-    "open_source",
-    "video_frames",
-]
-
 VIDEO_SUFFIXES = frozenset([".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"])
 CHUNK = 65536
 RETRY = 1.0  # seconds

@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 from anomalib_ot.edge.frames import Frame
 
-__all__ = ["IMAGE_SUFFIXES", "Scan", "scan", "unreadable_frame", "watched_frames"]
-
 IMAGE_SUFFIXES = frozenset(
     [".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"]
 )

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["CLASS_COLORS", "DARK", "MISSED", "WHITE", "Mark", "class_color", "dashed_line", "draw_marks"]
-
 Color = tuple[int, int, int]
 Area = tuple[int, int, int, int]  # xyxy, pixels, both ends included
 # Okabe and Ito's colors, which the color-blind tell apart, in an order in which neighbors differ most; the two dark

@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Arrow", "CauseShares", "arrows", "bowed_line", "cause_shares", "normal_level"]
-
 TOP_SHARE = 0.01  # of the pixels, where no pixel is predicted defective
 NORMAL_QUANTILE = 0.25  # of a map's pixels: a defect may cover most of a part
 BOW = 0.12  # how far the middle of an arrow leaves the straight line, in lengths

@@ -5,8 +5,6 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-__all__ = ["color_bar", "dim_outside", "draw_outline", "overlay"]
-
 # Matplotlib's "inferno" at every 15th of its 256 values: grows lighter with the value, so that it is also readable in
 # gray and by the color-blind.
 COLORS = (

@@ -3,8 +3,6 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 
-__all__ = ["p_value"]
-
 
 def p_value(score: float, quantiles: Sequence[float] | None, count: int) -> float | None:
     """Return the conformal p-value of an image score, in (0, 1]: it never falls while the score rises; None: not known.

@@ -13,20 +13,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-__all__ = [
-    "DECODE_ERRORS",
-    "FORMATS",
-    "MIN_SIDE",
-    "UNREADABLE",
-    "Samples",
-    "file_problem",
-    "out_of_scale",
-    "read_problem",
-    "read_samples",
-    "sample_format",
-    "size_problem",
-]
-
 MIN_SIDE = 16  # pixels; less than one patch of any backbone
 SIXTEEN_BIT_MAX = 65535
 EIGHT_BIT_MAX = 255

@@ -7,8 +7,6 @@ from torchvision.ops import roi_align
 
 from anomalib_ot.ot.precision import full_precision, widen
 
-__all__ = ["aggregate_box_masks", "aggregate_map_masks", "box_masks", "masks_in_boxes", "paste_masks"]
-
 SOFTNESS = 0.02
 LEAST_SIDE = 1e-3  # pixels
 LEAST_RANGE = 1e-12

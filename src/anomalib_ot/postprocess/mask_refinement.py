@@ -10,14 +10,6 @@ from anomalib_ot.ot.precision import full_precision, widen
 from anomalib_ot.postprocess.box_masks import aggregate_box_masks, aggregate_map_masks, paste_masks
 from anomalib_ot.vision.boxes import pairwise_iou
 
-__all__ = [
-    "RefinedRegions",
-    "entropy_weights",
-    "refine_regions",
-    "total_variation",
-    "weigh_regions",
-]
-
 LEAST_RANGE = 1e-12
 LEAST_SHARE = 0.01
 MOST_MEMBERS = 32  # the best of a region: the others would have next to no weight

@@ -10,15 +10,6 @@ from torchvision.ops import generalized_box_iou_loss
 from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.vision.boxes import pairwise_iou
 
-__all__ = [
-    "DUPLICATE",
-    "KEPT",
-    "NEITHER",
-    "duplicate_losses",
-    "duplicate_targets",
-    "match_regions",
-]
-
 CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0
 FORBIDDEN = 1e6
 NEITHER, DUPLICATE, KEPT = -1, 0, 1

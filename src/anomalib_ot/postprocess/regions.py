@@ -9,8 +9,6 @@ from torch import Tensor
 
 from anomalib_ot.vision.detections import Detections, stack_detections
 
-__all__ = ["SCORES", "RegionSettings", "find_regions"]
-
 SCORES = ("peak", "mean")
 DEFECT = 0
 CORNERS_TOUCH = np.ones((3, 3), dtype=bool)

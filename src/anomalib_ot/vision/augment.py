@@ -9,8 +9,6 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-__all__ = ["BoxSafeCrop", "DefectAugmentation", "keep_boxes", "seen_parts"]
-
 TRIES = 32  # windows drawn for each crop; the one that cuts least is taken
 
 

@@ -5,20 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = [
-    "TIANCHI_IOUS",
-    "ClassResult",
-    "EvaluatedBoxes",
-    "TianchiValues",
-    "average_precision",
-    "box_hits",
-    "class_average_precisions",
-    "class_results",
-    "false_positives_per_good_image",
-    "pair_iou",
-    "tianchi_values",
-]
-
 TIANCHI_IOUS = (0.1, 0.3, 0.5)
 ACCURACY_SHARE = 0.2
 

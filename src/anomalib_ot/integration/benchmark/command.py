@@ -25,8 +25,6 @@ from anomalib_ot.integration.benchmark.store import DONE, FAILED, SKIPPED, Sweep
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.cli import register_classes
 
-__all__ = ["run"]
-
 ALL_DONE, SOME_FAILED, REFUSED, STOPPED = 0, 1, 2, 130
 EPILOG = """The files are those of `anomalib benchmark`. The same command again goes on: jobs that have a result are
 left out, failed ones are tried again. Started by torchrun or srun, each process takes its part of the jobs.

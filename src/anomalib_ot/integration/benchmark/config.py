@@ -13,8 +13,6 @@ import yaml
 
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["SweepJob", "SweepLabels", "read_configs", "sweep_jobs"]
-
 ACCELERATORS = ("cpu", "cuda")
 TOP = ("accelerator", "benchmark")
 PARTS = ("seed", "model", "data")

@@ -9,8 +9,6 @@ from typing import TypeVar
 
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["SweepShare", "job_environment"]
-
 Item = TypeVar("Item")
 
 # What launchers tell their processes. A job is a process on its own: with these Lightning would wait for the others.

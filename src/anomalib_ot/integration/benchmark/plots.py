@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from anomalib_ot.integration.benchmark.report import SweepTable
 
-__all__ = ["sweep_plots"]
-
 FIRST_CHOICE = ("image_AUROC", "pixel_AUPRO", "pixel_AUROC")  # what is plotted, if it was measured
 PANELS = 2
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # Okabe and Ito

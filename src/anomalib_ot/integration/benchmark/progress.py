@@ -11,8 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from anomalib_ot.integration.benchmark.launcher import SweepShare
 from anomalib_ot.integration.benchmark.store import DONE, FAILED, SKIPPED
 
-__all__ = ["SweepProgress"]
-
 SHOWN = 3  # figures in a line
 
 

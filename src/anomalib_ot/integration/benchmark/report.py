@@ -14,8 +14,6 @@ from anomalib_ot.integration.benchmark.config import SweepJob, SweepLabels, swee
 from anomalib_ot.integration.benchmark.store import CONFIG, DONE, SweepRecord, read_rows
 from anomalib_ot.integration.checks.atomic_write import write_whole
 
-__all__ = ["SweepTable", "markdown", "print_table", "read_sweep", "sweep_table", "write_report"]
-
 # Heading, decimals; less is better in all of them.
 COSTS = {
     "fit_duration": ("fit, s", 1),

@@ -16,8 +16,6 @@ try:
 except ImportError:  # Windows: two sweeps in one folder are not noticed there
     fcntl = None
 
-__all__ = ["CONFIG", "DONE", "FAILED", "SKIPPED", "SweepRecord", "read_rows"]
-
 CONFIG = "sweep.json"
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
 SHOWN = 3  # differences that a message names

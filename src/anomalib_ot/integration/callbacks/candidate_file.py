@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 from anomalib_ot.integration.callbacks.file_writer import write_text
 
-__all__ = ["CATEGORY", "Candidates", "write_candidates"]
-
 CATEGORY = {"id": 1, "name": "defect", "supercategory": "defect"}
 DECIMALS = 2  # of pixels
 

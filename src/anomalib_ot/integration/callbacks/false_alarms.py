@@ -13,8 +13,6 @@ from anomalib_ot.integration.callbacks.processes import from_all
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.datamodule_checks import dataset_image_paths
 
-__all__ = ["FalseAlarmThreshold", "VerdictReport", "check_rate"]
-
 logger = logging.getLogger(__name__)
 CURE = "add good images for the validation (--data.normal_test_dir), ask for a higher rate, or leave it out"
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
     from lightning.pytorch import Trainer
 
-__all__ = ["FileWriter", "check_folder", "write_text"]
-
 
 class FileWriter(Callback):
     """Gather records of tested or predicted images by name, and write one file, `path`, at the end of the run.

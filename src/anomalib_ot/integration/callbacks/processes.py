@@ -4,8 +4,6 @@ from typing import Any
 
 from torch import distributed as dist
 
-__all__ = ["from_all"]
-
 
 def from_all(own: Any) -> list[Any]:
     """Gather an object that can be pickled from all processes, in their order; there may be one only."""

@@ -23,8 +23,6 @@ from anomalib_ot.postprocess.regions import RegionSettings, find_regions
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
 
-__all__ = ["RegionWriter", "SeenPart", "seen_part"]
-
 OTHER_VIEWS = ("Crop", "Pad", "Affine", "Perspective", "Rotat", "Flip")  # in names of transforms that move pixels
 
 

@@ -27,8 +27,6 @@ from anomalib_ot.postprocess.regions import RegionSettings, find_regions
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
 
-__all__ = ["ResultRows"]
-
 logger = logging.getLogger(__name__)
 
 HASH = 16  # letters of a checksum in a row

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
     from lightning.pytorch import Trainer
 
-__all__ = ["ResultWriter"]
-
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("anomalib", "lightning", "torch", "torchvision", "timm", "numpy")

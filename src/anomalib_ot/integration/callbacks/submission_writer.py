@@ -15,8 +15,6 @@ from anomalib_ot.integration.data.tianchi_classes import class_table
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
 
-__all__ = ["SubmissionWriter"]
-
 ROUNDS = (1, 2)
 PIXEL_DECIMALS, SCORE_DECIMALS = 2, 6
 FIELDS = ("pred_boxes", "pred_box_scores", "pred_box_labels", "pred_label", "original_size")

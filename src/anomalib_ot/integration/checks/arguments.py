@@ -16,8 +16,6 @@ from jsonargparse import ArgumentParser
 import anomalib_ot
 from anomalib_ot.integration.checks.errors import missing_tensorboard
 
-__all__ = ["install_short_argument_errors", "short_argument_error"]
-
 PROBLEM = re.compile(r"Problem with given class_path '([\w.]+)':\n(.*?)(?=\n {2}Given value type|\Z)", re.DOTALL)
 NESTED = re.compile(r"^( *)- Problem with given class_path '([\w.]+)':\n((?:\1 {3,}.*\n?)+)", re.MULTILINE)
 VALUE = re.compile(r"(?:Got value: |Given value: )(.*)")

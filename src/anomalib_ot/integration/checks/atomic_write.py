@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-__all__ = ["write_whole"]
-
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that readers see the old content or the new; on an `OSError` nothing is left behind."""

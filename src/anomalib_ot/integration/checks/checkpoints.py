@@ -15,16 +15,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = [
-    "check_own_checkpoint",
-    "checked_reading",
-    "install_checkpoint_check",
-    "is_reading",
-    "keep_what_was_trained",
-    "plain",
-    "trained_arguments",
-]
-
 logger = logging.getLogger(__name__)
 
 USUAL_PLACE = "results/<model>/<data>/latest/weights/lightning/model.ckpt"

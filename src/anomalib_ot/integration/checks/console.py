@@ -6,8 +6,6 @@ import re
 import sys
 import warnings
 
-__all__ = ["quiet_console"]
-
 VERBOSE_SWITCH = "ANOMALIB_OT_VERBOSE"
 LOGGERS = ("", "lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric")
 HABITUAL = re.compile(

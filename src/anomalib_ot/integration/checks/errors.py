@@ -10,8 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
 
-__all__ = ["InputError", "install_short_errors", "missing_tensorboard"]
-
 TRACEBACK_SWITCH = "ANOMALIB_OT_TRACEBACK"
 
 

@@ -26,8 +26,6 @@ from anomalib_ot.imaging.samples import (
 )
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["ImageReport", "check_images"]
-
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 2

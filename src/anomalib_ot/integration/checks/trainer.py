@@ -6,8 +6,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from anomalib_ot.integration.checks.checkpoints import install_checkpoint_check
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["check_trainer", "leave_out_validation", "restore_validation"]
-
 TRAINED = "anomalib_ot_trained"  # attribute of a trainer: the model that it trains
 LIMIT = "anomalib_ot_limit_val_batches"
 

@@ -11,14 +11,6 @@ from torch import Tensor
 
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = [
-    "check_fitted",
-    "check_fraction",
-    "check_known",
-    "check_least",
-    "check_state_dict_finite",
-]
-
 
 def check_fraction(name: str, value: float) -> None:
     """Check that an argument lies in [0, 1]; an `InputError` if not."""

@@ -16,8 +16,6 @@ from anomalib.data import ImageBatch, ImageItem, NumpyImageBatch, NumpyImageItem
 from anomalib.data.dataclasses.generic import FieldDescriptor
 from torchvision.tv_tensors import Mask
 
-__all__ = ["ExplainedBatch", "ExplainedItem", "NumpyExplainedBatch", "NumpyExplainedItem", "split_by_cause"]
-
 CAUSES = ("feature_map", "position_map", "missing_map")
 
 SUM_TOLERANCE = 1e-3  # relative; room for maps that were computed in half precision

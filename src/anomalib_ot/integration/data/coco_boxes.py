@@ -17,8 +17,6 @@ from anomalib_ot.integration.data.splits import (
     split_images,
 )
 
-__all__ = ["CocoBoxes"]
-
 
 class CocoBoxes(BoxDataModule):
     """Images with boxes in COCO files, such as CVAT, Label Studio and Roboflow export them.

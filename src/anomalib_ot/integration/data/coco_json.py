@@ -13,17 +13,6 @@ import numpy as np
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.records import BORDER, Findings, clean_box
 
-__all__ = [
-    "CocoFile",
-    "CocoImage",
-    "are_fractions",
-    "check_no_corners",
-    "check_no_fractions",
-    "load_lists",
-    "read_coco",
-    "write_coco",
-]
-
 LEAST_BOXES = 5  # that reach over the border, and more than half of all: single faults are clipped
 ROUNDING = 0.01
 PARTS = ("images", "annotations", "categories")

@@ -18,8 +18,6 @@ from anomalib_ot.integration.data.dataset import BoxDataset
 from anomalib_ot.integration.data.records import Findings, LabeledImage, check_image_files
 from anomalib_ot.vision.augment import DefectAugmentation
 
-__all__ = ["BoxContent", "BoxDataModule", "check_ratio"]
-
 logger = logging.getLogger(__name__)
 
 

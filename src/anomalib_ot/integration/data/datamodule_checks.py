@@ -28,13 +28,6 @@ from anomalib_ot.integration.data.folder_checks import check_folder_pairs, expla
 from anomalib_ot.integration.data.mask_regions import mask_oddity, read_mask
 from anomalib_ot.integration.data.records import Findings
 
-__all__ = [
-    "DataPaths",
-    "check_datamodule",
-    "count_odd_masks",
-    "dataset_image_paths",
-]
-
 logger = logging.getLogger(__name__)
 allow_all_letters()  # now: Anomalib reads data before any model of ours is asked
 

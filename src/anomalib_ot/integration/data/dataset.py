@@ -16,8 +16,6 @@ from anomalib_ot.integration.data.box_batch import BoxBatch, BoxItem
 from anomalib_ot.integration.data.deep_images import read_image_deep
 from anomalib_ot.integration.data.records import LabeledImage
 
-__all__ = ["BoxDataset"]
-
 
 class BoxDataset(AnomalibDataset):
     """Images with boxes, in Anomalib's order: by path.

@@ -15,8 +15,6 @@ from anomalib_ot.imaging.samples import UNREADABLE, out_of_scale, read_samples
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.datamodule_checks import dataset_image_paths
 
-__all__ = ["check_augmentations", "read_image_deep", "restore_deep_images"]
-
 
 def read_image_deep(path: str | Path) -> Tensor:
     """Read an image, (3, H, W), float32, in [0, 1], without losing depth; its scale depends on its format alone.

@@ -11,8 +11,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["check_folder_pairs", "explain_folder_failure"]
-
 
 def check_folder_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     """Check that each image of a ``Folder`` dataset was given its own mask, among (image path, mask path).

@@ -11,11 +11,6 @@ from anomalib_ot.integration.data.mask_regions import mask_boxes, mask_oddity, r
 from anomalib_ot.integration.data.records import Findings, LabeledImage, image_sizes
 from anomalib_ot.integration.data.splits import check_distance, group_near_duplicates, split_images
 
-__all__ = [
-    "MaskBoxes",
-    "find_images",
-]
-
 SINGLE = "defect"
 SUFFIXES = ("", "_mask")  # of a mask's stem; MVTec has the second
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}

@@ -10,8 +10,6 @@ from PIL import Image
 from anomalib_ot.imaging.samples import FORMATS, UNREADABLE, out_of_scale, read_samples, sample_format
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["mask_boxes", "mask_oddity", "read_mask"]
-
 LOSSY = {"JPEG", "MPO", "WEBP"}
 BLOCK = 16  # pixels; of JPEG, with colors at half the resolution
 FEW_VALUES = 3  # low ones; noise and soft edges have more

@@ -17,8 +17,6 @@ from rich.progress import Progress
 from anomalib_ot.imaging.samples import FORMATS, UNREADABLE, read_problem
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["HASH_BITS", "image_hashes", "near_duplicate_groups"]
-
 logger = logging.getLogger(__name__)
 
 HASH_BITS = 256

@@ -15,8 +15,6 @@ from anomalib_ot.imaging.samples import DECODE_ERRORS, FORMATS, read_problem
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.images import ORIENTATION
 
-__all__ = ["Findings", "LabeledImage", "check_image_files", "clean_box", "image_sizes"]
-
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 2

@@ -13,8 +13,6 @@ from anomalib_ot.imaging.samples import FORMATS, UNREADABLE, file_problem
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.mask_regions import read_mask
 
-__all__ = ["Polygons", "check_shape", "read_region"]
-
 Polygons = Sequence[Sequence[Sequence[float]]]
 FINE = 4  # polygons are drawn on so many times as many rows and columns
 HALF = 128  # of 255: a pixel counts where at least half of it is inside

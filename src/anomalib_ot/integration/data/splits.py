@@ -10,8 +10,6 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.near_duplicates import HASH_BITS, image_hashes, near_duplicate_groups
 from anomalib_ot.integration.data.records import Findings, LabeledImage
 
-__all__ = ["check_distance", "group_near_duplicates", "groups_by_pattern", "joined_groups", "split_images"]
-
 LARGE_GROUP = 0.3  # of all images; a split can hardly keep its ratios then
 
 

@@ -12,8 +12,6 @@ from anomalib_ot.integration.data.records import Findings, LabeledImage
 from anomalib_ot.integration.data.synthetic_folder import ANNOTATIONS
 from anomalib_ot.synthetic.fabric import DEFECTS
 
-__all__ = ["SyntheticFabricBoxes"]
-
 
 class SyntheticFabricBoxes(BoxDataModule):
     """Images of printed woven fabric with the boxes of their faults: no download, no license, half a minute to draw.

@@ -1,7 +1,5 @@
 """The defect names of the Tianchi fabric contest ("guangdong1"), and the classes that it counts them as."""
 
-__all__ = ["NO_DEFECT", "ROUND_1", "ROUND_2", "class_of_name", "class_table"]
-
 NO_DEFECT = "无疵点"
 """The contest's name for a faultless image; it is class 0 there and no class here."""
 

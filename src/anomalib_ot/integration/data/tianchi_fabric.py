@@ -11,8 +11,6 @@ from anomalib_ot.integration.data.splits import check_distance, group_near_dupli
 from anomalib_ot.integration.data.tianchi_classes import class_table
 from anomalib_ot.integration.data.tianchi_files import FabricImage, read_tianchi
 
-__all__ = ["TianchiFabric"]
-
 
 class TianchiFabric(BoxDataModule):
     """Fabric with annotated defects, from the folders of the Tianchi contest "guangdong1".

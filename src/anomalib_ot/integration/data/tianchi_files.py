@@ -11,8 +11,6 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.records import Findings
 from anomalib_ot.integration.data.tianchi_classes import NO_DEFECT, class_of_name
 
-__all__ = ["FabricImage", "read_tianchi"]
-
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp"}
 JSON_NAMES = ("anno_train.json", "gt_result.json")  # the second in an early release of round 1
 TEMPLATE = "template_"

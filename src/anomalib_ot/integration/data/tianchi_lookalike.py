@@ -8,8 +8,6 @@ from PIL import Image
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.synthetic.fabric import render_fabric
 
-__all__ = ["FAULTS", "write_lookalike"]
-
 FAULTS = {"hole": "破洞", "stain": "油渍", "broken_yarn": "断经", "coarse_yarn": "粗纬"}
 """The contest's name for each fault that is drawn."""
 

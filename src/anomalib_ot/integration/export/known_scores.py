@@ -6,8 +6,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-__all__ = ["ScoreKeeper", "summarized_scores"]
-
 NUM_QUANTILES = 101  # 0 %, 1 %, ... 100 %
 
 

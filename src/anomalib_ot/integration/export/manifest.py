@@ -12,8 +12,6 @@ from anomalib.post_processing import PostProcessor
 import anomalib_ot
 from anomalib_ot.integration.processing.pre_post import scores_on_scale
 
-__all__ = ["MANIFEST", "RT_INFO", "base_manifest", "write_manifest", "write_manifest_into_onnx"]
-
 MANIFEST = "manifest.json"
 RT_INFO = "anomalib_ot"  # key of OpenVINO's rt_info, and of ONNX's metadata_props
 FORMAT = 1

@@ -15,8 +15,6 @@ from anomalib_ot.integration.export.runtime import UNCUT
 from anomalib_ot.integration.processing.pre_post import flat_transforms
 from anomalib_ot.vision.resize import AntialiasResize
 
-__all__ = ["ParityError", "check_parity", "measured_parity", "probe_images", "synthetic_images"]
-
 NUM_IMAGES = 3
 NUM_CANDIDATES = 12
 SECONDS = 2.0  # for the search of images that say something

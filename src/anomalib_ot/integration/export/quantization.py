@@ -24,16 +24,6 @@ if TYPE_CHECKING:
     import openvino
     from torchmetrics import Metric
 
-__all__ = [
-    "EvaluationResult",
-    "Samples",
-    "accuracy_name",
-    "accuracy_value",
-    "compressed",
-    "float_operations",
-    "verdicts_changed",
-]
-
 HEAVY = ("Convolution", "GroupConvolution", "MatMul")
 ONNX_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch notes from which module an operation comes
 

@@ -17,16 +17,6 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.processing.pre_post import flat_transforms
 from anomalib_ot.vision.resize import AntialiasResize
 
-__all__ = [
-    "CALIBRATED",
-    "PRECISIONS",
-    "check_export_root",
-    "check_input_size",
-    "check_packages",
-    "check_uncompressed",
-    "given_to_export",
-]
-
 PRECISIONS = {None: "FP32", CompressionType.FP16: "FP16"}
 CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
 

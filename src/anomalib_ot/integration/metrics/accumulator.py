@@ -14,8 +14,6 @@ from torchmetrics.utilities import dim_zero_cat
 from anomalib_ot.integration.data.box_batch import BoxBatch
 from anomalib_ot.vision.metrics import EvaluatedBoxes
 
-__all__ = ["BoxRecord", "coco_summary"]
-
 logger = logging.getLogger(__name__)
 
 FIELDS = ("pred_boxes", "pred_box_scores", "pred_box_labels", "gt_boxes", "gt_box_labels")

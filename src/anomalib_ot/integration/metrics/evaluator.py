@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
     from lightning.pytorch import Trainer
 
-__all__ = ["BoxEvaluator", "class_table", "default_evaluator"]
-
 
 class BoxEvaluator(Evaluator):
     """Anomalib's evaluator, which also prints how well each class was found in a test.

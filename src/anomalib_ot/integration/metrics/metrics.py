@@ -17,16 +17,6 @@ from anomalib_ot.vision.metrics import (
     tianchi_values,
 )
 
-__all__ = [
-    "MODEL_THRESHOLD",
-    "BoxMetric",
-    "CocoPrecision",
-    "FalsePositivesPerGoodImage",
-    "ImageAUROC",
-    "ImageF1Score",
-    "TianchiScore",
-]
-
 logger = logging.getLogger(__name__)
 
 MODEL_THRESHOLD = 0.3

@@ -9,8 +9,6 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.report.page import write_report
 from anomalib_ot.integration.report.table import LINES
 
-__all__ = ["run"]
-
 DONE, REFUSED = 0, 2
 
 

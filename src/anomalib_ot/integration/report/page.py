@@ -25,8 +25,6 @@ from anomalib_ot.integration.report.table import (
     thumbnail_name,
 )
 
-__all__ = ["read_run", "report_page", "write_report"]
-
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 260, 46, 44, 30  # of the histogram, in units of its view box
 NEEDED = ("made", "stage", "model", "data", "checkpoint", "checkpoint_sha256")
 NAMED = 3  # classes of boxes on a card

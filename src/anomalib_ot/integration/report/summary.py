@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 from anomalib_ot.integration.report.table import DEFECTIVE, ERROR, GOOD, UNKNOWN
 
-__all__ = ["MOST_SHOWN", "Bar", "Histogram", "Selection", "Summary", "histogram", "summarized"]
-
 MOST_SHOWN = 100  # thumbnails of a report
 BINS = 40
 KNOWN = (GOOD, DEFECTIVE, None)

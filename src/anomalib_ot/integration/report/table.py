@@ -12,23 +12,6 @@ from typing import Any
 from anomalib_ot.imaging.causes import CauseShares
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = [
-    "DEFECTIVE",
-    "ERROR",
-    "GOOD",
-    "LINES",
-    "OUTCOMES",
-    "REPORT",
-    "RUN",
-    "TABLE",
-    "THUMBNAILS",
-    "UNKNOWN",
-    "as_line",
-    "csv_parts",
-    "read_rows",
-    "thumbnail_name",
-]
-
 LINES, TABLE, RUN, REPORT, THUMBNAILS = (
     "predictions.jsonl",
     "predictions.csv",

@@ -9,17 +9,6 @@ from anomalib_ot.imaging.causes import BOW, Arrow, CauseShares, arrows, bowed_li
 from anomalib_ot.imaging.heat import color_bar, dim_outside, draw_outline, overlay
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, header
 
-__all__ = [
-    "Panel",
-    "Verdict",
-    "adds",
-    "draw_arrows",
-    "draw_color_bar",
-    "draw_panels",
-    "explain_picture",
-    "find_shares",
-]
-
 DARK = (15, 15, 20)
 TRUTH_LINE, PREDICTION_LINE = (0, 220, 255), (255, 255, 255)
 TITLE_HEIGHT, BAR_WIDTH, LEAST_CELL, LEAST_WIDTH = 44, 58, 240, 560

@@ -12,12 +12,6 @@ from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER,
 from anomalib_ot.integration.visualization.insets import INSET, Inset, find_insets, inset_strip
 from anomalib_ot.vision.metrics import pair_iou
 
-__all__ = [
-    "DetectedBoxes",
-    "box_picture",
-    "class_name",
-]
-
 FARTHEST = 3.0  # scales; beyond, the haze is too faint to see
 DENSEST = 0.55  # of the color at a side itself
 LEAST = 0.75  # pixels; a surer side shows no haze beside its line

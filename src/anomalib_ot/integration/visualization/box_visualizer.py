@@ -19,8 +19,6 @@ from anomalib_ot.integration.visualization.writer import PictureWriter
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
 
-__all__ = ["BoxVisualizer"]
-
 SCORE_THRESHOLD = 0.3
 
 

@@ -13,8 +13,6 @@ from anomalib_ot.integration.visualization.anomaly_figure import (
 )
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, badge, cause_lines
 
-__all__ = ["contact_sheet"]
-
 LABEL_WIDTH, BAR_WIDTH, TITLE_HEIGHT, SPACE = 180, 48, 30, 10
 TITLE_SIZE, TEXT_SIZE, LINE = 17, 14, 19
 

@@ -8,8 +8,6 @@ from PIL import Image, ImageDraw, ImageFont
 from anomalib_ot.imaging.causes import CauseShares
 from anomalib_ot.integration.report import table
 
-__all__ = ["Verdict", "badge", "cause_lines", "header"]
-
 INK, FAINT, PAPER = (20, 22, 28), (98, 104, 116), (255, 255, 255)
 GOOD, DEFECT, UNKNOWN = (24, 128, 56), (198, 40, 40), (98, 104, 116)
 LOOKS, PLACE, COUNTS = (235, 130, 30), (70, 110, 200), (130, 70, 160)

@@ -9,8 +9,6 @@ from PIL import Image, ImageDraw, ImageFont
 from anomalib_ot.imaging.box_drawing import Mark, draw_marks
 from anomalib_ot.integration.visualization.header import GAP, INK, PAPER
 
-__all__ = ["INSET", "Inset", "find_insets", "inset_strip"]
-
 Box = tuple[float, float, float, float]
 INSET, TITLE_HEIGHT = 230, 20  # pixels
 SMALL = 32  # a box whose longer side is drawn with fewer pixels is enlarged

@@ -12,8 +12,6 @@ from anomalib_ot.imaging.box_drawing import class_color
 from anomalib_ot.imaging.heat import dim_outside, draw_outline, overlay
 from anomalib_ot.integration.visualization.visualizer import shown_image
 
-__all__ = ["MOST_BYTES", "thumbnail"]
-
 SIDE, MOST_BYTES, QUALITIES = 320, 40_000, (85, 70, 50, 30, 10)
 OUTLINE, DARK = (255, 255, 255), (16, 18, 24)
 

@@ -8,7 +8,6 @@ import torch
 from anomalib.data import ImageItem
 from PIL import Image
 
-from anomalib_ot.imaging.causes import arrows
 from anomalib_ot.imaging.samples import sample_format
 from anomalib_ot.integration.data.batches import CAUSES
 from anomalib_ot.integration.data.deep_images import read_image_deep
@@ -18,8 +17,6 @@ from anomalib_ot.integration.visualization.writer import PictureWriter
 
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
-
-__all__ = ["ExplanationVisualizer", "arrows", "explain_picture", "explanation_of", "shown_image"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Correlation between the file and what the network saw: resizing alone leaves at least .98 on fabric, tiles, cells,

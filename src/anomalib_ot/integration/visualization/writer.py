@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
     from lightning.pytorch import Trainer
 
-__all__ = ["PictureNames", "PictureWriter"]
-
 logger = logging.getLogger(__name__)
 
 
