@@ -11,6 +11,8 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 from anomalib_ot.detection.assigner import FOCAL_ALPHA, FOCAL_GAMMA, Assignment
 from anomalib_ot.ot.precision import full_precision
 
+BOX_WEIGHT, IOU_WEIGHT = 2.0, 0.5  # as in OTA's code
+
 
 class Dense(NamedTuple):
     """What a dense head says at P points of B images."""
@@ -44,8 +46,6 @@ def dense_losses(
     boxes: Sequence[Tensor],
     labels: Sequence[Tensor],
     *,
-    box_weight: float = 2.0,
-    iou_weight: float = 0.5,
     over_devices: Callable[[Tensor], Tensor] = torch.Tensor.clone,
 ) -> DenseLosses:
     """Compute the losses of a batch; all are sums, divided by the number of positive points of the whole batch.
@@ -55,8 +55,6 @@ def dense_losses(
         assignments: What each point answers for, per image.
         boxes: Objects (G, 4) per image, pixels of the network's input; G may be 0.
         labels: Their class indices (G,) per image.
-        box_weight: Weight of the box loss.
-        iou_weight: Weight of the overlap's loss.
         over_devices: Averages the number of positives over devices, where there are several.
 
     References:
@@ -80,7 +78,7 @@ def dense_losses(
         iou_logits = dense.iou_logits.float().flatten()[at]
         iou_loss = F.binary_cross_entropy_with_logits(iou_logits, overlap, reduction="sum")
         return DenseLosses(
-            class_loss / divisor, box_weight * box_loss / divisor, iou_weight * iou_loss / divisor, count
+            class_loss / divisor, BOX_WEIGHT * box_loss / divisor, IOU_WEIGHT * iou_loss / divisor, count
         )
 
 

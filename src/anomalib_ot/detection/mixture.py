@@ -10,7 +10,6 @@ from torch import Tensor
 
 from anomalib_ot.ot.precision import full_precision
 
-DOMAINS = ("log", "linear")
 EPSILON = 1e-12  # of the linear domain, as published
 FLOOR = 0.04  # least scale, as a part of the predicted box's width or height
 LEAST_SCALE = 1e-3  # pixels
@@ -57,14 +56,14 @@ class MixtureLosses(NamedTuple):
     presence: Tensor  # cross-entropy (S,) of the presence, per image; not weighted
 
 
-def floor_scales(scales: Tensor, means: Tensor, part: float = FLOOR) -> Tensor:
+def floor_scales(scales: Tensor, means: Tensor) -> Tensor:
     """Return scales (..., 4) that are at least a part of the width or height of their boxes (..., 4), and 0.001 px.
 
     >>> floor_scales(torch.tensor([0.5, 0.5, 2.0, 2.0]), torch.tensor([10.0, 10.0, 30.0, 40.0]))
     tensor([0.8000, 1.2000, 2.0000, 2.0000])
     """
     sides = means[..., 2:] - means[..., :2]
-    least = (part * torch.cat([sides, sides], dim=-1)).clamp(min=LEAST_SCALE)
+    least = (FLOOR * torch.cat([sides, sides], dim=-1)).clamp(min=LEAST_SCALE)
     return torch.maximum(scales, least)
 
 

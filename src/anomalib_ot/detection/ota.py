@@ -16,7 +16,6 @@ from anomalib_ot.vision.tiling import Tiling
 
 PRIOR = 0.01  # probability of an object at the start: focal loss needs a small one
 PLACE_WEIGHT, SHARPNESS, FALL = 3.0, 20.0, 6.0  # of the one-to-one branch
-DISTANCES = ("softplus", "relu")
 
 
 class DenseHead(nn.Module):

@@ -15,6 +15,7 @@ CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4  # a box of 224 x 224 pixels belongs to
 SAMPLES = 2  # per bin and axis
 FARTHEST = 1e5  # pixels; a box farther out shows nothing
 MOST_GROWTH = math.log(1e5 / 16)  # logarithm of the factor by which a side may grow
+PRIOR = 0.01  # probability of every class at the start: focal loss needs a small one
 DELTA_UNITS = (0.5, 0.5, 1.0, 1.0)  # of x, y, width, height
 
 
@@ -255,21 +256,20 @@ class BoxOutput(nn.Module):
     Args:
         num_classes: Classes C.
         channels: Channels D of the features.
-        prior: Probability of every class at the start; focal loss needs a small one.
 
     References:
         P. Sun et al., "Sparse R-CNN: End-to-end object detection with learnable proposals", CVPR 2021, and the
         authors' code.
     """
 
-    def __init__(self, num_classes: int, channels: int, prior: float = 0.01) -> None:
+    def __init__(self, num_classes: int, channels: int) -> None:
         super().__init__()
         self.class_layers = dense_layers(channels, 1)
         self.box_layers = dense_layers(channels, 3)
         self.class_logits = nn.Linear(channels, num_classes)
         self.deltas = nn.Linear(channels, 4)
         start_weights(self)
-        nn.init.constant_(self.class_logits.bias, math.log(prior / (1 - prior)))
+        nn.init.constant_(self.class_logits.bias, math.log(PRIOR / (1 - PRIOR)))
 
     def forward(self, features: Tensor, boxes: Tensor) -> BoxSet:
         """Read features (B, K, D) of proposals with boxes (B, K, 4)."""

@@ -10,6 +10,7 @@ import numpy as np
 LEAST = 30  # frames, and good validation images, before anything is said
 CHANCE = 1.36  # the 95 % point of Kolmogorov's distribution
 STRONG = 0.5
+WINDOW = 500  # of the last frames count
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ def score_distance(scores: Sequence[float], quantiles: Sequence[float]) -> float
 class Drift:
     """Compares the scores of the last frames with `quantiles` of the scores of `count` good validation images."""
 
-    def __init__(self, quantiles: Sequence[float] | None, count: int, window: int = 500) -> None:
+    def __init__(self, quantiles: Sequence[float] | None, count: int) -> None:
         self._quantiles = quantiles
         self._count = count
-        self._scores: deque[float] = deque(maxlen=window)
+        self._scores: deque[float] = deque(maxlen=WINDOW)
 
     def add(self, score: float) -> None:
         """Take the score of a frame."""

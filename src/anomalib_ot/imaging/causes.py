@@ -7,6 +7,8 @@ import numpy as np
 TOP_SHARE = 0.01  # of the pixels, where no pixel is predicted defective
 NORMAL_QUANTILE = 0.25  # of a map's pixels: a defect may cover most of a part
 BOW = 0.12  # how far the middle of an arrow leaves the straight line, in lengths
+LEAST_SHARE = 0.5  # of the strongest patch
+LEAST_DISPLACEMENT = 2.0  # of a patch from its prototype, in patches
 SIDE_BY_SIDE = 0.5  # least distance between the middle parts of two arrows, in patches
 ONE_THING = 0.15  # arrows that start and end this near to each other, in sides of the part, tell of one thing
 
@@ -92,8 +94,6 @@ def arrows(
     *,
     max_arrows: int = 8,
     min_strength: float = 0.25,
-    min_share: float = 0.5,
-    min_displacement: float = 2.0,
     spacing: float = 3.0,
 ) -> list[Arrow]:
     """Choose the few most misplaced patches and point each to where it belongs.
@@ -109,8 +109,6 @@ def arrows(
             column of the patch grid, 1 that of the last.
         max_arrows: Most arrows to return.
         min_strength: Least strength in units of the map; 0.25 is half of the threshold of a normalized map.
-        min_share: Least strength as a share of the strongest patch, in [0, 1].
-        min_displacement: Least distance between the patch and its prototype, in patches.
         spacing: Least distance between the starts of two arrows, in patches.
 
     Returns:
@@ -133,7 +131,7 @@ def arrows(
         msg = f"position_map has shape {position_map.shape}; expected (H, W), at least the patch grid {tuple(grid)}."
         raise ValueError(msg)
     strengths = _patch_means(position_map, grid)
-    least = max(min_strength, min_share * strengths.max())
+    least = max(min_strength, LEAST_SHARE * strengths.max())
     rows, columns = np.nonzero(_local_maxima(strengths) & (strengths >= least))
     chosen: list[Arrow] = []
     taken: list[np.ndarray] = []
@@ -144,7 +142,7 @@ def arrows(
         start = np.array([row, column], dtype=float)
         end = matched_position[:, row, column].clip(0, 1) * (grid - 1)
         line = bowed_line(start, end)
-        if np.linalg.norm(end - start) < min_displacement:
+        if np.linalg.norm(end - start) < LEAST_DISPLACEMENT:
             continue
         if any(_one_thing(line, other, grid) or not _apart(line, other, spacing) for other in taken):
             continue

@@ -10,7 +10,6 @@ from anomalib_ot.ot.precision import full_precision, widen
 from anomalib_ot.postprocess.box_masks import aggregate_box_masks, aggregate_map_masks, paste_masks
 from anomalib_ot.vision.boxes import pairwise_iou
 
-LEAST_RANGE = 1e-12
 LEAST_SHARE = 0.01
 MOST_MEMBERS = 32  # the best of a region: the others would have next to no weight
 NUM_BISECTIONS = 30
@@ -76,7 +75,7 @@ def refine_regions(
 
     References:
         Z. Lu et al., "Differentiable NMS via Sinkhorn matching for end-to-end fabric defect detection", 2025, weigh the
-        regions of an image (`weigh_regions`); to weigh the members of a region is ours, and so are both masks.
+        regions of an image; to weigh the members of a region is ours, and so are both masks.
     """
     expected = (*boxes.shape[:2], merged.shape[1] + 1)
     if not torch.jit.is_tracing() and tuple(plan.shape) != expected:
@@ -94,57 +93,6 @@ def refine_regions(
         else:
             masks = aggregate_map_masks(weights, boxes, frame, maps, map_scale=map_scale, mask_size=mask_size)
         return RefinedRegions(weights, refined, masks)
-
-
-def weigh_regions(
-    quality: Tensor, usable: Tensor, masks: Tensor | None = None, *, entropy: float = 0.6, coherence: float = 0.1
-) -> Tensor:
-    """Distribute a weight of 1 over the regions of each image, as published: for comparison.
-
-    `p` are the `entropy_weights` of the qualities; with masks `p <- normalized (1 - c) p + c (1 - V_k)`, where `V_k`
-    is the mask's `total_variation`, scaled to [0, 1] over the regions. The image's mask would be `sum_k p_k M_k`: ten
-    true defects share one unit, which is wrong where an image has several.
-
-    Args:
-        quality: Qualities (B, K) of the regions, their scores for example.
-        usable: Which regions there are, bool (B, K).
-        masks: Their masks (B, K, H, W), in one frame. None: only the qualities count.
-        entropy: Least entropy of the weights, nats (not a part of ln K), >= 0; one region has weight 1 nevertheless.
-        coherence: Weight c of the masks' smoothness, in [0, 1].
-
-    Returns:
-        Weights (B, K); they sum to 1, or to 0 in images without regions.
-
-    References:
-        Z. Lu et al., 2025, and the authors' public code, from which the constants are.
-    """
-    p = entropy_weights(quality, usable, entropy)
-    if masks is None:
-        return p
-    variation = total_variation(masks)
-    limit = torch.finfo(variation.dtype).max
-    lowest = torch.where(usable, variation, limit).amin(-1, keepdim=True)
-    highest = torch.where(usable, variation, -limit).amax(-1, keepdim=True)
-    smooth = 1 - (variation - lowest) / (highest - lowest).clamp(min=LEAST_RANGE)
-    mixed = torch.where(usable, (1 - coherence) * p + coherence * smooth, 0.0)
-    return mixed / mixed.sum(-1, keepdim=True).clamp(min=LEAST_RANGE)
-
-
-def total_variation(masks: Tensor) -> Tensor:
-    """Return how rough masks are: `(sum |M(x+1, y) - M(x, y)| + sum |M(x, y+1) - M(x, y)|) / (H W)`.
-
-    Args:
-        masks: Masks (..., H, W).
-
-    Returns:
-        Variation (...), at least 0: the length of the boundary per pixel, for masks of 0 and 1.
-
-    >>> total_variation(torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
-    tensor(0.5000)
-    """
-    across = (masks[..., 1:] - masks[..., :-1]).abs().sum((-2, -1))
-    down = (masks[..., 1:, :] - masks[..., :-1, :]).abs().sum((-2, -1))
-    return (across + down) / (masks.shape[-2] * masks.shape[-1])
 
 
 def refine_boxes(

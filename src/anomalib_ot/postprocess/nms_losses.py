@@ -10,7 +10,8 @@ from torchvision.ops import generalized_box_iou_loss
 from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.vision.boxes import pairwise_iou
 
-CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0
+CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT, DUPLICATE_WEIGHT = 2.0, 5.0, 2.0, 0.5
+LEAST_IOU = 0.5  # of a proposal with an object
 FORBIDDEN = 1e6
 NEITHER, DUPLICATE, KEPT = -1, 0, 1
 SOFTENING = 1e-4  # bounds the slope of logarithms
@@ -52,19 +53,13 @@ def match_regions(
 
 @torch.no_grad()
 def duplicate_targets(
-    boxes: Tensor,
-    ranks: Tensor,
-    labels: Tensor,
-    valid: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    least_iou: float = 0.5,
+    boxes: Tensor, ranks: Tensor, labels: Tensor, valid: Tensor, gt_boxes: Tensor, gt_labels: Tensor
 ) -> Tensor:
     """Say which proposals of one image (N,) stand for an object, 1, and which only repeat one, 0; -1: they overlap
     none.
 
     From the highest rank (N,), the score after suppression, down, a proposal takes the object that it overlaps most, of
-    its class and not taken yet. One that overlaps objects (IoU >= `least_iou`) but finds all taken is a duplicate.
+    its class and not taken yet. One that overlaps objects (IoU >= .5) but finds all taken is a duplicate.
 
     References:
         J. Hosang et al., "Learning non-maximum suppression", CVPR 2017, section 3.
@@ -75,7 +70,7 @@ def duplicate_targets(
     tensor([ 0,  1, -1])
     """
     overlap = pairwise_iou(boxes, gt_boxes.to(boxes))
-    near = (overlap >= least_iou) & valid.unsqueeze(1) & (labels.unsqueeze(1) == gt_labels.to(labels.device))
+    near = (overlap >= LEAST_IOU) & valid.unsqueeze(1) & (labels.unsqueeze(1) == gt_labels.to(labels.device))
     concerned = near.any(1)
     targets = torch.where(concerned, DUPLICATE, NEITHER).cpu()
     indices = concerned.nonzero().squeeze(1)
@@ -107,7 +102,6 @@ def duplicate_losses(
     image_size: tuple[int, int],
     *,
     warm_up: bool = False,
-    duplicate_weight: float = 0.5,
     over_devices: Callable[[Tensor], Tensor] = torch.Tensor.clone,
 ) -> dict[str, Tensor]:
     """Compute the losses of N proposals in K regions per image; for training beside the detector's own losses.
@@ -137,7 +131,6 @@ def duplicate_losses(
         image_size: Height and width of the images, pixels; lengths in L1 are fractions of them.
         warm_up: Whether the boxes' losses reach the proposals' boxes alone, not the plan. Their gradients through the
             plan are large (one over its epsilon), and misleading as long as boxes and scores are poor.
-        duplicate_weight: Weight of the gates' term.
         over_devices: Averages numbers of objects and proposals over devices, where there are several.
 
     Returns:
@@ -189,7 +182,7 @@ def duplicate_losses(
             "region_score": score_loss / num_objects,
             "region_l1": L1_WEIGHT * (gates * l1).sum() / num_objects,
             "region_giou": GIOU_WEIGHT * (gates * giou).sum() / num_objects,
-            "duplicate": duplicate_weight * (keep_loss + drop_loss) / 2,
+            "duplicate": DUPLICATE_WEIGHT * (keep_loss + drop_loss) / 2,
         }
 
 

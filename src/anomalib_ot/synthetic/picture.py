@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 OVERSAMPLING = 2
 """Sample points per pixel and axis."""
@@ -116,32 +117,11 @@ def tight_boxes(mask: np.ndarray) -> np.ndarray:
     >>> tight_boxes(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 1, 1]])).tolist()
     [[0.0, 0.0, 2.0, 2.0], [1.0, 3.0, 3.0, 4.0]]
     """
-    parts = _parts(np.asarray(mask) != 0)
-    boxes = []
-    for part in range(1, int(parts.max(initial=0)) + 1):
-        rows, columns = np.nonzero(parts == part)
-        boxes.append((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+    places = ndimage.find_objects(_parts(np.asarray(mask) != 0))
+    boxes = [(columns.start, rows.start, columns.stop, rows.stop) for rows, columns in places]
     return np.array(boxes, dtype=np.float32).reshape(-1, 4)
 
 
 def _parts(mask: np.ndarray) -> np.ndarray:
     """Number the connected parts of a bool mask from 1 in reading order, corners count as contact; 0 is outside."""
-    labels = np.zeros(mask.shape, dtype=np.int64)
-    parent = [0]  # of each run of pixels in a row; a run without an earlier neighbor is its own parent
-
-    def root(run: int) -> int:
-        while parent[run] != run:
-            run = parent[run]
-        return run
-
-    rows, edges = np.nonzero(np.diff(mask, axis=1, prepend=False, append=False))
-    for row, start, stop in zip(rows[::2], edges[::2], edges[1::2], strict=True):
-        above = labels[row - 1, max(start - 1, 0) : stop + 1] if row else labels[:0, 0]
-        roots = sorted({root(run) for run in set(above.tolist()) - {0}})
-        run = len(parent)
-        parent.append(roots[0] if roots else run)
-        for other in roots[1:]:
-            parent[other] = roots[0]
-        labels[row, start:stop] = run
-    roots = np.array([root(run) for run in range(len(parent))])
-    return np.unique(roots, return_inverse=True)[1][labels]
+    return ndimage.label(mask, np.ones((3, 3)))[0]

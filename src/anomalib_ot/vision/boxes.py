@@ -84,9 +84,9 @@ def pairwise_giou(boxes: Tensor, others: Tensor) -> Tensor:
     return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
-def inside_boxes(points: Tensor, boxes: Tensor, margin: float = 0.01) -> Tensor:
-    """Say which points (P, 2) lie in which boxes (G, 4), farther than `margin` pixels from their sides: bool (G, P)."""
-    return encode_ltrb(points, boxes[:, None]).amin(-1) > margin
+def inside_boxes(points: Tensor, boxes: Tensor) -> Tensor:
+    """Say which points (P, 2) lie in which boxes (G, 4), farther than 0.01 pixels from their sides: bool (G, P)."""
+    return encode_ltrb(points, boxes[:, None]).amin(-1) > 0.01
 
 
 def near_centers(points: Tensor, strides: Tensor, boxes: Tensor, radius: float, *, clipped: bool) -> Tensor:

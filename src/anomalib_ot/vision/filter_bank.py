@@ -13,8 +13,8 @@ WAVELENGTHS = (4.0, 8.0, 16.0)
 NUM_ORIENTATIONS = 6
 
 
-def gabor_kernels(wavelength: float, num_orientations: int = NUM_ORIENTATIONS) -> Tensor:
-    """Return quadrature pairs of Gabor filters (2 * num_orientations, 1, s, s), even ones first; `wavelength` in
+def gabor_kernels(wavelength: float) -> Tensor:
+    """Return quadrature pairs of Gabor filters (12, 1, s, s), even ones first; `wavelength` in
     pixels.
 
     ``g(u, v) = exp(-(u^2 + v^2) / (2 s^2)) cos(2 pi u / wavelength)`` along each orientation and the sine alike, with
@@ -29,8 +29,8 @@ def gabor_kernels(wavelength: float, num_orientations: int = NUM_ORIENTATIONS) -
     y, x = torch.meshgrid(offsets, offsets, indexing="ij")
     window = torch.exp(-(x.square() + y.square()) / (2 * spread**2))
     even, odd = [], []
-    for i in range(num_orientations):
-        angle = math.pi * i / num_orientations
+    for i in range(NUM_ORIENTATIONS):
+        angle = math.pi * i / NUM_ORIENTATIONS
         phase = 2 * math.pi * (x * math.cos(angle) + y * math.sin(angle)) / wavelength
         wave = window * phase.cos()
         even.append(wave - window * wave.sum() / window.sum())

@@ -181,9 +181,9 @@ def false_positives_per_good_image(data: EvaluatedBoxes, score_threshold: float)
     return float((good[data.images] & (data.scores > score_threshold)).sum() / good.sum())
 
 
-def class_results(data: EvaluatedBoxes, score_threshold: float, iou: float = 0.5) -> list[ClassResult]:
+def class_results(data: EvaluatedBoxes, score_threshold: float) -> list[ClassResult]:
     """Tell how well each class with a true box, or a box above the threshold, is found; by class index."""
-    hits, shown = box_hits(data, iou), data.scores > score_threshold
+    hits, shown = box_hits(data, 0.5), data.scores > score_threshold
     results = []
     for label in np.union1d(data.gt_labels, data.labels[shown]):
         own, num_truths = data.labels == label, int((data.gt_labels == label).sum())

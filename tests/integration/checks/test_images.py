@@ -294,25 +294,6 @@ def test_files_are_decoded_once_until_they_change(tmp_path, good, monkeypatch):
     assert len(decoded) == 3
 
 
-def test_progress_bar_only_for_long_checks(good, monkeypatch, tmp_path):
-    started = []
-
-    class Recorder(images.Progress):
-        def add_task(self, description, **options):
-            started.append((description, options["total"]))
-            return super().add_task(description, **options)
-
-    monkeypatch.setattr(images, "Progress", Recorder)
-    check_images([good], "images")
-    assert started == []
-    monkeypatch.setattr(images, "PATIENCE", 0.0)
-    paths = [tmp_path / f"{index}.png" for index in range(3)]
-    for path in paths:
-        Image.fromarray(COLOR8).save(path)
-    check_images(paths, "training images")
-    assert started == [("Checking training images", 3)]
-
-
 # Putting deep images back
 
 

@@ -72,7 +72,10 @@ def _parameters(path: str) -> dict[str, str] | None:
     """List the arguments of a class, with their types in words; None if there is no such class."""
     module, _, name = path.rpartition(".")
     try:
-        parameters = inspect.signature(getattr(import_module(module), name)).parameters
+        kind = getattr(import_module(module), name)
+        parameters = dict(inspect.signature(kind).parameters)
+        if parameters.pop("kwargs", None):  # those of the base class are taken, too
+            parameters |= inspect.signature(kind.__base__).parameters
     except (ImportError, AttributeError, ValueError):
         return None
     annotations = {key: value.annotation for key, value in parameters.items()}

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -11,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 
 from anomalib_ot.imaging.samples import (
     DECODE_ERRORS,
@@ -24,13 +21,13 @@ from anomalib_ot.imaging.samples import (
     sample_format,
     size_problem,
 )
+from anomalib_ot.integration.checks.console import progress_bar
 from anomalib_ot.integration.checks.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 2
 ORIENTATION = 0x0112  # EXIF
-PATIENCE = 1.0  # seconds of silence before the progress bar
 
 
 @dataclass(frozen=True)
@@ -106,20 +103,13 @@ def _key(name: str) -> tuple[str, int, int]:
 
 def _decode_all(names: list[str], description: str) -> dict[str, _Finding]:
     found: dict[str, _Finding] = {}
-    start = time.monotonic()
     with ExitStack() as stack:
         pool = ThreadPoolExecutor(NUM_THREADS)
         stack.callback(pool.shutdown, cancel_futures=True)
-        progress = task = None
+        step = stack.enter_context(progress_bar(f"Checking {description}", len(names)))
         for name, finding in zip(names, pool.map(_decode, names), strict=True):
             found[name] = finding
-            if progress is None and time.monotonic() - start > PATIENCE:
-                console = Console(stderr=True)
-                is_silent = not (console.is_terminal or console.is_jupyter)  # a log file wants no bar
-                progress = stack.enter_context(Progress(console=console, transient=True, disable=is_silent))
-                task = progress.add_task(f"Checking {description}", total=len(names))
-            if progress is not None:
-                progress.update(task, completed=len(found))
+            step()
     return found
 
 

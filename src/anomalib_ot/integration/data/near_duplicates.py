@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from platformdirs import user_cache_path
-from rich.console import Console
-from rich.progress import Progress
 
 from anomalib_ot.imaging.samples import FORMATS, UNREADABLE, read_problem
+from anomalib_ot.integration.checks.console import progress_bar
 from anomalib_ot.integration.checks.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -23,7 +21,6 @@ HASH_BITS = 256
 _SIDE = 16  # of the square of frequencies that a hash holds
 _BLOCK = 512  # hashes compared with all others at once
 _NUM_THREADS = 2
-_PATIENCE = 1.0  # seconds of silence before the progress bar
 
 
 def image_hashes(paths: Sequence[str], cache: Path | None = None) -> np.ndarray:
@@ -104,14 +101,10 @@ def _save(cache: Path, known: dict[str, str]) -> None:
 
 def _hash_all(paths: dict[str, str]) -> dict[str, str]:
     hashes: dict[str, str] = {}
-    started = time.monotonic()
-    console = Console(stderr=True)
-    mute = not (console.is_terminal or console.is_jupyter)
-    with Progress(console=console, transient=True, disable=mute) as progress, ThreadPoolExecutor(_NUM_THREADS) as pool:
-        task = progress.add_task("Looking for near duplicates", total=len(paths), visible=False)
+    with progress_bar("Looking for near duplicates", len(paths)) as step, ThreadPoolExecutor(_NUM_THREADS) as pool:
         for key, value in zip(paths, pool.map(_hash, paths.values()), strict=True):
             hashes[key] = value
-            progress.update(task, advance=1, visible=time.monotonic() - started > _PATIENCE)
+            step()
     return hashes
 
 

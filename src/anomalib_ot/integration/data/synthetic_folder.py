@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +14,8 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from PIL import Image
 from platformdirs import user_cache_path
-from rich.console import Console
-from rich.progress import Progress
 
+from anomalib_ot.integration.checks.console import progress_bar
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.synthetic.picture import Sample
 
@@ -26,7 +24,6 @@ logger = logging.getLogger(__name__)
 ANNOTATIONS = "annotations.json"
 
 _BLOCK = 100_000_000  # indices per split: no image is the faultless twin of another, whatever the counts
-_QUIET_SECONDS = 1.0  # a shorter wait needs no progress bar
 
 
 class _Picture(NamedTuple):
@@ -183,18 +180,14 @@ class SyntheticFolder:
         """Draw all images into a folder that does not exist yet."""
         pictures = self.pictures()
         coco = self._coco()
-        started = time.monotonic()
-        console = Console(stderr=True)
-        mute = not (console.is_terminal or console.is_jupyter)
-        with Progress(console=console, transient=True, disable=mute) as progress:
-            task = progress.add_task(f"Drawing {self._title}", total=len(pictures), visible=False)
+        with progress_bar(f"Drawing {self._title}", len(pictures)) as step:
             for picture in pictures:
                 sample = self.render(self.seed, picture.index, picture.defect, self.image_size)
                 _save(stage / picture.path, sample.image)
                 if picture.defect is not None:
                     _save(stage / _mask_path(picture), sample.mask)
                 self._annotate(coco, picture, sample)
-                progress.update(task, advance=1, visible=time.monotonic() - started > _QUIET_SECONDS)
+                step()
         (stage / ANNOTATIONS).write_text(json.dumps(coco), encoding="utf-8")
         (stage / self._parameters_file).write_text(json.dumps(self.parameters, indent=2), encoding="utf-8")
 

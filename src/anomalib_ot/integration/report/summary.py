@@ -95,9 +95,9 @@ class Summary:
         return sum(self.confusion.values())
 
 
-def summarized(rows: Iterable[dict[str, Any]], limit: int = MOST_SHOWN) -> Summary:
+def summarized(rows: Iterable[dict[str, Any]]) -> Summary:
     """Read rows once and say what they say together; memory grows by a number per image."""
-    made, selection, folders, total = Summary(), Selection(limit), _CommonFolder(), 0
+    made, selection, folders, total = Summary(), Selection(), _CommonFolder(), 0
     for row in rows:
         made.images += 1
         made.verdicts[row["verdict"]] += 1
