@@ -48,7 +48,6 @@ class CalibratedExport:
         Raises:
             InspectError: If nothing could lie above the threshold, or the manifest cannot be written.
         """
-        del good
         manifest = json.loads(self._file.read_text(encoding="utf-8-sig"))
         if manifest.get("image_threshold") is not None and calibration["threshold"] == CUT:
             raise InspectError(

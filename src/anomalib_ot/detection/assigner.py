@@ -269,7 +269,6 @@ class FCOSAssigner:
         self, logits: Tensor, predicted: Tensor, points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor
     ) -> Assignment:
         """Assign; see `Assigner`. Class logits and labels play no part."""
-        del logits, labels
         assignment = _nothing(predicted)
         if not len(boxes):
             return assignment

@@ -144,7 +144,6 @@ class _Window(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Pad and crop one part of a sample."""
-        del params
         top, left, height, width = self.place
         rows, columns = F.get_size(inpt)
         padding = [max(-left, 0), max(-top, 0), max(left + width - columns, 0), max(top + height - rows, 0)]

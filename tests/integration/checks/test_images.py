@@ -105,7 +105,6 @@ def test_gray_sixteen_bits(tmp_path, name):
     assert torch.equal(read_image_deep(path), expected16(GRAY16))
     report = check_images([path], "images")
     assert report.deep == {str(path)}
-    assert report.gray == (str(path),)
 
 
 def test_twelve_bits_in_sixteen_keep_the_fixed_scale(tmp_path):
@@ -261,8 +260,6 @@ def test_report_sorts_the_modes_and_says_so_once(tmp_path, good, caplog):
         report = check_images([good, *paths.values(), good], "training images")
     assert report.count == 5
     assert set(report.alpha) == {str(paths["RGBA"]), str(paths["LA"])}
-    assert set(report.gray) == {str(paths["L"]), str(paths["LA"])}
-    assert report.palette == (str(paths["P"]),)
     assert [record.getMessage().count("alpha channel") for record in caplog.records] == [1]
 
 

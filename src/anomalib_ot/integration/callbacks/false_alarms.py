@@ -47,7 +47,6 @@ class FalseAlarmThreshold(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse with an `InputError`, before the training, good images that are too few or those of the training."""
-        del pl_module
         datamodule = trainer.datamodule
         val, train = (getattr(datamodule, f"{name}_data", None) for name in ("val", "train"))
         samples = getattr(val, "samples", None)
@@ -64,14 +63,12 @@ class FalseAlarmThreshold(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
-        del trainer, pl_module
         self._scores = []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: object, **kwargs: object
     ) -> None:
         """Take the scores of good images."""
-        del trainer, pl_module, args, kwargs
         if outputs.gt_label is not None:
             label = outputs.gt_label.as_subclass(Tensor).flatten().bool()
             self._scores.append(outputs.pred_score.detach().as_subclass(Tensor).flatten()[~label].cpu())
@@ -118,14 +115,12 @@ class VerdictReport(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn where nothing will be called defective."""
-        del trainer
         self._warn_without_threshold(pl_module)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: object, **kwargs: object
     ) -> None:
         """Count the verdicts of a batch."""
-        del trainer, pl_module, args, kwargs
         label, called = getattr(outputs, "gt_label", None), getattr(outputs, "pred_label", None)
         if label is None or called is None:
             self._unknown += len(outputs.image)
@@ -144,7 +139,6 @@ class VerdictReport(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the line, after Lightning's table."""
-        del pl_module
         if stage == "test" and self._line and trainer.is_global_zero:
             print(self._line, flush=True)
             self._line = ""

@@ -49,13 +49,11 @@ class FileWriter(Callback):
 
     def setup(self, trainer: "Trainer", pl_module: "AnomalibModule", stage: str) -> None:
         """Look, before anything runs, whether the file can be written."""
-        del pl_module
         if stage in ("test", "predict") and trainer.is_global_zero:
             check_folder(self.path)
 
     def on_test_start(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
         """Begin with no records."""
-        del trainer
         self._found.clear()
         self._waiting = None
         self.begin(pl_module)
@@ -63,16 +61,9 @@ class FileWriter(Callback):
     on_predict_start = on_test_start
 
     def on_test_batch_end(
-        self,
-        trainer: "Trainer",
-        pl_module: "AnomalibModule",
-        outputs: ImageBatch,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: "Trainer", pl_module: "AnomalibModule", outputs: ImageBatch, *args: object, **kwargs: object
     ) -> None:
         """Let a batch wait until the model's own callbacks are done with it."""
-        del trainer, pl_module, batch, batch_idx, dataloader_idx
         self._take_waiting()
         self._waiting = outputs
 
@@ -80,7 +71,6 @@ class FileWriter(Callback):
 
     def on_test_epoch_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
         """Write the file, in the first process."""
-        del pl_module
         self._take_waiting()
         shares = from_all(self._found)
         if trainer.is_global_zero:

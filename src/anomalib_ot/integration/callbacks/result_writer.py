@@ -83,7 +83,6 @@ class ResultWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the rows of a batch, and keep the thumbnails that a report may show."""
-        del pl_module, batch_idx, dataloader_idx
         # A detector's post-processor works on what the model returned; maps are in the batch that it was given.
         source = outputs if getattr(outputs, "pred_boxes", None) is not None else batch
         for row, item in self._rows.of_batch(source):
@@ -124,7 +123,6 @@ class ResultWriter(Callback):
 
     def on_exception(self, trainer: "Trainer", pl_module: "AnomalibModule", exception: BaseException) -> None:
         """Leave no draft behind; a former table stays."""
-        del trainer, pl_module, exception
         self._close()
 
     def _close(self) -> None:

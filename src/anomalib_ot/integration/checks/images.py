@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 NUM_THREADS = 2
 ORIENTATION = 0x0112  # EXIF
+ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,6 @@ class ImageReport:
     # 16-bit and float files, which Anomalib's 8-bit reading saturates or coarsens; as given, as strings.
     deep: frozenset[str]
     alpha: tuple[str, ...]  # files with an alpha channel, which is dropped
-    gray: tuple[str, ...]  # files with one channel
-    palette: tuple[str, ...]  # files with a palette, which is expanded to RGB
     turned: tuple[str, ...]  # files with an EXIF orientation, which is not applied
 
 
@@ -83,9 +82,7 @@ def check_images(paths: Iterable[str | Path], description: str) -> ImageReport:
     report = ImageReport(
         count=len(names),
         deep=frozenset(name for name, finding in found.items() if finding.sample != "8"),
-        alpha=_with_mode(found, "RGBA", "LA", "PA", "RGBa", "La"),
-        gray=_with_mode(found, "1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"),
-        palette=_with_mode(found, "P", "PA"),
+        alpha=tuple(name for name, finding in found.items() if finding.mode in ALPHA),
         turned=tuple(name for name, finding in found.items() if finding.is_turned),
     )
     if fresh:
@@ -152,10 +149,6 @@ def _check_one_float_scale(found: dict[str, _Finding], description: str) -> None
             f"{description}: the float image {unit} lies in [0, 1] but {byte} reaches {found[byte].greatest:g}; "
             "expected one scale for all, [0, 1] or [0, 255]: save them again on one"
         )
-
-
-def _with_mode(found: dict[str, _Finding], *modes: str) -> tuple[str, ...]:
-    return tuple(name for name, finding in found.items() if finding.mode in modes)
 
 
 def _log(report: ImageReport, description: str) -> None:

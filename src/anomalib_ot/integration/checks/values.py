@@ -1,13 +1,10 @@
 """Checks of single values: arguments, weights, and whether a model is trained."""
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from numbers import Real
-from pathlib import Path
 
-import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
 
 from anomalib_ot.integration.checks.errors import InputError
 
@@ -27,19 +24,6 @@ def check_known(name: str, value: str, known: Collection[str]) -> None:
     suggestion = f" (did you mean {near[0]!r}?)" if near else ""
     msg = f"{name} is {value!r}, which is not known{suggestion}; expected one of: {', '.join(map(str, known))}"
     raise InputError(msg)
-
-
-def check_state_dict_finite(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
-    """Check that the weights of a file hold neither NaN nor infinity; an `InputError` names the first such tensor."""
-    for name, tensor in state_dict.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            continue
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise InputError(
-                f"weights {path}: tensor {name!r} holds {bad} NaN or infinite values of {tensor.numel()}; "
-                "the file is damaged or its training diverged, take another one"
-            )
 
 
 def check_least(name: str, value: int, least: int) -> None:

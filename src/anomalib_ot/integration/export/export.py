@@ -193,7 +193,6 @@ class CheckedExport:
             InputError: If a package is missing, data for integers, or the folder cannot be written.
             ParityError: If the export does not agree with PyTorch.
         """
-        del task
         check_fitted(self, "export")
         kind = None if compression_type is None else CompressionType(compression_type)
         check_export_root(export_root)

@@ -46,14 +46,12 @@ class ScoreKeeper(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
-        del trainer, pl_module
         self._scores, self._labels = [], []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: object, **kwargs: object
     ) -> None:
         """Take the scores of a batch, and which of its images are good."""
-        del trainer, pl_module, args, kwargs
         score = getattr(outputs, "pred_score", None)
         if score is not None:
             self._scores.append(torch.as_tensor(score).detach().flatten().float().cpu())

@@ -87,7 +87,6 @@ class Summary:
     fingerprint: str | None = None
     folder: str = ""  # the folder that holds all images; "" if there is none
     shown: list[dict[str, Any]] = field(default_factory=list)  # the rows to show, the highest score first
-    has_p_values: bool = False  # whether a row has a p-value
 
     @property
     def known(self) -> int:
@@ -108,7 +107,6 @@ def summarized(rows: Iterable[dict[str, Any]]) -> Summary:
             made.scores[truth].append(row["score"])
         if row.get("threshold") is not None and len(made.thresholds) < 2:
             made.thresholds.add(row["threshold"])
-        made.has_p_values |= row.get("p_value") is not None
         digest = row.get("sha256")
         total = None if total is None or not isinstance(digest, str) else total + int(digest, 16)
         folders.add(row["path"])

@@ -36,7 +36,6 @@ class PictureWriter(Visualizer):
 
     def items(self, outputs: ImageBatch | None, batch: ImageBatch) -> Iterable[ImageItem]:
         """Return the items to draw, of what the model returned and the batch that it was given."""
-        del outputs
         return batch
 
     def on_test_batch_end(
@@ -49,7 +48,6 @@ class PictureWriter(Visualizer):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the pictures of a batch."""
-        del batch_idx, dataloader_idx
         output_dir = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
         root = getattr(getattr(trainer, "datamodule", None), "root", None)
         for item in self.items(outputs, batch):
@@ -62,7 +60,6 @@ class PictureWriter(Visualizer):
 
     def on_test_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
         """Say where the pictures are."""
-        del trainer, pl_module
         self._names.tell()
 
     on_predict_end = on_test_end
