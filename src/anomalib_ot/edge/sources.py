@@ -11,15 +11,17 @@ from datetime import datetime, timezone
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from anomalib_ot.edge.frames import Frame, InspectError
-from anomalib_ot.edge.polling import polled
 from anomalib_ot.edge.watched import IMAGE_SUFFIXES, scan, unreadable_frame, watched_frames
 
 VIDEO_SUFFIXES = frozenset([".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"])
 CHUNK = 65536
+TICK = 0.1  # seconds between two looks at the wish to stop
 RETRY = 1.0  # seconds
 AHEAD = 8  # frames that wait in memory; a camera that is faster than the inspection waits, or drops some itself
+Item = TypeVar("Item")
 
 
 def open_source(
@@ -93,6 +95,20 @@ def _below(folder: str, skip: str | None) -> Iterator[Frame]:
 
 def _is_below(name: str, folder: str | None) -> bool:
     return folder is not None and os.path.realpath(name).startswith(os.path.join(folder, ""))
+
+
+def polled(items: "queue.Queue[Item]") -> Iterator[Item | None]:
+    """Yield items of a queue that another thread fills, without end; None while there is none, every 0.1 s."""
+    while True:
+        try:
+            item = items.get_nowait()
+        except queue.Empty:
+            yield None
+            try:
+                item = items.get(timeout=TICK)
+            except queue.Empty:
+                continue
+        yield item
 
 
 def _named_on_stdin() -> Iterator[Frame | None]:

@@ -1,5 +1,6 @@
 """The callback that turns anomaly maps into a file of candidate boxes, for labelling tools and for detectors."""
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -14,8 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import CenterCrop, Resize
 
-from anomalib_ot.integration.callbacks.candidate_file import Candidates, write_candidates
-from anomalib_ot.integration.callbacks.file_writer import FileWriter
+from anomalib_ot.integration.callbacks.file_writer import FileWriter, write_text
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.processing.pre_post import flat_transforms
 from anomalib_ot.postprocess.regions import RegionSettings, find_regions
@@ -23,7 +23,17 @@ from anomalib_ot.postprocess.regions import RegionSettings, find_regions
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
 
+CATEGORY = {"id": 1, "name": "defect", "supercategory": "defect"}
+DECIMALS = 2  # of pixels
 OTHER_VIEWS = ("Crop", "Pad", "Affine", "Perspective", "Rotat", "Flip")  # in names of transforms that move pixels
+
+
+class Candidates(NamedTuple):
+    """The candidate boxes of one image."""
+
+    size: tuple[int, int]  # width and height of the file, pixels
+    boxes: list[list[float]]  # boxes xyxy, pixels of the file, best first
+    scores: list[float]  # their scores
 
 
 class RegionWriter(FileWriter):
@@ -178,3 +188,25 @@ def seen_part(transform: nn.Module | None) -> SeenPart:
     (height, width), (crop_height, crop_width) = sizes[-1], moving[0].size
     left, top = (1 - crop_width / width) / 2, (1 - crop_height / height) / 2
     return SeenPart(left, top, 1 - left, 1 - top)
+
+
+def write_candidates(path: Path, images: Mapping[str, Candidates]) -> None:
+    """Write candidate boxes by image as a COCO file, whole or not at all; the same boxes give the same bytes.
+
+    Images are in the order of their names. There is no `segmentation`: an empty one stops the import of Label Studio.
+
+    Raises:
+        InputError: If the file cannot be written.
+    """
+    records, annotations = [], []
+    for number, (name, found) in enumerate(sorted(images.items()), start=1):
+        width, height = found.size
+        records.append({"id": number, "file_name": name, "width": width, "height": height})
+        for (left, top, right, bottom), score in zip(found.boxes, found.scores, strict=True):
+            left, top, right, bottom = (round(side, DECIMALS) for side in (left, top, right, bottom))
+            bbox = [left, top, round(right - left, DECIMALS), round(bottom - top, DECIMALS)]
+            annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": CATEGORY["id"], "bbox": bbox}
+            annotation |= {"area": round(bbox[2] * bbox[3], DECIMALS), "iscrowd": 0, "score": round(score, 6)}
+            annotations.append(annotation)
+    content = {"images": records, "annotations": annotations, "categories": [CATEGORY]}
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))

@@ -41,14 +41,6 @@ class SyntheticFolder:
     The layout is ``train/good``, ``test/good``, ``test/<defect>`` and ``ground_truth/<defect>``, with one mask per
     defective image under the same name, and ``annotations.json`` with the boxes of all images in COCO form.
 
-    Args:
-        num_train: Faultless images for training, at least 2.
-        num_test_good: Faultless test images, at least 2.
-        num_per_defect: Test images per defect, at least 1, and 2 in all.
-        image_size: Height and width in pixels, at least ``SMALLEST_SIDE`` each.
-        defects: Names out of ``DEFECTS``, each at most once; their order does not matter.
-        seed: Names the data set, at least 0.
-
     Raises:
         InputError: If an argument is out of range or a defect is unknown.
     """
@@ -60,12 +52,12 @@ class SyntheticFolder:
     SMALLEST_SIDE: ClassVar[int]
     render: ClassVar[Callable[[int, int, str | None, tuple[int, int]], Sample]]
 
-    num_train: int = 48
-    num_test_good: int = 20
-    num_per_defect: int = 6
-    image_size: tuple[int, int] = (256, 256)
-    defects: tuple[str, ...] = ()
-    seed: int = 0
+    num_train: int = 48  # faultless images for training, at least 2
+    num_test_good: int = 20  # faultless test images, at least 2
+    num_per_defect: int = 6  # test images per defect, at least 1, and 2 in all
+    image_size: tuple[int, int] = (256, 256)  # height and width in pixels, at least ``SMALLEST_SIDE`` each
+    defects: tuple[str, ...] = ()  # names out of ``DEFECTS``, each at most once; their order does not matter
+    seed: int = 0  # names the data set, at least 0
 
     def __post_init__(self) -> None:
         """Check the arguments, and put the defects into their usual order."""
