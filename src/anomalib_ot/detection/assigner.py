@@ -60,8 +60,7 @@ def transport_plan(
     epsilon: float = 0.1,
     num_iters: int = 50,
 ) -> Tensor:
-    """Transport objects, which supply `supplies`, and background, which supplies the rest, to points, which demand 1
-    each.
+    """Transport objects and background to points, which demand 1 each; the background supplies the rest.
 
     The iterations are the published ones: potentials 0, columns first, `num_iters` times both, so that rows are exact
     and columns nearly. `num_others` points that only the background reaches act as one column with their mass.
@@ -96,8 +95,7 @@ def transport_plan(
 def transport_labels(
     cost: Tensor, background: Tensor, supplies: Tensor, *, rescale: bool = True, **transport: float
 ) -> Tensor:
-    """Return the row (Q,) that each point receives most of: an object's index, or G for background; the lower of
-    equals.
+    """Return the row (Q,) that each point receives most of: an object, or G for background; the lower of equals.
 
     `rescale` divides each row of the plan by its largest value first, as the authors' code does; without it an object
     with a diffuse row can lose every point. All else as for `transport_plan`.
@@ -113,8 +111,7 @@ def transport_labels(
 
 
 def transport_matches(cost: Tensor, background: Tensor, **transport: float) -> Tensor:
-    """Transport one unit of each object, and give each object the one point that receives most of it; (Q,), G:
-    background.
+    """Transport one unit of each object, and give it the one point that receives most of it: (Q,).
 
     Pairs are taken in order of their mass, every point and every object once; an object whose candidates are all taken
     has none. Arguments as for `transport_plan`.
@@ -330,8 +327,7 @@ def candidate_points(
 
 
 def spatial_cost(points: Tensor, strides: Tensor, boxes: Tensor, finest: Tensor, coarsest: Tensor) -> Tensor:
-    """Return how far points (Q, 2) lie from where and on which level objects (G, 4) are expected: FCOS's rule made
-    soft.
+    """Return how far points (Q, 2) lie from where objects (G, 4) are expected: FCOS's rule made soft.
 
     `|p - c|^2 / (half a side)^2 + max(0, |log2(r / s) - 2.5| - 0.5)^2`, (G, Q), without unit: the squared distance from
     the object's center, 1 at its sides, and by how many octaves the distance `r` to its farthest side misses the 4 to 8
@@ -391,8 +387,7 @@ def pair_cost(
 
 
 def dynamic_counts(iou: Tensor, top: int = 20) -> Tensor:
-    """Estimate how many points each object should have (G,): the truncated sum of its `top` largest overlaps, at least
-    1.
+    """Estimate how many points each object should have (G,): the truncated sum of its `top` largest overlaps.
 
     References:
         Z. Ge et al., CVPR 2021, section 3.3, "dynamic k estimation".

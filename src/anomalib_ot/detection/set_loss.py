@@ -43,7 +43,7 @@ def set_cost(found: BoxSet, boxes: Tensor, labels: Tensor, image_size: tuple[int
 
     References:
         P. Sun et al., "Sparse R-CNN: End-to-end object detection with learnable proposals", CVPR 2021; N. Carion et
-            al., "End-to-end object detection with transformers", ECCV 2020.
+        al., "End-to-end object detection with transformers", ECCV 2020.
     """
     positive, negative = focal_terms(found.class_logits)
     unit = boxes.new_tensor([*image_size[::-1], *image_size[::-1]])
@@ -54,8 +54,7 @@ def set_cost(found: BoxSet, boxes: Tensor, labels: Tensor, image_size: tuple[int
 
 
 def match_exactly(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """Match proposals and objects one to one at the least total cost (K, G), by the Hungarian method; two index
-    vectors.
+    """Match proposals and objects one to one at the least total cost (K, G), by the Hungarian method.
 
     Raises:
         ValueError: If a cost is NaN or infinite.

@@ -146,8 +146,7 @@ class Inspector:
         return next(iter(self.stream([image])))
 
     def stream(self, images: Iterable[Image_ | Frame | None]) -> Iterator[Result]:
-        """Inspect frames, several at a time, and yield a result for each, in their order; with an error where one
-        fails.
+        """Inspect frames, several at a time; yield a result for each, in their order, with an error where one fails.
 
         Args:
             images: Files, arrays or frames, read as results are asked for, at most `requests` ahead. None says that

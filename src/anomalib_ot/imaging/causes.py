@@ -153,8 +153,7 @@ def arrows(
 
 
 def bowed_line(start: np.ndarray, end: np.ndarray, points: int = 25, bow: float = BOW) -> np.ndarray:
-    """Return `points` (y, x) of an arc from start to end that always bows to the same side, so that swapped ends bow
-    apart.
+    """Return `points` (y, x) of an arc that always bows to the same side, so that swapped ends bow apart.
 
     `bow` is how far the middle leaves the straight line, in lengths.
     """

@@ -13,8 +13,7 @@ LEAST_RANGE = 1e-12
 
 
 def box_masks(boxes: Tensor, frame: Tensor, mask_size: int = 28, softness: float = SOFTNESS) -> Tensor:
-    """Draw soft boxes (..., 4) into the grids of other boxes `frame` (..., 4); masks (..., mask_size, mask_size) in (0,
-    1).
+    """Draw soft boxes (..., 4) into the grids of boxes `frame` (..., 4): (..., mask_size, mask_size).
 
     `M(x, y) = S((x - x1) / e_x) S((x2 - x) / e_x) S((y - y1) / e_y) S((y2 - y) / e_y)` with the logistic function S and
     `e` the `softness` of the box's own width or height, at the centers of the grid's cells.
@@ -30,8 +29,7 @@ def box_masks(boxes: Tensor, frame: Tensor, mask_size: int = 28, softness: float
 def aggregate_box_masks(
     weights: Tensor, boxes: Tensor, frame: Tensor, mask_size: int = 28, softness: float = SOFTNESS
 ) -> Tensor:
-    """Sum up the soft boxes (B, N, 4) of N members, weights (B, N, K), in the grid of each of K boxes: `sum_i p_ik
-    M_i`.
+    """Sum up the soft boxes (B, N, 4), weighted (B, N, K), in the grids of K boxes: `sum_i p_ik M_i`.
 
     As soft boxes are products of a row and a column, the sums are matrix products, and no mask of a member is built.
     Masks (B, K, mask_size, mask_size) are in [0, 1] where the weights of a box sum to at most 1.

@@ -243,8 +243,7 @@ def outranking(boxes: Tensor, scores: Tensor, labels: Tensor, valid: Tensor, set
 
 
 def seed_gate(outranks: Tensor, valid: Tensor, rounds: int = 8, *, average: bool = False) -> Tensor:
-    """Say how much each proposal is the best of its kind, (B, N): 1 for what greedy suppression keeps, 0 for what it
-    drops.
+    """Say how much each proposal is the best of its kind, (B, N): 1 for what greedy suppression keeps, else 0.
 
     ``gate_j <- prod_i (1 - outranks_ij gate_i)``, from 1; `average` returns the mean of the last two rounds.
 
@@ -254,8 +253,8 @@ def seed_gate(outranks: Tensor, valid: Tensor, rounds: int = 8, *, average: bool
 
     References:
         D. Bolya et al., "YOLACT: real-time instance segmentation", ICCV 2019 (one round); Z. Zheng et al., "Enhancing
-            geometric factors in model learning and inference for object detection and instance segmentation", IEEE
-            Trans. Cybernetics 2022 (rounds).
+        geometric factors in model learning and inference for object detection and instance segmentation", IEEE
+        Trans. Cybernetics 2022 (rounds).
 
     >>> chain = torch.tensor([[[0.0, 1, 0], [0, 0, 1], [0, 0, 0]]])
     >>> seed_gate(chain, torch.ones(1, 3, dtype=torch.bool)).round()

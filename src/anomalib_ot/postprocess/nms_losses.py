@@ -55,8 +55,7 @@ def match_regions(
 def duplicate_targets(
     boxes: Tensor, ranks: Tensor, labels: Tensor, valid: Tensor, gt_boxes: Tensor, gt_labels: Tensor
 ) -> Tensor:
-    """Say which proposals of one image (N,) stand for an object, 1, and which only repeat one, 0; -1: they overlap
-    none.
+    """Say which proposals of one image (N,) stand for an object, 1, or repeat one, 0; -1: overlap none.
 
     From the highest rank (N,), the score after suppression, down, a proposal takes the object that it overlaps most, of
     its class and not taken yet. One that overlaps objects (IoU >= .5) but finds all taken is a duplicate.

@@ -12,8 +12,7 @@ WRAPPERS = ("state_dict", "state_dict_ema", "model", "model_ema")
 
 
 def known_layers(backbone: str) -> list[str]:
-    """List the layers of a timm backbone that features can be taken from, shallow first, such as `layer2` or
-    `blocks.4`.
+    """List the layers of a timm backbone that features can be taken from, shallow first, such as `layer2`.
 
     Raises:
         ValueError: If timm knows no such model (the nearest names are in the message), or none of its layers is a map.

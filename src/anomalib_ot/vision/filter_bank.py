@@ -14,8 +14,7 @@ NUM_ORIENTATIONS = 6
 
 
 def gabor_kernels(wavelength: float) -> Tensor:
-    """Return quadrature pairs of Gabor filters (12, 1, s, s), even ones first; `wavelength` in
-    pixels.
+    """Return quadrature pairs of Gabor filters (12, 1, s, s), even ones first; `wavelength` in pixels.
 
     ``g(u, v) = exp(-(u^2 + v^2) / (2 s^2)) cos(2 pi u / wavelength)`` along each orientation and the sine alike, with
     `s` half the wavelength; the even ones without their mean, all of unit norm.

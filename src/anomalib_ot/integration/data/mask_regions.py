@@ -19,8 +19,7 @@ HALF, NEARLY_ALL = 0.5, 0.9
 
 
 def mask_boxes(mask: np.ndarray, min_area: int = 1, gap: int = 0) -> list[tuple[float, float, float, float]]:
-    """Find the objects of a mask (H, W), not 0, and the tight box xyxy of each, right and bottom exclusive, top to
-    bottom.
+    """Find the objects of a mask (H, W), not 0: the tight box xyxy of each, right and bottom exclusive.
 
     Parts that touch, at a corner too, are one object; so are parts with at most `gap` empty pixels between them, in
     rows and in columns, such as the pieces of an interrupted scratch. Objects of fewer than `min_area` pixels are

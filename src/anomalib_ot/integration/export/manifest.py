@@ -18,8 +18,7 @@ FORMAT = 1
 
 
 def base_manifest(model: Any, outputs: Sequence[str], input_size: Sequence[int] | None, precision: str) -> dict:
-    """Say what an exported model is, as plain data; what was measured (`accuracy`, `parity`) is added by those who
-    measure.
+    """Say what an exported model is, as plain data; `accuracy` and `parity` are added by those who measure.
 
     `outputs` are in the graph's order; it takes images of (height, width) `input_size`, None: any; `precision` is
     "FP32", "FP16" or "INT8".

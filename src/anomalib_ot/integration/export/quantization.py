@@ -96,8 +96,7 @@ class Samples:
 
 
 def float_operations(graph: "openvino.Model", onnx_path: Path, rooms: Sequence[str]) -> list[str]:
-    """List the operations that keep floats: all but those of the modules `rooms`, and what of these sees the image
-    itself.
+    """List the operations that keep floats: all but those of the modules `rooms`, and what there sees the image.
 
     On magnetic tiles (ResNet-18, 40 training images) eight bits for all convolutions cost 2.1 points of image AUROC,
     for all but the first one none, at nearly the same speed. Operations of the ONNX file know their module, and have

@@ -60,8 +60,7 @@ class BoxVisualizer(PictureWriter):
         score_threshold: float = SCORE_THRESHOLD,
         name: str | None = None,
     ) -> Image.Image:
-        """Draw an item with predicted boxes, and its true ones if it has them; a ValueError if it has no predicted
-        ones.
+        """Draw an item with its predicted boxes, without which a ValueError is raised, and its true ones.
 
         The visualizer's own threshold comes before `score_threshold`; `name` None: the last two parts of the item's
         path.
