@@ -21,18 +21,12 @@ class Tiling:
 
     What is larger than the overlap is cut in every tile. Its parts are put together: two detections of one class in
     different tiles are the same object if they agree (IoU at least 0.5) on the area that both tiles show.
-
-    Args:
-        size: Height and width of a tile, pixels; an image smaller than that is one tile, padded with 0.
-        overlap: Least part of a tile's side that it shares with its neighbor, 0 to below 1.
-        whole_image: Whether the whole image is looked at too, for objects larger than a tile.
-        max_detections: Slots per image of the merged result.
     """
 
-    size: tuple[int, int]
-    overlap: float = 0.2
-    whole_image: bool = True
-    max_detections: int = 100
+    size: tuple[int, int]  # height and width of a tile, pixels; an image smaller than that is one tile, padded with 0
+    overlap: float = 0.2  # least part of a tile's side that it shares with its neighbor, 0 to below 1
+    whole_image: bool = True  # whether the whole image is looked at too, for objects larger than a tile
+    max_detections: int = 100  # slots per image of the merged result
 
     def corners(self, height: int, width: int) -> list[tuple[int, int]]:
         """List the upper left corners (top, left) of the tiles of an image, evenly spaced.
@@ -98,16 +92,10 @@ class Tiling:
     def merge(
         self, found: Detections, image_size: tuple[int, int], suppress: Callable[[Detections], Tensor]
     ) -> Detections:
-        """Merge the detections of tiles into those of their images.
+        """Merge the detections of tiles (B * T, K), in pixels of the tiles, into those of their images, in theirs.
 
-        Args:
-            found: Detections (B * T, K) in pixels of the tiles.
-            image_size: Height and width of the images, pixels.
-            suppress: Says which detections, sorted by score, are no duplicates.
-
-        Returns:
-            Detections in pixels of the images; parts of an object as their common box, with the best of their scores,
-            and the `scales` of the part that has it.
+        `suppress` says which detections, sorted by score, are no duplicates. Parts of an object become their common
+        box, with the best of their scores, and the `scales` of the part that has it.
         """
         windows = self._windows(*image_size).to(found.boxes)
         count, slots = len(windows), found.scores.shape[1]
@@ -154,16 +142,10 @@ def _joined(parts: Sequence[Tensor], starts: Sequence[int], length: int) -> Tens
 
 
 def _join(found: Detections, windows: Tensor, tile: Tensor, rounds: int) -> tuple[Detections, Tensor]:
-    """Join the parts of each object into their common box.
+    """Join the parts of each object, detections (B, N) that are best first, into their common box.
 
-    Args:
-        found: Detections (B, N) in pixels of the image, best first.
-        windows: What the tile of each detection shows (B, N, 4).
-        tile: Its number (B, N).
-        rounds: Most steps from one part of an object to another.
-
-    Returns:
-        The detections with common boxes, and which of them (B, N) is the first, and so the best, of its object.
+    `windows` (B, N, 4) is what the tile of each shows, `tile` (B, N) its number, `rounds` the most steps from part to
+    part. Also returns which detections (B, N) are the first, and so the best, of their object.
     """
     low = torch.maximum(windows[:, :, None, :2], windows[:, None, :, :2])
     high = torch.minimum(windows[:, :, None, 2:], windows[:, None, :, 2:])

@@ -16,8 +16,6 @@ from jsonargparse import ArgumentParser
 import anomalib_ot
 from anomalib_ot.integration.checks.errors import missing_tensorboard
 
-__all__ = ["install_short_argument_errors", "short_argument_error"]
-
 PROBLEM = re.compile(r"Problem with given class_path '([\w.]+)':\n(.*?)(?=\n {2}Given value type|\Z)", re.DOTALL)
 NESTED = re.compile(r"^( *)- Problem with given class_path '([\w.]+)':\n((?:\1 {3,}.*\n?)+)", re.MULTILINE)
 VALUE = re.compile(r"(?:Got value: |Given value: )(.*)")
@@ -26,14 +24,9 @@ STATUS = 2  # of a command line that cannot be understood
 
 
 def short_argument_error(message: str, *, foreign: bool = False) -> str | None:
-    """Say in one line what jsonargparse says of an argument in many.
+    """Say in one line what jsonargparse says of an argument in many; None if it is not about a class of this package.
 
-    Args:
-        message: What it would print.
-        foreign: Whether to do so for Anomalib's own classes too.
-
-    Returns:
-        The line; None if the message is of another kind, or not about a class of this package.
+    `foreign` does so for Anomalib's own classes, too.
 
     >>> short_argument_error("Parser key \\"model\\": - Expected a dot import path string: OTPrototype")
     "--model is 'OTPrototype', which is not known; did you mean 'OTPrototypes'?"
@@ -79,7 +72,10 @@ def _parameters(path: str) -> dict[str, str] | None:
     """List the arguments of a class, with their types in words; None if there is no such class."""
     module, _, name = path.rpartition(".")
     try:
-        parameters = inspect.signature(getattr(import_module(module), name)).parameters
+        kind = getattr(import_module(module), name)
+        parameters = dict(inspect.signature(kind).parameters)
+        if parameters.pop("kwargs", None):  # those of the base class are taken, too
+            parameters |= inspect.signature(kind.__base__).parameters
     except (ImportError, AttributeError, ValueError):
         return None
     annotations = {key: value.annotation for key, value in parameters.items()}
@@ -94,11 +90,8 @@ def install_short_argument_errors(switch: str, before_building: Callable[[], Non
 
     There is no hook for this in jsonargparse: its methods `error` and `instantiate_classes` are wrapped. Anomalib's
     classes get the line too in a command that names one of ours. All other messages go the former way, as does
-    everything with the environment variable `switch` set to 1. Repeated calls change nothing.
-
-    Args:
-        switch: Name of the environment variable that asks for the long form.
-        before_building: Called before a parser builds what was named, such as a logger, which comes before any model.
+    everything with the environment variable `switch` set to 1. `before_building` is called before a parser builds what
+    was named, such as a logger, which comes before any model. Repeated calls change nothing.
     """
     former = ArgumentParser.error
     if hasattr(former, "is_short"):

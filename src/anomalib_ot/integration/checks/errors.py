@@ -10,8 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
 
-__all__ = ["InputError", "install_short_errors", "missing_tensorboard"]
-
 TRACEBACK_SWITCH = "ANOMALIB_OT_TRACEBACK"
 
 
@@ -30,7 +28,6 @@ class InputError(ValueError):
     last_message: ClassVar[str] = ""  # words only, without the spacing: to be found again where it is quoted
 
     def __init__(self, message: str) -> None:
-        """Take the message, of one line."""
         super().__init__(message)
         InputError.last_message = _words(message)
 

@@ -92,11 +92,7 @@ class CheckedExport:
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "CheckedExport":
-        """Load a trained model, for an export with the arguments that it was given; see Anomalib's `AnomalibModule`.
-
-        Raises:
-            InputError: If the file is no checkpoint of this model.
-        """
+        """Load a trained model, for an export with the arguments that it was given; an `InputError` if that fails."""
         given = given_to_export(cls)
         own = {name: value for name, value in given.items() if name not in cls.trained_by}
         if False in (own.get("pre_processor"), own.get("post_processor")):
@@ -112,11 +108,7 @@ class CheckedExport:
     # ---- exports
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export to PyTorch; see Anomalib's `ExportMixin.to_torch`.
-
-        Raises:
-            InputError: If the folder cannot be written, or a compression was asked for.
-        """
+        """Export to PyTorch; see Anomalib's `ExportMixin.to_torch`; an `InputError` if that is not possible."""
         check_fitted(self, "export")
         check_uncompressed("torch")
         check_export_root(export_root)
@@ -135,18 +127,14 @@ class CheckedExport:
         check_parity: bool = True,
         **kwargs: Any,
     ) -> Path:
-        """Export to ONNX; see Anomalib's `ExportMixin.to_onnx`.
+        """Export to ONNX; see Anomalib's `ExportMixin.to_onnx`, and `torch.onnx.export` for more arguments.
 
-        Args:
-            export_root: Folder to write to.
-            model_file_name: Name of the file.
-            input_size: Height and width that the graph takes, pixels; None: any.
-            check_parity: Whether the export is compared with PyTorch.
-            kwargs: See `torch.onnx.export`.
+        `input_size` is the height and width that the graph takes, pixels, None: any. `check_parity` compares with
+        PyTorch.
 
         Raises:
             InputError: If the folder cannot be written, or a compression was asked for.
-            ParityError: If it does not agree with PyTorch.
+            ParityError: If the export does not agree with PyTorch.
         """
         check_fitted(self, "export")
         check_uncompressed("onnx")
@@ -205,7 +193,6 @@ class CheckedExport:
             InputError: If a package is missing, data for integers, or the folder cannot be written.
             ParityError: If the export does not agree with PyTorch.
         """
-        del task
         check_fitted(self, "export")
         kind = None if compression_type is None else CompressionType(compression_type)
         check_export_root(export_root)
