@@ -1,4 +1,4 @@
-"""Problems that nothing was tuned on, and the other libraries: two parts of `sinkhorn_speed.py`.
+"""Several kinds of problems, and the other libraries: two parts of `sinkhorn_speed.py`.
 
 `families` counts iterations on several kinds of problems, accelerated and plain; `peers` times OTT-JAX and GeomLoss,
 on the machine as it is and beside a program that keeps two threads busy.

@@ -4,7 +4,7 @@
     python benchmarks/sinkhorn_speed.py --parts small   one part
     python benchmarks/sinkhorn_speed.py --parts peers   beside OTT-JAX and GeomLoss, those that are installed
 
-Parts: `families` (kinds of problems that nothing was tuned on), `peers` (others' solvers, quiet and beside a busy
+Parts: `families` (several kinds of problems), `peers` (others' solvers, quiet and beside a busy
 program), `prototypes` (one large problem, solved to an L1 error of 1e-3), `assignment` (objects against the points of a
 detector, 50 fixed iterations, labels compared), `suppression` (batches of predictions against predictions, 20 fixed
 iterations, forward and backward) and `small` (from 2 x 2 up). Contenders take turns; the median of their times counts.
@@ -401,7 +401,7 @@ def small_row(n: int, m: int, epsilon: float, rounds: int) -> list[object]:
 
 
 def families(_: int, features: Path | None = None) -> None:
-    """Count iterations on problems that nothing was tuned on."""
+    """Count iterations on several kinds of problems."""
 
     def pot(cost: Tensor, a: Tensor, b: Tensor, epsilon: float, count: int) -> object:
         arrays = (a.numpy(), b.numpy(), cost.numpy())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 # Every operation of several threads ends when the last of them does. Beside a busy program that thread may wait for a
 # core for milliseconds, many times an iteration; up to this many pairs a second thread gains less than it risks.
-MOST_ON_ONE_THREAD = 1 << 22
+MOST_ON_ONE_THREAD = 1 << 23
 
 
 def is_traced() -> bool:
