@@ -2,13 +2,17 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from anomalib_ot import OTPrototypes
+from anomalib_ot.integration.data.deep_images import read_image_deep
 
 pytestmark = pytest.mark.slow
 
@@ -112,19 +116,34 @@ def test_pictures_model_and_sheet_are_there_and_can_be_read(finished):
     assert OTPrototypes.load_from_checkpoint(out / "model" / "model.ckpt").model.is_fitted
 
 
-def test_a_second_run_renews_the_folder_and_a_model_that_disagrees_ends_with_1(demo, finished, monkeypatch, capsys):
-    out = finished[1]
-    (out / "pictures" / "left_over.png").touch()
-    (out / "metrics.json").unlink()
+@pytest.mark.parametrize("change", [None, "pred_score", "anomaly_map", "pred_label"])
+def test_a_difference_between_the_models_is_found(demo, finished, change):
+    path = next((finished[1] / "pictures").rglob("*.png"))  # any picture will do
+    model = OTPrototypes.load_from_checkpoint(finished[1] / "model" / "model.ckpt").eval()
+    with torch.no_grad():
+        out = model(read_image_deep(path)[None])
+    values = {name: getattr(out, name).squeeze() for name in ("pred_score", "anomaly_map", "pred_label")}
+    if change is not None:
+        values[change] = ~values[change] if change == "pred_label" else values[change] + 0.01
+    agreement = demo._compare(finished[1] / "model" / "model.xml", [SimpleNamespace(image_path=path, **values)])
+    assert agreement["agrees"] is (change is None)
+    assert agreement["other_verdicts"] == (change == "pred_label")
+
+
+def test_a_second_run_renews_the_folder_and_a_model_that_disagrees_ends_with_1(
+    demo, finished, tmp_path, monkeypatch, capsys
+):
+    out = shutil.copytree(finished[1], tmp_path / "demo")
+    metrics = json.loads((out / "metrics.json").read_text())
+    metrics["exported_model"] |= {"agrees": False, "score": 0.5}
     (out / "my_notes.txt").write_text("keep me")
-    monkeypatch.setattr(demo, "TOLERANCE", -1.0)
+    # All steps but the verdict are those of the first run, which has taken them.
+    monkeypatch.setattr(demo, "_run", lambda *_: metrics)
     assert demo.main(["--out", str(out), *SMALL]) == 1
-    assert "does not agree with PyTorch" in capsys.readouterr().out
+    assert "does not agree with PyTorch: score differs by up to 0.5" in capsys.readouterr().out
     assert json.loads((out / "metrics.json").read_text())["exported_model"]["agrees"] is False
-    assert not (out / "pictures" / "left_over.png").exists()
-    (note,) = out.glob("my_notes.txt")
-    assert note.read_text() == "keep me"
-    note.unlink()
+    assert {path.name for path in out.iterdir()} == {"metrics.json", "made_by_demo.txt", "my_notes.txt"}
+    assert (out / "my_notes.txt").read_text() == "keep me"
 
 
 @pytest.mark.parametrize("kind", ["folder with other files", "file"])

@@ -1,6 +1,8 @@
 """The `anomalib` command for the tests, without the seconds that its imports take each time."""
 
+import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -144,19 +146,45 @@ def small_data(fabric: Path) -> list[str]:
     return [*data.split(), "--data.image_size", "[64,64]", "--data.root", str(fabric)]
 
 
+@pytest.fixture(scope="session")
+def processes() -> multiprocessing.context.BaseContext:
+    """Start processes from one that has imported Anomalib once; a fork of one that has threads may crash."""
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload(["anomalib.engine", "anomalib_ot.integration.models.ota_detector"])
+    return context
+
+
+@pytest.fixture
+def in_two_processes(processes: multiprocessing.context.BaseContext) -> Iterator[dict[str, object]]:
+    """Arguments of a trainer that works in two processes."""
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.multiprocessing import get_sharing_strategy, set_sharing_strategy
+
+    before = get_sharing_strategy()
+    set_sharing_strategy("file_system")  # a new process takes 250 files, a network has more tensors
+    yield {"devices": 2, "strategy": DDPStrategy(start_method=processes.get_start_method())}
+    set_sharing_strategy(before)
+
+
 @pytest.fixture(scope="module")
 def converted_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Torch converts each model once; what is tested here comes after that."""
+    """Torch converts equal models once; what is tested here comes after that."""
     from anomalib.models.components import AnomalibModule
 
     convert, kept = AnomalibModule.to_onnx, {}
 
     def to_onnx(self, export_root, model_file_name="model", input_size=None, **kwargs):
-        key = (id(self), input_size)
+        state = hashlib.sha256()
+        for value in self.state_dict().values():
+            state.update(value.contiguous().numpy().tobytes())
+        # Models of the same text, arguments and weights give the same graph, a model and its checkpoint among them.
+        asked = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | float | str)}
+        key = (state.hexdigest(), repr(self), repr(dict(self.hparams)), repr(asked), input_size, repr(kwargs))
         if key not in kept:
             path = convert(self, tmp_path_factory.mktemp("converted"), model_file_name, input_size, **kwargs)
-            kept[key] = path.parents[2], self  # holds the model, so that no other one gets its id
-        shutil.copytree(kept[key][0], export_root, dirs_exist_ok=True)
+            kept[key] = path.parents[2]
+        shutil.copytree(kept[key], export_root, dirs_exist_ok=True)
         return next(Path(export_root).rglob("*.onnx"))
 
     with pytest.MonkeyPatch.context() as patch:

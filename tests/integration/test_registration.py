@@ -156,9 +156,12 @@ assert [type(finder).__module__ for finder in before].count("_anomalib_ot_startu
 # --- import orders and names: one process imports the heavy packages once, and forks for each scenario ------
 
 DRIVER = """
-import io, json, os, sys, traceback, warnings
+import gc, io, json, os, sys, traceback, warnings
 import cv2, FrEIA, imagecodecs, jsonargparse, kornia, lightning.pytorch, omegaconf, openvino, pandas, skimage  # heavy,
 import sklearn.neighbors, sklearn.mixture, timm, torchvision  # and none of them imports Anomalib
+import einops, platformdirs, requests, scipy.io, skimage.filters, skimage.measure, skimage.morphology
+import skimage.segmentation, tifffile, torchvision.tv_tensors, torchmetrics.detection
+gc.freeze()  # the children leave alone what is there
 scenarios, check, report = json.load(sys.stdin)
 outcomes = {}
 for name, code in scenarios.items():
@@ -170,7 +173,9 @@ for name, code in scenarios.items():
             warnings.simplefilter("error", RuntimeWarning)
             sys.stderr = io.StringIO()  # where the hook goes with what it must not raise
             exec(code, {})
-            exec(check, {})
+            # Without Anomalib the module is whole before the hook runs: all is as if it had not been imported first.
+            if not name.startswith("anomalib_ot.") or "anomalib" in sys.modules:
+                exec(check, {})
             assert "RuntimeWarning: Anomalib" not in sys.stderr.getvalue(), sys.stderr.getvalue()
         except BaseException:
             outcome = traceback.format_exc()

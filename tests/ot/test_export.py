@@ -23,7 +23,7 @@ class Grouping(nn.Module):
         cost, b = append_slack(cost, b, side="target", slack_cost=0.8, slack_mass=1.0)
         columns = torch.ones_like(b, dtype=torch.bool)
         rho_b = torch.tensor([math.inf, math.inf, 1.0, 0.1, 0.0])
-        transport = sinkhorn(cost, None, b, epsilon=0.05, rho_b=rho_b, mask=(valid, columns), num_iters=10)
+        transport = sinkhorn(cost, None, b, epsilon=0.05, rho_b=rho_b, mask=(valid, columns), num_iters=4)
         return transport.plan, transport.barycenters(x)
 
 

@@ -159,11 +159,12 @@ def test_another_model_of_anomalib(fabric, tmp_path):
     assert len(content["images"]) == 4
 
 
-def test_two_processes_write_one_file(checkpoint, pictures, tmp_path):
+def test_two_processes_write_one_file(checkpoint, pictures, in_two_processes, tmp_path):
     alone, together = tmp_path / "alone.json", tmp_path / "together.json"
     predict(RegionWriter(alone), pictures, checkpoint, tmp_path)
-    several = {"devices": 2, "strategy": "ddp_spawn"}
-    engine = Engine(default_root_dir=tmp_path, logger=False, callbacks=[RegionWriter(together)], **QUIET | several)
+    engine = Engine(
+        default_root_dir=tmp_path, logger=False, callbacks=[RegionWriter(together)], **QUIET | in_two_processes
+    )
     loader = DataLoader(PredictDataset(pictures), batch_size=2, collate_fn=ImageBatch.collate)
     engine.predict(model(), dataloaders=loader, ckpt_path=checkpoint, return_predictions=False)
     one, two = (json.loads(path.read_text()) for path in (alone, together))

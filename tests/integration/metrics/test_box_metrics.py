@@ -361,7 +361,7 @@ def evaluate_on_rank(rank: int, port: int, shares: list[list[BoxBatch]], queue) 
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_see_what_one_does(batches):
+def test_two_processes_see_what_one_does(batches, processes):
     """Of uneven shares, in the second epoch one process has only good images without any box."""
     bare = made_up_batch(9, num_images=1)
     bare.pred_box_labels = torch.full_like(bare.pred_box_labels, -1)
@@ -369,9 +369,8 @@ def test_two_processes_see_what_one_does(batches):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")  # a fork of a process with threads may crash
-    queue = context.Queue()
-    workers = [context.Process(target=evaluate_on_rank, args=(rank, port, shares[rank], queue)) for rank in range(2)]
+    queue = processes.Queue()
+    workers = [processes.Process(target=evaluate_on_rank, args=(rank, port, shares[rank], queue)) for rank in range(2)]
     for worker in workers:
         worker.start()
     results = dict(queue.get(timeout=60) for _ in workers)

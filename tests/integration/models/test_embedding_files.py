@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import multiprocessing
 import shutil
 from collections import namedtuple
 from datetime import timedelta
@@ -139,14 +138,13 @@ def one_of_several(rank, world, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_see_the_images_of_both(tmp_path):
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may crash
-    processes = [context.Process(target=one_of_several, args=(rank, 2, tmp_path)) for rank in range(2)]
-    for process in processes:
+def test_two_processes_see_the_images_of_both(processes, tmp_path):
+    both = [processes.Process(target=one_of_several, args=(rank, 2, tmp_path)) for rank in range(2)]
+    for process in both:
         process.start()
-    for process in processes:
+    for process in both:
         process.join(timeout=90)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [process.exitcode for process in both] == [0, 0]
     expected = filled(range(21)).patches()
     for rank in range(2):
         for seen, source in zip(torch.load(tmp_path / f"seen_{rank}.pt"), (FINE, COARSE), strict=True):

@@ -224,20 +224,19 @@ def odd(tmp_path):
     return SyntheticFabric(root=tmp_path / "odd", **arguments)
 
 
-@pytest.mark.parametrize("make", [model, network])
-def test_two_processes_train_what_one_does(make, fit, odd):
-    alone, together = make(), make()
+def test_two_processes_train_what_one_does(fit, odd, in_two_processes):
+    alone, together = network(), network()
     fit(alone, odd)
-    used = fit(together, odd, devices=2, strategy="ddp_spawn")
+    used = fit(together, odd, **in_two_processes)
     assert_equal(alone, together, tolerance=1e-5)
     assert not [name for name, _ in together.named_parameters() if "anchor" in name]
     saved = torch.load(written(used), weights_only=True)["state_dict"]
     assert saved.keys() == together.state_dict().keys()
 
 
-def test_a_failing_fit_ends_all_processes(fit, odd):
+def test_a_failing_fit_ends_all_processes(fit, odd, in_two_processes):
     with pytest.raises(Exception, match="only 1280 training patches"):
-        fit(model(num_prototypes=9000), odd, devices=2, strategy="ddp_spawn")
+        fit(model(num_prototypes=9000), odd, **in_two_processes)
 
 
 @pytest.mark.cli
@@ -295,10 +294,10 @@ def test_with_a_folder_the_fit_uses_all_images_and_leaves_no_file(fit, reference
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_two_processes_with_a_folder_train_what_one_does(fit, odd, little, tmp_path):
+def test_two_processes_with_a_folder_train_what_one_does(fit, odd, little, in_two_processes, tmp_path):
     alone, together = model(), model(max_cached_gb=little, cache_dir=tmp_path / "cache")
     fit(alone, odd)
-    fit(together, odd, devices=2, strategy="ddp_spawn")
+    fit(together, odd, **in_two_processes)
     assert_equal(alone, together, tolerance=1e-5)
     assert not list((tmp_path / "cache").iterdir())
 
