@@ -27,7 +27,7 @@ BACKBONES = {
 # grid and 10 passes are what fits a small machine.
 MODELS = {
     "OTPrototypes": {},
-    "OTPrototypes, the map alone": {"transport_score": False},
+    "OTPrototypes, the map alone": {"advanced": {"transport_score": False}},
     "One grid per layer, means of each position": {"num_global": 1, "passes": 0},
     "One grid per layer, refined by transport": {"num_global": 1, "passes": 3},
     "OTPrototypes, preset paper (1 grid, 10 passes)": {"preset": "paper", "num_global": 1, "passes": 10},

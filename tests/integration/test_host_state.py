@@ -139,14 +139,14 @@ def saved(runner: Engine, trained, data) -> Path:
 def test_an_export_has_the_arguments_that_it_was_given(engine, cloth, written, caplog):
     checkpoint = saved(engine(), model(), cloth)
     plain = OTPrototypes()
-    for given, expected in (({}, False), ({"export_explanation": True}, True)):
+    for given, expected in (({}, False), ({"advanced": {"export_explanation": True}}, True)):
         engine().export(OTPrototypes(**given), "onnx", ckpt_path=checkpoint)
         assert written[-1].export_explanation is expected
         assert written[-1].is_fitted
         assert written[-1] is not plain
     assert "takes from the checkpoint" not in caplog.text
     with caplog.at_level(logging.WARNING):
-        engine().export(OTPrototypes(alpha=0.9, post_processor=False), "onnx", ckpt_path=checkpoint)
+        engine().export(OTPrototypes(advanced={"alpha": 0.9}, post_processor=False), "onnx", ckpt_path=checkpoint)
     assert "The model takes from the checkpoint, which was trained so: alpha=None (not 0.9)" in caplog.text
     assert "backbone" not in caplog.text  # was not given
     assert written[-1].post_processor is None
@@ -181,7 +181,7 @@ def test_the_command_line_hands_them_over(anomalib, small_model, small_data, tmp
     done = anomalib("train", *small_model, *small_data, cwd=tmp_path)
     assert done.code == 0, done.err
     (checkpoint,) = tmp_path.rglob("model.ckpt")
-    words = ["--model", "OTPrototypes", "--model.export_explanation", "true", "--ckpt_path", checkpoint]
+    words = ["--model", "OTPrototypes", "--model.advanced.export_explanation", "true", "--ckpt_path", checkpoint]
     done = anomalib("export", *words, "--export_type", "torch", "--export_root", "out", cwd=tmp_path)
     assert done.code == 0, done.err
     (manifest,) = (tmp_path / "out").rglob("manifest.json")

@@ -47,7 +47,9 @@ def prototypes(cloth, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prototypes")
     layers = {"layers": ["layer1", "layer2"], "pre_trained": False}
     members = [{"layers": ["layer1"], "num_prototypes": 8}, {"layers": ["layer2"], "num_prototypes": 8}]
-    model = OTPrototypes(**layers, image_size=(64, 64), members=members, visualizer=False, evaluator=False)
+    model = OTPrototypes(
+        **layers, image_size=(64, 64), advanced={"members": members}, visualizer=False, evaluator=False
+    )
     runner = engine(folder)
     runner.fit(model, datamodule=cloth)
     runner.trainer.save_checkpoint(folder / "model.ckpt")

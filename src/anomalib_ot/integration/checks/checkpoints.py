@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from anomalib_ot.integration.checks.advanced import flat
 from anomalib_ot.integration.checks.errors import InputError
 
 __all__ = [
@@ -145,12 +146,12 @@ def trained_arguments(
     Args:
         checkpoint: As Lightning loads it.
         present: The arguments of the model that loads it.
-        names: Names of the arguments that count.
+        names: Names of the arguments that count, in `advanced` or not.
 
     Returns:
-        The checkpoint's values of the arguments that differ; they are told in a warning.
+        The checkpoint's values of the arguments that differ, beside each other; they are told in a warning.
     """
-    saved = checkpoint.get("hyper_parameters", {})
+    saved, present = flat(checkpoint.get("hyper_parameters", {})), flat(present)
     differing = {name: saved[name] for name in names if name in saved and plain(saved[name]) != plain(present[name])}
     if differing:
         told = ", ".join(f"{name}={plain(value)!r} (not {plain(present[name])!r})" for name, value in differing.items())
