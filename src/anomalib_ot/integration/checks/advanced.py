@@ -1,23 +1,18 @@
 """The nested argument `advanced` of a model: its checks, and how it is found in what older versions wrote flat."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from inspect import signature
 from typing import Any, TypeVar
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.ranges import built, check_fields
 
-__all__ = ["ADVANCED", "NoOptions", "check_place", "checked_options", "flat", "nested"]
+__all__ = ["ADVANCED", "check_place", "checked_options", "flat", "nested"]
 
 ADVANCED = "advanced"
 
 Options = TypeVar("Options")
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """The options of a model that has none."""
 
 
 def checked_options(kind: type[Options], given: Options | Mapping[str, Any] | None) -> Options:

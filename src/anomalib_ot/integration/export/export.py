@@ -11,7 +11,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.deploy.export import CompressionType
 from anomalib.post_processing import PostProcessor
 
-from anomalib_ot.integration.checks.advanced import NoOptions, check_place, flat, nested
+from anomalib_ot.integration.checks.advanced import check_place, flat, nested
 from anomalib_ot.integration.checks.checkpoints import checked_reading, trained_arguments
 from anomalib_ot.integration.checks.values import check_fitted
 from anomalib_ot.integration.export.known_scores import summarized_scores
@@ -73,7 +73,7 @@ class CheckedExport:
     export_kind: ClassVar[str]
     integer_rooms: ClassVar[Sequence[str]]
     trained_by: ClassVar[Sequence[str]]
-    options: ClassVar[type] = NoOptions
+    options: ClassVar[type]
     known_scores: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None  # of the image threshold, in units of raw scores
 
