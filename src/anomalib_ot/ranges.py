@@ -20,6 +20,7 @@ __all__ = [
     "built",
     "check",
     "check_fields",
+    "described",
     "hints_of",
 ]
 
@@ -104,6 +105,18 @@ def _options(hint: Any) -> tuple[tuple[Callable[[Any], bool], str], ...]:
     )
 
 
+def described(hint: Any) -> str:
+    """Say in words what a type asks for; nothing of types whose values are checked elsewhere.
+
+    >>> described(Fraction | None)
+    'a number from 0 to 1 or None'
+    """
+    words = [expected for _, expected in _options(hint)]
+    if not all(words):
+        return ""
+    return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
+
+
 def check(values: Mapping[str, Any], hints: Mapping[str, Any], place: str = "") -> None:
     """Refuse the first value that does not fit its type.
 
@@ -122,15 +135,12 @@ def check(values: Mapping[str, Any], hints: Mapping[str, Any], place: str = "") 
     ValueError: alpha is 1.5; expected a number from 0 to 1
     """
     for name, hint in hints.items():
-        options = _options(hint)
-        if name not in values or any(fits(values[name]) for fits, _ in options):
+        if name not in values or any(fits(values[name]) for fits, _ in _options(hint)):
             continue
-        words = [expected for _, expected in options]
         known = [one for part in (hint, *get_args(hint)) if get_origin(part) is Literal for one in get_args(part)]
         near = difflib.get_close_matches(str(values[name]), known, n=1)
-        hint_ = f"; did you mean {near[0]!r}?" if near else ""
-        expected = " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
-        msg = f"{place}{name} is {values[name]!r}; expected {expected}{hint_}"
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        msg = f"{place}{name} is {values[name]!r}; expected {described(hint)}{meant}"
         raise ValueError(msg)
 
 

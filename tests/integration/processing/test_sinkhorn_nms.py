@@ -192,7 +192,7 @@ def test_test_reads_it_from_a_file(anomalib, checkpoint, shapes, tmp_path):
     ("arguments", "line"),
     [
         ({"decode": "best"}, "decode is 'best'; expected one of 'select', 'merge'"),
-        ({"max_candidates": "many"}, "--model.post_processor.max_candidates is 'many'; expected int"),
+        ({"max_candidates": "many"}, "--model.post_processor.max_candidates is 'many'; expected a whole number"),
         (
             {"name": "SinkhornNms"},
             "--model.post_processor is 'SinkhornNms'; expected PostProcessor | bool, did you mean 'SinkhornNMS'?",

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 
 import anomalib_ot
 from anomalib_ot.integration.checks.errors import missing_tensorboard
-from anomalib_ot.ranges import hints_of
+from anomalib_ot.ranges import described, hints_of
 
 __all__ = ["install_short_argument_errors", "short_argument_error"]
 
@@ -100,9 +100,10 @@ def _parameters(path: str) -> dict[str, str] | None:
         inner = hints_of(value.annotation) if is_dataclass(value.annotation) else {}
         annotations |= {f"{key}.{field}": hint for field, hint in inner.items()} or {key: value.annotation}
     words = {
-        key: value if isinstance(value, str) else inspect.formatannotation(value) for key, value in annotations.items()
+        key: value if isinstance(value, str) else described(value) or inspect.formatannotation(value)
+        for key, value in annotations.items()
     }
-    return {key: re.sub(r"\b(?:\w+\.)+(?=\w)", "", value) for key, value in words.items()}
+    return {key: re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=\w)", "", value) for key, value in words.items()}
 
 
 def install_short_argument_errors(switch: str, before_building: Callable[[], None]) -> None:
