@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from anomalib_ot.integration.checks.advanced import flat
 from anomalib_ot.integration.checks.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def trained_arguments(
     checkpoint: Mapping[str, Any], present: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, Any]:
     """Return the arguments of a checkpoint, among `names`, that differ from the present ones, with a warning."""
-    saved = checkpoint.get("hyper_parameters", {})
+    saved, present = flat(checkpoint.get("hyper_parameters", {})), flat(present)
     differing = {name: saved[name] for name in names if name in saved and plain(saved[name]) != plain(present[name])}
     if differing:
         told = ", ".join(f"{name}={plain(value)!r} (not {plain(present[name])!r})" for name, value in differing.items())

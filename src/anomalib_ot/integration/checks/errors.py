@@ -19,10 +19,10 @@ class InputError(ValueError):
     The message is one line that names the file or argument, what came, what was expected, and the cure.
 
     Examples:
-        >>> raise InputError("--model.alpha is 1.5; expected a number from 0 to 1")
+        >>> raise InputError("--model.advanced.alpha is 1.5; expected a number from 0 to 1")
         Traceback (most recent call last):
         ...
-        anomalib_ot.integration.checks.errors.InputError: --model.alpha is 1.5; expected a number from 0 to 1
+        anomalib_ot.integration.checks.errors.InputError: --model.advanced.alpha is 1.5; expected a number from 0 to 1
     """
 
     last_message: ClassVar[str] = ""  # words only, without the spacing: to be found again where it is quoted

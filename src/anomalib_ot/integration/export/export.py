@@ -1,7 +1,7 @@
 """What leaves the model: exports that refuse an untrained one, are compared with it, and say what they are."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +11,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.deploy.export import CompressionType
 from anomalib.post_processing import PostProcessor
 
+from anomalib_ot.integration.checks.advanced import check_place, flat, nested
 from anomalib_ot.integration.checks.checkpoints import checked_reading, trained_arguments
 from anomalib_ot.integration.checks.values import check_fitted
 from anomalib_ot.integration.export.known_scores import summarized_scores
@@ -65,15 +66,22 @@ class CheckedExport:
 
     It stands before `AnomalibModule` among the bases of a model, which says by `is_fitted` whether it was trained, and
     by `export_kind` whether it finds an "anomaly" or "boxes". Convolutions and products of the modules `integer_rooms`
-    may become integers. `trained_by` are the arguments that a checkpoint decides about. Beside each export lies a
-    `manifest.json`.
+    may become integers. `trained_by` are the arguments that a checkpoint decides about, `options` is the
+    dataclass of its argument `advanced`. Beside each export lies a `manifest.json`.
     """
 
     export_kind: ClassVar[str]
     integer_rooms: ClassVar[Sequence[str]]
     trained_by: ClassVar[Sequence[str]]
+    options: ClassVar[type]
     known_scores: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None  # of the image threshold, in units of raw scores
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "CheckedExport":
+        """Say where an argument is that stood beside the others before version 0.2."""
+        del args
+        check_place(cls, cls.options, kwargs)
+        return super().__new__(cls)
 
     @property
     def has_own_scores(self) -> bool:
@@ -97,13 +105,24 @@ class CheckedExport:
         own = {name: value for name, value in given.items() if name not in cls.trained_by}
         if False in (own.get("pre_processor"), own.get("post_processor")):
             own["strict"] = False  # what the checkpoint keeps of the part that is left out has no place
+        check_place(cls, cls.options, kwargs)
+        from anomalib_ot.integration.checks.checked_checkpoint_io import AnomalibCheckpointIO
+
         with checked_reading(checkpoint_path):
-            model = super().load_from_checkpoint(checkpoint_path, *args, **own | kwargs)
+            reader = AnomalibCheckpointIO(cls.checkpoint_safe_globals())
+            content = reader.load_checkpoint(checkpoint_path, "cpu", kwargs.get("weights_only") is not False)
+            own = nested(cls.saved_arguments(content)["advanced"] | own | flat(kwargs), cls.options)
+            model = super().load_from_checkpoint(checkpoint_path, *args, **own)
         # Tells of those that the checkpoint has overruled.
         trained_arguments(
             {"hyper_parameters": model.hparams}, given, [name for name in cls.trained_by if name in given]
         )
         return model
+
+    @classmethod
+    def saved_arguments(cls, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a checkpoint as the model takes them today."""
+        return nested(checkpoint.get("hyper_parameters", {}), cls.options)
 
     # ---- exports
 

@@ -12,6 +12,7 @@ from anomalib.deploy.export import CompressionType
 from lightning_utilities.core.imports import module_available
 from torchvision.transforms.v2 import Resize
 
+from anomalib_ot.integration.checks.advanced import flat
 from anomalib_ot.integration.checks.checkpoints import plain
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.processing.pre_post import flat_transforms
@@ -62,13 +63,13 @@ def given_to_export(kind: type) -> dict[str, Any]:
     """Find the arguments of the model that Anomalib's `Engine.export` was given together with a checkpoint.
 
     It loads the checkpoint as another model, with the arguments of the training. What differs from the defaults of the
-    class `kind` counts as given; nothing does outside of such a call.
+    class `kind` counts as given, that in `advanced` beside the others; nothing does outside of such a call.
     """
     model = export_call().get("model")
     if type(model) is not kind:
         return {}
-    defaults = {name: entry.default for name, entry in signature(kind).parameters.items()}
-    known = {name: value for name, value in model.hparams.items() if name in defaults}
+    defaults = flat({name: entry.default for name, entry in signature(kind).parameters.items()})
+    known = {name: value for name, value in flat(model.hparams).items() if name in defaults}
     given = {name: value for name, value in known.items() if plain(value) != plain(defaults[name])}
     for name in ("pre_processor", "post_processor"):
         part, usual = getattr(model, name), getattr(model, f"configure_{name}")()
