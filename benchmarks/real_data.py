@@ -23,8 +23,8 @@ BACKBONES = {
     "resnet50": ("resnet50", "resnet50_imagenet_layer123.safetensors", ("layer2", "layer3")),
     "lite0": ("tf_efficientnet_lite0", "tf_efficientnet_lite0_imagenet.safetensors", ("blocks.2", "blocks.4")),
 }
-# What has `preset`, too, is made of its members. The published 16 grids per layer need a cost matrix of 2.5 GB per problem,
-# and 50 passes take hours on 2 cores: one grid and 10 passes are what fits a small machine.
+# With a `preset` the arguments are those of its members. The published 16 grids per layer need a cost matrix of 2.5 GB
+# per problem, and 50 passes take hours on 2 cores: one grid and 10 passes are what fits a small machine.
 MODELS = {
     "OTPrototypes": {},
     "OTPrototypes, the map alone": {"advanced": {"transport_score": False}},
