@@ -64,7 +64,7 @@ def test_exports_hold_the_tiles(model, engine, tmp_path, kind):
 
 def test_a_checkpoint_brings_its_tiles_and_takes_in_no_more_images(model, engine, tmp_path):
     engine.trainer.save_checkpoint(tmp_path / "model.ckpt")
-    other = OTPrototypes.load_from_checkpoint(tmp_path / "model.ckpt", tile_size=None).eval()
+    other = OTPrototypes.load_from_checkpoint(tmp_path / "model.ckpt").eval()
     assert other.model.tiling == model.model.tiling
     assert torch.equal(other.model(images(1)).anomaly_map, model.model(images(1)).anomaly_map)
     with pytest.raises(InputError, match=r"model\.ckpt sees images in tiles \(tile_size\)"):
