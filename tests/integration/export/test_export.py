@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 SMALL = {"num_prototypes": 12, "image_size": (64, 96)}
+MAP_ALONE = {"advanced": {"transport_score": False}}
 PAPER = [
     {"alpha": alpha, "num_global": 1, "start": "random", "scale": "largest", "position_quantile": 0.0}
     | {"position_unit": None, "epsilon": 0.01, "rho": None, "tolerance": 0.0, "momentum": 0.95, "passes": 2}
@@ -26,15 +27,16 @@ PAPER = [
 ]
 MODELS = {
     "filter_bank": {"backbone": "filter_bank", "layers": ["scale1", "scale2"], **SMALL},
-    "resnet18": {"layers": ["layer1", "layer2"], "pre_trained": False, **SMALL},
+    "resnet18": {"layers": ["layer1", "layer2"], "pre_trained": False, **MAP_ALONE, **SMALL},
     "vit": {
         "backbone": "vit_tiny_patch16_224",
         "layers": ["blocks.2", "blocks.5"],
         "pre_trained": False,
+        **MAP_ALONE,
         **SMALL,
     },
     "one member": {"backbone": "filter_bank", "layers": ["scale1"], "image_size": (64, 96)}
-    | {"advanced": {"members": [{"num_prototypes": 12}]}},
+    | {"advanced": {"members": [{"num_prototypes": 12}], "transport_score": False}},
     "paper": {
         "backbone": "filter_bank",
         "layers": ["scale2", "scale3"],
@@ -157,7 +159,7 @@ def test_an_image_alone_and_in_a_batch_of_the_exported_model(exported):
 @pytest.fixture(scope="module")
 def plain():
     """A model as it comes by default."""
-    return fitted(MODELS["filter_bank"])
+    return fitted(MODELS["one member"] | {"advanced": {"members": [{"num_prototypes": 12}]}})
 
 
 def check_inferencer(inferencer, model, size):
@@ -187,20 +189,28 @@ def test_anomalibs_inferencers_read_what_is_exported_by_default(plain, tmp_path,
 
 @pytest.mark.usefixtures("converted_once")
 @pytest.mark.parametrize(
-    ("name", "size"),
-    [("filter_bank", (110, 90)), ("resnet18", (110, 90)), ("vit", (203, 317))],
-    ids=str,
+    ("name", "size", "types"),
+    [
+        ("filter_bank", (110, 90), ("ONNX", "FP16")),
+        ("resnet18", (110, 90), ("FP32", "ONNX")),
+        ("vit", (203, 317), ("FP16", "FP32")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_graphs_of_one_size_in_all_types(name, size, tmp_path, monkeypatch):
+def test_graphs_of_one_size_in_pairs_of_types(name, size, types, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = fitted(MODELS[name])
-    check_inferencer(OpenVINOInferencer(model.to_onnx(tmp_path, input_size=size), "CPU", F32), model, size)
-    for kind in (None, CompressionType.FP16):
-        path = model.to_openvino(tmp_path, input_size=size, compression_type=kind)
+    exports = {
+        "ONNX": lambda: model.to_onnx(tmp_path, input_size=size),
+        "FP32": lambda: model.to_openvino(tmp_path, input_size=size),
+        "FP16": lambda: model.to_openvino(tmp_path, input_size=size, compression_type=CompressionType.FP16),
+    }
+    for kind in types:
+        path = exports[kind]()
         graph = openvino.Core().read_model(path)
         assert list(graph.input(0).partial_shape)[2:] == list(size)
         assert [output.any_name for output in graph.outputs] == list(InferenceBatch._fields)
-        if kind is None:
+        if kind != "FP16":
             check_inferencer(OpenVINOInferencer(path, "CPU", F32), model, size)
 
 

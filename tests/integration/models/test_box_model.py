@@ -17,12 +17,12 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
 def built(kind, **arguments):
     """Build a model from arguments that are named beside each other."""
     return kind(**nested(arguments, kind.options))
 
 
+@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Four images of noise with a dark square each."""
     root = tmp_path_factory.mktemp("squares")
