@@ -21,7 +21,7 @@ HELD_OUT_IMAGES = 32
 FEWEST = 256
 PATCHES_PER_PROTOTYPE = 48  # of the training set, at least
 QUANTILE = 0.999  # what lies farther may be an outlier of a contaminated training set
-LEAST_GAIN = 0.03  # of the held-out distance, by twice as many prototypes
+LEAST_GAIN = 0.02  # of the held-out distance, by twice as many prototypes
 
 
 def farthest_points(points: Tensor, count: int, seed: int, *, quantile: float = 1.0) -> Tensor:
@@ -114,7 +114,7 @@ def measure_coverage(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
 
     A fifth of the images (32 at most) is held out. Farthest points of a sample of the others, moved once to the
     barycenters of the sample, are compared: twice as many are taken as long as the mean distance of held-out patches
-    falls by at least 3 %, up to `max_prototypes` and to one prototype for every 48 training patches.
+    falls by at least 2 %, up to `max_prototypes` and to one prototype for every 48 training patches.
 
     Args:
         bank: The member; it is not changed.

@@ -25,7 +25,7 @@ class Member:
         alpha: Weight of the position cost, 0 to 1; the feature cost has `1 - alpha`.
         feature_cost: "cosine", "euclidean" or "whitened" (Euclidean after decorrelating the features).
         num_prototypes: Number of free prototypes. "auto" with `start="coverage"` follows the data: twice as many, from
-            256 on, as long as that brings patches of held-out images 3 % nearer; with k-means it takes 256 for narrow
+            256 on, as long as that brings patches of held-out images 2 % nearer; with k-means it takes 256 for narrow
             features, fewer for wide ones, 80 at least (see `automatic_number`).
         max_prototypes: Bound of "auto" with `start="coverage"`, beside one prototype per 48 training patches.
         num_global: The published layout instead: this many full grids of local prototypes; below 1 a coarser grid of
