@@ -132,7 +132,9 @@ def _run(options: argparse.Namespace, workshop: Path, console: Console, steps: d
         "seed": options.seed,
     }
     datamodule = SyntheticFabric(**arguments)
-    model = _model(options, smoothing=2.0, visualizer=ExplanationVisualizer(options.out / "pictures"))  # yarns are thin
+    model = _model(
+        options, {"smoothing": 2.0}, visualizer=ExplanationVisualizer(options.out / "pictures")
+    )  # thin yarns
 
     def engine() -> Engine:
         """Set up a new one: the second must not remember the first one's pictures."""
@@ -165,7 +167,7 @@ def _run(options: argparse.Namespace, workshop: Path, console: Console, steps: d
 
     trays = SyntheticTray(**arguments)
     # Parts at any angle look more different than cloth, and faults may be small: more prototypes, and the maximum.
-    tray_model = _model(options, num_prototypes=512, score="max", visualizer=False)
+    tray_model = _model(options, {"score": "max"}, num_prototypes=512, visualizer=False)
     with step("tray_draw", "Draw the trays, or find them in the cache"):
         trays.prepare_data()
     with step("tray_train", f"Train on {options.num_train} complete trays"):
@@ -185,7 +187,7 @@ def _run(options: argparse.Namespace, workshop: Path, console: Console, steps: d
     }
 
 
-def _model(options: argparse.Namespace, **arguments: Any) -> Any:
+def _model(options: argparse.Namespace, advanced: dict[str, Any], **arguments: Any) -> Any:
     """Set up the model without weights that both data sets get."""
     from anomalib_ot import OTPrototypes
 
@@ -193,8 +195,8 @@ def _model(options: argparse.Namespace, **arguments: Any) -> Any:
         backbone="filter_bank",
         layers=["scale1", "scale2", "scale3"],
         image_size=(options.image_size, options.image_size),
-        transport_score=True,
         seed=options.seed,
+        advanced={"transport_score": True, **advanced},
         **arguments,
     )
 

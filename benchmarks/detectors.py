@@ -207,6 +207,7 @@ def run_one(job: dict) -> dict:
     from lightning.pytorch import Callback, seed_everything
 
     from anomalib_ot import OTADetector, SinkhornNMS, SparseMDOD
+    from anomalib_ot.integration.checks.advanced import nested
 
     seed_everything(job["seed"])
     torch.set_num_threads(job["threads"])
@@ -218,7 +219,7 @@ def run_one(job: dict) -> dict:
     if "sinkhorn" in arguments:
         arguments["post_processor"] = SinkhornNMS(**arguments.pop("sinkhorn"))
     model = kind(
-        **arguments,
+        **nested(arguments, kind.options),
         backbone_weights=str(Path(job["weights"]) / WEIGHTS),
         image_size=(job["size"], job["size"]),
         seed=job["seed"],

@@ -85,7 +85,7 @@ def layouts(out: Path) -> None:
             model = OTPrototypes(
                 backbone="filter_bank",
                 layers=["scale2"],
-                members=[layer | member],
+                advanced={"members": [layer | member]},
                 image_size=(SIDE, SIDE),
                 evaluator=False,
                 visualizer=False,

@@ -60,7 +60,6 @@ def measure(root: Path, backbone: str, weights: Path, seed: int) -> dict:
         layers=layers,
         backbone_weights=str(weights / file),
         image_size=(SIZE, SIZE),
-        transport_score=True,
         seed=seed,
         evaluator=False,
         visualizer=False,

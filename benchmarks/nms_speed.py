@@ -86,11 +86,7 @@ def network() -> Callable[[], object]:
         image_size=(SIDE, SIDE),
         num_classes=CLASSES,
         nms="hard",
-        nms_threshold=0.6,
-        score_threshold=0.05,
         max_detections=100,
-        tile_size=None,
-        tile_overlap=0.2,
     ).eval()
     image = torch.rand(1, 3, SIDE, SIDE)
     return lambda: detector(image)

@@ -23,13 +23,11 @@ BACKBONES = {
     "resnet50": ("resnet50", "resnet50_imagenet_layer123.safetensors", ("layer2", "layer3")),
     "lite0": ("tf_efficientnet_lite0", "tf_efficientnet_lite0_imagenet.safetensors", ("blocks.2", "blocks.4")),
 }
-# The published 16 grids per layer need a cost matrix of 2.5 GB per problem, and 50 passes take hours on 2 cores: one
-# grid and 10 passes are what fits a small machine.
+# With a `preset` the arguments are those of its members. The published 16 grids per layer need a cost matrix of 2.5 GB
+# per problem, and 50 passes take hours on 2 cores: one grid and 10 passes are what fits a small machine.
 MODELS = {
     "OTPrototypes": {},
-    "OTPrototypes, the map alone": {"transport_score": False},
-    "One grid per layer, means of each position": {"num_global": 1, "passes": 0},
-    "One grid per layer, refined by transport": {"num_global": 1, "passes": 3},
+    "OTPrototypes, the map alone": {"advanced": {"transport_score": False}},
     "OTPrototypes, preset paper (1 grid, 10 passes)": {"preset": "paper", "num_global": 1, "passes": 10},
     "Patchcore": {},
 }
@@ -94,6 +92,7 @@ def run_one(job: dict) -> dict:
     from anomalib.engine import Engine
 
     from anomalib_ot import OTPrototypes
+    from anomalib_ot.anomaly.members import make_members
 
     register_same_padding()
     torch.manual_seed(0)
@@ -106,13 +105,18 @@ def run_one(job: dict) -> dict:
     if job["model"] == "Patchcore":
         model = build_patchcore(backbone, layers, weights, size, job["coreset"], **parts)
     else:
+        arguments = dict(MODELS[job["model"]])
+        if "preset" in arguments:
+            preset = arguments.pop("preset")
+            members = [member.as_dict() for member in make_members(preset, layers, **arguments)]
+            arguments = {"preset": preset, "advanced": {"members": members}}
         model = OTPrototypes(
             backbone=backbone,
             layers=layers,
             backbone_weights=str(weights),
             image_size=(size, size),
             seed=job["seed"],
-            **MODELS[job["model"]],
+            **arguments,
             **parts,
         )
     engine = Engine(default_root_dir=job["scratch"], accelerator="cpu", logger=False, limit_val_batches=0)

@@ -2,8 +2,10 @@
 
     python benchmarks/sinkhorn_speed.py                 all parts, about ten minutes on two cores
     python benchmarks/sinkhorn_speed.py --parts small   one part
+    python benchmarks/sinkhorn_speed.py --parts peers   beside OTT-JAX and GeomLoss, those that are installed
 
-Parts: `prototypes` (one large problem, solved to an L1 error of 1e-3), `assignment` (objects against the points of a
+Parts: `families` (several kinds of problems), `peers` (others' solvers, quiet and beside a busy
+program), `prototypes` (one large problem, solved to an L1 error of 1e-3), `assignment` (objects against the points of a
 detector, 50 fixed iterations, labels compared), `suppression` (batches of predictions against predictions, 20 fixed
 iterations, forward and backward) and `small` (from 2 x 2 up). Contenders take turns; the median of their times counts.
 On the large problems ten iterations of POT are timed and multiplied by the number that it needs. Memory is what the
@@ -19,9 +21,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import ot
+import sinkhorn_peers
 import torch
 from peak_memory import added_at_peak
 from torch import Tensor
@@ -29,7 +33,7 @@ from torch import Tensor
 from anomalib_ot.ot import Transport, sinkhorn
 
 POT_SAMPLE = 10  # iterations of POT that are timed on the large problems; their time is proportional to their number
-PARTS = ("small", "suppression", "assignment", "prototypes")
+PARTS = ("small", "suppression", "assignment", "prototypes", "families", "peers")
 
 
 def interleaved(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -393,11 +397,34 @@ def small_row(n: int, m: int, epsilon: float, rounds: int) -> list[object]:
     ]
 
 
+# ---- kinds of problems, and other libraries
+
+
+def families(_: int, features: Path | None = None) -> None:
+    """Count iterations on several kinds of problems."""
+
+    def pot(cost: Tensor, a: Tensor, b: Tensor, epsilon: float, count: int) -> object:
+        arrays = (a.numpy(), b.numpy(), cost.numpy())
+        return ot.bregman.sinkhorn_log(*arrays, epsilon, numItermax=count, stopThr=0, warn=False)
+
+    head = ["problem", "seed", "L1 error", "iterations, ours / plain", "fewer", "ours ms", "POT numpy ms", "to POT"]
+    rows = sinkhorn_peers.families(features, pot)
+    print_table("Kinds of problems, epsilon 0.01, to an L1 error of 1e-3", head, rows)
+
+
+def peers(rounds: int) -> None:
+    """Time other libraries' solvers on the same problems."""
+    head = ["problem", "neighbor", "ours ms (best)", "OTT log", "OTT kernel", "GeomLoss", "fastest of theirs to ours"]
+    rows = sinkhorn_peers.peers(rounds)
+    print_table("Beside OTT-JAX and GeomLoss, to an L1 error of 1e-3; * does not reach it", head, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds per contender")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--features", type=Path, help="a tensor (images, patches, channels), for the part `families`")
     parser.add_argument("--memory-of", choices=("ours", "pot"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -409,7 +436,8 @@ def main() -> None:
         f"torch {torch.__version__} with {args.threads} threads, POT {ot.__version__}, median of {args.rounds} rounds"
     )
     for part in args.parts:
-        globals()[part](args.rounds)
+        extra = (args.features,) if part == "families" else ()
+        globals()[part](args.rounds, *extra)
 
 
 if __name__ == "__main__":

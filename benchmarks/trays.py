@@ -33,9 +33,7 @@ def measure(backbone: str, weights: Path | None, seed: int, folder: Path) -> dic
     if backbone != "filter_bank":
         network, file, layers = BACKBONES[backbone]
         arguments = {"backbone": network, "layers": layers, "backbone_weights": str(weights / file)}
-    model = OTPrototypes(
-        transport_score=True, seed=seed, evaluator=False, visualizer=False, post_processor=False, **arguments
-    )
+    model = OTPrototypes(seed=seed, evaluator=False, visualizer=False, post_processor=False, **arguments)
     data = SyntheticTray(num_test_good=40, num_per_defect=20, seed=seed, val_split_mode="same_as_test")
     quiet = {"logger": False, "limit_val_batches": 0, "enable_progress_bar": False, "enable_model_summary": False}
     Engine(default_root_dir=folder, accelerator="cpu", **quiet).fit(model=model, datamodule=data)

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from anomalib_ot import OTADetector, OTPrototypes, SparseMDOD, SyntheticFabric, SyntheticTray, TianchiFabric
 from anomalib_ot.integration.benchmark.config import SweepLabels, read_configs, sweep_jobs
+from anomalib_ot.integration.checks.advanced import flat
 from anomalib_ot.integration.cli import register_classes
 from anomalib_ot.vision.augment import DefectAugmentation
 
@@ -47,7 +48,7 @@ def model_of(name: str) -> OTPrototypes | OTADetector:
 def test_there_is_a_file_for_everything_the_readme_names():
     names = {"ot_prototypes", "ot_prototypes_paper", "ot_prototypes_filter_bank", "ot_prototypes_members"}
     names |= {"ota_detector", "ota_detector_paper", "ota_detector_sinkhorn", "ota_detector_tiles"}
-    names |= {"sparse_mdod", "sparse_mdod_paper"}
+    names |= {"ot_prototypes_tiles", "sparse_mdod", "sparse_mdod_paper"}
     assert {path.stem for path in MODELS} == names
     assert {path.stem for path in DATA} == {"synthetic_fabric", "synthetic_tray", "folder", "mvtec_ad", *BOXES}
     assert {path.stem for path in BENCHMARKS} == {
@@ -72,10 +73,8 @@ def test_a_model_is_built_with_every_argument_of_its_file(path):
         part = given.pop("post_processor")
         assert type(model.post_processor).__name__ == part["class_path"].rsplit(".", 1)[-1]
         assert model.post_processor.arguments.items() >= part["init_args"].items()
-    for name, value in given.items():
-        assert name in model.hparams
-        if name != "members":
-            assert _plain(model.hparams[name]) == value
+    for name, value in flat(given).items():
+        assert _plain(flat(model.hparams)[name]) == value
 
 
 def _plain(value: object) -> object:

@@ -86,3 +86,15 @@ def test_no_module_is_hidden_by_a_function_of_its_package():
         imported = re.findall(r"^from [\w.]+ import (.+)$", init.read_text(encoding="utf-8"), flags=re.MULTILINE)
         hidden = modules & {name.strip() for names in imported for name in names.split(",")} - {"import_module"}
         assert not hidden, f"{init.parent.name}: a function hides the module of the same name: {hidden}"
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_before_torch_is_loaded(given, expected):
+    code = (
+        "import os, sys; sys.argv = ['anomalib-ot', '--version']; import anomalib_ot.__main__ as m; m.main()\n"
+        "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    env = {name: value for name, value in ENV.items() if name != "OMP_WAIT_POLICY"}
+    env |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    answer = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True).stdout
+    assert answer.splitlines()[-1] == f"{expected} False"

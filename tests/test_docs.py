@@ -163,6 +163,22 @@ def test_a_page_fetches_nothing_from_elsewhere(site):
 
 
 @pytest.mark.slow
+def test_search_works_in_pages_opened_as_files(site):
+    assert (site / "search" / "search_index.js").read_text("utf-8").startswith("var __index = {")
+    for page in (site / "index.html", site / "howto" / "train.html"):
+        scripts = re.findall(r'<script src="([^"]*iframe-worker.js)"', page.read_text("utf-8"))
+        assert [(page.parent / script).resolve() for script in scripts] == [site / "assets" / "iframe-worker.js"]
+
+
+@pytest.mark.slow
+def test_commands_wrap(site):
+    text = (site / "howto" / "train.html").read_text("utf-8")
+    assert 'href="../assets/code.css"' in text
+    assert 'class="language-bash highlight"' in text
+    assert ".language-bash pre > code" in (site / "assets" / "code.css").read_text("utf-8")
+
+
+@pytest.mark.slow
 def test_measured_figures_and_changes_are_in_the_guide(site):
     assert "OTADetector passes an AP50" in (site / "results.html").read_text("utf-8")
     assert "Keep a Changelog" in (site / "changelog.html").read_text("utf-8")

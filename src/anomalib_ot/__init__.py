@@ -45,8 +45,7 @@ def __getattr__(name: str) -> object:
     """Load a public name on first use (PEP 562)."""
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
-    msg = f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
-    raise AttributeError(msg)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:

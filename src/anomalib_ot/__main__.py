@@ -4,6 +4,7 @@ The plain ``anomalib`` command knows the models too wherever the start-up hook r
 ``python -S``, in a frozen application, or for a package that lies on ``PYTHONPATH``; this command works there as well.
 """
 
+import os
 import sys
 from importlib import import_module
 
@@ -18,7 +19,12 @@ VERBS = {  # each with the module whose `run` takes the rest of the command line
 
 
 def main() -> None:
-    """Run a verb of this package, or else Anomalib's command, on ``sys.argv``."""
+    """Run a verb of this package, or else Anomalib's command, on ``sys.argv``.
+
+    Threads that wait for each other sleep (``OMP_WAIT_POLICY=PASSIVE``, unless it is set): beside a busy program those
+    that spin keep the ones that they wait for from their cores. OpenMP reads this once, when torch is loaded.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in VERBS:
         sys.exit(import_module(VERBS[verb][0]).run(sys.argv[2:]))

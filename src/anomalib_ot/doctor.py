@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 from anomalib_ot import __version__
 from anomalib_ot.anomaly.search import ONE_OF, import_faiss
 
-__all__ = ["Finding", "examine", "run"]
-
 OK, WARNING, FAILED = "ok", "warning", "failed"
 TRAINING = ("anomalib", "torch", "torchvision", "timm", "POT")  # what training needs and inspection does not
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -32,11 +30,7 @@ class Finding(NamedTuple):
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 1 if something that is needed does not work.
-
-    Args:
-        arguments: The words after `doctor`; None takes those of the command line.
-    """
+    """Run the command and return its exit status: 0, or 1 if something that is needed does not work."""
     parser = argparse.ArgumentParser(
         prog="anomalib-ot doctor",
         description="Say what is installed, which devices there are, and where files can be written. Uses no network.",
@@ -51,11 +45,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at one item after the other.
-
-    Yields:
-        A finding per item. What a check itself raises is a failed one.
-    """
+    """Look at one item after the other; what a check itself raises is a failed one."""
     is_edge = not (_version("torch") or _version("anomalib"))
     yield Finding(OK, f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding(OK, f"anomalib-ot {__version__}")

@@ -157,7 +157,7 @@ def test_equal_seeds_equal_fits(feature_cost):
 
 
 def test_nearest_assignment_of_grids_is_refused():
-    with pytest.raises(ValueError, match=r"num_global=1 with assignment='nearest'.*expected assignment='transport'"):
+    with pytest.raises(ValueError, match=r"num_global is 1 with assignment='nearest'.*expected assignment='transport'"):
         member(num_prototypes=None, num_global=1)
 
 

@@ -10,11 +10,12 @@ from scipy.spatial.distance import cdist
 from anomalib_ot.anomaly import scales
 from anomalib_ot.anomaly.assignment import assign
 from anomalib_ot.anomaly.fitting import fit_bank
-from anomalib_ot.anomaly.members import FEATURE_COSTS, Member
+from anomalib_ot.anomaly.members import Member
 from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.anomaly.start import cell_positions, k_means, spread_points
 from anomalib_ot.anomaly.training_patches import EncodedPatches, Patches
 
+FEATURE_COSTS = ("cosine", "euclidean", "whitened")
 GRID = (4, 4)
 
 

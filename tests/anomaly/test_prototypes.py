@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_ot.anomaly.members import FEATURE_COSTS, Member
+from anomalib_ot.anomaly.members import Member
 from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
 from anomalib_ot.vision.patches import grid_positions
 
+FEATURE_COSTS = ("cosine", "euclidean", "whitened")
 GRID, WIDTH, COUNT = (3, 4), 5, 7
 
 

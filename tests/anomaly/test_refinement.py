@@ -226,11 +226,11 @@ def test_without_a_bound_the_batch_stays():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"solver": "pott"}, r"solver='pott': expected one of 'sinkhorn', 'pot'; did you mean 'pot'\?"),
-        ({"max_problem_mb": 0}, "max_problem_mb=0: expected a number finite and above 0"),
-        ({"max_problem_mb": math.inf}, "max_problem_mb=inf: expected a number finite"),
-        ({"min_improvement": -0.1}, "min_improvement=-0.1: expected a number of at least 0"),
-        ({"warm_start": 1}, "warm_start=1: expected true or false"),
+        ({"solver": "pott"}, r"solver is 'pott'; expected one of 'sinkhorn', 'pot'; did you mean 'pot'\?"),
+        ({"max_problem_mb": 0}, "max_problem_mb is 0; expected a finite number above 0"),
+        ({"max_problem_mb": math.inf}, "max_problem_mb is inf; expected a finite number"),
+        ({"min_improvement": -0.1}, "min_improvement is -0.1; expected a number of at least 0"),
+        ({"warm_start": 1}, "warm_start is 1; expected true or false"),
     ],
     ids=str,
 )

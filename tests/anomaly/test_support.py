@@ -108,9 +108,9 @@ def test_a_fit_on_few_pairs_is_near_the_dense_fit(neighbors):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"neighbors": 0}, "neighbors=0: expected a number of at least 1"),
-        ({"neighbors": "many"}, "neighbors='many': expected a whole number of prototypes, 'auto'"),
-        ({"neighbors": 8, "solver": "pot"}, "neighbors=8: expected solver='sinkhorn'"),
+        ({"neighbors": 0}, "neighbors is 0; expected a whole number of at least 1"),
+        ({"neighbors": "many"}, "neighbors is 'many'; expected a whole number of at least 1, 'auto' or None"),
+        ({"neighbors": 8, "solver": "pot"}, "neighbors is 8; expected solver='sinkhorn'"),
         ({"neighbors": 8, "position_unit": None}, "need all pairs; leave neighbors out"),
     ],
 )

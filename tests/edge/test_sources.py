@@ -14,8 +14,7 @@ from anomalib_ot.edge import sources, watched
 from anomalib_ot.edge.command import run
 from anomalib_ot.edge.frames import Frame, InspectError
 from anomalib_ot.edge.inspector import Inspector
-from anomalib_ot.edge.polling import polled
-from anomalib_ot.edge.sources import open_source
+from anomalib_ot.edge.sources import open_source, polled
 from anomalib_ot.edge.watched import REMEMBERED, watched_frames
 
 from .conftest import frame, lines

@@ -72,18 +72,26 @@ def folder_words(root: Path, **changes: str) -> list[str]:
 
 
 ARGUMENTS = {
-    "alpha": (["--model.alpha", "1.5"], 1, ["alpha is 1.5", "from 0 to 1"]),
-    "preset": (["--model.preset", "papr"], 1, ["preset is 'papr'", "did you mean 'paper'?", "default, paper"]),
+    "alpha": (["--model.advanced.alpha", "1.5"], 1, ["advanced.alpha is 1.5", "from 0 to 1"]),
+    "preset": (["--model.preset", "papr"], 2, ["preset is 'papr'", "did you mean 'paper'?", "'default', 'paper'"]),
     "layer": (["--model.layers", "[scale1,layer7]"], 1, ["has no layer 'layer7'", "scale1, scale2, scale3"]),
     "backbone": (["--model.backbone", "resnet188"], 1, ["'resnet188'", "near ones: "]),
-    "member": (["--model.members", "[{alhpa: 0.1}]"], 1, ["members[0]", "'alhpa'", "did you mean 'alpha'?"]),
+    "member": (["--model.advanced.members", "[{alhpa: 0.1}]"], 1, ["members[0]", "'alhpa'", "did you mean 'alpha'?"]),
     "unknown argument": (
         ["--model.num_prototype", "8"],
         2,
         ["--model.num_prototype", "did you mean 'num_prototypes'?"],
     ),
-    "type": (["--model.epochs", "many"], 2, ["--model.epochs is 'many'", "expected int"]),
-    "optional type": (["--model.alpha", "low"], 2, ["--model.alpha is 'low'", "expected float | None"]),
+    "moved argument": (["--model.alpha", "0.2"], 2, ["--model.alpha: ", "expected --model.advanced.alpha"]),
+    "unknown option": (
+        ["--model.advanced.alhpa", "0.2"],
+        2,
+        ["--model.advanced.alhpa: ", "did you mean 'advanced.alpha'?"],
+    ),
+    "unknown key": (["--model.advanced", "{alhpa: 0.2}"], 2, ["advanced.alhpa: ", "did you mean 'advanced.alpha'?"]),
+    "choice": (["--model.advanced.score", "maxx"], 2, ["--model.advanced.score is 'maxx'", "did you mean 'max'?"]),
+    "type": (["--model.advanced.epochs", "many"], 2, ["--model.advanced.epochs is 'many'", "expected"]),
+    "optional type": (["--model.advanced.alpha", "low"], 2, ["--model.advanced.alpha is 'low'", "from 0 to 1"]),
     "data argument": (["--data.num_trian", "4"], 2, ["--data.num_trian", "did you mean 'num_train'?"]),
     "data value": (["--data.defects", "[hoel]"], 1, ["defects is ['hoel']", "hole"]),
     "prototypes": (["--model.num_prototypes", "8000"], 1, ["num_prototypes=8000", "1536 training patches", "lower it"]),
@@ -102,17 +110,20 @@ def test_arguments(case, anomalib, small_model, small_data, home):
     ("arguments", "message"),
     [
         ({"layers": ["scale1", "scale1"]}, r"layers is \['scale1', 'scale1'\], which names a layer twice"),
-        ({"layers": []}, "layers=.*at least one layer"),
-        ({"score": "maxx"}, r"score is 'maxx'.*did you mean 'max'\?"),
+        ({"layers": []}, "layers is .*at least one layer"),
+        ({"advanced": {"score": "maxx"}}, r"advanced.score is 'maxx'.*did you mean 'max'\?"),
         ({"image_size": [8, 8]}, r"image_size is \[8, 8\]; expected .* at least 32 pixels"),
         ({"image_size": [64]}, r"image_size is \[64\]; expected height and width"),
-        ({"smoothing": -1}, "smoothing is -1; expected"),
-        ({"num_groups": 1}, "num_groups is 1; expected at least 2"),
-        ({"epochs": 0}, "epochs is 0; expected at least 1"),
-        ({"max_cached_gb": 0}, "max_cached_gb is 0; expected a number above 0"),
-        ({"num_prototypes": 0}, "num_prototypes=0: expected a number finite and above 0"),
-        ({"num_prototypes": 4, "num_global": 2}, "give one of the two"),
-        ({"alpha": True}, "alpha is True; expected a number from 0 to 1"),
+        ({"advanced": {"smoothing": -1}}, "advanced.smoothing is -1; expected a number from 0 to below 100"),
+        ({"advanced": {"num_groups": 1}}, "advanced.num_groups is 1; expected a whole number of at least 2"),
+        ({"advanced": {"epochs": 0}}, "advanced.epochs is 0; expected a whole number of at least 1"),
+        ({"advanced": {"max_cached_gb": 0}}, "advanced.max_cached_gb is 0; expected a number above 0"),
+        ({"num_prototypes": 0}, "num_prototypes is 0; expected a whole number of at least 1"),
+        ({"num_prototypes": 4, "advanced": {"num_global": 2}}, "expected one of the two"),
+        ({"advanced": {"alpha": True}}, "advanced.alpha is True; expected a number from 0 to 1 or None"),
+        ({"advanced": {"alhpa": 1}}, "advanced has the unknown key 'alhpa'; did you mean 'alpha'?"),
+        ({"advanced": 3}, "advanced is 3; expected names with values"),
+        ({"alpha": 0.2}, "alpha is an argument of OTPrototypes no more; expected it in advanced"),
     ],
     ids=str,
 )
@@ -151,7 +162,7 @@ def test_the_installed_script_says_the_same(anomalib, small_model, small_data, h
 
 @pytest.mark.cli
 def test_the_long_form_is_there_for_who_asks(anomalib, small_model, small_data, home):
-    for words in (["--model.alpha", "1.5"], ["--model.alpha", "low"]):
+    for words in (["--model.advanced.alpha", "1.5"], ["--model.advanced.alpha", "low"]):
         done = anomalib("train", *small_model, *small_data, *words, cwd=home, ANOMALIB_OT_TRACEBACK="1")
         assert done.code in {1, 2}
         assert len(done.err.splitlines()) > 8

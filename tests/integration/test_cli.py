@@ -94,7 +94,7 @@ def test_test_of_a_checkpoint(anomalib, small_model, small_data, trained, checkp
 
 
 def test_a_checkpoint_brings_its_arguments(anomalib, small_data, trained, checkpoint, home):
-    words = ["--model", "OTPrototypes", "--model.alpha", "0.9", "--trainer.accelerator", "cpu"]
+    words = ["--model", "OTPrototypes", "--model.advanced.alpha", "0.9", "--trainer.accelerator", "cpu"]
     done = anomalib("test", *words, *small_data, "--ckpt_path", checkpoint, cwd=home)
     assert metrics(done) == metrics(trained[1])
     told = next(line for line in done.err.splitlines() if "The model takes from the checkpoint" in line)
@@ -175,7 +175,7 @@ def test_benchmark_by_both_names(anomalib, fabric, trained, home):
 
 
 def test_the_paper_preset(anomalib, small_model, small_data, home):
-    words = [*small_model[:-2], "--model.preset", "paper", "--model.num_global", "1"]
+    words = [*small_model[:-2], "--model.preset", "paper", "--model.advanced.num_global", "1"]
     assert set(metrics(anomalib("train", *words, *small_data, cwd=home))) == set(METRICS)
     (checkpoint,) = home.rglob("model.ckpt")
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
@@ -185,13 +185,18 @@ def test_the_paper_preset(anomalib, small_model, small_data, home):
 
 def test_members_of_a_config_file(anomalib, small_data, home):
     members = [{"layers": ["scale2"], "num_prototypes": 5, "feature_cost": "euclidean"}, {"num_global": 0.5}]
-    arguments = {"backbone": "filter_bank", "layers": ["scale1"], "image_size": [64, 64], "members": members}
+    arguments = {
+        "backbone": "filter_bank",
+        "layers": ["scale1"],
+        "image_size": [64, 64],
+        "advanced": {"members": members},
+    }
     config = {"model": {"class_path": "OTPrototypes", "init_args": arguments}, "trainer": {"accelerator": "cpu"}}
     (home / "model.yaml").write_text(yaml.safe_dump(config))
     metrics(anomalib("train", "--config", "model.yaml", *small_data, cwd=home))
     (checkpoint,) = home.rglob("model.ckpt")
     saved = torch.load(checkpoint, weights_only=True)
-    assert saved["hyper_parameters"]["members"] == members
+    assert saved["hyper_parameters"]["advanced"]["members"] == members
     assert [len(saved["state_dict"][f"model.banks.{number}.prototypes"]) for number in range(2)] == [5, 64]
 
 

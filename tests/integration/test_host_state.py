@@ -14,6 +14,7 @@ from anomalib.engine import Engine
 from anomalib.models import Padim
 
 from anomalib_ot import OTADetector, OTPrototypes, SinkhornNMS, SyntheticFabric, SyntheticFabricBoxes
+from anomalib_ot.integration.checks.advanced import nested
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.processing.sinkhorn_nms import CHECKPOINT_KEY
 
@@ -24,6 +25,11 @@ pytestmark = [
 
 PARTS = {"evaluator": False, "visualizer": False}
 DETECTOR = {"pre_trained": False, "image_size": (64, 64), "channels": 32, "num_convs": 1, "num_extra": 0}
+
+
+def built(kind, **arguments):
+    """Build a model from arguments that are named beside each other."""
+    return kind(**nested(arguments, kind.options))
 
 
 def model(**changes) -> OTPrototypes:
@@ -139,14 +145,14 @@ def saved(runner: Engine, trained, data) -> Path:
 def test_an_export_has_the_arguments_that_it_was_given(engine, cloth, written, caplog):
     checkpoint = saved(engine(), model(), cloth)
     plain = OTPrototypes()
-    for given, expected in (({}, False), ({"export_explanation": True}, True)):
+    for given, expected in (({}, False), ({"advanced": {"export_explanation": True}}, True)):
         engine().export(OTPrototypes(**given), "onnx", ckpt_path=checkpoint)
         assert written[-1].export_explanation is expected
         assert written[-1].is_fitted
         assert written[-1] is not plain
     assert "takes from the checkpoint" not in caplog.text
     with caplog.at_level(logging.WARNING):
-        engine().export(OTPrototypes(alpha=0.9, post_processor=False), "onnx", ckpt_path=checkpoint)
+        engine().export(OTPrototypes(advanced={"alpha": 0.9}, post_processor=False), "onnx", ckpt_path=checkpoint)
     assert "The model takes from the checkpoint, which was trained so: alpha=None (not 0.9)" in caplog.text
     assert "backbone" not in caplog.text  # was not given
     assert written[-1].post_processor is None
@@ -156,7 +162,7 @@ def test_an_export_has_the_arguments_that_it_was_given(engine, cloth, written, c
 def test_an_export_of_a_detector_too(engine, written, tmp_path, caplog):
     numbers = {"num_train": 2, "num_val": 1, "num_test": 1, "num_train_good": 2, "num_val_good": 1, "num_test_good": 1}
     data = SyntheticFabricBoxes(root=tmp_path / "set", **numbers, image_size=(64, 64), defects=["hole"])
-    trained = OTADetector(**DETECTOR, **PARTS, max_detections=20, post_processor=SinkhornNMS(max_candidates=30))
+    trained = built(OTADetector, **DETECTOR, **PARTS, max_detections=20, post_processor=SinkhornNMS(max_candidates=30))
     checkpoint = saved(engine(max_epochs=1, limit_val_batches=0), trained, data)
     for given, name, value in (
         ({}, "max_detections", 20),
@@ -164,15 +170,15 @@ def test_an_export_of_a_detector_too(engine, written, tmp_path, caplog):
         ({"tile_size": [64, 64]}, "tile_size", [64, 64]),
         ({"image_size": [96, 96]}, "image_size", (64, 64)),
     ):
-        engine().export(OTADetector(**DETECTOR | given), "onnx", ckpt_path=checkpoint)
-        assert written[-1].hparams[name] == value
+        engine().export(built(OTADetector, **DETECTOR | given), "onnx", ckpt_path=checkpoint)
+        assert written[-1].arguments[name] == value
         assert written[-1].post_processor.max_candidates == 30
         assert written[-1].is_fitted
     assert "image_size=[64, 64] (not [96, 96])" in caplog.text
     for given, decode in (({"post_processor": SinkhornNMS("merge")}, "merge"), ({"nms": "sinkhorn_merge"}, "merge")):
-        engine().export(OTADetector(**DETECTOR | given), "onnx", ckpt_path=checkpoint)
+        engine().export(built(OTADetector, **DETECTOR | given), "onnx", ckpt_path=checkpoint)
         assert written[-1].post_processor.checkpoint_config()[CHECKPOINT_KEY]["decode"] == decode
-    engine().export(OTADetector(**DETECTOR, post_processor=False), "onnx", ckpt_path=checkpoint)
+    engine().export(built(OTADetector, **DETECTOR, post_processor=False), "onnx", ckpt_path=checkpoint)
     assert written[-1].post_processor is None
 
 
@@ -181,7 +187,7 @@ def test_the_command_line_hands_them_over(anomalib, small_model, small_data, tmp
     done = anomalib("train", *small_model, *small_data, cwd=tmp_path)
     assert done.code == 0, done.err
     (checkpoint,) = tmp_path.rglob("model.ckpt")
-    words = ["--model", "OTPrototypes", "--model.export_explanation", "true", "--ckpt_path", checkpoint]
+    words = ["--model", "OTPrototypes", "--model.advanced.export_explanation", "true", "--ckpt_path", checkpoint]
     done = anomalib("export", *words, "--export_type", "torch", "--export_root", "out", cwd=tmp_path)
     assert done.code == 0, done.err
     (manifest,) = (tmp_path / "out").rglob("manifest.json")

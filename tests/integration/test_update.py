@@ -49,7 +49,7 @@ def trained(folders, folder: Path, **more) -> Path:
 @pytest.fixture(scope="module")
 def untold(folders, tmp_path_factory) -> Path:
     """A checkpoint without a threshold."""
-    return trained(folders, tmp_path_factory.mktemp("untold"), transport_score=True)
+    return trained(folders, tmp_path_factory.mktemp("untold"), advanced={"transport_score": True})
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, folders, capsys):
 
 
 def test_grids_of_prototypes_are_refused(tmp_path, folders, capsys):
-    path = trained(folders, tmp_path, num_prototypes=None, num_global=0.5)
+    path = trained(folders, tmp_path, num_prototypes=None, advanced={"num_global": 0.5})
     assert calibrate([str(path), "--good", str(folders["good"]), "--max-false-alarms", "0.1"]) == 0
     capsys.readouterr()
     said = refusal(capsys, path, "--good", folders["alarms"])

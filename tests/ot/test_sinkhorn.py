@@ -345,3 +345,19 @@ def test_a_start_far_from_everything_is_left_in_finite_steps():
         assert torch.isfinite(transport.g).all()
         plain = sinkhorn(cost, epsilon=0.02, rho_b=rho_b, tolerance=1e-2)
         torch.testing.assert_close(transport.plan, plain.plan, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize(("noise", "seed", "most"), [(0.3, 0, 310), (0.3, 1, 180), (0.5, 1, 160)])
+def test_acceleration_helps_between_far_clusters(noise, seed, most):
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(40, 96, generator=generator)
+    points = []
+    for count in (400, 200):
+        kind = torch.randint(40, (count,), generator=generator)
+        points.append(centers[kind] + noise * torch.randn(count, 96, generator=generator))
+    x, y = (torch.nn.functional.normalize(part, dim=1) for part in points)
+    fast = sinkhorn(1 - x @ y.T, epsilon=0.01, max_iters=2000, gradient="none")
+    assert fast.reached_tolerance
+    assert fast.num_iters <= most  # with rests that double from failure to failure: 406, 210, 203
+    plain = sinkhorn(1 - x @ y.T, epsilon=0.01, num_iters=2 * int(fast.num_iters), gradient="none")
+    assert plain.marginal_error > plain.tolerance  # twice as many plain ones are not yet there

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_ot.postprocess.box_masks import box_masks
-from anomalib_ot.postprocess.mask_refinement import entropy_weights, refine_regions, total_variation, weigh_regions
+from anomalib_ot.postprocess.mask_refinement import entropy_weights, refine_regions
 from anomalib_ot.vision.boxes import pairwise_iou
 
 SIZE = 96
@@ -144,7 +144,7 @@ def test_gradients_reach_boxes_scores_and_the_merged_boxes():
     others = [tensor.double().requires_grad_() for tensor in others]
     assert torch.autograd.gradcheck(lambda *parts: refine_regions(plan, *parts).boxes, others)
     refined = refine_regions(plan, *others, blurred_map(l_shape()).double())
-    total_variation(refined.masks).sum().backward()
+    refined.masks.diff(dim=-1).abs().sum().backward()
     assert all(tensor.grad.isfinite().all() and tensor.grad.abs().sum() > 0 for tensor in others)
 
 
@@ -152,39 +152,6 @@ def test_wrong_plan():
     plan, boxes, scores, merged = one_region(torch.rand(4, 4), torch.rand(4))
     with pytest.raises(ValueError, match=r"plan has the shape \(1, 4, 1\); expected \(1, 4, 2\) for 4 proposals and 1"):
         refine_regions(plan[..., :1], boxes, scores, merged)
-
-
-def test_total_variation():
-    mask = torch.zeros(2, 8, 10)
-    mask[0, 2:5, 3:7] = 1
-    assert total_variation(mask).tolist() == pytest.approx([(2 * 3 + 2 * 4) / 80, 0])
-    noise = torch.rand(3, 5, 6, 7, dtype=torch.float64)
-    expected = (noise.diff(dim=-1).abs().sum((2, 3)) + noise.diff(dim=-2).abs().sum((2, 3))) / 42
-    torch.testing.assert_close(total_variation(noise), expected)
-
-
-def test_regions_of_an_image_as_published():
-    quality = torch.tensor([[0.9, 0.7, 0.4, 0.8]])
-    usable = torch.tensor([[True, True, True, False]])
-    masks = torch.zeros(1, 4, 6, 6)
-    masks[0, 0, 1:5, 1:5] = 1  # variation 16 / 36
-    masks[0, 1, ::2] = 1  # 30 / 36
-    masks[0, 3, ::2, ::2] = 1  # not there
-    p = entropy_weights(quality, usable)[0, :3]
-    expected = 0.9 * p + 0.1 * (1 - torch.tensor([16 / 30, 1, 0]))
-    found = weigh_regions(quality, usable, masks)[0]
-    torch.testing.assert_close(found[:3], expected / expected.sum())
-    assert float(found[3]) == 0
-    assert torch.equal(weigh_regions(quality, usable)[0, :3], p)
-    torch.testing.assert_close(weigh_regions(quality, usable, masks, coherence=0)[0, :3], p)
-
-
-def test_one_region_has_all_and_none_has_none():
-    # As published: the entropy asked for cannot be reached, and nobody says so.
-    quality, masks = torch.tensor([[0.3, 0.9], [0.3, 0.9]]), torch.rand(2, 2, 4, 4)
-    usable = torch.tensor([[True, False], [False, False]])
-    assert weigh_regions(quality, usable, masks).tolist() == [[1, 0], [0, 0]]
-    assert weigh_regions(quality, usable).tolist() == [[1, 0], [0, 0]]
 
 
 class Refined(nn.Module):

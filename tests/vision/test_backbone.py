@@ -1,5 +1,6 @@
 """Local weights: what is in the file is in the network, all of it, or one clear error says what is not."""
 
+import logging
 import os
 import pickle
 from pathlib import Path
@@ -82,13 +83,15 @@ def test_half_precision_file_loads(full, tmp_path):
     assert torch.equal(network.conv1.weight, full.conv1.weight.half().float())
 
 
-def test_shallow_layers_need_no_deep_weights(full, tmp_path):
+def test_shallow_layers_need_no_deep_weights(full, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     deep = ("layer3", "layer4", "fc")
     state = {name: value for name, value in full.state_dict().items() if not name.startswith(deep)}
     path = save(state, tmp_path / "shallow.pth")
     network = features_only("resnet18", [1, 2])
     load_weights(network, "resnet18", [1, 2], path)
     assert torch.equal(network.state_dict()["layer2.1.bn2.running_var"], full.layer2[1].bn2.running_var)
+    assert not caplog.records  # nothing is said of layers that are not used
     with pytest.raises(ValueError, match=r"shallow\.pth.*lacks \d+ tensors.*layer3\.0"):
         load_weights(features_only("resnet18", [1, 3]), "resnet18", [1, 3], path)
 

@@ -107,3 +107,24 @@ def test_scales_grow_with_the_view_of_the_whole_image():
     scales = tiling.merge(only_whole, size, suppress_duplicates).scales
     torch.testing.assert_close(scales[0, 0], torch.tensor([3.0, 2, 3, 2]))
     assert not scales[0, 1:].any()
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.2, 0.7])
+@pytest.mark.parametrize("size", [(70, 130), (40, 50), (41, 250)])
+def test_stitched_tiles_of_an_image_are_the_image(size, overlap):
+    tiling = Tiling((40, 50), overlap, whole_image=False)
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    tiles = tiling.cut(images).unflatten(0, (2, -1))
+    torch.testing.assert_close(tiling.stitch(tiles, size), images)
+
+
+def test_stitched_maps_are_means_by_the_distance_to_the_edge():
+    tiling = Tiling((8, 10), 0.4, whole_image=False)
+    corners = tiling.corners(14, 27)
+    maps = torch.rand(1, len(corners), 1, 8, 10, generator=torch.Generator().manual_seed(0))
+    ramp = [torch.minimum(torch.arange(side), torch.arange(side).flip(0)) + 0.5 for side in (8, 10)]
+    weight, total, weights = ramp[0][:, None] * ramp[1], torch.zeros(14, 27), torch.zeros(14, 27)
+    for (top, left), tile in zip(corners, maps[0, :, 0], strict=True):
+        total[top : top + 8, left : left + 10] += weight * tile
+        weights[top : top + 8, left : left + 10] += weight
+    torch.testing.assert_close(tiling.stitch(maps, (14, 27))[0, 0], total / weights)

@@ -1,30 +1,12 @@
 """What one member of the ensemble is made of, and the two presets."""
 
-import difflib
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from numbers import Integral, Real
-from types import NoneType
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal
 
-FEATURE_COSTS = ("cosine", "euclidean", "whitened")
-STRUCTURES = ("learned", "fixed")
-STARTS = ("coverage", "k-means", "random")
-ASSIGNMENTS = ("nearest", "transport")
-SCALES = ("prototype", "typical", "largest")
-SOLVERS = ("sinkhorn", "pot")
-NONE_CHOOSES = (
-    "num_prototypes",
-    "num_global",
-    "position_unit",
-    "rho",
-    "momentum",
-    "min_improvement",
-    "max_problem_mb",
-    "neighbors",
-)
-PRESETS = ("default", "paper")
+from anomalib_ot.ranges import Count, Fraction, Part, Positive, Range, Whole, built, check, check_fields
+
+Preset = Literal["default", "paper"]
 # "auto": as many prototypes as make this many numbers, within bounds. Narrow features need, and afford, more of them.
 PROTOTYPE_NUMBERS, FEWEST, MOST = 19_200, 80, 256
 
@@ -92,116 +74,63 @@ class Member:
     """
 
     layers: tuple[str, ...]
-    alpha: float = 0.3
-    feature_cost: str = "cosine"
-    num_prototypes: int | str | None = "auto"
-    max_prototypes: int = 2048
-    num_global: float | None = None
-    structure: str = "learned"
-    start: str = "k-means"
-    assignment: str = "transport"
-    order: float = 2.0
-    scale: str = "prototype"
-    position_quantile: float = 0.99
-    position_unit: float | None = 0.1
-    epsilon: float = 0.02
-    rho: float | None = 0.05
-    tolerance: float = 1e-2
-    max_iters: int = 500
-    momentum: float | None = None
-    passes: int = 3
-    min_improvement: float | None = None
-    batch_images: int = 8
-    max_problem_mb: float | None = 1000.0
-    neighbors: int | str | None = None
+    alpha: Fraction = 0.3
+    feature_cost: Literal["cosine", "euclidean", "whitened"] = "cosine"
+    num_prototypes: Whole | Literal["auto"] | None = "auto"
+    max_prototypes: Whole = 2048
+    num_global: Positive | None = None
+    structure: Literal["learned", "fixed"] = "learned"
+    start: Literal["coverage", "k-means", "random"] = "k-means"
+    assignment: Literal["nearest", "transport"] = "transport"
+    order: Annotated[float, Range(least=1)] = 2.0
+    scale: Literal["prototype", "typical", "largest"] = "prototype"
+    position_quantile: Fraction = 0.99
+    position_unit: Positive | None = 0.1
+    epsilon: Positive = 0.02
+    rho: Annotated[float, Range(least=0, finite=False)] | None = 0.05
+    tolerance: Annotated[float, Range(least=0, finite=False)] = 1e-2
+    max_iters: Whole = 500
+    momentum: Part | None = None
+    passes: Count = 3
+    min_improvement: Annotated[float, Range(least=0, finite=False)] | None = None
+    batch_images: Whole = 8
+    max_problem_mb: Positive | None = 1000.0
+    neighbors: Whole | Literal["auto"] | None = None
     warm_start: bool = True
-    solver: str = "sinkhorn"
-    pooling: int = 3
-    shrinkage: float = 0.05
+    solver: Literal["sinkhorn", "pot"] = "sinkhorn"
+    pooling: Annotated[int, Range(least=1, odd=True)] = 3
+    shrinkage: Annotated[float, Range(above=0, most=1)] = 0.05
     align_corners: bool = False
     calibrate: bool = True
-    weight: float | str = 1.0
-    validation_split: float = 0.0
+    weight: Positive | Literal["prototypes"] = 1.0
+    validation_split: Part = 0.0
     drop_last: bool = False
 
     def __post_init__(self) -> None:
-        """Check every value where it enters."""
+        """Check every value by its type, and which values go together."""
         object.__setattr__(self, "layers", _layers(self.layers))
-        _check_known("feature_cost", self.feature_cost, FEATURE_COSTS)
-        _check_known("structure", self.structure, STRUCTURES)
-        _check_known("start", self.start, STARTS)
-        _check_known("assignment", self.assignment, ASSIGNMENTS)
-        _check_known("scale", self.scale, SCALES)
-        _check_known("solver", self.solver, SOLVERS)
-        for name in ("align_corners", "calibrate", "warm_start", "drop_last"):
-            if not isinstance(getattr(self, name), bool):
-                msg = f"{name}={getattr(self, name)!r}: expected true or false"
-                raise ValueError(msg)
-        for name in ("num_prototypes", "max_prototypes", "max_iters", "passes", "batch_images", "pooling"):
-            value = getattr(self, name)
-            if name == "num_prototypes" and value == "auto":
-                continue
-            if isinstance(value, bool) or not isinstance(value, (Integral, NoneType)):
-                msg = f"{name}={value!r}: expected a whole number{' or auto' if name == 'num_prototypes' else ''}"
-                raise ValueError(msg)
-        if self.neighbors != "auto":
-            if isinstance(self.neighbors, bool) or not isinstance(self.neighbors, (Integral, NoneType)):
-                msg = f"neighbors={self.neighbors!r}: expected a whole number of prototypes, 'auto', or null for all"
-                raise ValueError(msg)
-            self._check_number("neighbors", "of at least 1", lambda value: value >= 1)
+        check_fields(self)
+        msg = None
         if self.neighbors is not None and (
             self.solver == "pot" or self.scale == "largest" or self.position_unit is None
         ):
             msg = (
-                f"neighbors={self.neighbors!r}: expected solver='sinkhorn', another scale than 'largest', a "
+                f"neighbors is {self.neighbors!r}; expected solver='sinkhorn', another scale than 'largest', a "
                 "position_unit; as POT and scales that are maxima of a batch need all pairs; leave neighbors out"
             )
-            raise ValueError(msg)
-        for name in ("alpha", "position_quantile"):
-            self._check_number(name, "between 0 and 1", lambda value: 0 <= value <= 1)
-        for name in (
-            "num_prototypes",
-            "max_prototypes",
-            "num_global",
-            "max_iters",
-            "batch_images",
-            "epsilon",
-            "position_unit",
-            "max_problem_mb",
-        ):
-            self._check_number(name, "finite and above 0", lambda value: 0 < value < math.inf)
-        for name in ("rho", "tolerance", "passes", "min_improvement"):
-            self._check_number(name, "of at least 0", lambda value: value >= 0)
-        self._check_number("order", "of at least 1 and finite", lambda value: 1 <= value < math.inf)
-        self._check_number("shrinkage", "above 0 and at most 1", lambda value: 0 < value <= 1)
-        self._check_number("momentum", "from 0 to below 1, the part of the old prototype to keep", lambda m: 0 <= m < 1)
-        self._check_number("validation_split", "from 0 to below 1, a part of the images", lambda part: 0 <= part < 1)
-        if self.weight != "prototypes":
-            self._check_number("weight", "finite and above 0, or 'prototypes'", lambda value: 0 < value < math.inf)
-        self._check_number("pooling", "that is odd and at least 1", lambda value: value >= 1 and value % 2 == 1)
-        if (self.num_prototypes is None) == (self.num_global is None):
+        elif (self.num_prototypes is None) == (self.num_global is None):
             msg = (
-                f"num_prototypes={self.num_prototypes!r} and num_global={self.num_global!r}: give one of the two; "
-                "num_prototypes places prototypes freely, num_global lays out whole grids"
+                f"num_prototypes is {self.num_prototypes!r} and num_global {self.num_global!r}; expected one of the "
+                "two: num_prototypes places prototypes freely, num_global lays out whole grids"
             )
-            raise ValueError(msg)
-        if self.num_global is not None and self.assignment == "nearest":
+        elif self.num_global is not None and self.assignment == "nearest":
             msg = (
-                f"num_global={self.num_global!r} with assignment='nearest': local prototypes would leave their places; "
-                "expected assignment='transport'"
+                f"num_global is {self.num_global!r} with assignment='nearest', by which local prototypes would leave "
+                "their places; expected assignment='transport'"
             )
-            raise ValueError(msg)
-        if self.num_global is not None and self.num_global >= 1 and self.num_global != int(self.num_global):
-            msg = f"num_global={self.num_global!r}: expected a whole number, or a fraction below 1 for a coarser grid"
-            raise ValueError(msg)
-
-    def _check_number(self, name: str, expected: str, is_good: Callable[[float], bool]) -> None:
-        """Refuse what is no number (None passes where it is the name of a choice), and numbers out of range."""
-        value = getattr(self, name)
-        if (value is None and name in NONE_CHOOSES) or (name == "num_prototypes" and value == "auto"):
-            return
-        if not isinstance(value, Real) or isinstance(value, bool) or not is_good(value):
-            msg = f"{name}={value!r}: expected a number {expected}"
+        elif self.num_global is not None and self.num_global >= 1 and self.num_global != int(self.num_global):
+            msg = f"num_global is {self.num_global!r}; expected a whole number, or a fraction below 1: a coarser grid"
+        if msg:
             raise ValueError(msg)
 
     def as_dict(self) -> dict[str, Any]:
@@ -232,24 +161,16 @@ def automatic_number(width: int, num_patches: int) -> int:
 def _layers(layers: Sequence[str]) -> tuple[str, ...]:
     if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers) or len(layers) == 0:
         given = layers if isinstance(layers, str) else list(layers)
-        msg = f"layers={given!r}: expected a list of at least one layer name of the backbone"
+        msg = f"layers is {given!r}; expected a list of at least one layer name of the backbone"
         raise ValueError(msg)
     if len(set(layers)) < len(layers):
-        msg = f"layers={list(layers)!r}: a layer is named twice; name each once"
+        msg = f"layers is {list(layers)!r}, which names a layer twice; name each once"
         raise ValueError(msg)
     return tuple(layers)
 
 
-def _check_known(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        msg = f"{name}={value!r}: expected one of {', '.join(map(repr, known))}{hint}"
-        raise ValueError(msg)
-
-
 def make_members(
-    preset: str,
+    preset: Preset,
     layers: Sequence[str],
     members: Sequence[dict[str, Any]] | None = None,
     **overrides: float | str | None,
@@ -271,29 +192,18 @@ def make_members(
     Raises:
         ValueError: If a preset, a key or a value is not known.
     """
-    _check_known("preset", preset, PRESETS)
+    check({"preset": preset}, {"preset": Preset})
     layers = _layers(layers)
-    known = {field.name for field in fields(Member)}
     if members is not None:
         if not members:
-            msg = "members=[]: expected at least one member, or null for the preset's"
+            msg = "members is []; expected at least one member, or null for the preset's"
             raise ValueError(msg)
-        built = []
+        made = []
         for number, given in enumerate(members):
-            unknown = sorted(set(given) - known)
-            if unknown:
-                near = difflib.get_close_matches(unknown[0], known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                msg = f"members[{number}] has the unknown key {unknown[0]!r}; {hint}known: {', '.join(sorted(known))}"
-                raise ValueError(msg)
             given = {"layers": layers, **given}
             if "num_global" in given and "num_prototypes" not in given:
                 given["num_prototypes"] = None
-            try:
-                built.append(Member(**given))
-            except ValueError as error:
-                msg = f"members[{number}]: {error}"
-                raise ValueError(msg) from error
+            made.append(built(Member, given, f"members[{number}]"))
     elif preset == "paper":
         published = Member(
             layers=layers[:1],
@@ -320,11 +230,11 @@ def make_members(
             validation_split=0.2,
             drop_last=True,
         )
-        built = [replace(published, layers=(layer,), alpha=alpha) for layer in layers for alpha in (0.0, 0.3)]
+        made = [replace(published, layers=(layer,), alpha=alpha) for layer in layers for alpha in (0.0, 0.3)]
     else:
         metrics = [(layer, cost) for layer in layers for cost in ("euclidean", "whitened")]
         metrics += [(layer, "cosine") for layer in layers[:-1] or layers]
-        built = [Member(layers=(layer,), feature_cost=cost, **COVERING) for layer, cost in metrics]
+        made = [Member(layers=(layer,), feature_cost=cost, **COVERING) for layer, cost in metrics]
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if "num_prototypes" in overrides:
         overrides.setdefault("num_global", None)
@@ -332,4 +242,4 @@ def make_members(
         overrides["num_prototypes"] = None
         if preset == "default" and members is None:
             overrides = {**GRIDS, **overrides}
-    return [replace(member, **overrides) for member in built]
+    return [replace(member, **overrides) for member in made]

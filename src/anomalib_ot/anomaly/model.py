@@ -16,11 +16,14 @@ from anomalib_ot.anomaly.scoring import LEAST_PLACED, TransportScore, find_kinds
 from anomalib_ot.anomaly.training_patches import EncodedPatches, Patches
 from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.vision.patches import MapSmoother, patch_embeddings
+from anomalib_ot.vision.tiling import Tiling
 
 Source = tuple[tuple[str, ...], int]
 Embedded = dict[Source, tuple[Tensor, tuple[int, int]]]
 FIT_IMAGES = 8
 CPU_PORTION = 4  # images
+CPU_TILE_PIXELS, TILE_PIXELS = 2**18, 2**22  # of the tiles that go through the network at a time
+EXPORTED_PORTIONS = 8  # at most, each with nodes of its own in the graph
 
 
 class Growth(NamedTuple):
@@ -37,7 +40,8 @@ class Explained(NamedTuple):
     `anomaly_map` (B, 1, H, W) is exactly `feature_map + position_map + missing_map`: how much a place looks wrong, how
     much what is seen there belongs elsewhere, and how much of what good images have there is missing;
     `matched_position` (B, 2, h, w) is where a patch belongs, (y, x) in [0, 1]. `pred_score` (B,) is the score of the
-    image, `transport_score` (B,) its image-level part. A model without one has no `missing_map` either.
+    image, `transport_score` (B,) its image-level part. A model without one has no `missing_map` either;
+    one that sees tiles has no `matched_position`.
     """
 
     pred_score: Tensor
@@ -46,7 +50,7 @@ class Explained(NamedTuple):
     pred_mask: Tensor | None
     feature_map: Tensor
     position_map: Tensor
-    matched_position: Tensor
+    matched_position: Tensor | None
     transport_score: Tensor | None
     missing_map: Tensor | None = None
 
@@ -56,6 +60,28 @@ def portions(images: Tensor) -> Iterator[tuple[int, Tensor]]:
     size = CPU_PORTION if images.device.type == "cpu" else len(images)
     for start in range(0, len(images), size):
         yield start, images[start : start + size]
+
+
+def training_portions(
+    images: Tensor, keys: Sequence[str] | None, tiling: Tiling | None
+) -> Iterator[tuple[Tensor, Sequence[str] | None]]:
+    """Yield what the network sees of a training batch, with a name for each: images, or the tiles of each image."""
+    if tiling is None:
+        for start, some in portions(images):
+            yield some, None if keys is None else keys[start : start + len(some)]
+        return
+    for number, image in enumerate(images.split(1)):
+        tiles, start = tiling.cut(image), 0
+        for some in tiles.split(_tile_portion(tiling, images)):
+            names = None if keys is None else [f"{keys[number]} tile {start + i:05}" for i in range(len(some))]
+            yield some, names
+            start += len(some)
+
+
+def _tile_portion(tiling: Tiling, images: Tensor) -> int:
+    """Number of tiles that go through the network at a time, which bounds memory whatever the size of images."""
+    pixels = CPU_TILE_PIXELS if images.device.type == "cpu" else TILE_PIXELS
+    return max(pixels // (tiling.size[0] * tiling.size[1]), 1)
 
 
 class PrototypesModel(nn.Module):
@@ -68,6 +94,12 @@ class PrototypesModel(nn.Module):
         smoothing: Standard deviation of the Gaussian over the map, pixels.
         transport_score: Whether the image-level transport score takes part in the image score.
         num_groups: Kinds of patches per member that the transport score counts.
+        tiling: How images are cut, for large surfaces; None: not at all. Then the network sees tiles, in training too,
+            all tiles share the prototypes, and their maps are put together to that of the image.
+
+    Raises:
+        ValueError: If there are tiles, and members with a position cost or a transport score: the place within a tile
+            means nothing, and amounts are those of images.
 
     References:
         R. Trombetta, C. Lartizien, "Learning local and global prototypes with optimal transport for unsupervised
@@ -83,8 +115,13 @@ class PrototypesModel(nn.Module):
         smoothing: float = 4.0,
         transport_score: bool = False,
         num_groups: int = 16,
+        tiling: Tiling | None = None,
     ) -> None:
         super().__init__()
+        if tiling is not None and (transport_score or any(member.alpha for member in members)):
+            msg = "tiling needs members with alpha=0 and no transport score: a place within a tile means nothing"
+            raise ValueError(msg)
+        self.tiling = tiling
         self.feature_extractor = feature_extractor
         self.banks = nn.ModuleList(PrototypeBank(member) for member in members)
         self.smoother = MapSmoother(smoothing)
@@ -165,6 +202,8 @@ class PrototypesModel(nn.Module):
 
     def forward(self, images: Tensor) -> Explained:
         """Score normalized images (B, 3, H, W)."""
+        if self.tiling is not None:
+            return self._tiled(images, self.tiling)
         embedded = self.embed(images)
         with torch.autocast(images.device.type, enabled=False):
             size = (images.shape[-2], images.shape[-1])
@@ -188,6 +227,38 @@ class PrototypesModel(nn.Module):
         """Score normalized images (B, 3, H, W) as `forward` does, in portions."""
         parts = [self(some) for _, some in portions(images)]
         return Explained(*(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)))
+
+    def _tiled(self, images: Tensor, tiling: Tiling) -> Explained:
+        """Score normalized images (B, 3, H, W) tile by tile, no smaller than a tile."""
+        size = (images.shape[-2], images.shape[-1])
+        if size[0] < tiling.size[0] or size[1] < tiling.size[1]:
+            msg = (
+                f"images reach the network with {size[0]} x {size[1]} pixels, less than a tile (tile_size "
+                f"{list(tiling.size)}); expected images of at least that size: keep the default pre_processor"
+            )
+            raise ValueError(msg)
+        exported = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        parts = [images] if exported else images.split(1)  # alone, an image scores as it does in a batch
+        maps = []
+        for part in parts:
+            tiles = tiling.cut(part).unflatten(0, (-1, len(tiling.corners(*size))))
+            count = _tile_portion(tiling, images)
+            if exported:
+                count = max(count, -(-tiles.shape[1] // EXPORTED_PORTIONS))
+            found = [self._tile_maps(some) for some in tiles.split(count, dim=1)]
+            maps.append(tiling.stitch(torch.cat(found, dim=1), size))
+        feature_map = torch.cat(maps)
+        position_map = torch.zeros_like(feature_map)
+        anomaly_map = feature_map + position_map
+        score = image_score(anomaly_map, self.score)
+        return Explained(score, None, anomaly_map, None, feature_map, position_map, None, None, None)
+
+    def _tile_maps(self, tiles: Tensor) -> Tensor:
+        """Return the maps (B, T, 1, h, w) of tiles (B, T, 3, h, w)."""
+        embedded = self.embed(tiles.flatten(0, 1))
+        with torch.autocast(tiles.device.type, enabled=False):
+            found = self._local(embedded, (tiles.shape[-2], tiles.shape[-1])).feature_map
+        return found.unflatten(0, (-1, tiles.shape[1]))
 
     def _local(self, embedded: Embedded, size: tuple[int, int]) -> Explained:
         grids = [grid for _, grid in embedded.values()]

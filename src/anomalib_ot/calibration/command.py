@@ -14,18 +14,12 @@ from anomalib_ot.edge.frames import InspectError
 from anomalib_ot.edge.watched import scan
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["fingerprint", "image_files", "run"]
-
 HASH = 16  # letters of a fingerprint
 DONE, REFUSED = 0, 2
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 if the model, the images or an argument are of no use.
-
-    Args:
-        arguments: The words after `calibrate`; None takes those of the command line.
-    """
+    """Run the command and return its exit status: 0, or 2 if the model, the images or an argument are of no use."""
     options = _parser().parse_args(arguments)
     try:
         _calibrate(options)
@@ -69,11 +63,10 @@ def _calibrate(options: argparse.Namespace) -> None:
     good_files = image_files("--good", options.good)
     bad_files = [] if options.bad is None else image_files("--bad", options.bad)
     if len(good_files) < needed:
-        msg = (
+        raise InputError(
             f"--good is '{options.good}' with {len(good_files)} images, which promise a false-alarm rate of "
             f"{1 / (len(good_files) + 1):.3g} at best; {rate:g} needs at least {needed}: add images or raise it"
         )
-        raise InputError(msg)
     model = _model(options.model)
     good = model.scores(good_files, "good images")
     bad = model.scores(bad_files, "bad images") if bad_files else []
@@ -116,22 +109,16 @@ def _model(path: Path):
 
 
 def image_files(option: str, folder: Path) -> list[str]:
-    """List the images below a folder, sorted.
-
-    Raises:
-        InputError: If there is none, or a folder cannot be looked into.
-    """
+    """List the images below a folder, sorted; an `InputError` if there is none, or a folder cannot be looked into."""
     if not folder.is_dir():
-        msg = f"{option} is '{folder}', which is no folder; expected a folder of images"
-        raise InputError(msg)
+        raise InputError(f"{option} is '{folder}', which is no folder; expected a folder of images")
     found = scan(folder)
     if found.unreadable:
         name, reason = min(found.unreadable.items())
         msg = f"{option}: {name} cannot be looked into ({reason}); change its permissions, or name another folder"
         raise InputError(msg)
     if not found.files:
-        msg = f"{option} is '{folder}', which holds no image; expected a folder of images"
-        raise InputError(msg)
+        raise InputError(f"{option} is '{folder}', which holds no image; expected a folder of images")
     return sorted(found.files)
 
 
@@ -142,6 +129,5 @@ def fingerprint(files: Sequence[str]) -> str:
         try:
             sums.append(hashlib.sha256(Path(file).read_bytes()).digest())
         except OSError as error:
-            msg = f"{file} cannot be read ({error.strerror}); restore it or remove it"
-            raise InputError(msg) from error
+            raise InputError(f"{file} cannot be read ({error.strerror}); restore it or remove it") from error
     return hashlib.sha256(b"".join(sorted(sums))).hexdigest()[:HASH]

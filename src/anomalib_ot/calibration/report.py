@@ -10,20 +10,12 @@ from rich.table import Table
 
 from anomalib_ot.anomaly.false_alarms import count_interval
 
-__all__ = ["print_report", "save_histogram"]
-
 BINS, WIDTH = 16, 40
 GOOD, BAD = "#0072b2", "#d55e00"  # Okabe and Ito
 
 
 def print_report(calibration: Mapping[str, Any], good: Sequence[float], bad: Sequence[float]) -> None:
-    """Print threshold, promise, confusion table and histogram.
-
-    Args:
-        calibration: As it is stored.
-        good: Scores of the good images.
-        bad: Scores of the bad images; empty: none were given.
-    """
+    """Print threshold, promise, confusion table (if there are bad images) and histogram of a calibration."""
     console, threshold = Console(highlight=False, soft_wrap=True), calibration["threshold"]
     low, high = calibration["interval"]
     count = calibration["good_images"]
@@ -52,17 +44,7 @@ def print_report(calibration: Mapping[str, Any], good: Sequence[float], bad: Seq
 
 
 def save_histogram(path: Path, threshold: float, good: Sequence[float], bad: Sequence[float]) -> None:
-    """Draw the histogram of scores with the threshold, as a PNG file.
-
-    Args:
-        path: The file to write.
-        threshold: The score above which an image is defective.
-        good: Scores of the good images.
-        bad: Scores of the bad images; empty: none were given.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
+    """Draw the histogram of scores with the threshold, as a PNG file; an `OSError` if it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -10,17 +10,11 @@ from anomalib_ot.calibration.command import DONE, REFUSED, fingerprint, image_fi
 from anomalib_ot.edge.manifest import SUFFIXES
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["run"]
-
 MOST_TOLD = 20  # images in the table
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 if the checkpoint or the images are of no use.
-
-    Args:
-        arguments: The words after `update`; None takes those of the command line.
-    """
+    """Run the command and return its exit status: 0, or 2 if the checkpoint or the images are of no use."""
     parser = argparse.ArgumentParser(
         prog="anomalib-ot update",
         description="Add good images that a checkpoint of OTPrototypes calls defective to what it knows as normal, "
@@ -44,8 +38,7 @@ def _update(model: Path, good: Path, output: Path | None) -> None:
         msg = f"MODEL.ckpt is '{model}', an export, which cannot learn: update the checkpoint, then export it again"
         raise InputError(msg)
     if output is not None and (output.suffix != ".ckpt" or not output.parent.is_dir()):
-        msg = f"--output is '{output}'; expected the name of a checkpoint (.ckpt) in a folder that exists"
-        raise InputError(msg)
+        raise InputError(f"--output is '{output}'; expected the name of a checkpoint (.ckpt) in a folder that exists")
     files = image_files("--good", good)
     from anomalib_ot.integration.models.updated_checkpoint import UpdatedCheckpoint
 

@@ -21,15 +21,10 @@ LEAST_IOU = torch.finfo(torch.float32).eps
 
 
 class Assignment(NamedTuple):
-    """What each of P points of an image answers for.
+    """What each of P points of an image answers for."""
 
-    Args:
-        objects: Index (P,) of the point's object, -1 for background, int64.
-        iou: Overlap (P,) of the box that the point predicts with its object; 0 for background.
-    """
-
-    objects: Tensor
-    iou: Tensor
+    objects: Tensor  # index (P,) of the point's object, -1 for background, int64
+    iou: Tensor  # overlap (P,) of the box that the point predicts with its object; 0 for background
 
 
 class Assigner(Protocol):
@@ -38,7 +33,7 @@ class Assigner(Protocol):
     def __call__(
         self, logits: Tensor, predicted: Tensor, points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor
     ) -> Assignment:
-        """Assign.
+        """Assign P points to G objects.
 
         Args:
             logits: Class logits (P, C).
@@ -65,13 +60,10 @@ def transport_plan(
     epsilon: float = 0.1,
     num_iters: int = 50,
 ) -> Tensor:
-    """Transport objects and background to points.
+    """Transport objects and background to points, which demand 1 each; the background supplies the rest.
 
-    The objects supply `supplies`, the background the rest, and each point demands 1. The iterations are the published
-    ones: potentials 0, columns first, `num_iters` times both, so that rows are exact and columns nearly.
-
-    Points that are no candidate of any object have nothing to choose: `num_others` of them act as one column with
-    their mass, and all iterations stay what they are with every point in the matrix.
+    The iterations are the published ones: potentials 0, columns first, `num_iters` times both, so that rows are exact
+    and columns nearly. `num_others` points that only the background reaches act as one column with their mass.
 
     Args:
         cost: Cost (G, Q) of objects and points, `inf` for pairs that are not allowed; each object has an allowed one.
@@ -82,8 +74,7 @@ def transport_plan(
         num_iters: Iterations.
 
     Returns:
-        What each point receives (G + 1, Q + 1 or Q), background last in both: its last column, where there are
-        others, is what each of them receives.
+        What each point receives (G + 1, Q + 1 or Q), background last in both: its last column is that of the others.
 
     References:
         Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021, algorithm 1.
@@ -104,18 +95,10 @@ def transport_plan(
 def transport_labels(
     cost: Tensor, background: Tensor, supplies: Tensor, *, rescale: bool = True, **transport: float
 ) -> Tensor:
-    """Transport objects and background to points, and read off what each point receives most of.
+    """Return the row (Q,) that each point receives most of: an object, or G for background; the lower of equals.
 
-    Args:
-        cost: Cost (G, Q) of objects and points; see `transport_plan`, as for all others.
-        background: Cost (Q,) of background.
-        supplies: Points that each object supplies (G,).
-        rescale: Whether each row of the plan is divided by its largest value first, as the authors' code does; without
-            it an object with a diffuse row can lose every point.
-        transport: Further arguments of `transport_plan`.
-
-    Returns:
-        The row (Q,) of each point: an object's index, or G for background; the lower one of equals.
+    `rescale` divides each row of the plan by its largest value first, as the authors' code does; without it an object
+    with a diffuse row can lose every point. All else as for `transport_plan`.
 
     References:
         Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021, algorithm 1.
@@ -128,18 +111,10 @@ def transport_labels(
 
 
 def transport_matches(cost: Tensor, background: Tensor, **transport: float) -> Tensor:
-    """Transport one unit of each object to points, and give each object the one point that receives most of it.
+    """Transport one unit of each object, and give it the one point that receives most of it: (Q,).
 
-    Pairs are taken in order of their mass, every point and every object once. An object whose candidates have all been
-    taken by others has none.
-
-    Args:
-        cost: Cost (G, Q) of objects and points; see `transport_plan`, as for all others.
-        background: Cost (Q,) of background.
-        transport: Further arguments of `transport_plan`.
-
-    Returns:
-        The row (Q,) of each point: an object's index, or G for background.
+    Pairs are taken in order of their mass, every point and every object once; an object whose candidates are all taken
+    has none. Arguments as for `transport_plan`.
 
     References:
         Ours; one positive point per object as in J. Wang et al., "End-to-end object detection with fully convolutional
@@ -164,30 +139,21 @@ def transport_matches(cost: Tensor, background: Tensor, **transport: float) -> T
 class OTAssigner:
     """Assign by optimal transport (OTA).
 
-    Args:
-        radius: Center prior: half side of the square round an object's center, in strides.
-        top: Largest overlaps that make up an object's number of points.
-        epsilon: Entropic strength, in units of cost.
-        num_iters: Sinkhorn iterations.
-        iou_weight: Weight of the overlap in the cost.
-        spatial_weight: Weight of where a point lies, see `spatial_cost`; 0 as published.
-        nearest: Whether an object without a candidate gets its nearest point; else it takes no part.
-        only_candidates: Whether the transport is solved on candidates alone. The labels are the same, see
-            `transport_plan`; False exists to show that.
-        one_to_one: Whether each object supplies one point, at the same cost, instead of as many as its overlaps say.
-
     References:
         Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021.
     """
 
-    radius: float = 2.5
-    top: int = 20
-    epsilon: float = 0.1
-    num_iters: int = 50
-    iou_weight: float = 1.5
-    spatial_weight: float = 0.0
-    nearest: bool = True
+    radius: float = 2.5  # center prior: half side of the square round an object's center, in strides
+    top: int = 20  # largest overlaps that make up an object's number of points
+    epsilon: float = 0.1  # entropic strength, in units of cost
+    num_iters: int = 50  # Sinkhorn iterations
+    iou_weight: float = 1.5  # weight of the overlap in the cost
+    spatial_weight: float = 0.0  # weight of where a point lies, see `spatial_cost`; 0 as published
+    nearest: bool = True  # whether an object without a candidate gets its nearest point; else it takes no part
+    # Whether the transport is solved on candidates alone. The labels are the same, see `transport_plan`; False exists
+    # to show that.
     only_candidates: bool = True
+    # Whether each object supplies one point, at the same cost, instead of as many as its overlaps say.
     one_to_one: bool = False
 
     @torch.no_grad()
@@ -230,14 +196,9 @@ class OTAssigner:
 
 
 def cheapest_labels(cost: Tensor, counts: Tensor) -> Tensor:
-    """Let each object take its cheapest points; a point that several take goes to the object to which it is cheapest.
+    """Let each object take its `counts` (G,) cheapest points; a point that several take goes to the cheapest object.
 
-    Args:
-        cost: Cost (G, Q), `inf` for pairs that are not allowed; those are never taken.
-        counts: Points that each object takes (G,).
-
-    Returns:
-        The object (Q,) of each point, -1 for none. An object whose only points are cheaper to others ends up with none.
+    Pairs of cost (G, Q) `inf` are never taken. Returns the object (Q,) of each point, -1 for none.
 
     References:
         Z. Ge et al., "YOLOX: exceeding YOLO series in 2021", arXiv 2107.08430, section 2.1 (SimOTA).
@@ -255,23 +216,16 @@ def cheapest_labels(cost: Tensor, counts: Tensor) -> Tensor:
 class SimOTAssigner:
     """Assign the cheapest points to each object, without transport and without a background to compete with (SimOTA).
 
-    Args:
-        radius: Half side of the square round an object's center, in strides.
-        inside: Whether candidates lie inside the object's box; YOLOX since 2023: False, with a radius of 1.5.
-        top: Largest overlaps that make up an object's number of points.
-        iou_weight: Weight of the overlap in the cost.
-        nearest: Whether an object without a candidate gets its nearest point.
-
     References:
         Z. Ge et al., "YOLOX: exceeding YOLO series in 2021", arXiv 2107.08430, section 2.1; with OTA's cost. The labels
         are not YOLOX's, whose cost is another, and where other points count for an object's number.
     """
 
-    radius: float = 2.5
-    inside: bool = True
-    top: int = 10
-    iou_weight: float = 1.5
-    nearest: bool = True
+    radius: float = 2.5  # half side of the square round an object's center, in strides
+    inside: bool = True  # whether candidates lie inside the object's box; YOLOX since 2023: False, with a radius of 1.5
+    top: int = 10  # largest overlaps that make up an object's number of points
+    iou_weight: float = 1.5  # weight of the overlap in the cost
+    nearest: bool = True  # whether an object without a candidate gets its nearest point
 
     @torch.no_grad()
     def __call__(
@@ -301,21 +255,17 @@ class FCOSAssigner:
     A level of stride s takes objects whose farthest side is 4 s to 8 s away; the finest takes all smaller, the coarsest
     all larger ones.
 
-    Args:
-        radius: Half side of the square round an object's center, in strides.
-
     References:
         Z. Tian et al., "FCOS: fully convolutional one-stage object detection", ICCV 2019, with center sampling.
     """
 
-    radius: float = 1.5
+    radius: float = 1.5  # half side of the square round an object's center, in strides
 
     @torch.no_grad()
     def __call__(
         self, logits: Tensor, predicted: Tensor, points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor
     ) -> Assignment:
         """Assign; see `Assigner`. Class logits and labels play no part."""
-        del logits, labels
         assignment = _nothing(predicted)
         if not len(boxes):
             return assignment
@@ -341,23 +291,17 @@ ASSIGNERS: dict[str, type[OTAssigner] | type[SimOTAssigner] | type[FCOSAssigner]
 
 
 class PairCost(NamedTuple):
-    """Costs of G objects and Q points.
+    """Costs of G objects and Q points."""
 
-    Args:
-        cost: Cost (G, Q) of a pair; `inf` where the point is no candidate for the object.
-        background: Cost (Q,) of a point that is background.
-        iou: Overlap (G, Q) of the box that the point predicts with the object; 0 where it is no candidate.
-    """
-
-    cost: Tensor
-    background: Tensor
-    iou: Tensor
+    cost: Tensor  # cost (G, Q) of a pair; `inf` where the point is no candidate for the object
+    background: Tensor  # cost (Q,) of a point that is background
+    iou: Tensor  # overlap (G, Q) of the box that the point predicts with the object; 0 where it is no candidate
 
 
 def candidate_points(
     points: Tensor, strides: Tensor, boxes: Tensor, *, radius: float = 2.5, inside: bool = True, nearest: bool = True
 ) -> Tensor:
-    """Say which points may be responsible for which object: those near its center (center prior).
+    """Say which points (P, 2) may be responsible for which object: bool (G, P), those near its center (center prior).
 
     Args:
         points: Points (P, 2), pixels.
@@ -365,15 +309,10 @@ def candidate_points(
         boxes: Objects (G, 4).
         radius: Half side of the square round an object's center, in strides of the point's level.
         inside: Whether points outside the object's box are excluded.
-        nearest: Whether an object without any candidate gets the point of the finest level nearest to its center;
-            small objects fall between the points.
-
-    Returns:
-        Bool (G, P).
+        nearest: Whether an object without a candidate gets the nearest point of the finest level (ours).
 
     References:
-        Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021, section 3.3. The nearest
-        point is ours.
+        Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021, section 3.3.
     """
     allowed = near_centers(points, strides, boxes, radius, clipped=inside)
     if inside:
@@ -388,21 +327,11 @@ def candidate_points(
 
 
 def spatial_cost(points: Tensor, strides: Tensor, boxes: Tensor, finest: Tensor, coarsest: Tensor) -> Tensor:
-    """Return how far a point lies from where and on which level an object would be expected: FCOS's rule made soft.
+    """Return how far points (Q, 2) lie from where objects (G, 4) are expected: FCOS's rule made soft.
 
-    `|p - c|^2 / (half a side)^2 + max(0, |log2(r / s) - 2.5| - 0.5)^2`: the squared distance from the object's center,
-    1 at its sides, and by how many octaves the distance `r` to its farthest side misses the 4 to 8 strides `s` that a
-    level is meant for; the finest level is meant for all below, the coarsest for all above.
-
-    Args:
-        points: Points (Q, 2), pixels.
-        strides: Stride (Q,) of each point.
-        boxes: Objects (G, 4).
-        finest: Stride of the finest level of all, a scalar.
-        coarsest: Stride of the coarsest.
-
-    Returns:
-        Cost (G, Q), at least 0; without unit.
+    `|p - c|^2 / (half a side)^2 + max(0, |log2(r / s) - 2.5| - 0.5)^2`, (G, Q), without unit: the squared distance from
+    the object's center, 1 at its sides, and by how many octaves the distance `r` to its farthest side misses the 4 to 8
+    strides `s` that a level is meant for; the `finest` level is meant for all below, the `coarsest` for all above.
 
     References:
         Ours; the rule of levels is from Z. Tian et al., "FCOS", ICCV 2019.
@@ -433,7 +362,7 @@ def focal_terms(logits: Tensor) -> tuple[Tensor, Tensor]:
 def pair_cost(
     logits: Tensor, predicted: Tensor, boxes: Tensor, labels: Tensor, allowed: Tensor, *, iou_weight: float = 1.5
 ) -> PairCost:
-    """Compute the cost of every pair of an object and a point.
+    """Compute the cost of every pair of G objects and Q points.
 
     `cost = focal(logits, one-hot of the object's class) + iou_weight * (-log IoU)`; background costs the focal loss
     without any class. The sum over classes changes in one term only, so that no G x Q x C tensor is built.
@@ -458,14 +387,7 @@ def pair_cost(
 
 
 def dynamic_counts(iou: Tensor, top: int = 20) -> Tensor:
-    """Estimate how many points each object should have: the sum of its `top` largest overlaps, truncated, at least 1.
-
-    Args:
-        iou: Overlaps (G, Q) with the candidates' predictions, 0 elsewhere.
-        top: How many of them count.
-
-    Returns:
-        Counts (G,), int64.
+    """Estimate how many points each object should have (G,): the truncated sum of its `top` largest overlaps.
 
     References:
         Z. Ge et al., CVPR 2021, section 3.3, "dynamic k estimation".

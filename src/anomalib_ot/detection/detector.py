@@ -24,26 +24,20 @@ CPU_PORTION = 4  # images
 class Decoding:
     """How a dense head's outputs become detections: `score = sqrt(p(class) p(overlap))`, the best, no duplicates.
 
-    Args:
-        suppress: Says which detections (B, K), sorted by score, are no duplicates: bool (B, K). With `one_to_one` of
-            several tiles alone.
-        score_threshold: Scores must be above it.
-        level_top: Pairs of a point and a class that stay per level.
-        max_candidates: Pairs per image that are compared for duplicates.
-        max_detections: Slots of the result.
-        one_to_one: Whether the classes are those of the one-to-one branch, where nothing has to be suppressed; the
-            score is sqrt(p(class)) then, since that branch knows the overlaps.
-
     References:
         Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021, and the authors' code, where
         all levels' candidates are compared for duplicates.
     """
 
+    # Says which detections (B, K), sorted by score, are no duplicates: bool (B, K). With `one_to_one` of several tiles
+    # alone.
     suppress: Suppress = suppress_duplicates
-    score_threshold: float = 0.05
-    level_top: int = 1000
-    max_candidates: int = 512
-    max_detections: int = 100
+    score_threshold: float = 0.05  # scores must be above it
+    level_top: int = 1000  # pairs of a point and a class that stay per level
+    max_candidates: int = 512  # pairs per image that are compared for duplicates
+    max_detections: int = 100  # slots of the result
+    # Whether the classes are those of the one-to-one branch, where nothing has to be suppressed; the score is
+    # sqrt(p(class)) then, since that branch knows the overlaps.
     one_to_one: bool = False
 
     def __call__(self, dense: Dense, image_size: tuple[int, int]) -> Detections:
@@ -130,10 +124,8 @@ class Detector(nn.Module):
     def forward(self, images: Tensor, group: Callable[[Detections], Detections] | None = None) -> Detections:
         """Detect in normalized images (B, 3, H, W); boxes in their pixels.
 
-        Args:
-            images: The images.
-            group: Makes one detection per object of raw ones. Tiles need it twice: duplicates that one tile has of an
-                object must not be taken for its parts.
+        `group` makes one detection per object of raw ones. Tiles need it twice: duplicates that one tile has of an
+        object must not be taken for its parts.
         """
         group = group or (lambda found: found)
         if self.tiling is None:
@@ -155,13 +147,7 @@ def _portions(images: Tensor) -> Iterator[Tensor]:
 
 
 def freeze_stages(network: nn.Module, layers: Sequence[str], count: int) -> None:
-    """Stop training a backbone's first stages.
-
-    Args:
-        network: A network whose parameters are registered in the order in which it uses them.
-        layers: Names of the layers that end its stages, such as "act1" and "layer1".
-        count: How many of the stages; what comes before the first belongs to it.
-    """
+    """Stop training a backbone's first `count` stages, those that end with `layers`, and what comes before."""
     trained = tuple(f"{layer}." for layer in layers[count:])
     for name, parameter in network.named_parameters() if count else ():
         if trained and name.startswith(trained):

@@ -11,43 +11,28 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 from anomalib_ot.detection.assigner import FOCAL_ALPHA, FOCAL_GAMMA, Assignment
 from anomalib_ot.ot.precision import full_precision
 
+BOX_WEIGHT, IOU_WEIGHT = 2.0, 0.5  # as in OTA's code
+
 
 class Dense(NamedTuple):
-    """What a dense head says at P points of B images.
+    """What a dense head says at P points of B images."""
 
-    Args:
-        logits: Class logits (B, P, C).
-        boxes: Predicted boxes (B, P, 4), pixels of the network's input.
-        iou_logits: Logit (B, P) of the overlap that the box is expected to have with its object.
-        points: Points (P, 2), pixels.
-        strides: Stride (P,) of each point.
-        level_sizes: Number of points of each level.
-        one_to_one: Class logits (B, P, C) of the one-to-one branch; None where the head has none.
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    iou_logits: Tensor
-    points: Tensor
-    strides: Tensor
-    level_sizes: tuple[int, ...]
-    one_to_one: Tensor | None = None
+    logits: Tensor  # class logits (B, P, C)
+    boxes: Tensor  # predicted boxes (B, P, 4), pixels of the network's input
+    iou_logits: Tensor  # logit (B, P) of the overlap that the box is expected to have with its object
+    points: Tensor  # points (P, 2), pixels
+    strides: Tensor  # stride (P,) of each point
+    level_sizes: tuple[int, ...]  # number of points of each level
+    one_to_one: Tensor | None = None  # class logits (B, P, C) of the one-to-one branch; None where the head has none
 
 
 class DenseLosses(NamedTuple):
-    """The three terms, already weighted, and how many points were positive.
+    """The three terms, already weighted, and how many points were positive."""
 
-    Args:
-        class_loss: Focal loss of all points.
-        box_loss: Generalized IoU loss of the positive points.
-        iou_loss: Cross-entropy of the overlap's estimate at the positive points.
-        num_positives: Positive points of the batch, on this device.
-    """
-
-    class_loss: Tensor
-    box_loss: Tensor
-    iou_loss: Tensor
-    num_positives: Tensor
+    class_loss: Tensor  # focal loss of all points
+    box_loss: Tensor  # generalized IoU loss of the positive points
+    iou_loss: Tensor  # cross-entropy of the overlap's estimate at the positive points
+    num_positives: Tensor  # positive points of the batch, on this device
 
     @property
     def total(self) -> Tensor:
@@ -61,8 +46,6 @@ def dense_losses(
     boxes: Sequence[Tensor],
     labels: Sequence[Tensor],
     *,
-    box_weight: float = 2.0,
-    iou_weight: float = 0.5,
     over_devices: Callable[[Tensor], Tensor] = torch.Tensor.clone,
 ) -> DenseLosses:
     """Compute the losses of a batch; all are sums, divided by the number of positive points of the whole batch.
@@ -72,8 +55,6 @@ def dense_losses(
         assignments: What each point answers for, per image.
         boxes: Objects (G, 4) per image, pixels of the network's input; G may be 0.
         labels: Their class indices (G,) per image.
-        box_weight: Weight of the box loss.
-        iou_weight: Weight of the overlap's loss.
         over_devices: Averages the number of positives over devices, where there are several.
 
     References:
@@ -97,7 +78,7 @@ def dense_losses(
         iou_logits = dense.iou_logits.float().flatten()[at]
         iou_loss = F.binary_cross_entropy_with_logits(iou_logits, overlap, reduction="sum")
         return DenseLosses(
-            class_loss / divisor, box_weight * box_loss / divisor, iou_weight * iou_loss / divisor, count
+            class_loss / divisor, BOX_WEIGHT * box_loss / divisor, IOU_WEIGHT * iou_loss / divisor, count
         )
 
 
@@ -110,11 +91,7 @@ def one_to_one_loss(
 ) -> Tensor:
     """Compute the focal loss of the one-to-one branch: a sum, divided by the positive points of the whole batch.
 
-    Args:
-        dense: The head's outputs, with those of the branch.
-        assignments: The object of each point, at most one point per object, per image.
-        labels: Class indices (G,) of the objects, per image.
-        over_devices: Averages the number of positives over devices, where there are several.
+    At most one point per object is positive in `assignments`; other arguments as for `dense_losses`.
 
     References:
         J. Wang et al., "End-to-end object detection with fully convolutional network", CVPR 2021.

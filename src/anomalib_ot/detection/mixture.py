@@ -10,27 +10,20 @@ from torch import Tensor
 
 from anomalib_ot.ot.precision import full_precision
 
-DOMAINS = ("log", "linear")
 EPSILON = 1e-12  # of the linear domain, as published
 FLOOR = 0.04  # least scale, as a part of the predicted box's width or height
 LEAST_SCALE = 1e-3  # pixels
 
 
 class Mixture(NamedTuple):
-    """K proposals for each of B images as components of a mixture of Cauchy distributions.
+    """K proposals for each of B images as components of a mixture of Cauchy distributions."""
 
-    Args:
-        mixture_logits: Logit (B, K) of a proposal showing an object; `mixture_weights` are its sigmoids, relative to
-            their sum in the image.
-        class_logits: Logits (B, K, C) of the classes; `class_probs` are their softmax.
-        means: Boxes xyxy (B, K, 4), pixels.
-        scales: Scale (B, K, 4) of each side's Cauchy distribution, pixels, above 0.
-    """
-
+    # Logit (B, K) of a proposal showing an object; `mixture_weights` are its sigmoids, relative to their sum in the
+    # image.
     mixture_logits: Tensor
-    class_logits: Tensor
-    means: Tensor
-    scales: Tensor
+    class_logits: Tensor  # logits (B, K, C) of the classes; `class_probs` are their softmax
+    means: Tensor  # boxes xyxy (B, K, 4), pixels
+    scales: Tensor  # scale (B, K, 4) of each side's Cauchy distribution, pixels, above 0
 
     @property
     def mixture_weights(self) -> Tensor:
@@ -45,44 +38,32 @@ class Mixture(NamedTuple):
 
 
 class MixtureTerms(NamedTuple):
-    """The two losses of each of N objects.
+    """The two losses of each of N objects."""
 
-    Args:
-        nll: Negative log-likelihood (N,).
-        mcm: Loss (N,) of maximum component maximization, at least 0.
-        responsibilities: Part (N, K) that each component has in the object's likelihood; without gradient.
-    """
-
-    nll: Tensor
-    mcm: Tensor
-    responsibilities: Tensor
+    nll: Tensor  # negative log-likelihood (N,)
+    mcm: Tensor  # loss (N,) of maximum component maximization, at least 0
+    responsibilities: Tensor  # part (N, K) that each component has in the object's likelihood; without gradient
 
 
 class MixtureLosses(NamedTuple):
-    """The loss of a batch, and what it consists of, stage by stage.
+    """The loss of a batch, and what it consists of, stage by stage."""
 
-    Args:
-        total: To be minimized: sums over stages and objects, divided by the number of images.
-        nll: Mean (S,) over objects of their negative log-likelihood; NaN without objects, as `best_share`.
-        best_share: Mean (S,) over objects of `exp(-mcm)`, the part of the best component in the likelihood. It rises
-            from stage to stage where training is healthy.
-        presence: Cross-entropy (S,) of the presence, per image; not weighted.
-    """
-
-    total: Tensor
-    nll: Tensor
+    total: Tensor  # to be minimized: sums over stages and objects, divided by the number of images
+    nll: Tensor  # mean (S,) over objects of their negative log-likelihood; NaN without objects, as `best_share`
+    # Mean (S,) over objects of `exp(-mcm)`, the part of the best component in the likelihood. It rises from stage to
+    # stage where training is healthy.
     best_share: Tensor
-    presence: Tensor
+    presence: Tensor  # cross-entropy (S,) of the presence, per image; not weighted
 
 
-def floor_scales(scales: Tensor, means: Tensor, part: float = FLOOR) -> Tensor:
+def floor_scales(scales: Tensor, means: Tensor) -> Tensor:
     """Return scales (..., 4) that are at least a part of the width or height of their boxes (..., 4), and 0.001 px.
 
     >>> floor_scales(torch.tensor([0.5, 0.5, 2.0, 2.0]), torch.tensor([10.0, 10.0, 30.0, 40.0]))
     tensor([0.8000, 1.2000, 2.0000, 2.0000])
     """
     sides = means[..., 2:] - means[..., :2]
-    least = (part * torch.cat([sides, sides], dim=-1)).clamp(min=LEAST_SCALE)
+    least = (FLOOR * torch.cat([sides, sides], dim=-1)).clamp(min=LEAST_SCALE)
     return torch.maximum(scales, least)
 
 
@@ -146,30 +127,19 @@ def mixture_terms(
 def presence_loss(mixture_logits: Tensor, responsibilities: Tensor, images: Tensor) -> Tensor:
     """Return the cross-entropy between a proposal's presence and whether it answers for an object, summed: ().
 
-    The likelihood only knows presences relative to their sum, so that it learns nothing from images without objects,
-    and a common factor of all is free. Here each proposal is an event of its own, which happens if it is responsible
-    for an object (at most 1 in total): in images without objects it never does. Where the likelihood has its optimum,
-    this only picks the factor by which the presences add up to the number of objects.
-
-    Args:
-        mixture_logits: Logits (B, K).
-        responsibilities: Of each object (N, K), constants.
-        images: Index (N,) of the image that each object is in.
+    The likelihood knows presences only relative to their sum, and learns nothing from images without objects. Here each
+    proposal of logit (B, K) is an event of its own, which happens if it has `responsibilities` (N, K) for objects in
+    `images` (N,), at most 1 in total.
     """
     targets = torch.zeros_like(mixture_logits).index_add(0, images, responsibilities).clamp(max=1)
     return F.binary_cross_entropy_with_logits(mixture_logits, targets, reduction="sum")
 
 
 def linear_ramp(weight: float, rise: Sequence[float], part: float) -> float:
-    """Return the weight of maximum component maximization when a part of the training is done.
+    """Return the weight of maximum component maximization when a `part` (0 to 1) of the training is done.
 
-    A proposal that another one beats gets no gradient of its boxes any more. Chosen from the first step on, the best
-    are those that began well; later, they are the best of many that have learned.
-
-    Args:
-        weight: The weight in the end.
-        rise: Parts of the training between which it rises linearly from 0; (0, 0), as published, is not at all.
-        part: Part of the training that is done, 0 to 1.
+    It rises linearly from 0 to `weight` between the two parts `rise`; (0, 0), as published, is not at all. A proposal
+    that another one beats gets no gradient of its boxes: chosen later, the best are the best of many that have learned.
 
     >>> [round(linear_ramp(0.5, (0.25, 0.75), part), 3) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
     [0.0, 0.0, 0.25, 0.5, 0.5]

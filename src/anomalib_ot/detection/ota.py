@@ -16,7 +16,6 @@ from anomalib_ot.vision.tiling import Tiling
 
 PRIOR = 0.01  # probability of an object at the start: focal loss needs a small one
 PLACE_WEIGHT, SHARPNESS, FALL = 3.0, 20.0, 6.0  # of the one-to-one branch
-DISTANCES = ("softplus", "relu")
 
 
 class DenseHead(nn.Module):
@@ -120,12 +119,9 @@ class OneToOneBranch(nn.Module):
     ) -> list[Tensor]:
         """Return class logits (B, C, h, w) of each level, float32.
 
-        Args:
-            features: Features (B, 2 * channels, h, w) of both towers, level by level, as all others.
-            logits: Class logits (B, C, h, w) of the one-to-many branch.
-            distances: Distances (B, 4, h, w) to left, top, right and bottom, pixels.
-            iou_logits: Overlap logits (B, 1, h, w).
-            strides: Pixels per cell.
+        All arguments are by level: features (B, 2 * channels, h, w) of both towers, class logits (B, C, h, w) of the
+        one-to-many branch, distances (B, 4, h, w) to left, top, right and bottom, pixels, overlap logits (B, 1, h, w),
+        and strides.
         """
         own, rank = [], []
         for seen, many, sides, overlap, stride in zip(features, logits, distances, iou_logits, strides, strict=True):
@@ -152,11 +148,7 @@ def _place(distances: Tensor, stride: int, strides: Sequence[int]) -> Tensor:
 def highest_around(levels: Sequence[Tensor]) -> list[Tensor]:
     """Return the highest value around each cell of each level: within two cells, and near it on the levels beside.
 
-    Args:
-        levels: Maps (B, C, h, w), finest first, each half as large as the one before, rounded up.
-
-    Returns:
-        Maps of the same shapes, nowhere lower.
+    Levels (B, C, h, w) are finest first, each half as large as the one before, rounded up.
 
     References:
         J. Wang et al., "End-to-end object detection with fully convolutional network", CVPR 2021, section 3.3; there
@@ -214,8 +206,7 @@ class DenseDetector(Detector):
         tiling: How large images are cut to be predicted; None: not at all.
 
     References:
-        Z. Ge et al., "OTA: Optimal transport assignment for object detection", CVPR 2021; Z. Tian et al., "FCOS: fully
-        convolutional one-stage object detection", ICCV 2019.
+        Z. Ge et al., CVPR 2021 (OTA); Z. Tian et al., ICCV 2019 (FCOS).
     """
 
     def __init__(

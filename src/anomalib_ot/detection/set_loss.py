@@ -23,17 +23,11 @@ Matcher = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class SetLosses(NamedTuple):
-    """The terms of each of S stages, already weighted.
+    """The terms of each of S stages, already weighted."""
 
-    Args:
-        class_loss: Focal loss (S,) of all proposals.
-        distance_loss: Distance (S,) of the matched boxes' sides, in parts of the image.
-        overlap_loss: Generalized IoU loss (S,) of the matched boxes.
-    """
-
-    class_loss: Tensor
-    distance_loss: Tensor
-    overlap_loss: Tensor
+    class_loss: Tensor  # focal loss (S,) of all proposals
+    distance_loss: Tensor  # distance (S,) of the matched boxes' sides, in parts of the image
+    overlap_loss: Tensor  # generalized IoU loss (S,) of the matched boxes
 
     @property
     def total(self) -> Tensor:
@@ -42,18 +36,10 @@ class SetLosses(NamedTuple):
 
 
 def set_cost(found: BoxSet, boxes: Tensor, labels: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Compute what it costs to match each proposal of one image with each object.
+    """Compute what it costs to match each proposal of one image with each object: (K, G).
 
-    `2 (focal(class present) - focal(class absent)) + 5 |sides| - 2 GIoU`, sides in parts of the image.
-
-    Args:
-        found: The proposals, class logits (K, C) and boxes (K, 4).
-        boxes: Objects (G, 4), pixels.
-        labels: Their class indices (G,).
-        image_size: Height and width of the network's input, pixels.
-
-    Returns:
-        Cost (K, G).
+    `2 (focal(class present) - focal(class absent)) + 5 |sides| - 2 GIoU`, sides in parts of the image. Proposals have
+    class logits (K, C) and boxes (K, 4), objects boxes (G, 4) and labels (G,); pixels.
 
     References:
         P. Sun et al., "Sparse R-CNN: End-to-end object detection with learnable proposals", CVPR 2021; N. Carion et
@@ -69,9 +55,6 @@ def set_cost(found: BoxSet, boxes: Tensor, labels: Tensor, image_size: tuple[int
 
 def match_exactly(cost: Tensor) -> tuple[Tensor, Tensor]:
     """Match proposals and objects one to one at the least total cost (K, G), by the Hungarian method.
-
-    Returns:
-        Indices of the matched proposals and of their objects, as many as there are of the fewer.
 
     Raises:
         ValueError: If a cost is NaN or infinite.
@@ -91,17 +74,8 @@ def match_by_transport(cost: Tensor, epsilon: float = EPSILON) -> tuple[Tensor, 
     """Match proposals and objects one to one by entropic transport; the cost (K, G) stays on its device.
 
     Each object sends one unit of mass, background the rest, at no cost, and each proposal receives one. Then pairs are
-    taken in order of their mass, every proposal and every object once.
-
-    Args:
-        cost: Cost (K, G).
-        epsilon: Entropic strength, above 0, in units of cost; towards 0 the match becomes the exact one.
-
-    Returns:
-        As `match_exactly`, ordered by proposal.
-
-    Raises:
-        ValueError: If a cost is NaN or infinite.
+    taken in order of their mass, every proposal and every object once. Towards an `epsilon` (units of cost) of 0 the
+    match becomes the exact one. Returns and raises as `match_exactly`, ordered by proposal.
 
     >>> match_by_transport(torch.tensor([[0.0, 0.1], [0.2, 5.0], [9.0, 9.0]]))
     (tensor([0, 1]), tensor([1, 0]))
@@ -135,11 +109,10 @@ MATCHERS: dict[str, Matcher] = {"hungarian": match_exactly, "sinkhorn": match_by
 
 def _check_finite(cost: Tensor) -> None:
     if not torch.isfinite(cost).all():
-        msg = (
+        raise ValueError(
             f"cost has {int((~torch.isfinite(cost)).sum())} entries that are NaN or infinite; expected finite ones: "
             "the network's outputs have run away, lower its learning rate"
         )
-        raise ValueError(msg)
 
 
 def set_losses(

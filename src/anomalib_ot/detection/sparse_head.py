@@ -15,18 +15,12 @@ CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4  # a box of 224 x 224 pixels belongs to
 SAMPLES = 2  # per bin and axis
 FARTHEST = 1e5  # pixels; a box farther out shows nothing
 MOST_GROWTH = math.log(1e5 / 16)  # logarithm of the factor by which a side may grow
+PRIOR = 0.01  # probability of every class at the start: focal loss needs a small one
 DELTA_UNITS = (0.5, 0.5, 1.0, 1.0)  # of x, y, width, height
 
 
 def box_levels(boxes: Tensor, strides: Sequence[int]) -> Tensor:
-    """Say which level of a pyramid suits each box (..., 4): `4 + log2(sqrt(area) / 224)`, rounded down.
-
-    Args:
-        boxes: Boxes xyxy, pixels, finite.
-        strides: Strides of the levels, powers of 2, each twice the one before.
-
-    Returns:
-        Indices (...) into `strides`.
+    """Say which level, an index into `strides`, suits each box (..., 4): `4 + log2(sqrt(area) / 224)`, rounded down.
 
     References:
         T.-Y. Lin et al., "Feature pyramid networks for object detection", CVPR 2017, equation 1.
@@ -67,11 +61,7 @@ class BoxPooling:
             self.shapes = torch.tensor([heights, widths, starts, strides], device=self.cells.device)
 
     def __call__(self, boxes: Tensor) -> Tensor:
-        """Sample boxes xyxy (B, K, 4), pixels of the image.
-
-        Returns:
-            Features (B, K, size * size, D), float32, bins row by row.
-        """
+        """Sample boxes xyxy (B, K, 4), pixels of the image: (B, K, size * size, D), float32, bins row by row."""
         count, slots = boxes.shape[:2]
         boxes = boxes.detach().float().nan_to_num(0.0, 0.0, 0.0).clamp(-FARTHEST, FARTHEST)
         level = box_levels(boxes, self.strides).flatten()
@@ -118,10 +108,7 @@ class BoxPooling:
 class DynamicInteraction(nn.Module):
     """Let each proposal look at its place with filters of its own: two 1 x 1 convolutions that its feature makes.
 
-    Args:
-        channels: Channels D of features and pyramid.
-        dynamic_channels: Channels between the two convolutions.
-        size: Bins per side of a place.
+    Arguments as for `SparseHead`.
 
     References:
         P. Sun et al., "Sparse R-CNN: End-to-end object detection with learnable proposals", CVPR 2021, figure 4.
@@ -146,12 +133,7 @@ class DynamicInteraction(nn.Module):
 
 
 class ProposalAttention(nn.Module):
-    """Let the proposals of one image look at each other, so that they can agree on who answers for what.
-
-    Args:
-        channels: Channels D, a multiple of `num_heads`.
-        num_heads: Attention heads.
-    """
+    """Let the proposals of one image look at each other, so that they can agree on who answers for what."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
@@ -169,12 +151,7 @@ class ProposalAttention(nn.Module):
 class SparseStage(nn.Module):
     """Refine the features of proposals: attention, dynamic interaction, feed-forward; each added and normalized.
 
-    Args:
-        channels: Channels D of features and pyramid, a multiple of `num_heads`.
-        dynamic_channels: See `DynamicInteraction`.
-        hidden_channels: Width of the feed-forward layer.
-        num_heads: Attention heads.
-        size: Bins per side of a place.
+    Arguments as for `SparseHead`.
 
     References:
         P. Sun et al., CVPR 2021, and the authors' code.
@@ -212,29 +189,18 @@ def start_weights(module: nn.Module) -> None:
 
 
 class BoxSet(NamedTuple):
-    """K boxes for each of B images, each with its own classes.
+    """K boxes for each of B images, each with its own classes."""
 
-    Args:
-        class_logits: Logits (B, K, C); every class is present or not by itself (sigmoid).
-        boxes: Boxes xyxy (B, K, 4), pixels.
-    """
-
-    class_logits: Tensor
-    boxes: Tensor
+    class_logits: Tensor  # logits (B, K, C); every class is present or not by itself (sigmoid)
+    boxes: Tensor  # boxes xyxy (B, K, 4), pixels
 
 
 class Proposed(NamedTuple):
-    """What the last stage proposes, ready to be decoded.
+    """What the last stage proposes, ready to be decoded."""
 
-    Args:
-        boxes: Boxes xyxy (B, K, 4), pixels.
-        scores: Confidence (B, K, C) that box and class are true, 0 to 1.
-        scales: Scale (B, K, 4) of each side's distribution, pixels; None where none is known.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    scales: Tensor | None
+    boxes: Tensor  # boxes xyxy (B, K, 4), pixels
+    scores: Tensor  # confidence (B, K, C) that box and class are true, 0 to 1
+    scales: Tensor | None  # scale (B, K, 4) of each side's distribution, pixels; None where none is known
 
 
 class MixtureOutput(nn.Module):
@@ -290,21 +256,20 @@ class BoxOutput(nn.Module):
     Args:
         num_classes: Classes C.
         channels: Channels D of the features.
-        prior: Probability of every class at the start; focal loss needs a small one.
 
     References:
         P. Sun et al., "Sparse R-CNN: End-to-end object detection with learnable proposals", CVPR 2021, and the
         authors' code.
     """
 
-    def __init__(self, num_classes: int, channels: int, prior: float = 0.01) -> None:
+    def __init__(self, num_classes: int, channels: int) -> None:
         super().__init__()
         self.class_layers = dense_layers(channels, 1)
         self.box_layers = dense_layers(channels, 3)
         self.class_logits = nn.Linear(channels, num_classes)
         self.deltas = nn.Linear(channels, 4)
         start_weights(self)
-        nn.init.constant_(self.class_logits.bias, math.log(prior / (1 - prior)))
+        nn.init.constant_(self.class_logits.bias, math.log(PRIOR / (1 - PRIOR)))
 
     def forward(self, features: Tensor, boxes: Tensor) -> BoxSet:
         """Read features (B, K, D) of proposals with boxes (B, K, 4)."""
@@ -384,11 +349,7 @@ class SparseHead(nn.Module):
         self.outputs = nn.ModuleList(output() for _ in range(num_stages))
 
     def forward(self, levels: Sequence[Tensor], image_size: tuple[int, int]) -> list[Mixture] | list[BoxSet]:
-        """Propose in images of this height and width (pixels), from levels (B, D, h, w) of their pyramid.
-
-        Returns:
-            What each stage says; the last one's is the answer.
-        """
+        """Propose in images of this (height, width), pixels, from levels (B, D, h, w), stage by stage."""
         count = levels[0].shape[0]
         height, width = image_size
         boxes_cxcywh = self.proposal_boxes.float() * self.proposal_boxes.new_tensor([width, height, width, height])
@@ -411,14 +372,11 @@ class SparseHead(nn.Module):
 def grid_proposals(rows: int, columns: int, size: float = 0.5) -> Tensor:
     """Place boxes of one size at the middles of a grid's cells, as (x, y, width, height), parts of the image's.
 
-    A mixture needs the grid: components that begin as one would all answer for the same objects.
-
-    Returns:
-        Boxes (rows * columns, 4), row by row.
+    They are (rows * columns, 4), row by row. A mixture needs the grid: components that begin as one would all answer
+    for the same objects.
 
     References:
-        J. Yoo et al., "End-to-end multi-object detection with a regularized mixture model", ICML 2023, the authors'
-        code.
+        J. Yoo et al., ICML 2023, the authors' code.
 
     >>> grid_proposals(15, 20)[0]
     tensor([0.0250, 0.0333, 0.5000, 0.5000])

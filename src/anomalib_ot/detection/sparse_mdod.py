@@ -23,21 +23,15 @@ class SparseDecoding:
     As published nothing is suppressed and there is no threshold: each object has one proposal. Boxes are clipped to the
     image; those without area, outside the image or not finite are none.
 
-    Args:
-        suppress: Says which detections (B, K), sorted by score, are no duplicates: bool (B, K).
-        score_threshold: Scores must be above it.
-        max_candidates: Pairs of a proposal and a class per image that are compared for duplicates.
-        max_detections: Slots of the result.
-
     References:
         J. Yoo et al., "End-to-end multi-object detection with a regularized mixture model", ICML 2023;
         P. Sun et al., "Sparse R-CNN: End-to-end object detection with learnable proposals", CVPR 2021.
     """
 
-    suppress: Suppress = keep_all
-    score_threshold: float = 0.0
-    max_candidates: int = 512
-    max_detections: int = 100
+    suppress: Suppress = keep_all  # says which detections (B, K), sorted by score, are no duplicates: bool (B, K)
+    score_threshold: float = 0.0  # scores must be above it
+    max_candidates: int = 512  # pairs of a proposal and a class per image that are compared for duplicates
+    max_detections: int = 100  # slots of the result
 
     def __call__(self, proposed: Proposed, image_size: tuple[int, int]) -> Detections:
         """Decode; boxes are clipped to `image_size`, height and width of the network's input."""
@@ -67,14 +61,7 @@ class SparseDecoding:
 class SparseDetector(Detector):
     """A detector of a few learned proposals; it needs neither points nor, as a mixture, any matching.
 
-    Args:
-        feature_extractor: Maps images (B, 3, H, W) to a dict of feature maps, finest first.
-        in_channels: Channels of those maps.
-        head: Its strides are those of the maps and of `num_extra` coarser levels.
-        channels: Channels of the pyramid, those of the head.
-        num_extra: Levels of the pyramid beyond the backbone's coarsest map.
-        decoding: How proposals become detections.
-        tiling: How large images are cut to be predicted; None: not at all.
+    Arguments as for `DenseDetector`; `channels` and strides are those of the `head`.
 
     References:
         J. Yoo et al., "End-to-end multi-object detection with a regularized mixture model" (first called Sparse MDOD),

@@ -28,19 +28,13 @@ from anomalib_ot.edge.record import Record
 from anomalib_ot.edge.results import BROKEN, DEFECT, Result
 from anomalib_ot.edge.sources import open_source
 
-__all__ = ["run"]
-
 TICK = 0.1  # seconds
 QUALITY = 90
 DONE, SOME_BROKEN, REFUSED, CRASHED = 0, 1, 2, 3
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status.
-
-    Args:
-        arguments: The words after `inspect`; None takes those of the command line.
-    """
+    """Run the command with these words (None: those of the command line) and return its exit status."""
     options = read_options(arguments)
     stop = threading.Event()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # --max-megapixels decides, in the frame's line

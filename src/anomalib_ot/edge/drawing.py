@@ -11,8 +11,6 @@ from anomalib_ot.edge.results import Result
 from anomalib_ot.imaging.box_drawing import Mark, class_color, draw_marks
 from anomalib_ot.imaging.heat import dim_outside, draw_outline, overlay
 
-__all__ = ["COLORS", "WORDS", "draw_result", "draw_view", "picture_name"]
-
 COLORS = {"good": (24, 128, 56), "defect": (198, 40, 40), "unknown": (98, 104, 116), "error": (176, 96, 0)}
 WORDS = {"good": "GOOD", "defect": "DEFECT", "unknown": "NO VERDICT", "error": "BROKEN FRAME"}
 WHITE, BESIDE = (255, 255, 255), (98, 104, 116)
@@ -25,12 +23,7 @@ MOST_DRAWN = 100  # boxes; more hide the frame
 
 
 def draw_result(result: Result, pixel_threshold: float | None = None) -> Image.Image:
-    """Draw the frame of a result with a strip above it: verdict, score and name.
-
-    Args:
-        result: With a view.
-        pixel_threshold: Value of the map above which a pixel is defective; None: the map is taken as normalized.
-    """
+    """Draw the frame of a result with a strip above it: verdict, score and name; see `draw_view`."""
     drawn = draw_view(result, pixel_threshold)
     title, small = ImageFont.load_default(TITLE), ImageFont.load_default(SMALL)
     word = WORDS[result.verdict]
@@ -58,17 +51,14 @@ def draw_view(
 ) -> Image.Image:
     """Draw the heat map with the outline of what is above the threshold, or the boxes, on the frame.
 
-    Args:
-        result: With a view.
-        pixel_threshold: See `draw_result`.
-        sides: Least and most pixels of the longer side of the picture.
+    `pixel_threshold` is the value of the map above which a pixel is defective, None: the map is taken as normalized.
+    `sides` are the least and most pixels of the picture's longer side.
 
     Raises:
         ValueError: If the result keeps no view.
     """
     if result.view is None or result.size is None:
-        msg = f"the result of {result.name} has nothing to draw; make the inspector with views=True"
-        raise ValueError(msg)
+        raise ValueError(f"the result of {result.name} has nothing to draw; make the inspector with views=True")
     picture = result.view.picture
     longest = max(picture.size)
     scale = min(max(longest, sides[0]), sides[1]) / longest

@@ -7,43 +7,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Drift", "DriftReport", "score_distance"]
-
 LEAST = 30  # frames, and good validation images, before anything is said
 CHANCE = 1.36  # the 95 % point of Kolmogorov's distribution
 STRONG = 0.5
+WINDOW = 500  # of the last frames count
 
 
 @dataclass(frozen=True)
 class DriftReport:
-    """What is said of the drift.
+    """What is said of the drift."""
 
-    Args:
-        word: ``"unknown"``, ``"too few frames"``, ``"none"``, ``"some"`` or ``"strong"``.
-        meaning: The same in a sentence.
-        distance: See `score_distance`; None if not known.
-        limit: The distance that chance alone seldom exceeds (1 time in 20); None if not known.
-        frames: How many of the last frames were compared.
-    """
-
-    word: str
-    meaning: str
-    distance: float | None = None
-    limit: float | None = None
-    frames: int = 0
+    word: str  # ``"unknown"``, ``"too few frames"``, ``"none"``, ``"some"`` or ``"strong"``
+    meaning: str  # the same in a sentence
+    distance: float | None = None  # see `score_distance`; None if not known
+    limit: float | None = None  # the distance that chance alone seldom exceeds (1 time in 20); None if not known
+    frames: int = 0  # how many of the last frames were compared
 
 
 def score_distance(scores: Sequence[float], quantiles: Sequence[float]) -> float:
-    """Return the Kolmogorov-Smirnov distance between scores and a distribution given by quantiles.
+    """Return the Kolmogorov-Smirnov distance, 0 to 1, between scores and a distribution given by quantiles.
 
-    D = sup_x |F_n(x) - F(x)|: the largest difference between the shares of scores below x, here and there.
-
-    Args:
-        scores: At least one, in any order.
-        quantiles: At equal steps of probability from 0 to 1, growing.
-
-    Returns:
-        0 where both are alike, 1 where no score of one lies among those of the other.
+    D = sup_x |F_n(x) - F(x)|; the quantiles are at equal steps of probability from 0 to 1, ascending.
 
     References:
         N. Smirnov, "Table for estimating the goodness of fit of empirical distributions", 1948.
@@ -67,18 +51,12 @@ def score_distance(scores: Sequence[float], quantiles: Sequence[float]) -> float
 
 
 class Drift:
-    """Compares the scores of the last frames with those of good validation images.
+    """Compares the scores of the last frames with `quantiles` of the scores of `count` good validation images."""
 
-    Args:
-        quantiles: Of the scores of good validation images; None: not known, nothing can be said.
-        count: How many scores these are quantiles of; of fewer than 30 nothing is said.
-        window: How many of the last frames count.
-    """
-
-    def __init__(self, quantiles: Sequence[float] | None, count: int, window: int = 500) -> None:
+    def __init__(self, quantiles: Sequence[float] | None, count: int) -> None:
         self._quantiles = quantiles
         self._count = count
-        self._scores: deque[float] = deque(maxlen=window)
+        self._scores: deque[float] = deque(maxlen=WINDOW)
 
     def add(self, score: float) -> None:
         """Take the score of a frame."""

@@ -11,9 +11,6 @@ import numpy as np
 
 from anomalib_ot.edge.frames import InspectError
 
-__all__ = ["DAMAGE", "count", "damaged", "names", "number", "one_of", "quantiles", "read_text", "short", "size"]
-__all__ += ["region", "strict_json", "table", "word"]
-
 LONGEST = 16 * 2**20  # bytes of a file
 MOST_PIXELS = 25_000_000  # of an input; a network takes a thousand bytes and more for each
 SHORT = 60  # letters of what is quoted in a message
@@ -47,8 +44,7 @@ def strict_json(text: str) -> Any:
     """Parse JSON; NaN and Infinity, which Python reads too, are none."""
 
     def refuse(word: str) -> None:
-        msg = f"{word} is no JSON"
-        raise ValueError(msg)
+        raise ValueError(f"{word} is no JSON")
 
     return json.loads(text, parse_constant=refuse)
 

@@ -23,30 +23,14 @@ from anomalib_ot.imaging.samples import (
     size_problem,
 )
 
-__all__ = [
-    "MAX_PIXELS",
-    "Expected",
-    "Frame",
-    "FrameError",
-    "Pixels",
-    "changed_at",
-    "network_input",
-    "read_pixels",
-]
-
 CHANNELS = (1, 3, 4)
 MAX_PIXELS = 50_000_000  # more would take gigabytes before the network has seen any; 14 bytes for each on the way there
+# Looked up: a third faster than arithmetic. Multiplied as torchvision does, a division differs in the last bit.
 UNIT = np.arange(EIGHT_BIT_MAX + 1, dtype=np.float32) * np.float32(1 / EIGHT_BIT_MAX)
 
 
 class InspectError(ValueError):
-    """A model, a source or an argument of no use; the message is one line that names it and says what to do.
-
-    A frame that cannot be read is no such error: it becomes a result that says why.
-    """
-
-
-# Looked up: a third faster than arithmetic. Multiplied as torchvision does, a division differs in the last bit.
+    """A model, a source or an argument of no use; the message is one line that names it and says what to do."""
 
 
 class FrameError(ValueError):
@@ -60,10 +44,9 @@ class Frame:
     Args:
         name: What results call it; unique in a source, and the same when the source is read again.
         image: A file, or an array (H, W), (H, W, 3) or (H, W, 4) in RGB order of uint8 or uint16.
-        problem: Why the source has no image here, as the end of a sentence that begins with the name; None: it has.
+        problem: Why there is no image, as the end of a sentence that begins with the name; None: there is.
         taken: When the camera gave it, as `time.perf_counter` counts; None: when it is asked for.
-        retry: Asked when the file cannot be read: whether the source gives it again later, so that no result is made
-            of it now. None: it does not.
+        retry: Asked when the file cannot be read: whether the source gives it again later; None: it does not.
     """
 
     name: str
@@ -75,13 +58,9 @@ class Frame:
 
 @dataclass(frozen=True)
 class Pixels:
-    """The samples of a frame.
+    """The samples of a frame."""
 
-    Args:
-        samples: As read, (H, W) or (H, W, 3), and the value that stands for 1.
-    """
-
-    samples: Samples
+    samples: Samples  # as read, (H, W) or (H, W, 3), and the value that stands for 1
 
     @property
     def width(self) -> int:
@@ -128,15 +107,11 @@ def changed_at(image: str | os.PathLike | np.ndarray | None) -> str | None:
 
 
 def read_pixels(image: str | os.PathLike | np.ndarray, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Read a frame as the training reads images, see `imaging.samples.read_samples`.
-
-    Args:
-        image: See `Frame`.
-        max_pixels: A file with more is refused before it is decoded.
+    """Read a frame as the training reads images, see `imaging.samples.read_samples`; a larger file is not decoded.
 
     Raises:
-        FrameError: If it is missing, empty, cut off, damaged, no image of a kind that is read, under 16 pixels on a
-            side, too large, outside its scale, or an array of another shape or type.
+        FrameError: If it is missing, damaged, no image of a kind that is read, under 16 pixels on a side, has more than
+            `max_pixels`, is outside its scale, or an array of another shape or type.
     """
     samples = _of_array(image) if isinstance(image, np.ndarray) else _of_file(Path(image), max_pixels)
     height, width = samples.values.shape[:2]
@@ -153,9 +128,7 @@ def read_pixels(image: str | os.PathLike | np.ndarray, max_pixels: int = MAX_PIX
 def network_input(pixels: Pixels, size: tuple[int, int] | None) -> np.ndarray:
     """Return what the graph takes, (1, 3, H, W), float32, in [0, 1].
 
-    Args:
-        pixels: The frame.
-        size: (height, width) to resize to, bilinear and antialiased as in training; None: the graph takes any size.
+    `size` is (height, width) to resize to, bilinear and antialiased as in training; None: the graph takes any.
     """
     made = np.empty((1, 3, *(size or (pixels.height, pixels.width))), dtype=np.float32)
     is_gray = pixels.samples.values.ndim == 2
@@ -179,8 +152,7 @@ def _of_file(path: Path, max_pixels: int) -> Samples:
     try:
         return read_samples(path, max_pixels)
     except ImportError as error:
-        msg = f"cannot be read: {error}"
-        raise FrameError(msg) from error
+        raise FrameError(f"cannot be read: {error}") from error
     except UNREADABLE as error:
         raise FrameError(read_problem(path, error)) from error
 
@@ -189,8 +161,7 @@ def _of_array(values: np.ndarray) -> Samples:
     fits = values.ndim == 2 or (values.ndim == 3 and values.shape[2] in CHANNELS)
     if not fits or values.dtype not in (np.uint8, np.uint16):
         expected = "expected (H, W) or (H, W, 3) of uint8 or uint16"
-        msg = f"is an array of shape {values.shape} and type {values.dtype}; {expected}"
-        raise FrameError(msg)
+        raise FrameError(f"is an array of shape {values.shape} and type {values.dtype}; {expected}")
     if values.ndim == 3:
         values = values[..., 0] if values.shape[2] == 1 else values[..., :3]
     return Samples(values, EIGHT_BIT_MAX if values.dtype == np.uint8 else SIXTEEN_BIT_MAX)

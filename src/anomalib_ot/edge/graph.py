@@ -8,8 +8,6 @@ import openvino
 from anomalib_ot.edge.frames import InspectError
 from anomalib_ot.edge.manifest import Manifest
 
-__all__ = ["embedded", "file_sha256", "first_line", "input_size", "output_name", "read_graph"]
-
 OUTPUTS = (
     *("pred_score", "pred_label", "anomaly_map", "pred_mask"),
     *("feature_map", "position_map", "missing_map", "transport_score"),
@@ -31,10 +29,9 @@ def read_graph(core: openvino.Core, path: Path) -> openvino.Model:
     shape, kind = graph.inputs[0].partial_shape, graph.inputs[0].element_type
     is_image = shape.rank.is_static and len(shape) == 4 and (shape[1].is_dynamic or shape[1].get_length() == 3)
     if not is_image or kind != openvino.Type.f32:
-        msg = (
+        raise InspectError(
             f"the model {path} takes {kind.get_type_name()} {shape}; expected f32 [?,3,?,?], an image: export it again"
         )
-        raise InspectError(msg)
     if shape.rank.is_static and shape[0].is_dynamic:  # one frame at a time; OpenVINO then fuses what it else cannot
         shape[0] = 1
         graph.reshape(shape)

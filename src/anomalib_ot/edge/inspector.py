@@ -30,8 +30,6 @@ from anomalib_ot.edge.graph import embedded, file_sha256, first_line, input_size
 from anomalib_ot.edge.manifest import Manifest, find_model, read_manifest
 from anomalib_ot.edge.results import Result, Stamp, broken, read_outputs
 
-__all__ = ["Inspector"]
-
 TICK = 0.1  # seconds between two looks whether there is still something to wait for
 Image_ = str | os.PathLike | np.ndarray
 
@@ -61,12 +59,12 @@ class Inspector:
     Args:
         model: ``model.xml``, ``model.onnx``, or the folder of an export.
         device: Device of OpenVINO, such as ``"CPU"``, ``"GPU"`` or ``"AUTO"``.
-        requests: Frames on their way at the same time, >= 1; None: twice as many as OpenVINO computes at once, so that
-            the next one always waits ready. With 1 the model is compiled for the shortest latency.
-        cache: Folder for compiled models, made if it is not there; a later start is faster. None: no cache.
+        requests: Frames in flight at the same time, >= 1; None: twice as many as OpenVINO computes at once. 1 compiles
+            for the shortest latency.
+        cache: Folder for compiled models, which makes a later start faster; None: no cache.
         threshold: Score above which a frame is defective; None: that of the model.
-        expect: What every frame must be, as ``"640x480"`` (width, height) or ``"640x480x8"`` (and bits); others are
-            broken frames. None: any size is taken.
+        expect: What every frame must be, as ``"640x480"`` (width, height) or ``"640x480x8"`` (and bits); None:
+            anything.
         views: Whether results keep what there is to draw.
         max_pixels: A frame with more is a broken one; files are not decoded then.
 
@@ -93,11 +91,9 @@ class Inspector:
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         if requests is not None and requests < 1:
-            msg = f"requests is {requests}; expected at least 1, or None for what is best"
-            raise InspectError(msg)
+            raise InspectError(f"requests is {requests}; expected at least 1, or None for what is best")
         if threshold is not None and not math.isfinite(threshold):
-            msg = f"threshold is {threshold}; expected a number"
-            raise InspectError(msg)
+            raise InspectError(f"threshold is {threshold}; expected a number")
         self.path = find_model(model)
         self.threshold = threshold
         self.expected = None if expect is None else Expected.parse(expect)
@@ -130,11 +126,9 @@ class Inspector:
         self._change = threading.Condition()
 
     def __enter__(self) -> "Inspector":
-        """Return itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Let go of the model."""
         self.close()
 
     def close(self) -> None:
@@ -145,33 +139,24 @@ class Inspector:
             self._change.notify_all()
 
     def one(self, image: Image_ | Frame) -> Result:
-        """Inspect one frame now.
+        """Inspect one frame now: a file, an array (H, W) or (H, W, 3) in RGB of uint8 or uint16, or a `Frame`.
 
-        Args:
-            image: A file, an array (H, W) or (H, W, 3) in RGB order of uint8 or uint16, or a `Frame`.
-
-        Returns:
-            The result; a frame that cannot be read gives one with an error.
+        A frame that cannot be read gives a result with an error.
         """
         return next(iter(self.stream([image])))
 
     def stream(self, images: Iterable[Image_ | Frame | None]) -> Iterator[Result]:
-        """Inspect frames, several at a time.
+        """Inspect frames, several at a time; yield a result for each, in their order, with an error where one fails.
 
         Args:
-            images: Files, arrays or frames; read as results are asked for, with at most `requests` ahead. None among
-                them says that nothing is there at the moment: what is on its way is finished then.
-
-        Yields:
-            One result for each frame, in the order of the frames. A frame that cannot be read or computed gives a
-            result with an error, and the next one is inspected.
+            images: Files, arrays or frames, read as results are asked for, at most `requests` ahead. None says that
+                there is nothing at the moment: what is in flight is finished then.
 
         Raises:
             InspectError: If the inspector is closed, or other streams of the same thread hold all requests.
         """
         if self._compiled is None:
-            msg = "this inspector is closed; make a new one"
-            raise InspectError(msg)
+            raise InspectError("this inspector is closed; make a new one")
         pending: deque[_Pending] = deque()
         try:
             for number, image in enumerate(images):
@@ -201,11 +186,7 @@ class Inspector:
                     self._give(left.request)
 
     def _take(self, *, may_wait: bool) -> Any:
-        """Take a free request; wait for one only if nothing of this stream is on its way, so that nobody waits in vain.
-
-        Returns:
-            The request; None if there is none and `may_wait` is false.
-        """
+        """Take a free request; wait for one only if `may_wait`, when nothing of this stream is in flight; else None."""
         me = threading.get_ident()
         with self._change:
             while not self._free:
@@ -218,8 +199,7 @@ class Inspector:
                     raise InspectError(msg)
                 self._change.wait(TICK)
             if self._compiled is None:
-                msg = "this inspector was closed; make a new one"
-                raise InspectError(msg)
+                raise InspectError("this inspector was closed; make a new one")
             request = self._free.pop()
             self._holders[id(request)] = me
             return request

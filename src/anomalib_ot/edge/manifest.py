@@ -11,8 +11,6 @@ from anomalib_ot.edge import fields
 from anomalib_ot.edge.drift import LEAST
 from anomalib_ot.edge.frames import InspectError
 
-__all__ = ["Manifest", "find_model", "read_manifest"]
-
 FORMAT = 1
 HINT = {"inference_precision": "f32"}  # where nothing is said
 PRECISIONS = ("f32", "f16", "bf16", "undefined")
@@ -66,11 +64,7 @@ class Manifest:
         return " ".join(word for word in (self.model, self.version, self.precision) if word) or "a model without a name"
 
     def unknown(self, threshold: float | None = None) -> list[str]:
-        """List what the export does not say, and what follows from that; empty if it says all.
-
-        Args:
-            threshold: The user's own, if there is one: then the model's is not missed.
-        """
+        """List what the export does not say, and what follows; with a `threshold` the model's is not missed."""
         notes = []
         if not self.is_written:
             notes.append(
@@ -93,10 +87,7 @@ class Manifest:
 
 
 def find_model(model: str | Path) -> Path:
-    """Return the file of a model, given the file or the folder that an export has made.
-
-    Args:
-        model: ``model.xml``, ``model.onnx``, their folder, or a folder above with one such file in it.
+    """Return the file of a model: itself, or the one in its folder or below.
 
     Raises:
         InspectError: If there is no such file, or more than one.
@@ -105,8 +96,7 @@ def find_model(model: str | Path) -> Path:
     if path.is_file():
         if path.suffix.lower() in SUFFIXES:
             return path
-        msg = f"the model {path} is no .xml or .onnx file: export it with --export_type openvino or onnx"
-        raise InspectError(msg)
+        raise InspectError(f"the model {path} is no .xml or .onnx file: export it with --export_type openvino or onnx")
     if not path.is_dir():
         msg = f"the model {path} does not exist; expected model.xml, model.onnx or the folder of an export"
         raise InspectError(msg)
@@ -124,12 +114,7 @@ def find_model(model: str | Path) -> Path:
 
 
 def read_manifest(path: Path, outputs: Sequence[str], embedded: str | None = None) -> Manifest:
-    """Read what stands beside a model or in it, or else tell the kind by the names of the outputs.
-
-    Args:
-        path: The file of the model.
-        outputs: Names of the graph's outputs, in its order.
-        embedded: The text of the manifest in the graph, if there is one; the file beside the model comes first.
+    """Read the manifest beside a model, else the one `embedded` in its graph, else tell the kind by the outputs' names.
 
     Raises:
         InspectError: If the manifest cannot be read, or the outputs are those of neither kind.
@@ -144,8 +129,7 @@ def read_manifest(path: Path, outputs: Sequence[str], embedded: str | None = Non
     needed = {"anomaly": ("pred_score", "anomaly_map"), "boxes": ("pred_boxes", "pred_box_scores", "pred_box_labels")}
     missing = [name for name in needed[manifest.kind] if name not in outputs]
     if missing:
-        msg = f"the model {path} has no output {missing[0]} but {', '.join(outputs)}: export it again"
-        raise InspectError(msg)
+        raise InspectError(f"the model {path} has no output {missing[0]} but {', '.join(outputs)}: export it again")
     return manifest
 
 
@@ -154,11 +138,10 @@ def _kind(outputs: Sequence[str], path: Path) -> str:
         return "boxes"
     if "anomaly_map" in outputs:
         return "anomaly"
-    msg = (
+    raise InspectError(
         f"the model {path} has the outputs {', '.join(outputs)}; expected those of an Anomalib export, "
         "anomaly_map or pred_boxes among them"
     )
-    raise InspectError(msg)
 
 
 def _class_names(path: Path) -> tuple[str, ...] | None:
@@ -176,18 +159,15 @@ def _parse(text: str, origin: str, outputs: Sequence[str]) -> Manifest:
     try:
         found = fields.strict_json(text)
         if not isinstance(found, dict):
-            msg = f"a {type(found).__name__}, expected an object"
-            raise TypeError(msg)
+            raise TypeError(f"a {type(found).__name__}, expected an object")
         if type(found["format"]) is not int or found["format"] != FORMAT:
             said = f"{origin} has format {fields.short(repr(found['format']))}; expected {FORMAT}"
-            msg = f"{said}: update anomalib-ot, or export again with it"
-            raise InspectError(msg)
+            raise InspectError(f"{said}: update anomalib-ot, or export again with it")
         given, scores = (fields.table(found, key) for key in ("input", "scores"))
         for key, value in PLAIN_COLOR.items():
             if given.get(key, value) != value:
                 said = f"{origin} asks for input {key} {fields.short(given[key])}; expected {value}"
-                msg = f"{said}: export the model again"
-                raise InspectError(msg)
+                raise InspectError(f"{said}: export the model again")
         good = fields.table(scores, "good")
         return Manifest(
             kind=fields.one_of(found, "kind", ("anomaly", "boxes")),

@@ -16,8 +16,6 @@ from anomalib_ot.edge.drift import Drift
 from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.edge.results import DEFECT, Result, View
 
-__all__ = ["Monitor"]
-
 HISTORY = 24  # frames on the page
 PICTURE_EVERY = 0.2  # seconds; more pictures nobody can look at
 PICTURE_SIDES = (480, 960)  # pixels
@@ -53,13 +51,7 @@ class _Shown:
 
 
 class Monitor:
-    """Keeps the last results of an inspection, in bounded memory, for whoever looks; used by several threads.
-
-    Args:
-        manifest: Of the model.
-        source: What is inspected, in words.
-        clock: Seconds that only grow.
-    """
+    """Keeps the last results of an inspection, in bounded memory, for whoever looks; used by several threads."""
 
     def __init__(self, manifest: Manifest, source: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._manifest = manifest

@@ -15,8 +15,6 @@ from anomalib_ot.edge.publishing import (
     webhook_address,
 )
 
-__all__ = ["check_options", "read_options"]
-
 PORT, LAST_PORT = 8765, 65535
 MOST_MEGAPIXELS, MOST_SECONDS = 1000, 3600
 EPILOG = """exit status:
@@ -91,28 +89,20 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuse arguments that would do nothing; `mqtt` and `webhook` become addresses that were read.
-
-    Raises:
-        InspectError: Which, and what to do.
-    """
+    """Refuse arguments that would do nothing, with an `InspectError`; `mqtt` and `webhook` become parsed addresses."""
     if not 0 < options.max_megapixels <= MOST_MEGAPIXELS:  # NaN, too
         msg = f"--max-megapixels is {options.max_megapixels:g}; expected a number above 0, up to {MOST_MEGAPIXELS}"
         raise InspectError(msg)
     if not 0 <= options.sync <= MOST_SECONDS:
-        msg = f"--sync is {options.sync:g}; expected seconds from 0 to {MOST_SECONDS}"
-        raise InspectError(msg)
+        raise InspectError(f"--sync is {options.sync:g}; expected seconds from 0 to {MOST_SECONDS}")
     if options.stalled_after is not None and not 0 < options.stalled_after <= MOST_SECONDS:
         msg = f"--stalled-after is {options.stalled_after:g}; expected seconds above 0, up to {MOST_SECONDS}"
         raise InspectError(msg)
     if options.only_defects and options.overlays is None:
-        msg = "--only-defects chooses among the pictures of --overlays FOLDER; give both or none"
-        raise InspectError(msg)
+        raise InspectError("--only-defects chooses among the pictures of --overlays FOLDER; give both or none")
     if options.host is not None and options.page is None:
-        msg = "--host is the address of the page; give --page, too"
-        raise InspectError(msg)
+        raise InspectError("--host is the address of the page; give --page, too")
     if options.page is not None and not 0 <= options.page <= LAST_PORT:
-        msg = f"--page is {options.page}; expected a port from 0 (any free one) to {LAST_PORT}"
-        raise InspectError(msg)
+        raise InspectError(f"--page is {options.page}; expected a port from 0 (any free one) to {LAST_PORT}")
     options.mqtt = None if options.mqtt is None else mqtt_address(options.mqtt)
     options.webhook = None if options.webhook is None else webhook_address(options.webhook)

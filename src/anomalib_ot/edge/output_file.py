@@ -16,21 +16,18 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-__all__ = ["OutputFile", "whole_bytes", "write_all"]
-
 BLOCK = 65536
 
 
 class OutputFile:
     """The end of a file, locked against a second inspection.
 
-    When the file is moved away or deleted, as in a rotation of logs, the next line begins a new one at its path; a line
-    that was just written into a deleted file is written again. A line that does not fit is taken back.
+    When the file is moved or deleted, as in a rotation of logs, the next line begins a new one at its path; a line that
+    does not fit is taken back.
 
     Args:
-        path: The file, made if it is not there; a pipe needs a reader.
-        sync: Seconds after which a line is on the disk at the latest (fsync), so that a power cut takes no older one;
-            0: each line before `write` returns.
+        path: The file; a pipe needs a reader.
+        sync: Seconds after which a line is on the disk at the latest (fsync); 0: before `write` returns.
         say: Told what happened to the file, in a line.
 
     Raises:
@@ -82,11 +79,7 @@ class OutputFile:
         os.ftruncate(self._descriptor, size)
 
     def close(self) -> None:
-        """Bring the last lines onto the disk, and let the file go.
-
-        Raises:
-            OSError: If they did not get there.
-        """
+        """Bring the last lines onto the disk, and let the file go; an `OSError` if they did not get there."""
         self._over.set()
         self._dirty.set()
         if self._thread is not None:

@@ -15,8 +15,6 @@ from importlib.resources import files
 from anomalib_ot.edge.frames import InspectError
 from anomalib_ot.edge.monitor import Monitor
 
-__all__ = ["LOOPBACK", "Page"]
-
 LOOPBACK = frozenset(["127.0.0.1", "localhost", "::1"])
 ANYWHERE = frozenset(["0.0.0.0", "::", ""])
 ASSETS = {
@@ -40,15 +38,12 @@ HEADERS = {
 
 
 class Page:
-    """Serves a monitor until it is closed.
+    """Serves a monitor until it is closed, at `address`.
 
     Args:
         monitor: What to show.
         port: Port to listen on; 0 takes a free one.
         host: Address to listen on. Any but those of `LOOPBACK` lets other machines look, without a password.
-
-    Attributes:
-        address: Where a browser finds the page.
 
     Raises:
         InspectError: If the port or the address cannot be had.
@@ -68,11 +63,9 @@ class Page:
         self._thread.start()
 
     def __enter__(self) -> "Page":
-        """Return itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Stop serving."""
         self.close()
 
     def close(self) -> None:
@@ -94,13 +87,7 @@ def _refusal(host: str, port: int, error: OSError | OverflowError) -> str:
 
 
 class Pace:
-    """Says how long to wait so that no more than so many come in a second, apart from a few at once.
-
-    Args:
-        rate: In a second.
-        burst: At once.
-        clock: Seconds that only grow.
-    """
+    """Says how long to wait so that no more than `rate` come in a second, apart from a `burst` at once."""
 
     def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate, self._burst, self._clock = rate, burst, clock

@@ -15,19 +15,6 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from anomalib_ot.edge.frames import InspectError
 
-__all__ = [
-    "MQTT_FORM",
-    "PASSWORD",
-    "TOKEN",
-    "USERNAME",
-    "WEBHOOK_FORM",
-    "MqttAddress",
-    "Publisher",
-    "WebhookAddress",
-    "mqtt_address",
-    "webhook_address",
-]
-
 MOST_LINES, MOST_BYTES = 10_000, 32 * 2**20  # that wait for delivery; what comes on top is left out, and counted
 GRACE = 5.0  # seconds at the end for what still waits
 TIMEOUT = 10.0  # seconds for the answer of a webhook
@@ -68,11 +55,7 @@ class WebhookAddress(NamedTuple):
 
 
 def mqtt_address(url: str) -> MqttAddress:
-    """Read the value of `--mqtt`; user and password come from the environment.
-
-    Raises:
-        InspectError: If it is no address of a broker and a topic, or paho-mqtt is not installed.
-    """
+    """Read the value of `--mqtt`; user and password come from the environment; an `InspectError` if it is invalid."""
     parts, port = _split("--mqtt", url, ("mqtt", "mqtts"), MQTT_FORM)
     topic = unquote(parts.path[1:])
     after = url.partition("//")[2].partition("/")[2]
@@ -87,17 +70,12 @@ def mqtt_address(url: str) -> MqttAddress:
         msg = f"{PASSWORD} is set, and {USERNAME} is not; MQTT takes no password without a user: set both or none"
         raise InspectError(msg)
     if find_spec("paho") is None:
-        msg = "--mqtt needs the package paho-mqtt, which is not installed; pip install paho-mqtt"
-        raise InspectError(msg)
+        raise InspectError("--mqtt needs the package paho-mqtt, which is not installed; pip install paho-mqtt")
     return MqttAddress(parts.hostname, port, topic, parts.scheme == "mqtts", username or None, password or None)
 
 
 def webhook_address(url: str) -> WebhookAddress:
-    """Read the value of `--webhook`; the token comes from the environment.
-
-    Raises:
-        InspectError: If it is no address of a web server, or the token cannot be sent.
-    """
+    """Read the value of `--webhook`; the token comes from the environment; an `InspectError` if it is invalid."""
     parts, port = _split("--webhook", url, ("http", "https"), WEBHOOK_FORM)
     token = os.environ.get(TOKEN, "")
     if not token.isascii() or not token.isprintable():
@@ -113,31 +91,22 @@ def _split(option: str, url: str, schemes: tuple[str, ...], form: str) -> tuple[
         msg = f"{option} holds '@': names and passwords would be seen in the list of processes; set {variables} instead"
         raise InspectError(msg)
     if not url.isascii() or any(letter <= " " for letter in url):
-        msg = f"{option} holds blanks or letters beyond ASCII; expected {form}, with those written as %XX"
-        raise InspectError(msg)
+        raise InspectError(f"{option} holds blanks or letters beyond ASCII; expected {form}, with those written as %XX")
     try:
         parts = urlsplit(url)
         port = parts.port
         host = (parts.hostname or "").encode("idna")
     except ValueError as error:
-        msg = f"{option} is no address ({error}); expected {form}"
-        raise InspectError(msg) from error
+        raise InspectError(f"{option} is no address ({error}); expected {form}") from error
     if parts.scheme not in schemes:
-        msg = f"{option} begins with {url.partition('/')[0]!r}; expected {form}"
-        raise InspectError(msg)
+        raise InspectError(f"{option} begins with {url.partition('/')[0]!r}; expected {form}")
     if not host or port == 0:
-        msg = f"{option} names no {'port above 0' if host else 'host'}; expected {form}"
-        raise InspectError(msg)
+        raise InspectError(f"{option} names no {'port above 0' if host else 'host'}; expected {form}")
     return parts, port or PORTS[parts.scheme]
 
 
 class _Outlet:
-    """What the two ways share: counts, and what is said of them.
-
-    Args:
-        shown: The address, in messages.
-        say: Told in a line when delivery fails, and when it goes on.
-    """
+    """What the two ways share: counts, and what is said of them."""
 
     def __init__(self, shown: str, say: Say) -> None:
         self.shown, self._say = shown, say
@@ -178,10 +147,6 @@ class Mqtt(_Outlet):
     """Publishes lines with quality of service 1: each is sent until the broker has acknowledged it.
 
     The client of paho-mqtt works in its own thread, connects again by itself, and keeps what waits.
-
-    Args:
-        address: Broker, topic, and who we are.
-        say: Told in a line when the connection fails, and when it is back.
     """
 
     def __init__(self, address: MqttAddress, say: Say) -> None:
@@ -255,12 +220,7 @@ class Mqtt(_Outlet):
 
 
 class Webhook(_Outlet):
-    """Posts lines to a web server, one after the other; a line that is not taken for now is sent again.
-
-    Args:
-        address: The server, and the token for it.
-        say: Told in a line when it takes nothing, and when it does again.
-    """
+    """Posts lines to a web server, one after the other; a line that is not taken for now is sent again."""
 
     def __init__(self, address: WebhookAddress, say: Say) -> None:
         super().__init__(address.shown, say)
@@ -355,12 +315,7 @@ class _NoRedirect(HTTPRedirectHandler):
 
 
 class Publisher:
-    """Hands each line to all outlets, and says at the end what could not be delivered.
-
-    Args:
-        addresses: Where to.
-        say: Told what happens, in a line.
-    """
+    """Hands each line to all outlets, and says at the end what could not be delivered."""
 
     def __init__(self, addresses: list[MqttAddress | WebhookAddress], say: Say) -> None:
         self._say = say
@@ -368,11 +323,9 @@ class Publisher:
         self._is_open = True
 
     def __enter__(self) -> "Publisher":
-        """Return itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Close the outlets."""
         self.close()
 
     def send(self, line: str) -> None:

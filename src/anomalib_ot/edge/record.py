@@ -11,27 +11,23 @@ from anomalib_ot.edge.frames import Frame, InspectError, changed_at
 from anomalib_ot.edge.output_file import OutputFile, whole_bytes, write_all
 from anomalib_ot.edge.results import Result, broken
 
-__all__ = ["Record"]
-
 
 class Record:
     """Lines of JSON on standard output or at the end of a file, each handed to the system as soon as it is known.
 
     Args:
-        path: The file, made if it is not there; None: standard output.
+        path: The file; None: standard output.
         resume: Go on with what is in the file: a last line that is not whole is cut off, and frames with a line are
             done. Without it, a file that ends within a line is refused.
-        sync: See `OutputFile`.
-        say: Told what happens to the file, in a line.
+        sync: See `OutputFile`, as for `say`.
 
     Attributes:
-        count: Frames that have a line, and need no inspection again.
+        count: Frames that have a line.
         cut: Whether the last line was not whole, and was cut off.
-        damaged: Lines of the file that are no results; they stay where they are, and their frames are not done.
+        damaged: Lines of the file that are no results; they stay, and their frames are not done.
 
     Raises:
-        InspectError: If the file or standard output cannot be written, the file ends within a line or is written by
-            another process, or there is nothing to resume from.
+        InspectError: If the file or standard output cannot be written, is locked, or there is nothing to resume from.
     """
 
     def __init__(
@@ -48,8 +44,7 @@ class Record:
         self._file: OutputFile | None = None
         if self._path is None:
             if resume:
-                msg = "--resume goes on with a file; say which with --output FILE"
-                raise InspectError(msg)
+                raise InspectError("--resume goes on with a file; say which with --output FILE")
             if sys.stdout is None:
                 msg = "standard output is closed, so that results would be lost; open it, or give --output FILE"
                 raise InspectError(msg)
@@ -80,7 +75,6 @@ class Record:
         return known is None or now is None or known == now
 
     def __enter__(self) -> "Record":
-        """Return itself."""
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
@@ -94,10 +88,7 @@ class Record:
                 raise self._refusal(error) from error
 
     def write(self, result: Result, **more: str) -> str:
-        """Write a result, with more fields if given.
-
-        Returns:
-            The line that was written.
+        """Write a result, with more fields if given, and return its line.
 
         Raises:
             BrokenPipeError: If nobody reads standard output, or the pipe, any more.

@@ -12,8 +12,6 @@ from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.imaging.causes import CauseShares, cause_shares
 from anomalib_ot.imaging.p_values import p_value
 
-__all__ = ["FoundBox", "MapSummary", "Result", "Stamp", "View", "broken", "read_outputs"]
-
 HASH = 16  # letters of a checksum in a line: two models of one line never share them by chance
 MOST_BOXES = 1000  # in a line; how many more there are is said
 GOOD, DEFECT, UNKNOWN, BROKEN = "good", "defect", "unknown", "error"
@@ -31,35 +29,21 @@ class FoundBox:
 
 @dataclass(frozen=True)
 class MapSummary:
-    """What is said of an anomaly map.
+    """What is said of an anomaly map."""
 
-    Args:
-        max: Its greatest value.
-        x: Where that is, from the left, in pixels of the frame.
-        y: Where that is, from the top.
-        area: Share of the frame above the pixel threshold, in [0, 1]; None: no threshold is known.
-    """
-
-    max: float
-    x: float
-    y: float
-    area: float | None
+    max: float  # its greatest value
+    x: float  # where that is, from the left, in pixels of the frame
+    y: float  # where that is, from the top
+    area: float | None  # share of the frame above the pixel threshold, in [0, 1]; None: no threshold is known
 
 
 class Stamp(NamedTuple):
-    """What decided, so that an audit can follow a line.
+    """What decided, so that an audit can follow a line."""
 
-    Args:
-        model: Model, version and precision.
-        model_sha256: Of the model's files.
-        manifest_sha256: Of the manifest; "" without one.
-        threshold: Score above which a frame is defective; None: not known.
-    """
-
-    model: str
-    model_sha256: str
-    manifest_sha256: str
-    threshold: float | None
+    model: str  # model, version and precision
+    model_sha256: str  # of the model's files
+    manifest_sha256: str  # of the manifest; "" without one
+    threshold: float | None  # score above which a frame is defective; None: not known
 
 
 @dataclass(frozen=True)
@@ -185,7 +169,7 @@ def read_outputs(
         name: Of the frame.
         picture: The frame to draw on, kept in the result's view; None keeps no view.
         size: (width, height) of the frame.
-        given: (width, height) of what the graph was given; boxes are in its pixels.
+        given: (width, height) of the graph's input; boxes are in its pixels.
         threshold: The user's own threshold; None: the graph's.
     """
     try:
@@ -227,11 +211,9 @@ def _first(outputs: Mapping[str, np.ndarray], name: str) -> float:
     """The value of an output that has one, a finite number."""
     values = np.ravel(outputs[name])
     if values.size == 0 or values.dtype.kind not in "fiub":
-        msg = f"no {name} (an array of shape {np.shape(outputs[name])} and type {values.dtype})"
-        raise _OutputError(msg)
+        raise _OutputError(f"no {name} (an array of shape {np.shape(outputs[name])} and type {values.dtype})")
     if not math.isfinite(value := float(values[0])):
-        msg = f"the {_WORDS.get(name, name)} {value}, no number"
-        raise _OutputError(msg)
+        raise _OutputError(f"the {_WORDS.get(name, name)} {value}, no number")
     return value
 
 
@@ -242,13 +224,11 @@ def _plane(outputs: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """A map as (H, W), float32, of finite numbers."""
     found = np.asarray(outputs[name])
     if found.ndim < 2 or found.size == 0 or found.size != found.shape[-2] * found.shape[-1]:
-        msg = f"no {name} but an array of shape {found.shape}"
-        raise _OutputError(msg)
+        raise _OutputError(f"no {name} but an array of shape {found.shape}")
     with np.errstate(over="ignore", invalid="ignore"):
         values = found.astype(np.float32, copy=False).reshape(found.shape[-2:])
     if not np.isfinite(values).all():
-        msg = f"a map ({name}) with NaN or infinite values"
-        raise _OutputError(msg)
+        raise _OutputError(f"a map ({name}) with NaN or infinite values")
     return values
 
 
@@ -257,16 +237,13 @@ def _box_arrays(outputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarr
     boxes, scores, labels = (np.asarray(outputs[f"pred_{name}"]) for name in ("boxes", "box_scores", "box_labels"))
     count = scores.size
     if scores.shape != (1, count) or labels.shape != (1, count) or boxes.shape != (1, count, 4):
-        msg = f"boxes, scores and labels of the shapes {boxes.shape}, {scores.shape} and {labels.shape}"
-        raise _OutputError(msg)
+        raise _OutputError(f"boxes, scores and labels of the shapes {boxes.shape}, {scores.shape} and {labels.shape}")
     boxes, scores, labels = boxes[0].astype(float), scores[0].astype(float), labels[0]
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-        msg = "labels of boxes that are no numbers"
-        raise _OutputError(msg)
+        raise _OutputError("labels of boxes that are no numbers")
     taken = labels >= 0
     if not np.isfinite(scores[taken]).all():
-        msg = "scores of boxes that are no numbers"
-        raise _OutputError(msg)
+        raise _OutputError("scores of boxes that are no numbers")
     return boxes[taken], scores[taken], labels[taken]
 
 
@@ -298,11 +275,9 @@ def _boxes(
     kept = [index for index in np.argsort(-scores, kind="stable") if scores[index] > least]
     chosen = boxes[kept] * np.array([*scale, *scale])
     if not np.isfinite(chosen).all():
-        msg = "a box with NaN or infinite sides"
-        raise _OutputError(msg)
+        raise _OutputError("a box with NaN or infinite sides")
     if (chosen[:, :2] > chosen[:, 2:]).any():
-        msg = "a box whose left is right of its right, or whose top is below its bottom"
-        raise _OutputError(msg)
+        raise _OutputError("a box whose left is right of its right, or whose top is below its bottom")
     found = []
     for index, box in zip(kept[:MOST_BOXES], chosen.tolist(), strict=False):
         label = int(labels[index])
@@ -318,8 +293,7 @@ def _mask(outputs: Mapping[str, np.ndarray], manifest: Manifest, values: np.ndar
     if "pred_mask" in outputs and not manifest.is_written:
         mask = np.asarray(outputs["pred_mask"])
         if mask.size != values.size:
-            msg = f"a pred_mask of shape {mask.shape}, and a map of {values.shape}"
-            raise _OutputError(msg)
+            raise _OutputError(f"a pred_mask of shape {mask.shape}, and a map of {values.shape}")
         return mask.reshape(values.shape).astype(bool)
     return None
 

@@ -11,21 +11,17 @@ from datetime import datetime, timezone
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from anomalib_ot.edge.frames import Frame, InspectError
-from anomalib_ot.edge.polling import polled
 from anomalib_ot.edge.watched import IMAGE_SUFFIXES, scan, unreadable_frame, watched_frames
-
-__all__ = [
-    "camera_frames",
-    "open_source",
-    "video_frames",
-]
 
 VIDEO_SUFFIXES = frozenset([".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"])
 CHUNK = 65536
+TICK = 0.1  # seconds between two looks at the wish to stop
 RETRY = 1.0  # seconds
 AHEAD = 8  # frames that wait in memory; a camera that is faster than the inspection waits, or drops some itself
+Item = TypeVar("Item")
 
 
 def open_source(
@@ -36,7 +32,7 @@ def open_source(
     skip: str | os.PathLike | None = None,
     stalled_after: float | None = None,
 ) -> Iterator[Frame | None]:
-    """Open a source of frames.
+    """Open a source of frames; yields None where none is there at the moment.
 
     Args:
         source: An image, a folder (with the folders in it, sorted), a pattern such as ``"in/*.png"``, a video, the
@@ -46,19 +42,14 @@ def open_source(
         skip: A folder whose files are no frames, such as the one that pictures are written to.
         stalled_after: Seconds without a frame after which a camera gives a broken one; None: never.
 
-    Returns:
-        Frames, and None where none is there at the moment.
-
     Raises:
         InspectError: If there is no such source, or it cannot be watched.
     """
     stop = stop or threading.Event()
     if watch and not os.path.isdir(source):
-        msg = f"--watch waits for files in a folder; '{source}' is none"
-        raise InspectError(msg)
+        raise InspectError(f"--watch waits for files in a folder; '{source}' is none")
     if source == "-" and sys.__stdin__ is None:
-        msg = "the source is -, and standard input is closed; open it, or name files"
-        raise InspectError(msg)
+        raise InspectError("the source is -, and standard input is closed; open it, or name files")
     if source == "-":
         return _until(stop, _named_on_stdin())
     left_out = None if skip is None else os.path.realpath(skip)
@@ -106,6 +97,20 @@ def _is_below(name: str, folder: str | None) -> bool:
     return folder is not None and os.path.realpath(name).startswith(os.path.join(folder, ""))
 
 
+def polled(items: "queue.Queue[Item]") -> Iterator[Item | None]:
+    """Yield items of a queue that another thread fills, without end; None while there is none, every 0.1 s."""
+    while True:
+        try:
+            item = items.get_nowait()
+        except queue.Empty:
+            yield None
+            try:
+                item = items.get(timeout=TICK)
+            except queue.Empty:
+                continue
+        yield item
+
+
 def _named_on_stdin() -> Iterator[Frame | None]:
     """Names of files, one in a line; a thread reads them, so that waiting for one holds up nothing on its way."""
     chunks: queue.Queue[bytes] = queue.Queue(maxsize=64)
@@ -137,13 +142,7 @@ def _read_stdin(chunks: "queue.Queue[bytes]") -> None:
 
 
 def video_frames(path: str) -> Iterator[Frame]:
-    """Read a video file; frames are called ``path#000000`` and so on.
-
-    Args:
-        path: The file.
-
-    Yields:
-        Frames in RGB order. Where the file ends before the number of frames that it claims, one with that problem.
+    """Read a video file; frames are called ``path#000000`` and so on. An early end of the file is a broken frame.
 
     Raises:
         InspectError: If OpenCV is not installed, or does not read the file.
@@ -173,18 +172,11 @@ def _read_video(cv2: ModuleType, capture, path: str) -> Iterator[Frame]:
 
 
 def camera_frames(index: int, stop: threading.Event, stalled_after: float | None = None) -> Iterator[Frame | None]:
-    """Read a camera until told to stop; frames are called ``camera0@`` and the time in UTC.
+    """Read a camera until `stop` is set; frames are called ``camera0@`` and the time in UTC, None while there is none.
 
-    A thread reads, so that a camera that waits for its trigger, or hangs, holds up neither what is on its way nor the
-    wish to stop. A camera that is lost gives one broken frame, and is opened again every second until it is back.
-
-    Args:
-        index: Number of the camera.
-        stop: Set by whoever wants no more frames.
-        stalled_after: Seconds without a frame after which there is one broken frame; None: a trigger may take long.
-
-    Returns:
-        Frames in RGB order, and None while there is none.
+    A thread reads, so that a hanging camera holds up neither frames in flight nor the stop. A lost camera gives one
+    broken frame and is opened again every second; so does one without a frame for `stalled_after` seconds (None:
+    never).
 
     Raises:
         InspectError: If OpenCV is not installed, or there is no such camera at the start.

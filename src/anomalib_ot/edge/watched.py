@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 from anomalib_ot.edge.frames import Frame
 
-__all__ = ["IMAGE_SUFFIXES", "Scan", "scan", "unreadable_frame", "watched_frames"]
-
 IMAGE_SUFFIXES = frozenset(
     [".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"]
 )
@@ -40,12 +38,7 @@ class _Seen(NamedTuple):
 
 
 def scan(folder: str | os.PathLike, skip: str | None = None) -> Scan:
-    """Look for image files below a folder; what disappears meanwhile is passed over.
-
-    Args:
-        folder: Where to look.
-        skip: A folder that is left out with all below it, as `os.path.realpath` gives it.
-    """
+    """Look for image files below a folder, without the folder `skip`; what disappears meanwhile is passed over."""
     files: dict[str, os.stat_result] = {}
     unreadable: dict[str, str] = {}
 
@@ -74,19 +67,11 @@ def unreadable_frame(folder: str, reason: str) -> Frame:
 
 
 def watched_frames(folder: Path, stop: threading.Event, skip: str | None = None) -> Iterator[Frame | None]:
-    """Watch a folder until told to stop.
+    """Watch a folder until `stop` is set; yields None while there is no frame.
 
-    A file is read once it has not changed for half a second; when it cannot be read yet, again and again until it has
-    not changed for 3 seconds, and then it is a broken frame. A file that changes later is a new frame. Files that
-    disappear and come back as they were, as those of a network folder do, are not.
-
-    Args:
-        folder: What to watch; it may disappear and come back, and so may folders in it.
-        stop: Set by whoever wants no more frames.
-        skip: See `scan`.
-
-    Yields:
-        Frames, and None while there is none. A folder that is gone, or cannot be looked into, is a broken frame once.
+    A file is read once it has not changed for half a second; if it cannot be read yet, again until it has not changed
+    for 3 seconds, and then it is a broken frame. A file that changes later is a new frame; one that disappears and
+    comes back as it was is not. A folder that is gone, or cannot be looked into, is a broken frame once.
     """
     memory, told = _Memory(), set()
     memory.take_in(scan(folder, skip).files, at_start=True)

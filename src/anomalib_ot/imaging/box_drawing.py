@@ -6,8 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["CLASS_COLORS", "DARK", "MISSED", "WHITE", "Mark", "class_color", "dashed_line", "draw_marks"]
-
 Color = tuple[int, int, int]
 Area = tuple[int, int, int, int]  # xyxy, pixels, both ends included
 # Okabe and Ito's colors, which the color-blind tell apart, in an order in which neighbors differ most; the two dark
@@ -33,23 +31,15 @@ RIM, SPACE = 4, 5  # the widest line with its dark rim; one pixel more
 
 
 class Mark(NamedTuple):
-    """A rectangle to draw, and what its plate says.
+    """A rectangle to draw, and what its plate says."""
 
-    Args:
-        box: xyxy, pixels of the drawing; the outline runs around it.
-        text: On the plate; "" draws none.
-        color: Of the outline and the plate.
-        dashed: Whether the outline is dashed; it then runs further out, beside one that is not.
-        inverted: Whether the outline is double and the plate dark with colored letters: a second row of colors.
-        needed: Whether the plate is drawn even where there is no free place for it.
-    """
-
-    box: tuple[float, float, float, float]
-    text: str
-    color: Color
-    dashed: bool = False
+    box: tuple[float, float, float, float]  # xyxy, pixels of the drawing; the outline runs around it
+    text: str  # on the plate; "" draws none
+    color: Color  # of the outline and the plate
+    dashed: bool = False  # whether the outline is dashed; it then runs further out, beside one that is not
+    # Whether the outline is double and the plate dark with colored letters: a second row of colors.
     inverted: bool = False
-    needed: bool = False
+    needed: bool = False  # whether the plate is drawn even where there is no free place for it
 
 
 def class_color(label: int) -> tuple[Color, bool]:
@@ -58,18 +48,11 @@ def class_color(label: int) -> tuple[Color, bool]:
 
 
 def draw_marks(drawn: Image.Image, marks: Sequence[Mark]) -> int:
-    """Draw marks into a picture, the first one on top.
+    """Draw marks into an RGB picture, the first one on top; return how many plates were left out.
 
     Lines have a dark rim, so that they show on light and dark parts, and are thin on small boxes. Plates stay within
     the picture and cover neither each other, nor any outline, nor the inside of any but the largest boxes; a plate away
     from its box is tied to it by a line. A plate without a free place is left out.
-
-    Args:
-        drawn: RGB picture, drawn into.
-        marks: The most important first.
-
-    Returns:
-        How many plates were left out.
     """
     draw = ImageDraw.Draw(drawn)
     outlines = [_outline(mark) for mark in marks]

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Arrow", "CauseShares", "arrows", "bowed_line", "cause_shares", "normal_level"]
-
 TOP_SHARE = 0.01  # of the pixels, where no pixel is predicted defective
 NORMAL_QUANTILE = 0.25  # of a map's pixels: a defect may cover most of a part
 BOW = 0.12  # how far the middle of an arrow leaves the straight line, in lengths
+LEAST_SHARE = 0.5  # of the strongest patch
+LEAST_DISPLACEMENT = 2.0  # of a patch from its prototype, in patches
 SIDE_BY_SIDE = 0.5  # least distance between the middle parts of two arrows, in patches
 ONE_THING = 0.15  # arrows that start and end this near to each other, in sides of the part, tell of one thing
 
@@ -41,14 +41,7 @@ class Arrow(NamedTuple):
 
 
 def normal_level(values: np.ndarray) -> float:
-    """Return the value that is usual on this part: normal surroundings are not at 0, their looks vary too.
-
-    Args:
-        values: (H, W) map.
-
-    Returns:
-        The lower quartile of the map's pixels.
-    """
+    """Return the lower quartile of a map (H, W): normal surroundings are not at 0, their looks vary too."""
     return float(np.quantile(values, NORMAL_QUANTILE))
 
 
@@ -101,8 +94,6 @@ def arrows(
     *,
     max_arrows: int = 8,
     min_strength: float = 0.25,
-    min_share: float = 0.5,
-    min_displacement: float = 2.0,
     spacing: float = 3.0,
 ) -> list[Arrow]:
     """Choose the few most misplaced patches and point each to where it belongs.
@@ -118,8 +109,6 @@ def arrows(
             column of the patch grid, 1 that of the last.
         max_arrows: Most arrows to return.
         min_strength: Least strength in units of the map; 0.25 is half of the threshold of a normalized map.
-        min_share: Least strength as a share of the strongest patch, in [0, 1].
-        min_displacement: Least distance between the patch and its prototype, in patches.
         spacing: Least distance between the starts of two arrows, in patches.
 
     Returns:
@@ -136,14 +125,13 @@ def arrows(
         [(0.1, 0.1, 0.9, 0.5, 0.8)]
     """
     if matched_position.ndim != 3 or matched_position.shape[0] != 2:
-        msg = f"matched_position has shape {matched_position.shape}; expected (2, h, w), y before x."
-        raise ValueError(msg)
+        raise ValueError(f"matched_position has shape {matched_position.shape}; expected (2, h, w), y before x.")
     grid = np.array(matched_position.shape[1:])
     if position_map.ndim != 2 or (position_map.shape < grid).any():
         msg = f"position_map has shape {position_map.shape}; expected (H, W), at least the patch grid {tuple(grid)}."
         raise ValueError(msg)
     strengths = _patch_means(position_map, grid)
-    least = max(min_strength, min_share * strengths.max())
+    least = max(min_strength, LEAST_SHARE * strengths.max())
     rows, columns = np.nonzero(_local_maxima(strengths) & (strengths >= least))
     chosen: list[Arrow] = []
     taken: list[np.ndarray] = []
@@ -154,7 +142,7 @@ def arrows(
         start = np.array([row, column], dtype=float)
         end = matched_position[:, row, column].clip(0, 1) * (grid - 1)
         line = bowed_line(start, end)
-        if np.linalg.norm(end - start) < min_displacement:
+        if np.linalg.norm(end - start) < LEAST_DISPLACEMENT:
             continue
         if any(_one_thing(line, other, grid) or not _apart(line, other, spacing) for other in taken):
             continue
@@ -165,16 +153,9 @@ def arrows(
 
 
 def bowed_line(start: np.ndarray, end: np.ndarray, points: int = 25, bow: float = BOW) -> np.ndarray:
-    """Return points of an arc from start to end that always bows to the same side, so that swapped ends bow apart.
+    """Return `points` (y, x) of an arc that always bows to the same side, so that swapped ends bow apart.
 
-    Args:
-        start: (2,) y and x.
-        end: (2,) y and x.
-        points: How many points, >= 2.
-        bow: How far the middle leaves the straight line, in lengths.
-
-    Returns:
-        (points, 2), the first is `start` and the last is `end`.
+    `bow` is how far the middle leaves the straight line, in lengths.
     """
     along = np.linspace(0, 1, points)[:, None]
     side = np.array([-(end - start)[1], (end - start)[0]])

@@ -5,8 +5,6 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-__all__ = ["color_bar", "dim_outside", "draw_outline", "overlay"]
-
 # Matplotlib's "inferno" at every 15th of its 256 values: grows lighter with the value, so that it is also readable in
 # gray and by the color-blind.
 COLORS = (
@@ -33,15 +31,7 @@ def _colors() -> tuple[np.ndarray, np.ndarray]:
 
 
 def overlay(image: Image.Image, values: np.ndarray) -> Image.Image:
-    """Lay a map over the gray image; colors mean the same in every picture, from 0 to 1.
-
-    Args:
-        image: The panel's image.
-        values: (H, W), stretched to the image's size; values outside [0, 1] take the color of the nearer end.
-
-    Returns:
-        RGB image of the same size.
-    """
+    """Lay a map (H, W), stretched, over the gray image; colors mean the same in every picture, from 0 to 1."""
     stretched = Image.fromarray(values.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
     index = (np.nan_to_num(np.asarray(stretched)).clip(0, 1) * 255).round().astype(np.uint8)
     colors, opacity = _colors()
@@ -61,16 +51,7 @@ def color_bar(width: int, height: int) -> Image.Image:
 
 
 def draw_outline(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int]) -> Image.Image:
-    """Draw a line with a dark rim around a mask, outside of it so that the defect itself stays in view.
-
-    Args:
-        image: The panel's image.
-        mask: (H, W) bool, stretched to the image's size.
-        color: RGB of the line.
-
-    Returns:
-        RGB image of the same size.
-    """
+    """Draw a line with a dark rim around a mask (H, W), stretched, outside of it so that the defect stays in view."""
     fine = (2 * image.width, 2 * image.height)
     stretched = Image.fromarray(mask.astype(np.uint8) * 255).resize(fine, Image.Resampling.BILINEAR)
     inside = np.asarray(stretched) >= 96
@@ -84,15 +65,7 @@ def draw_outline(image: Image.Image, mask: np.ndarray, color: tuple[int, int, in
 
 
 def dim_outside(image: Image.Image, roi: np.ndarray) -> Image.Image:
-    """Darken what lies outside a region of interest, and draw a thin line around it.
-
-    Args:
-        image: The panel's image.
-        roi: (H, W) bool, stretched to the image's size.
-
-    Returns:
-        RGB image of the same size.
-    """
+    """Darken what lies outside a region of interest, bool (H, W), stretched, and draw a thin line around it."""
     stretched = Image.fromarray(roi.astype(np.uint8) * 255).resize(image.size, Image.Resampling.BILINEAR)
     inside = np.asarray(stretched) >= 128
     pixels = np.asarray(image.convert("RGB"), dtype=float)

@@ -3,24 +3,13 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 
-__all__ = ["p_value"]
-
 
 def p_value(score: float, quantiles: Sequence[float] | None, count: int) -> float | None:
-    """Return the conformal p-value of an image score: it never falls while the score rises.
+    """Return the conformal p-value of an image score, in (0, 1]: it never falls while the score rises; None: not known.
 
-    ``p = (1 + n') / (1 + n)`` with n' the good images that score as high, at most: where only quantiles of their scores
-    are known, those above the last one below the score count. If the image is as the n good ones (exchangeable with
-    them), p is at most a with probability a or less, for each a; below ``1 / (n + 1)`` nothing can be said.
-
-    Args:
-        score: The score of the image.
-        quantiles: Ascending quantiles, evenly spaced from 0 % to 100 %, of the scores of good validation images; None:
-            not known.
-        count: Their number n.
-
-    Returns:
-        A number in (0, 1]; None without good images.
+    ``p = (1 + n') / (1 + n)`` with n' of the n = `count` good images that score as high, at most: where only quantiles
+    of their scores are known (ascending, evenly spaced from 0 % to 100 %), those above the last one below the score
+    count. If the image is exchangeable with the good ones, p is at most a with probability a or less, for each a.
 
     References:
         V. Vovk, A. Gammerman, G. Shafer, "Algorithmic learning in a random world", 2005, section 2.2; S. Bates et al.,

@@ -13,20 +13,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-__all__ = [
-    "DECODE_ERRORS",
-    "FORMATS",
-    "MIN_SIDE",
-    "UNREADABLE",
-    "Samples",
-    "file_problem",
-    "out_of_scale",
-    "read_problem",
-    "read_samples",
-    "sample_format",
-    "size_problem",
-]
-
 MIN_SIDE = 16  # pixels; less than one patch of any backbone
 SIXTEEN_BIT_MAX = 65535
 EIGHT_BIT_MAX = 255
@@ -49,15 +35,10 @@ BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"
 
 
 class Samples(NamedTuple):
-    """The samples of an image, not yet scaled.
+    """The samples of an image, not yet scaled."""
 
-    Args:
-        values: (H, W, 3) of uint8, or (H, W) or (H, W, 3) of a deeper type.
-        full: The value that stands for 1, on the scale of the format, whatever part of it the image uses.
-    """
-
-    values: np.ndarray
-    full: int
+    values: np.ndarray  # (H, W, 3) of uint8, or (H, W) or (H, W, 3) of a deeper type
+    full: int  # the value that stands for 1, on the scale of the format, whatever part of it the image uses
 
 
 def read_samples(path: str | Path, max_pixels: int | None = None) -> Samples:
@@ -67,16 +48,9 @@ def read_samples(path: str | Path, max_pixels: int | None = None) -> Samples:
     channel repeated to three, an orientation tag ignored. 16-bit files are on the scale of 65535. Float files are taken
     as [0, 1] if their greatest value is at most 1, else as [0, 255].
 
-    Args:
-        path: An image file of one of `FORMATS`.
-        max_pixels: More are refused before any is decoded; None: as many as Pillow takes.
-
-    Returns:
-        The samples, as they are in the file.
-
     Raises:
         ImportError: If the file has several 16-bit channels, and OpenCV (PNG) or tifffile (TIFF) is not installed.
-        Exception: One of `UNREADABLE` if the file cannot be read; `read_problem` puts it into words.
+        Exception: One of `UNREADABLE` if the file cannot be read or has over `max_pixels`; see `read_problem`.
     """
     with Image.open(path, formats=FORMATS) as image:
         if max_pixels is not None and image.width * image.height > max_pixels:
@@ -94,12 +68,8 @@ def read_samples(path: str | Path, max_pixels: int | None = None) -> Samples:
 def sample_format(image: Image.Image) -> str:
     """Tell how an opened, not yet loaded image stores a sample.
 
-    Args:
-        image: As ``PIL.Image.open`` returns it; only its header is looked at.
-
-    Returns:
-        ``"float"``, ``"16"`` (one channel of 16 or 32 bits), ``"16 color"`` (PNG and TIFF with several 16-bit
-        channels, which PIL cuts to 8), or ``"8"`` for everything that Anomalib's 8-bit reading gets right.
+    ``"float"``, ``"16"`` (one channel of 16 or 32 bits), ``"16 color"`` (PNG and TIFF with several 16-bit channels,
+    which PIL cuts to 8), or ``"8"`` for everything that Anomalib's 8-bit reading gets right.
     """
     if image.mode == "F":
         return "float"
@@ -149,14 +119,7 @@ def read_problem(path: str | Path, error: BaseException) -> str:
 
 
 def out_of_scale(values: np.ndarray) -> str | None:
-    """Say what is wrong with the values of a 16-bit or float image, if anything is.
-
-    Args:
-        values: All samples of the image.
-
-    Returns:
-        The end of a sentence that begins with the file's name, or None.
-    """
+    """Say what is wrong with the values of a 16-bit or float image, as the end of a sentence; None: nothing."""
     low, high = float(values.min()), float(values.max())
     if values.dtype.kind == "f":
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -185,8 +148,7 @@ def _color_samples(path: str | Path, file_format: str | None) -> np.ndarray:
     except cv2.error as error:
         raise ValueError(str(error)) from error
     if values is None or values.dtype != np.uint16:
-        msg = "OpenCV does not read its 16-bit channels"
-        raise ValueError(msg)
+        raise ValueError("OpenCV does not read its 16-bit channels")
     return values[..., 2::-1]  # blue, green, red, and perhaps alpha
 
 

@@ -10,6 +10,7 @@ REGULARIZATION = 1e-6  # of the least squares, relative to each difference's own
 WORSE = 5.0  # an error this many times the best one is a failure
 LONGEST = 1e4  # corrections longer than this, in plain steps, are not made
 PATIENCE, HALVED = 10, 0.5  # so is an error that has not been halved within this many steps
+LONGEST_REST = 4  # plain steps after a failure, at most: far clusters make it fail often, and it helps between
 
 
 class Anderson:
@@ -18,7 +19,7 @@ class Anderson:
     The next point is the plain step, minus the combination of past differences that best explains the residual:
     ``x + r - (dX + dR) gamma`` with ``gamma = argmin |r - dR gamma|``. When the error of an item grows far beyond its
     best, or stalls, the item goes back to the plain step from its best point, forgets the past, and makes plain steps
-    for a while: 1, 2, 4, ... from failure to failure. Where extrapolation never helps, most steps soon are plain ones.
+    for a while: 1 after the first failure, 2 after the second, `LONGEST_REST` after each further one.
 
     Args:
         x: The start (B, M).
@@ -118,7 +119,7 @@ class _Pace:
 
     def fail(self) -> None:
         """Rest, longer than the last time."""
-        self.rest, self.next_rest = self.next_rest, 2 * self.next_rest
+        self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, LONGEST_REST)
         self.restart()
 
     def judge(self, error: float) -> _Note:

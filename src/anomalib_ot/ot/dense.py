@@ -28,6 +28,7 @@ from anomalib_ot.ot.softmin import (
     row_step,
     without_infinities,
 )
+from anomalib_ot.ot.threads import is_traced, threads_for
 from anomalib_ot.ot.transport import Transport
 
 GRADIENTS = ("implicit", "unrolled", "none")
@@ -105,7 +106,7 @@ def sinkhorn(
     """
     _check_settings(cost, epsilon, tolerance, max_iters, num_iters, gradient)
     single = cost.ndim == 2
-    with full_precision(cost), torch.no_grad() if gradient == "none" else nullcontext():
+    with threads_for(cost), full_precision(cost), torch.no_grad() if gradient == "none" else nullcontext():
         cost, row_mask, column_mask = _masked(cost.unsqueeze(0) if single else cost, mask)
         a = _masses("a", a, cost.shape[:2], row_mask, cost)
         b = _masses("b", b, cost.shape[::2], column_mask, cost)
@@ -114,7 +115,7 @@ def sinkhorn(
         g = _start(init, b, epsilon)
         if num_iters is None:
             a, b, shift, full = _checked(cost.detach(), a, b, rho_a, rho_b)
-        elif _is_traced():
+        elif is_traced():
             shift, full = _row_shift(cost.detach()), False
         else:
             shift, full = _looked_at(cost.detach(), a.detach(), b.detach())
@@ -127,7 +128,7 @@ def sinkhorn(
             scaled_shift = None if shift is None else shift / epsilon
             problem = Problem(relative, scaled_shift, a, b, epsilon, rho_a, rho_b, hard_a, hard_b, full)
             error = None
-            if num_iters is not None and (unrolls or _is_traced()):
+            if num_iters is not None and (unrolls or is_traced()):
                 steps = torch.full(a.shape[:1], num_iters, dtype=torch.int64, device=a.device)
                 g, plan, row_sums = _fixed(problem, g, num_iters)
             elif num_iters is not None:
@@ -149,11 +150,6 @@ def sinkhorn(
         tensors = tuple(None if tensor is None else tensor[0] for tensor in tensors)
     plan, f, g, cost, a, b, rho_b, steps, error = tensors
     return Transport(plan, f, g, cost, a, b, epsilon, rho_b, tolerance, steps, error)
-
-
-def _is_traced() -> bool:
-    """Say whether a graph is being recorded, in which nothing may look at a value."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _fixed(problem: Problem, g: Tensor, num_iters: int) -> tuple[Tensor, Tensor, Tensor]:

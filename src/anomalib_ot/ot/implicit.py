@@ -9,6 +9,7 @@ from torch import Tensor
 
 from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.ot.products import times
+from anomalib_ot.ot.threads import threads_for
 
 MAX_CG_STEPS = 200
 
@@ -58,7 +59,7 @@ class _Implicit(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, to_f: Tensor, to_g: Tensor, to_plan: Tensor):
         a, b, plan, exponent_a, exponent_b = ctx.saved_tensors
-        with full_precision(plan):
+        with threads_for(plan), full_precision(plan):
             grads = _pull_back(plan, (a, b), (exponent_a, exponent_b), ctx.epsilon, (to_f, to_g, to_plan))
         return *grads, None, None, None, None, None, None
 

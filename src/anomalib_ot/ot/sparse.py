@@ -11,6 +11,7 @@ from anomalib_ot.ot.marginals import check_mass, check_rho, check_sums, check_su
 from anomalib_ot.ot.precision import full_precision, widen
 from anomalib_ot.ot.softmin import NOTHING, Problem, row_potential
 from anomalib_ot.ot.support import Support
+from anomalib_ot.ot.threads import threads_for
 from anomalib_ot.ot.transport import Transport
 
 
@@ -208,7 +209,7 @@ def sparse_sinkhorn(
         msg = f"epsilon is {epsilon}; expected a finite number above 0, in units of cost"
         raise ValueError(msg)
     cost = support.cost
-    with full_precision(cost), torch.no_grad():
+    with threads_for(cost), full_precision(cost), torch.no_grad():
         masses = []
         for name, mass, count in (("a", a, support.shape[0]), ("b", b, support.shape[1])):
             given = uniform((count,), dtype=cost.dtype, device=cost.device) if mass is None else mass.to(cost)

@@ -7,27 +7,16 @@ from torchvision.ops import roi_align
 
 from anomalib_ot.ot.precision import full_precision, widen
 
-__all__ = ["aggregate_box_masks", "aggregate_map_masks", "box_masks", "masks_in_boxes", "paste_masks"]
-
 SOFTNESS = 0.02
 LEAST_SIDE = 1e-3  # pixels
 LEAST_RANGE = 1e-12
 
 
 def box_masks(boxes: Tensor, frame: Tensor, mask_size: int = 28, softness: float = SOFTNESS) -> Tensor:
-    """Draw soft boxes into the grid of another box.
+    """Draw soft boxes (..., 4) into the grids of boxes `frame` (..., 4): (..., mask_size, mask_size).
 
-    `M(x, y) = S((x - x1) / e_x) S((x2 - x) / e_x) S((y - y1) / e_y) S((y2 - y) / e_y)` with the logistic function S
-    and `e` the `softness` of the box's own width or height, at the centers of the grid's cells.
-
-    Args:
-        boxes: Boxes (..., 4), pixels.
-        frame: The boxes (..., 4) whose grids are drawn into, pixels; shapes broadcast.
-        mask_size: Rows and columns of the grid.
-        softness: How wide the edges are, as a fraction of the box's sides, > 0.
-
-    Returns:
-        Masks (..., mask_size, mask_size) in (0, 1), rows first.
+    `M(x, y) = S((x - x1) / e_x) S((x2 - x) / e_x) S((y - y1) / e_y) S((y2 - y) / e_y)` with the logistic function S and
+    `e` the `softness` of the box's own width or height, at the centers of the grid's cells.
 
     >>> box_masks(torch.tensor([0.0, 0, 5, 10]), torch.tensor([0.0, 0, 10, 10]), mask_size=2).round(decimals=2)
     tensor([[1., 0.],
@@ -40,19 +29,10 @@ def box_masks(boxes: Tensor, frame: Tensor, mask_size: int = 28, softness: float
 def aggregate_box_masks(
     weights: Tensor, boxes: Tensor, frame: Tensor, mask_size: int = 28, softness: float = SOFTNESS
 ) -> Tensor:
-    """Sum up the soft boxes of N members, weighted, in the grid of each of K boxes: `sum_i p_ik M_i`.
+    """Sum up the soft boxes (B, N, 4), weighted (B, N, K), in the grids of K boxes: `sum_i p_ik M_i`.
 
     As soft boxes are products of a row and a column, the sums are matrix products, and no mask of a member is built.
-
-    Args:
-        weights: Weights (B, N, K) of the members.
-        boxes: Boxes (B, N, 4) of the members, pixels.
-        frame: Boxes (B, K, 4) whose grids the masks are on, pixels.
-        mask_size: Rows and columns of the grids.
-        softness: How wide the edges are, as a fraction of the members' sides, > 0.
-
-    Returns:
-        Masks (B, K, mask_size, mask_size), in [0, 1] where the weights of a box sum to at most 1.
+    Masks (B, K, mask_size, mask_size) are in [0, 1] where the weights of a box sum to at most 1.
     """
     return _sums(weights, boxes, frame, mask_size, softness, (1.0,))[0]
 
@@ -70,22 +50,20 @@ def aggregate_map_masks(
     """Sum up what a map shows within the boxes of N members, weighted, in the grid of each of K boxes.
 
     A member's mask is the map within its soft box, on a scale of its own: `M_i = box_i (map - low_i) / (high_i -
-    low_i)`, from the lowest value to one that as many cells reach as the grid has rows, which are the cells of a line
-    across the box. The highest value of all would make the mask small wherever a few pixels stand out. So no threshold
-    of the map is needed, and there is something to find in every box.
+    low_i)`, from the lowest value to one that as many cells reach as the grid has rows, a line across the box: the
+    highest value would make the mask small wherever a few pixels stand out. So no threshold of the map is needed.
 
     Args:
         weights: Weights (B, N, K) of the members.
         boxes: Boxes (B, N, 4) of the members, pixels of the image.
         frame: Boxes (B, K, 4) whose grids the masks are on, pixels of the image.
-        maps: Maps (B, 1, H, W) of the whole images, higher where the defect is; of anomalies, or of a detector.
+        maps: Maps (B, 1, H, W) of the whole images, higher where the defect is.
         map_scale: Pixels of the map per pixel of the image, > 0.
         mask_size: Rows and columns of the grids; a cell has the mean of the map's pixels within it.
         softness: How wide the edges of members are, as a fraction of their sides, > 0.
 
     Returns:
-        Masks (B, K, mask_size, mask_size), the sums cut to [0, 1]. Where the map is constant within a box, or in all
-        but fewer cells than a line has, the member's mask is 0.
+        Masks (B, K, mask_size, mask_size), cut to [0, 1]; 0 for a member in whose box the map is (nearly) constant.
     """
     maps = widen(maps)
     maps = maps - maps.mean((2, 3), keepdim=True)  # differences of large values are inexact
@@ -98,15 +76,7 @@ def aggregate_map_masks(
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Put masks on the grids of their boxes into the image: bilinear within a box, 0 outside.
-
-    Args:
-        masks: Masks (..., h, w).
-        boxes: Their boxes (..., 4), pixels.
-        image_size: Height and width of the image, pixels.
-
-    Returns:
-        Masks (..., H, W). A pixel is within a box if its center is.
+    """Put masks (..., h, w) on the grids of their boxes into the image (..., H, W): bilinear within a box, 0 outside.
 
     >>> paste_masks(torch.ones(1, 2, 2), torch.tensor([[1.0, 0, 3, 1]]), (2, 4))
     tensor([[[0., 1., 1., 0.],
@@ -150,17 +120,13 @@ def masks_in_boxes(
     (torch.Size([1, 32, 32]), 4)
     """
     if boxes.ndim != 2 or boxes.shape[1] != 4:
-        msg = f"boxes has the shape {tuple(boxes.shape)}; expected (N, 4), xyxy: those of one image"
-        raise ValueError(msg)
+        raise ValueError(f"boxes has the shape {tuple(boxes.shape)}; expected (N, 4), xyxy: those of one image")
     if anomaly_map.ndim != 2:
-        msg = f"anomaly_map has the shape {tuple(anomaly_map.shape)}; expected (h, w): that of one image"
-        raise ValueError(msg)
+        raise ValueError(f"anomaly_map has the shape {tuple(anomaly_map.shape)}; expected (h, w): that of one image")
     if not anomaly_map.isfinite().all():
-        msg = "anomaly_map holds NaN or infinite values; expected finite ones: look at its input"
-        raise ValueError(msg)
+        raise ValueError("anomaly_map holds NaN or infinite values; expected finite ones: look at its input")
     if not 0 <= threshold < 1:
-        msg = f"threshold is {threshold!r}; expected a number from 0 to below 1"
-        raise ValueError(msg)
+        raise ValueError(f"threshold is {threshold!r}; expected a number from 0 to below 1")
     maps = F.interpolate(widen(anomaly_map)[None, None], tuple(image_size), mode="bilinear", antialias=True)
     boxes = widen(boxes)[None]
     masks = aggregate_map_masks(torch.eye(boxes.shape[1]).to(boxes)[None], boxes, boxes, maps, mask_size=mask_size)

@@ -10,15 +10,6 @@ from anomalib_ot.ot.precision import full_precision, widen
 from anomalib_ot.postprocess.box_masks import aggregate_box_masks, aggregate_map_masks, paste_masks
 from anomalib_ot.vision.boxes import pairwise_iou
 
-__all__ = [
-    "RefinedRegions",
-    "entropy_weights",
-    "refine_regions",
-    "total_variation",
-    "weigh_regions",
-]
-
-LEAST_RANGE = 1e-12
 LEAST_SHARE = 0.01
 MOST_MEMBERS = 32  # the best of a region: the others would have next to no weight
 NUM_BISECTIONS = 30
@@ -45,10 +36,6 @@ class RefinedRegions(NamedTuple):
         """Return which pixels of the image belong to each region, bool (B, K, H, W): mask > threshold within its box.
 
         That is K whole images: where most slots are empty, select the regions before.
-
-        Args:
-            image_size: Height and width of the image, pixels.
-            threshold: Values above it belong to the region, within [0, 1).
         """
         return paste_masks(self.masks, self.boxes, image_size) > threshold
 
@@ -88,15 +75,14 @@ def refine_regions(
 
     References:
         Z. Lu et al., "Differentiable NMS via Sinkhorn matching for end-to-end fabric defect detection", 2025, weigh the
-        regions of an image (`weigh_regions`); to weigh the members of a region is ours, and so are both masks.
+        regions of an image; to weigh the members of a region is ours, and so are both masks.
     """
     expected = (*boxes.shape[:2], merged.shape[1] + 1)
     if not torch.jit.is_tracing() and tuple(plan.shape) != expected:
-        msg = (
+        raise ValueError(
             f"plan has the shape {tuple(plan.shape)}; expected {expected} for {boxes.shape[1]} proposals and "
             f"{merged.shape[1]} regions: its last column is for what belongs to no region"
         )
-        raise ValueError(msg)
     with full_precision(boxes):
         boxes = widen(boxes)
         weights, refined = refine_boxes(plan[..., :-1], boxes, scores, merged, entropy=entropy)
@@ -109,64 +95,14 @@ def refine_regions(
         return RefinedRegions(weights, refined, masks)
 
 
-def weigh_regions(
-    quality: Tensor, usable: Tensor, masks: Tensor | None = None, *, entropy: float = 0.6, coherence: float = 0.1
-) -> Tensor:
-    """Distribute a weight of 1 over the regions of each image, as published: for comparison.
-
-    `p` are the `entropy_weights` of the qualities; with masks `p <- normalized (1 - c) p + c (1 - V_k)`, where `V_k`
-    is the mask's `total_variation`, scaled to [0, 1] over the regions. The image's mask would be `sum_k p_k M_k`: ten
-    true defects share one unit, which is wrong where an image has several.
-
-    Args:
-        quality: Qualities (B, K) of the regions, their scores for example.
-        usable: Which regions there are, bool (B, K).
-        masks: Their masks (B, K, H, W), in one frame. None: only the qualities count.
-        entropy: Least entropy of the weights, nats (not a part of ln K), >= 0; one region has weight 1 nevertheless.
-        coherence: Weight c of the masks' smoothness, in [0, 1].
-
-    Returns:
-        Weights (B, K); they sum to 1, or to 0 in images without regions.
-
-    References:
-        Z. Lu et al., 2025, and the authors' public code, from which the constants are.
-    """
-    p = entropy_weights(quality, usable, entropy)
-    if masks is None:
-        return p
-    variation = total_variation(masks)
-    limit = torch.finfo(variation.dtype).max
-    lowest = torch.where(usable, variation, limit).amin(-1, keepdim=True)
-    highest = torch.where(usable, variation, -limit).amax(-1, keepdim=True)
-    smooth = 1 - (variation - lowest) / (highest - lowest).clamp(min=LEAST_RANGE)
-    mixed = torch.where(usable, (1 - coherence) * p + coherence * smooth, 0.0)
-    return mixed / mixed.sum(-1, keepdim=True).clamp(min=LEAST_RANGE)
-
-
-def total_variation(masks: Tensor) -> Tensor:
-    """Return how rough masks are: `(sum |M(x+1, y) - M(x, y)| + sum |M(x, y+1) - M(x, y)|) / (H W)`.
-
-    Args:
-        masks: Masks (..., H, W).
-
-    Returns:
-        Variation (...), at least 0: the length of the boundary per pixel, for masks of 0 and 1.
-
-    >>> total_variation(torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
-    tensor(0.5000)
-    """
-    across = (masks[..., 1:] - masks[..., :-1]).abs().sum((-2, -1))
-    down = (masks[..., 1:, :] - masks[..., :-1, :]).abs().sum((-2, -1))
-    return (across + down) / (masks.shape[-2] * masks.shape[-1])
-
-
 def refine_boxes(
     plan: Tensor, boxes: Tensor, scores: Tensor, merged: Tensor, *, entropy: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Refine the box of each region by its members.
 
     `q_ik = s_i IoU(b_i, b^_k)` for the members, proposals with `P_ik > 0.01`; `p_.k` are the `entropy_weights` of the
-    32 best of them, and the box is `sum_i p_ik b_i`.
+    32 best of them, and the box is `sum_i p_ik b_i`. Gradients reach boxes and scores, and the plan through `merged`
+    alone: who is a member is decided hard.
 
     Args:
         plan: How much of each proposal belongs to each region, (B, N, K).
@@ -176,13 +112,10 @@ def refine_boxes(
         entropy: Least entropy of the weights within a region, nats, >= 0; 1 are 2.7 members, effectively.
 
     Returns:
-        Weights (B, N, K), which sum to 1 in each region, or to 0 in one without members; and boxes (B, K, 4), those so
-        far where there are no members. Gradients reach boxes and scores, and the plan through `merged` alone: who is a
-        member is decided hard.
+        Weights (B, N, K), 1 in all in each region, or 0 in one without members; and boxes (B, K, 4), `merged` there.
 
     References:
-        Z. Lu et al., "Differentiable NMS via Sinkhorn matching for end-to-end fabric defect detection", 2025, weigh the
-        regions of an image so; to weigh the members of a region is ours.
+        Z. Lu et al., arXiv 2505.07040, weigh the regions of an image so; to weigh the members of a region is ours.
 
     >>> boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 12, 10], [0, 0, 30, 10]]])
     >>> plan, scores = torch.tensor([[[1.0], [1.0], [0.0]]]), torch.tensor([[0.9, 0.9, 0.9]])
@@ -235,8 +168,7 @@ def entropy_weights(quality: Tensor, usable: Tensor, entropy: float = 0.6) -> Te
             [1.0000, 0.0000, 0.0000]])
     """
     if not entropy >= 0:
-        msg = f"entropy is {entropy}; expected a number of at least 0, in nats"
-        raise ValueError(msg)
+        raise ValueError(f"entropy is {entropy}; expected a number of at least 0, in nats")
     if not torch.jit.is_tracing() and quality.shape[-1] == 0:
         return widen(quality)
     with full_precision(quality):

@@ -157,29 +157,17 @@ def sinkhorn_regions(
 
 
 class _Seeds(NamedTuple):
-    """The proposals that regions grow from, best first.
+    """The proposals that regions grow from, best first."""
 
-    Args:
-        index: Which proposals they are (B, K).
-        boxes: Their boxes (B, K, 4).
-        scores: Their scores times their gates (B, K).
-        labels: Their classes (B, K).
-        keep: Whether they make detections (B, K), bool.
-        gate_value: Their gates (B, K).
-        outranked: How many proposals each one outranks (B, K).
-        gate: The gates of all proposals (B, N).
-        scales: Scales of their sides (B, K, 4), or None.
-    """
-
-    index: Tensor
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    keep: Tensor
-    gate_value: Tensor
-    outranked: Tensor
-    gate: Tensor
-    scales: Tensor | None
+    index: Tensor  # which proposals they are (B, K)
+    boxes: Tensor  # their boxes (B, K, 4)
+    scores: Tensor  # their scores times their gates (B, K)
+    labels: Tensor  # their classes (B, K)
+    keep: Tensor  # whether they make detections (B, K), bool
+    gate_value: Tensor  # their gates (B, K)
+    outranked: Tensor  # how many proposals each one outranks (B, K)
+    gate: Tensor  # the gates of all proposals (B, N)
+    scales: Tensor | None  # scales of their sides (B, K, 4), or None
 
     @property
     def detections(self) -> Detections:
@@ -235,22 +223,12 @@ def _capacities(gate_value: Tensor, outranked: Tensor, settings: SinkhornNMSSett
 
 
 def outranking(boxes: Tensor, scores: Tensor, labels: Tensor, valid: Tensor, settings: SinkhornNMSSettings) -> Tensor:
-    """Say how much each proposal outranks and overlaps each other one.
+    """Say how much each proposal outranks and overlaps each other one: (B, N, N) in [0, 1], the better one first.
 
     ``sigmoid((overlap_ij - threshold) / overlap_softness) sigmoid((s_i - s_j) / order_softness)``
 
     It is 0 for a pair of different classes if `class_aware`, for invalid ones, and for a proposal with itself. Of two
     proposals with the same score the first one outranks the other.
-
-    Args:
-        boxes: Boxes xyxy (B, N, 4), any unit.
-        scores: Scores (B, N) in [0, 1].
-        labels: Class indices (B, N).
-        valid: Which proposals there are (B, N), bool.
-        settings: Threshold, softness, classes.
-
-    Returns:
-        Values (B, N, N) in [0, 1], the better one first.
     """
     inner = overlap(boxes, boxes, inner_weight=settings.inner_weight)
     index = torch.arange(boxes.shape[1], device=boxes.device)
@@ -265,27 +243,18 @@ def outranking(boxes: Tensor, scores: Tensor, labels: Tensor, valid: Tensor, set
 
 
 def seed_gate(outranks: Tensor, valid: Tensor, rounds: int = 8, *, average: bool = False) -> Tensor:
-    """Say how much each proposal is the best of its kind: 1 for what greedy suppression keeps, 0 for what it drops.
+    """Say how much each proposal is the best of its kind, (B, N): 1 for what greedy suppression keeps, else 0.
 
-    ``gate_j <- prod_i (1 - outranks_ij gate_i)``, from 1
+    ``gate_j <- prod_i (1 - outranks_ij gate_i)``, from 1; `average` returns the mean of the last two rounds.
 
-    A proposal is kept if nothing that is kept outranks it: where `outranks` is 0 or 1 that is greedy suppression, and
-    the rounds are there after as many as the longest chain has links. Before, an even number of rounds keeps too many,
-    an odd number too few.
-
-    Args:
-        outranks: How much each proposal outranks each other one (B, N, N), see `outranking`.
-        valid: Which proposals there are (B, N), bool.
-        rounds: Rounds, >= 1.
-        average: Whether to return the mean of the last two rounds.
-
-    Returns:
-        Gates (B, N) in [0, 1], 0 where there is no proposal.
+    A proposal is kept if nothing that is kept outranks it: where `outranks` (B, N, N) is 0 or 1 that is greedy
+    suppression, reached after as many rounds as the longest chain has links. Before, an even number of rounds keeps too
+    many, an odd number too few.
 
     References:
         D. Bolya et al., "YOLACT: real-time instance segmentation", ICCV 2019 (one round); Z. Zheng et al., "Enhancing
-        geometric factors in model learning and inference for object detection and instance segmentation", IEEE Trans.
-        Cybernetics 2022 (rounds).
+        geometric factors in model learning and inference for object detection and instance segmentation", IEEE
+        Trans. Cybernetics 2022 (rounds).
 
     >>> chain = torch.tensor([[[0.0, 1, 0], [0, 0, 1], [0, 0, 0]]])
     >>> seed_gate(chain, torch.ones(1, 3, dtype=torch.bool)).round()
@@ -320,24 +289,12 @@ def region_cost(
     seeds: Tensor,
     settings: SinkhornNMSSettings,
 ) -> Tensor:
-    """Return the cost of each proposal in each region.
+    """Return the cost (B, N, K) of each proposal in each region, whose seeds are proposals (B, K); without a unit.
 
     ``score_weight (1 - s_i) + feature_weight (1 - cos_ik) / 2 + spatial_weight d_ik + class_weight [c_i != c_k]``
 
-    Args:
-        boxes: Boxes xyxy (B, N, 4), any unit.
-        scores: Scores (B, N) in [0, 1].
-        labels: Class indices (B, N).
-        features: Features (B, N, D), any unit, or None.
-        seeds: Which proposal is each region's seed, index (B, K).
-        settings: Weights; which spatial term.
-
-    Returns:
-        Cost (B, N, K) without a unit; before their weights all terms are in [0, 1].
-
     References:
-        Z. Lu et al., "Differentiable NMS via Sinkhorn matching for end-to-end fabric defect detection", arXiv
-        2505.07040: three terms, of which the spatial one there is a distance of centers.
+        Z. Lu et al., arXiv 2505.07040: three terms, of which the spatial one there is a distance of centers.
     """
     places = take(boxes, seeds)
     cost = settings.score_weight * (1 - scores).unsqueeze(-1)
@@ -352,11 +309,6 @@ def region_cost(
 
 def spatial_cost(boxes: Tensor, places: Tensor, kind: str) -> Tensor:
     """Return how far boxes (B, N, 4) are from places (B, K, 4): (B, N, K) in [0, 1], the same at any scale.
-
-    Args:
-        boxes: Boxes xyxy.
-        places: Boxes xyxy, in the same unit.
-        kind: "diou" or "center", see `SinkhornNMSSettings`.
 
     >>> line, spot = torch.tensor([[[0.0, 9, 100, 11]]]), torch.tensor([[[49.0, 9, 51, 11]]])
     >>> spatial_cost(line, spot, "diou").item(), spatial_cost(line, spot, "center").item()

@@ -10,16 +10,8 @@ from torchvision.ops import generalized_box_iou_loss
 from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.vision.boxes import pairwise_iou
 
-__all__ = [
-    "DUPLICATE",
-    "KEPT",
-    "NEITHER",
-    "duplicate_losses",
-    "duplicate_targets",
-    "match_regions",
-]
-
-CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0
+CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT, DUPLICATE_WEIGHT = 2.0, 5.0, 2.0, 0.5
+LEAST_IOU = 0.5  # of a proposal with an object
 FORBIDDEN = 1e6
 NEITHER, DUPLICATE, KEPT = -1, 0, 1
 SOFTENING = 1e-4  # bounds the slope of logarithms
@@ -30,22 +22,11 @@ OWN_SHARE = 1e-6  # of a seed in its region: a region without mass is its seed
 def match_regions(
     boxes: Tensor, scores: Tensor, labels: Tensor, filled: Tensor, gt_boxes: Tensor, gt_labels: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Match the regions of one image with its objects, one to one, at the least total cost.
+    """Match the K regions of one image with its G objects, one to one, at the least total cost: indices (M,) of both.
 
-    `cost = -2 score + 5 |b - b'|_1 - 2 GIoU(b, b')`, with lengths as fractions of the image. Only regions of an
-    object's class can be matched with it, so that objects may stay without one.
-
-    Args:
-        boxes: Boxes (K, 4) of the regions, pixels.
-        scores: Their confidence (K,).
-        labels: Their class indices (K,).
-        filled: Which regions there are, bool (K,).
-        gt_boxes: Objects (G, 4), pixels.
-        gt_labels: Their class indices (G,).
-        scale: Width, height, width and height of the image, (4,), pixels.
-
-    Returns:
-        Indices of matched regions and of their objects, (M,) each.
+    `cost = -2 score + 5 |b - b'|_1 - 2 GIoU(b, b')`, with lengths as fractions of the image (`scale`: width, height,
+    width and height, pixels). Only regions of an object's class can be matched with it, so that objects may stay
+    without one.
 
     Raises:
         ValueError: If a region has NaN or infinite scores or boxes.
@@ -72,31 +53,12 @@ def match_regions(
 
 @torch.no_grad()
 def duplicate_targets(
-    boxes: Tensor,
-    ranks: Tensor,
-    labels: Tensor,
-    valid: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    least_iou: float = 0.5,
+    boxes: Tensor, ranks: Tensor, labels: Tensor, valid: Tensor, gt_boxes: Tensor, gt_labels: Tensor
 ) -> Tensor:
-    """Say which proposals of one image stand for an object, and which only repeat one.
+    """Say which proposals of one image (N,) stand for an object, 1, or repeat one, 0; -1: overlap none.
 
-    From the highest rank down, a proposal takes the object that it overlaps most, of its class and not taken yet. A
-    proposal that overlaps objects enough but finds all of them taken is a duplicate.
-
-    Args:
-        boxes: Proposals (N, 4), pixels.
-        ranks: Scores (N,) after suppression, which decide who comes first.
-        labels: Class indices (N,).
-        valid: Which proposals there are, bool (N,).
-        gt_boxes: Objects (G, 4), pixels.
-        gt_labels: Their class indices (G,).
-        least_iou: Smallest overlap (IoU) with an object, in (0, 1].
-
-    Returns:
-        int64 (N,): 1 stands for an object, 0 is a duplicate, -1 is neither: it overlaps none, which is no matter of
-        duplicates.
+    From the highest rank (N,), the score after suppression, down, a proposal takes the object that it overlaps most, of
+    its class and not taken yet. One that overlaps objects (IoU >= .5) but finds all taken is a duplicate.
 
     References:
         J. Hosang et al., "Learning non-maximum suppression", CVPR 2017, section 3.
@@ -107,7 +69,7 @@ def duplicate_targets(
     tensor([ 0,  1, -1])
     """
     overlap = pairwise_iou(boxes, gt_boxes.to(boxes))
-    near = (overlap >= least_iou) & valid.unsqueeze(1) & (labels.unsqueeze(1) == gt_labels.to(labels.device))
+    near = (overlap >= LEAST_IOU) & valid.unsqueeze(1) & (labels.unsqueeze(1) == gt_labels.to(labels.device))
     concerned = near.any(1)
     targets = torch.where(concerned, DUPLICATE, NEITHER).cpu()
     indices = concerned.nonzero().squeeze(1)
@@ -139,7 +101,6 @@ def duplicate_losses(
     image_size: tuple[int, int],
     *,
     warm_up: bool = False,
-    duplicate_weight: float = 0.5,
     over_devices: Callable[[Tensor], Tensor] = torch.Tensor.clone,
 ) -> dict[str, Tensor]:
     """Compute the losses of N proposals in K regions per image; for training beside the detector's own losses.
@@ -169,7 +130,6 @@ def duplicate_losses(
         image_size: Height and width of the images, pixels; lengths in L1 are fractions of them.
         warm_up: Whether the boxes' losses reach the proposals' boxes alone, not the plan. Their gradients through the
             plan are large (one over its epsilon), and misleading as long as boxes and scores are poor.
-        duplicate_weight: Weight of the gates' term.
         over_devices: Averages numbers of objects and proposals over devices, where there are several.
 
     Returns:
@@ -221,7 +181,7 @@ def duplicate_losses(
             "region_score": score_loss / num_objects,
             "region_l1": L1_WEIGHT * (gates * l1).sum() / num_objects,
             "region_giou": GIOU_WEIGHT * (gates * giou).sum() / num_objects,
-            "duplicate": duplicate_weight * (keep_loss + drop_loss) / 2,
+            "duplicate": DUPLICATE_WEIGHT * (keep_loss + drop_loss) / 2,
         }
 
 

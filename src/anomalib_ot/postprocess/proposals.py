@@ -55,8 +55,7 @@ def check_settings(settings: object, ranges: dict[str, Range]) -> None:
     for name, allowed in ranges.items():
         value = getattr(settings, name)
         if not allowed.fits(value):
-            msg = f"{name} is {value!r}; expected {allowed.expected}"
-            raise ValueError(msg)
+            raise ValueError(f"{name} is {value!r}; expected {allowed.expected}")
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,6 @@ class SinkhornNMSSettings:
     entropy: float | None = 1.0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         check_settings(
             self,
             {
@@ -148,32 +146,19 @@ class SinkhornNMSSettings:
         )
 
     def softened(self, softness: float) -> "SinkhornNMSSettings":
-        """Return these settings with a soft gate, to train with: .1 at first, then less.
-
-        Args:
-            softness: Softness of overlap and order, > 0; the gate then is the mean of its last two rounds.
-        """
+        """Return these settings with a soft gate, the mean of its last two rounds, to train with: .1, then less."""
         return replace(self, overlap_softness=softness, order_softness=softness, average=True)
 
 
 class Proposals(NamedTuple):
-    """N proposals per image; those that are not valid are 0 throughout.
+    """N proposals per image; those that are not valid are 0 throughout."""
 
-    Args:
-        boxes: Boxes xyxy (B, N, 4), any unit, float32 or float64.
-        scores: Scores (B, N) in [0, 1], as the boxes.
-        labels: Class indices (B, N), int64.
-        features: Features (B, N, D), as the boxes, or None.
-        valid: Which of them exist (B, N), bool.
-        scales: How uncertain each side is (B, N, 4), as the boxes, or None.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    features: Tensor | None
-    valid: Tensor
-    scales: Tensor | None = None
+    boxes: Tensor  # boxes xyxy (B, N, 4), any unit, float32 or float64
+    scores: Tensor  # scores (B, N) in [0, 1], as the boxes
+    labels: Tensor  # class indices (B, N), int64
+    features: Tensor | None  # features (B, N, D), as the boxes, or None
+    valid: Tensor  # which of them exist (B, N), bool
+    scales: Tensor | None = None  # how uncertain each side is (B, N, 4), as the boxes, or None
 
     def padded(self, least: int) -> "Proposals":
         """Return at least so many proposals per image; those that are added are not valid."""
@@ -199,15 +184,7 @@ def check_proposals(
     valid: Tensor | None,
     scales: Tensor | None = None,
 ) -> Proposals:
-    """Check proposals and widen them to float32, or float64 where the boxes are.
-
-    Args:
-        boxes: Boxes xyxy (B, N, 4).
-        scores: Scores (B, N).
-        labels: Class indices (B, N), integers.
-        features: Features (B, N, D) or None.
-        valid: Which of them exist (B, N), bool; None: all.
-        scales: How uncertain each side is (B, N, 4), or None.
+    """Check proposals and widen them to float32, or float64 where the boxes are; shapes as in `Proposals`.
 
     Raises:
         ValueError: If a shape or type does not fit; unless traced also if a valid proposal holds NaN or infinite
@@ -221,17 +198,14 @@ def check_proposals(
             msg = f"{name} has the shape {tuple(values.shape)}; expected one per box, {tuple(boxes.shape[:2])}"
             raise ValueError(msg)
     if features is not None and (features.ndim != 3 or features.shape[:2] != boxes.shape[:2]):
-        msg = f"features has the shape {tuple(features.shape)}; expected one per box, (B, N, D)"
-        raise ValueError(msg)
+        raise ValueError(f"features has the shape {tuple(features.shape)}; expected one per box, (B, N, D)")
     if scales is not None and scales.shape != boxes.shape:
         msg = f"scales has the shape {tuple(scales.shape)}; expected one per side of a box, {tuple(boxes.shape)}"
         raise ValueError(msg)
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        msg = f"labels is {labels.dtype}; expected class indices, int64"
-        raise ValueError(msg)
+        raise ValueError(f"labels is {labels.dtype}; expected class indices, int64")
     if valid is not None and valid.dtype != torch.bool:
-        msg = f"valid is {valid.dtype}; expected booleans: compare first, as in labels >= 0"
-        raise ValueError(msg)
+        raise ValueError(f"valid is {valid.dtype}; expected booleans: compare first, as in labels >= 0")
 
     boxes = widen(boxes)
     scores, labels = scores.to(boxes), labels.long()
@@ -253,19 +227,17 @@ def _check_values(boxes: Tensor, scores: Tensor, features: Tensor | None, scales
     for name, values in (("boxes", boxes), ("features", features), ("scales", scales)):
         if values is not None and not values.isfinite().all():
             image, proposal = (~values.isfinite()).nonzero()[0, :2].tolist()
-            msg = (
+            raise ValueError(
                 f"{name}[{image}, {proposal}] holds NaN or an infinite value; expected finite ones: look at what "
                 "predicts it, or say with valid that it is not there"
             )
-            raise ValueError(msg)
     wrong = ~((scores >= 0) & (scores <= 1))
     if wrong.any():
         image, proposal = wrong.nonzero()[0].tolist()
-        msg = (
+        raise ValueError(
             f"scores[{image}, {proposal}] is {scores[image, proposal].item():g}; expected a number in [0, 1]: apply "
             "the sigmoid or the softmax first"
         )
-        raise ValueError(msg)
 
 
 class Regions(NamedTuple):
@@ -311,16 +283,9 @@ class Regions(NamedTuple):
 
 
 def member_weights(plan: Tensor, seeds: Tensor) -> Tensor:
-    """Return the weight of each proposal in its regions' means.
+    """Return the weight (B, N, K) of each proposal in the means of regions with these seeds (B, K): 1 in all for each.
 
     ``(plan_ik + 1e-6 [i is the seed of k]) / sum_i``
-
-    Args:
-        plan: How much of each proposal is in each region (B, N, K), at least 0.
-        seeds: The seed of each region (B, K), an index.
-
-    Returns:
-        Weights (B, N, K), 1 in all for each region.
 
     >>> member_weights(torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]), torch.tensor([[0, 1]]))
     tensor([[[0.5000, 0.0000],
@@ -332,13 +297,7 @@ def member_weights(plan: Tensor, seeds: Tensor) -> Tensor:
 
 
 def heaviest_labels(weights: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the class with most weight times score among each region's members (B, K).
-
-    Args:
-        weights: Weights (B, N, K).
-        scores: Scores (B, N).
-        labels: Class indices (B, N).
-    """
+    """Return the class (B, K) with most weight (B, N, K) times score (B, N) among each region's members."""
     same = (labels.unsqueeze(-1) == labels.unsqueeze(-2)).to(weights)
     votes = same @ (weights * scores.unsqueeze(-1))
     return labels.gather(1, votes.argmax(1))

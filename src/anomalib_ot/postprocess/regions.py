@@ -9,8 +9,6 @@ from torch import Tensor
 
 from anomalib_ot.vision.detections import Detections, stack_detections
 
-__all__ = ["SCORES", "RegionSettings", "find_regions"]
-
 SCORES = ("peak", "mean")
 DEFECT = 0
 CORNERS_TOUCH = np.ones((3, 3), dtype=bool)
@@ -54,7 +52,6 @@ class RegionSettings:
     score: str = "peak"
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         if not np.isfinite(self.threshold):
             _refuse("threshold", self.threshold, "a finite number, in units of the map")
         if not 0 < self.extent < 1:
@@ -72,8 +69,7 @@ class RegionSettings:
 
 
 def _refuse(name: str, value: object, expected: str) -> None:
-    msg = f"{name} is {value}; expected {expected}"
-    raise ValueError(msg)
+    raise ValueError(f"{name} is {value}; expected {expected}")
 
 
 def find_regions(anomaly_map: Tensor, settings: RegionSettings | None = None) -> Detections:
@@ -103,8 +99,7 @@ def find_regions(anomaly_map: Tensor, settings: RegionSettings | None = None) ->
     """
     settings = settings or RegionSettings()
     if anomaly_map.ndim != 4 or anomaly_map.shape[1] != 1 or anomaly_map.numel() == 0:
-        msg = f"anomaly_map has the shape {tuple(anomaly_map.shape)}; expected (B, 1, H, W), none of them 0"
-        raise ValueError(msg)
+        raise ValueError(f"anomaly_map has the shape {tuple(anomaly_map.shape)}; expected (B, 1, H, W), none of them 0")
     finite = anomaly_map.isfinite().flatten(1).all(1)
     if not finite.all():
         index = int((~finite).nonzero()[0])

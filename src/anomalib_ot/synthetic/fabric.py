@@ -19,8 +19,6 @@ from anomalib_ot.synthetic.picture import (
 )
 from anomalib_ot.synthetic.weave import FabricStyle, YarnGrid, weave
 
-__all__ = ["DEFECTS", "GENERATION", "SMALLEST_SIDE", "render_fabric"]
-
 GENERATION = 1
 """Raise it with every change of the pictures: stored data sets of another generation are not used again."""
 

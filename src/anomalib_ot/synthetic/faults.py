@@ -39,18 +39,7 @@ class Fault:
 def draw_fault(
     defect: str, grid: YarnGrid, motif_place: tuple[float, float], motif_radius: float, rng: np.random.Generator
 ) -> Fault:
-    """Draw a fault of the given kind at a random place that leaves the motif free.
-
-    Args:
-        defect: One of ``DEFECTS``.
-        grid: The yarns of the faultless image.
-        motif_place: Center (x, y) of the motif in the faultless image, in pixels.
-        motif_radius: Its radius in pixels.
-        rng: Source of the fault's size, place and strength.
-
-    Returns:
-        The fault; its region is not empty.
-    """
+    """Draw a fault, one of ``DEFECTS``, at a random place that leaves the motif (center x, y and radius) free."""
     motif = disc(grid, motif_place, motif_radius)
     if defect == "missing_motif":
         return Fault(grid, motif, ())
@@ -93,8 +82,7 @@ def _another_place(
         x, y = float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin))
         if np.hypot(x - place[0], y - place[1]) >= 0.28 * min(height, width):
             return x, y
-    msg = f"no second place for the motif was found in {_TRIES} tries: this is a bug, please report it"
-    raise RuntimeError(msg)
+    raise RuntimeError(f"no second place for the motif was found in {_TRIES} tries: this is a bug, please report it")
 
 
 def _blob(grid: YarnGrid, radius: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

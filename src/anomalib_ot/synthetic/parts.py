@@ -85,13 +85,7 @@ def damage_region(part: Part, shape: tuple[int, int]) -> np.ndarray:
 
 
 def lay_part(color: np.ndarray, part: Part, grain: np.ndarray) -> None:
-    """Lay a part on the scene, with its shadow.
-
-    Args:
-        color: The scene, linear RGB, float32 (h, w, 3) on the sample points; changed.
-        part: What is laid there.
-        grain: Fine noise (h, w), about in [-2, 2]: no surface is perfectly smooth.
-    """
+    """Lay a part with its shadow on the scene, linear RGB, float32 (h, w, 3), in place; `grain` is noise (h, w)."""
     near, dx, dy = _window(part, color.shape[:2])
     outside, height = _form(part, dx, dy)
     scene = color[near]

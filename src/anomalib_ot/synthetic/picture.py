@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 OVERSAMPLING = 2
 """Sample points per pixel and axis."""
@@ -37,26 +38,12 @@ class Sample:
 def check_arguments(
     seed: int, index: int, defect: str | None, size: tuple[int, int], defects: tuple[str, ...], smallest_side: int
 ) -> None:
-    """Refuse what no picture can be drawn from.
-
-    Args:
-        seed: Names the data set, at least 0.
-        index: Names the image, at least 0.
-        defect: One of ``defects``, or None.
-        size: Height and width in pixels, at least ``smallest_side`` each.
-        defects: The faults that can be drawn.
-        smallest_side: In pixels.
-
-    Raises:
-        ValueError: If one of the first four is none of these.
-    """
+    """Refuse, with a ValueError, what no picture can be drawn from."""
     for name, value in (("seed", seed), ("index", index)):
         if not isinstance(value, (int, np.integer)) or value < 0:
-            msg = f"{name} is {value!r}; expected a whole number of at least 0"
-            raise ValueError(msg)
+            raise ValueError(f"{name} is {value!r}; expected a whole number of at least 0")
     if defect is not None and defect not in defects:
-        msg = f"defect is {defect!r}; expected None or one of {', '.join(defects)}"
-        raise ValueError(msg)
+        raise ValueError(f"defect is {defect!r}; expected None or one of {', '.join(defects)}")
     if len(size) != 2 or not all(isinstance(side, (int, np.integer)) and side >= smallest_side for side in size):
         msg = f"size is {tuple(size)}; expected (height, width), whole numbers of at least {smallest_side} pixels"
         raise ValueError(msg)
@@ -76,13 +63,7 @@ def resize(field: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def photograph(color: np.ndarray, light_rng: np.random.Generator, sensor_rng: np.random.Generator) -> np.ndarray:
     """Light a scene unevenly, blur it as a lens does, average it to pixels and add the noise of the sensor.
 
-    Args:
-        color: The scene, linear RGB about in [0, 1], float32 (h, w, 3) on the sample points.
-        light_rng: Source of the light's direction, gradient and strength.
-        sensor_rng: Source of the noise.
-
-    Returns:
-        The picture, uint8 (h / OVERSAMPLING, w / OVERSAMPLING, 3).
+    `color` is linear RGB about in [0, 1], float32 (h, w, 3) on the sample points; the picture uint8 (H, W, 3).
     """
     h, w = color.shape[:2]
     u, v = np.linspace(-1, 1, w, dtype=np.float32)[None, :], np.linspace(-1, 1, h, dtype=np.float32)[:, None]
@@ -128,44 +109,19 @@ def measure(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tight_boxes(mask: np.ndarray) -> np.ndarray:
-    """Find the tight box of each connected part of a mask; parts that touch at a corner are one part.
-
-    Args:
-        mask: The mask (H, W); everything but 0 belongs to it.
+    """Find the tight box of each connected part of a mask (H, W); parts that touch at a corner are one part.
 
     Returns:
         Boxes xyxy in pixels, float32 (G, 4), right and bottom exclusive, ordered by the first pixel of each part.
 
-    Example:
-        >>> tight_boxes(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 1, 1]])).tolist()
-        [[0.0, 0.0, 2.0, 2.0], [1.0, 3.0, 3.0, 4.0]]
+    >>> tight_boxes(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 1, 1]])).tolist()
+    [[0.0, 0.0, 2.0, 2.0], [1.0, 3.0, 3.0, 4.0]]
     """
-    parts = _parts(np.asarray(mask) != 0)
-    boxes = []
-    for part in range(1, int(parts.max(initial=0)) + 1):
-        rows, columns = np.nonzero(parts == part)
-        boxes.append((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+    places = ndimage.find_objects(_parts(np.asarray(mask) != 0))
+    boxes = [(columns.start, rows.start, columns.stop, rows.stop) for rows, columns in places]
     return np.array(boxes, dtype=np.float32).reshape(-1, 4)
 
 
 def _parts(mask: np.ndarray) -> np.ndarray:
     """Number the connected parts of a bool mask from 1 in reading order, corners count as contact; 0 is outside."""
-    labels = np.zeros(mask.shape, dtype=np.int64)
-    parent = [0]  # of each run of pixels in a row; a run without an earlier neighbor is its own parent
-
-    def root(run: int) -> int:
-        while parent[run] != run:
-            run = parent[run]
-        return run
-
-    rows, edges = np.nonzero(np.diff(mask, axis=1, prepend=False, append=False))
-    for row, start, stop in zip(rows[::2], edges[::2], edges[1::2], strict=True):
-        above = labels[row - 1, max(start - 1, 0) : stop + 1] if row else labels[:0, 0]
-        roots = sorted({root(run) for run in set(above.tolist()) - {0}})
-        run = len(parent)
-        parent.append(roots[0] if roots else run)
-        for other in roots[1:]:
-            parent[other] = roots[0]
-        labels[row, start:stop] = run
-    roots = np.array([root(run) for run in range(len(parent))])
-    return np.unique(roots, return_inverse=True)[1][labels]
+    return ndimage.label(mask, np.ones((3, 3)))[0]

@@ -12,8 +12,6 @@ import numpy as np
 from anomalib_ot.synthetic.parts import KINDS, Part, damage_region, draw_damage, lay_part, silhouette
 from anomalib_ot.synthetic.picture import OVERSAMPLING, Sample, check_arguments, measure, photograph, smooth_noise
 
-__all__ = ["DEFECTS", "GENERATION", "SMALLEST_SIDE", "Kit", "render_tray"]
-
 DEFECTS = ("missing", "extra", "swapped", "moved", "damaged")
 """The faults that can be drawn."""
 

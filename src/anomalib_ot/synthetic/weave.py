@@ -98,11 +98,6 @@ def weave(style: FabricStyle, grid: YarnGrid, rng: np.random.Generator) -> tuple
 
     Each yarn is a cylinder whose axis swings up and down with the crossings; of warp and weft the higher one shows.
 
-    Args:
-        style: What the data set shares.
-        grid: Where the yarns lie and where they are torn.
-        rng: Source of the yarn irregularities of this image.
-
     Returns:
         The colors (h, w, 3), about in [0, 1], and the relief (h, w): 0 at the deepest visible yarn, 1 at the crowns,
         negative where one looks through the fabric.

@@ -9,23 +9,14 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-__all__ = ["BoxSafeCrop", "DefectAugmentation", "keep_boxes", "seen_parts"]
-
 TRIES = 32  # windows drawn for each crop; the one that cuts least is taken
 
 
 def seen_parts(boxes: Tensor, windows: Tensor) -> Tensor:
-    """Say how much of each box each window shows: `|box ∩ window| / (min(w, W) min(h, H))`.
+    """Say how much of each box (G, 4) each window (N, 4) shows: `|box ∩ window| / (min(w, W) min(h, H))`, (N, G).
 
     The measure is what a window of that size (W, H) can show of a box (w, h) at most: a defect that is longer than the
     window counts as wholly seen where it fills the window from side to side.
-
-    Args:
-        boxes: Boxes xyxy (G, 4), pixels, of positive width and height.
-        windows: Windows xyxy (N, 4), pixels.
-
-    Returns:
-        Parts (N, G) in [0, 1].
 
     >>> long_scratch = torch.tensor([[0.0, 4.0, 100.0, 6.0]])
     >>> seen_parts(long_scratch, torch.tensor([[10.0, 0.0, 20.0, 10.0], [10.0, 5.0, 20.0, 15.0]])).flatten()
@@ -38,16 +29,7 @@ def seen_parts(boxes: Tensor, windows: Tensor) -> Tensor:
 
 
 def keep_boxes(sample: Any, keep: Tensor) -> Any:
-    """Drop boxes of a sample, and their labels with them.
-
-    Args:
-        sample: An image alone, or any nest of lists and dictionaries with one `tv_tensors.BoundingBoxes`; the labels
-            are the entry `labels` of a dictionary.
-        keep: Which boxes (G,) stay, bool.
-
-    Returns:
-        The sample without the others.
-    """
+    """Keep those boxes (G,) of a sample, and their `labels`: an image, or a nest of lists and dictionaries."""
     if isinstance(sample, tv_tensors.BoundingBoxes):
         return tv_tensors.wrap(sample[keep], like=sample)
     if isinstance(sample, Mapping):
@@ -79,10 +61,9 @@ def _size_of(sample: Any) -> tuple[int, int]:
     """Read the height and width of a sample's image."""
     parts = _parts_of(sample)
     if not parts:
-        msg = (
+        raise TypeError(
             f"the sample is {type(sample).__name__}; expected an image as a tensor: put ToImage() before this transform"
         )
-        raise TypeError(msg)
     # As torchvision itself takes it: an explicit image, or else the first tensor.
     image = next((part for part in parts if isinstance(part, tv_tensors.Image)), parts[0])
     return int(image.shape[-2]), int(image.shape[-1])
@@ -114,14 +95,11 @@ class BoxSafeCrop(v2.Transform):
     def __init__(self, size: tuple[int, int], min_part: float = 0.5, focus: float = 0.7) -> None:
         super().__init__()
         if isinstance(size, int) or len(size) != 2 or min(size) < 1:
-            msg = f"size is {size}; expected (height, width), whole numbers of pixels of at least 1"
-            raise ValueError(msg)
+            raise ValueError(f"size is {size}; expected (height, width), whole numbers of pixels of at least 1")
         if not 0 < min_part <= 1:
-            msg = f"min_part is {min_part}; expected a part of a box, over 0 and at most 1"
-            raise ValueError(msg)
+            raise ValueError(f"min_part is {min_part}; expected a part of a box, over 0 and at most 1")
         if not 0 <= focus <= 1:
-            msg = f"focus is {focus}; expected a probability from 0 to 1"
-            raise ValueError(msg)
+            raise ValueError(f"focus is {focus}; expected a probability from 0 to 1")
         self.size = (int(size[0]), int(size[1]))
         self.min_part = min_part
         self.focus = focus
@@ -166,7 +144,6 @@ class _Window(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Pad and crop one part of a sample."""
-        del params
         top, left, height, width = self.place
         rows, columns = F.get_size(inpt)
         padding = [max(-left, 0), max(-top, 0), max(left + width - columns, 0), max(top + height - rows, 0)]
@@ -214,8 +191,7 @@ class DefectAugmentation(v2.Transform):
             raise ValueError(msg)
         for name, value in (("brightness", brightness), ("contrast", contrast)):
             if not 0 <= value <= 1:
-                msg = f"{name} is {value}; expected a relative change from 0 to 1"
-                raise ValueError(msg)
+                raise ValueError(f"{name} is {value}; expected a relative change from 0 to 1")
         BoxSafeCrop(crop_size or (1, 1), min_part, focus)  # checks the arguments now, not in the first batch
         self.crop_size = None if crop_size is None else (int(crop_size[0]), int(crop_size[1]))
         self.scale = (float(scale[0]), float(scale[1]))

@@ -1,6 +1,9 @@
 """Pretrained weights for timm backbones, from the hub or from a local file, and never by chance."""
 
 import difflib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import timm
@@ -12,13 +15,7 @@ WRAPPERS = ("state_dict", "state_dict_ema", "model", "model_ema")
 
 
 def known_layers(backbone: str) -> list[str]:
-    """List the layers of a timm backbone that features can be taken from, shallow first.
-
-    Args:
-        backbone: Name of a timm model.
-
-    Returns:
-        Layer names such as `layer2` or `blocks.4`.
+    """List the layers of a timm backbone that features can be taken from, shallow first, such as `layer2`.
 
     Raises:
         ValueError: If timm knows no such model (the nearest names are in the message), or none of its layers is a map.
@@ -29,8 +26,7 @@ def known_layers(backbone: str) -> list[str]:
     if not timm.is_model(backbone):
         near = difflib.get_close_matches(backbone.split(".")[0], timm.list_models(), n=6)
         hint = f"near ones: {', '.join(near)}" if near else "timm.list_models() lists them"
-        msg = f"backbone={backbone!r}: timm {timm.__version__} has no model of that name; {hint}"
-        raise ValueError(msg)
+        raise ValueError(f"backbone={backbone!r}: timm {timm.__version__} has no model of that name; {hint}")
     cure = "take a convolutional model or a plain vision transformer"
     refusal = f"backbone={backbone!r} gives no feature maps {{}}; {cure}"
     if "vit" in backbone.lower():  # Anomalib goes by the name, too
@@ -57,13 +53,7 @@ def normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a checkpoint file without running any code in it.
-
-    Args:
-        path: A `.safetensors` file, or a `.pth`/`.pt`/`.bin`/`.ckpt` file that holds tensors (torch's safe loader).
-
-    Returns:
-        The state dict, unwrapped from `state_dict`, `model` and the like.
+    """Read a state dict from `.safetensors`, `.pth`, `.pt`, `.bin` or `.ckpt` without running any code in the file.
 
     Raises:
         ValueError: If the file is missing, unreadable, holds more than tensors, or holds NaN or infinite weights.
@@ -79,11 +69,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        msg = (
+        raise ValueError(
             f"backbone_weights={str(path)!r} cannot be read as a checkpoint of plain tensors ({reason}); "
             "save it with safetensors.torch.save_file(model.state_dict(), ...) or torch.save(model.state_dict(), ...)"
-        )
-        raise ValueError(msg) from error
+        ) from error
     for key in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -99,16 +88,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(extractor: nn.Module, backbone: str, indices: list[int] | None, weights: str | Path) -> None:
-    """Load a local checkpoint of a timm model into a feature extractor built from that model.
+    """Load a local checkpoint of a timm model into a feature extractor built from that model, in place.
 
-    timm itself maps the names (a feature extractor's differ from the full model's). Tensors that the file lacks would
-    keep their start without a word: they are found by loading twice, once with other numbers in the file.
-
-    Args:
-        extractor: The timm network in use; its weights are replaced in place.
-        backbone: Name of the timm model.
-        indices: `out_indices` of a features-only extractor, None for a transformer used as a whole.
-        weights: Path of the checkpoint.
+    timm itself maps the names. Tensors that the file lacks would keep their start without a word: they are found by
+    loading twice, once with other numbers in the file. `indices` are the `out_indices` of a features-only extractor,
+    None for a transformer used as a whole.
 
     Raises:
         ValueError: If the file does not fit the backbone, or lacks weights of a layer that is used.
@@ -121,7 +105,7 @@ def load_weights(extractor: nn.Module, backbone: str, indices: list[int] | None,
     for tensors in (state, {name: 2 * value + 1 for name, value in state.items() if value.is_floating_point()}):
         overlay = {"state_dict": {**state, **tensors}, "url": "", "hf_hub_id": None, "file": None}
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), _quiet_timm():
                 torch.manual_seed(0)
                 network = timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **options)
         except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
@@ -136,13 +120,24 @@ def load_weights(extractor: nn.Module, backbone: str, indices: list[int] | None,
         if name in own and value.is_floating_point() and torch.equal(value, loaded[1][name])
     ]
     if missing:
-        msg = (
+        raise ValueError(
             f"backbone_weights={str(weights)!r} lacks {len(missing)} tensors that {backbone!r} needs for these "
             f"layers, the first is {missing[0]!r}; give the checkpoint of this backbone, or shallower layers"
         )
-        raise ValueError(msg)
     _check_depth(state, backbone, weights)
     extractor.load_state_dict({name: loaded[0].get(name, value) for name, value in own.items()})
+
+
+@contextmanager
+def _quiet_timm() -> Iterator[None]:
+    """Let timm say nothing of keys that a file lacks or has besides: those that matter are an error here."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_depth(state: dict[str, Tensor], backbone: str, weights: str | Path) -> None:
@@ -155,8 +150,7 @@ def _check_depth(state: dict[str, Tensor], backbone: str, weights: str | Path) -
         for tensors in (full, state)
     )
     if known < given:
-        msg = (
+        raise ValueError(
             f"backbone_weights={str(weights)!r} does not fit backbone={backbone!r}: it holds {min(given - known)!r} "
             f"and {len(given - known) - 1} more tensors unknown to it; name the backbone that the file is of"
         )
-        raise ValueError(msg)

@@ -11,12 +11,7 @@ from torchvision.ops import box_area
 def grid_points(
     shapes: Sequence[tuple[int, int]], strides: Sequence[int], offset: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """Place one point per cell of each level's grid, at `(column + offset, row + offset) * stride`.
-
-    Args:
-        shapes: Height and width of each level's feature map.
-        strides: Pixels per cell of each level.
-        offset: Place of the point within its cell, 0 (its corner) to 1; 0.5 is its middle.
+    """Place one point per cell of each level's grid (height, width), at `(column + offset, row + offset) * stride`.
 
     Returns:
         Points (P, 2) as (x, y) in pixels, level by level and row by row, and the stride (P,) of each.
@@ -89,23 +84,15 @@ def pairwise_giou(boxes: Tensor, others: Tensor) -> Tensor:
     return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
-def inside_boxes(points: Tensor, boxes: Tensor, margin: float = 0.01) -> Tensor:
-    """Say which points (P, 2) lie in which boxes (G, 4), farther than `margin` pixels from their sides: bool (G, P)."""
-    return encode_ltrb(points, boxes[:, None]).amin(-1) > margin
+def inside_boxes(points: Tensor, boxes: Tensor) -> Tensor:
+    """Say which points (P, 2) lie in which boxes (G, 4), farther than 0.01 pixels from their sides: bool (G, P)."""
+    return encode_ltrb(points, boxes[:, None]).amin(-1) > 0.01
 
 
 def near_centers(points: Tensor, strides: Tensor, boxes: Tensor, radius: float, *, clipped: bool) -> Tensor:
-    """Say which points lie near the center of which box: strictly within `radius` strides of it in x and in y.
+    """Say which points (P, 2) lie near which center: strictly within `radius` strides (P,) in x and in y; bool (G, P).
 
-    Args:
-        points: Points (P, 2), pixels.
-        strides: Stride (P,) of each point's level.
-        boxes: Boxes (G, 4).
-        radius: Half side of the square, in strides of the point's own level.
-        clipped: Whether the square is cut to its box.
-
-    Returns:
-        Bool (G, P).
+    `clipped` cuts the square round a center to its box (G, 4).
     """
     centers = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
     reach = radius * strides[:, None]
@@ -143,13 +130,8 @@ def pair_up(boxes: Tensor, others: Tensor) -> tuple[Sides, Sides]:
 def overlap(boxes: Tensor, others: Tensor, *, inner_weight: float = 0.0) -> Tensor:
     """Return how much each box (B, N, 4) overlaps each other one (B, M, 4): (B, N, M) in [0, 1].
 
-    ``max(intersection / union, inner_weight * intersection / smaller area)``
-
-    Args:
-        boxes: Boxes xyxy, any unit.
-        others: Boxes xyxy, in the same unit.
-        inner_weight: Weight of the second ratio, [0, 1]. It is high for a fragment of a long box, which has a small
-            intersection over union; 0: that one alone.
+    ``max(intersection / union, inner_weight * intersection / smaller area)``; the second ratio is high for a fragment
+    of a long box, which has a small intersection over union.
 
     >>> overlap(torch.tensor([[[0.0, 0, 10, 2]]]), torch.tensor([[[0.0, 0, 2, 2]]]), inner_weight=0.9)
     tensor([[[0.9000]]])
@@ -167,10 +149,6 @@ def overlap(boxes: Tensor, others: Tensor, *, inner_weight: float = 0.0) -> Tens
 
 def center_distance(boxes: Tensor, others: Tensor) -> Tensor:
     """Return the squared distance of centers, over the squared diagonal of the box round both: (B, N, M) in [0, 1).
-
-    Args:
-        boxes: Boxes xyxy (B, N, 4), any unit.
-        others: Boxes xyxy (B, M, 4), in the same unit.
 
     References:
         Z. Zheng et al., "Distance-IoU loss: faster and better learning for bounding box regression", AAAI 2020.

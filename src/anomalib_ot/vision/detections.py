@@ -53,14 +53,9 @@ def join_detections(parts: Sequence[Detections]) -> Detections:
 
 
 def stack_detections(images: Sequence[tuple[Tensor, ...]], num_slots: int) -> Detections:
-    """Put ragged detections of several images into a fixed number of slots.
+    """Put the best detections of several images, in any order, into a fixed number of slots, best first.
 
-    Args:
-        images: Boxes (N, 4), scores (N,), labels (N,) and, of all images or of none, scales (N, 4), in any order.
-        num_slots: Slots K per image; the K best are kept.
-
-    Returns:
-        The detections, best first.
+    Each image has boxes (N, 4), scores (N,), labels (N,) and, all images or none, scales (N, 4).
 
     >>> boxes, scores = torch.tensor([[0.0, 0, 2, 2], [1, 1, 3, 3]]), torch.tensor([0.2, 0.9])
     >>> stack_detections([(boxes, scores, torch.tensor([0, 1]))], num_slots=3).labels

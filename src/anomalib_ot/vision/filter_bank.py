@@ -13,15 +13,11 @@ WAVELENGTHS = (4.0, 8.0, 16.0)
 NUM_ORIENTATIONS = 6
 
 
-def gabor_kernels(wavelength: float, num_orientations: int = NUM_ORIENTATIONS) -> Tensor:
-    """Return quadrature pairs of Gabor filters (2 * num_orientations, 1, s, s), even ones first.
+def gabor_kernels(wavelength: float) -> Tensor:
+    """Return quadrature pairs of Gabor filters (12, 1, s, s), even ones first; `wavelength` in pixels.
 
     ``g(u, v) = exp(-(u^2 + v^2) / (2 s^2)) cos(2 pi u / wavelength)`` along each orientation and the sine alike, with
     `s` half the wavelength; the even ones without their mean, all of unit norm.
-
-    Args:
-        wavelength: Period in pixels.
-        num_orientations: Orientations between 0 and 180 degrees.
 
     >>> gabor_kernels(4.0).shape
     torch.Size([12, 1, 13, 13])
@@ -32,8 +28,8 @@ def gabor_kernels(wavelength: float, num_orientations: int = NUM_ORIENTATIONS) -
     y, x = torch.meshgrid(offsets, offsets, indexing="ij")
     window = torch.exp(-(x.square() + y.square()) / (2 * spread**2))
     even, odd = [], []
-    for i in range(num_orientations):
-        angle = math.pi * i / num_orientations
+    for i in range(NUM_ORIENTATIONS):
+        angle = math.pi * i / NUM_ORIENTATIONS
         phase = 2 * math.pi * (x * math.cos(angle) + y * math.sin(angle)) / wavelength
         wave = window * phase.cos()
         even.append(wave - window * wave.sum() / window.sum())
@@ -45,13 +41,10 @@ def gabor_kernels(wavelength: float, num_orientations: int = NUM_ORIENTATIONS) -
 class FilterBank(nn.Module):
     """Describe images by local contrast at several wavelengths and orientations, and by color.
 
-    Each scale holds the energies of quadrature pairs of Gabor filters of its wavelength and the next longer one, and
-    the mean color, averaged to its stride: 4, 8 and 16 pixels, with wavelengths of 4, 8 and 16 pixels. It has no
-    weights to fetch and nothing random: a fall-back for demonstrations and textures, no match for a pretrained network
-    elsewhere.
-
-    Args:
-        layers: Which of "scale1", "scale2", "scale3".
+    Each of the `layers` "scale1", "scale2" and "scale3" holds the energies of quadrature pairs of Gabor filters of its
+    wavelength and the next longer one, and the mean color, averaged to its stride: 4, 8 and 16 pixels, as the
+    wavelengths. It has no weights to fetch: a fall-back for demonstrations and textures, no match for a pretrained
+    network elsewhere.
 
     References:
         B. S. Manjunath, W. Y. Ma, "Texture features for browsing and retrieval of image data", TPAMI 1996.

@@ -5,46 +5,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = [
-    "TIANCHI_IOUS",
-    "ClassResult",
-    "EvaluatedBoxes",
-    "TianchiValues",
-    "average_precision",
-    "box_hits",
-    "class_average_precisions",
-    "class_results",
-    "false_positives_per_good_image",
-    "pair_iou",
-    "tianchi_values",
-]
-
 TIANCHI_IOUS = (0.1, 0.3, 0.5)
 ACCURACY_SHARE = 0.2
 
 
 class EvaluatedBoxes(NamedTuple):
-    """The predicted and the true boxes of a whole data set, in flat arrays.
+    """The predicted and the true boxes of a whole data set, in flat arrays."""
 
-    Args:
-        num_images: Number of images I, those without any box included.
-        boxes: Predicted boxes xyxy (N, 4), pixels.
-        scores: Their confidence (N,).
-        labels: Their class index (N,), int64.
-        images: Their image (N,), int64 in [0, I).
-        gt_boxes: True boxes xyxy (G, 4), pixels.
-        gt_labels: Their class index (G,), int64.
-        gt_images: Their image (G,), int64 in [0, I).
-    """
-
-    num_images: int
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    images: np.ndarray
-    gt_boxes: np.ndarray
-    gt_labels: np.ndarray
-    gt_images: np.ndarray
+    num_images: int  # number of images I, those without any box included
+    boxes: np.ndarray  # predicted boxes xyxy (N, 4), pixels
+    scores: np.ndarray  # their confidence (N,)
+    labels: np.ndarray  # their class index (N,), int64
+    images: np.ndarray  # their image (N,), int64 in [0, I)
+    gt_boxes: np.ndarray  # true boxes xyxy (G, 4), pixels
+    gt_labels: np.ndarray  # their class index (G,), int64
+    gt_images: np.ndarray  # their image (G,), int64 in [0, I)
 
     @property
     def is_defective(self) -> np.ndarray:
@@ -62,21 +37,13 @@ class EvaluatedBoxes(NamedTuple):
 
 
 def box_hits(data: EvaluatedBoxes, iou: float) -> np.ndarray:
-    """Tell which predicted boxes are right, by the rule of Pascal VOC.
+    """Tell which predicted boxes (N,) are right, by the rule of Pascal VOC.
 
     A box is compared with the true box of its image and class that it overlaps most. It is right if their intersection
     over union reaches `iou` and no box of a higher score has taken that truth; a second box on one truth is wrong.
 
-    Args:
-        data: The boxes of a data set.
-        iou: Least intersection over union, in (0, 1].
-
-    Returns:
-        Whether each predicted box is right (N,), bool; for each truth at most one is.
-
     References:
-        Everingham, Van Gool, Williams, Winn, Zisserman: The Pascal Visual Object Classes (VOC) Challenge, IJCV 2010,
-        section 4.2.
+        M. Everingham et al., "The Pascal Visual Object Classes (VOC) Challenge", IJCV 2010, section 4.2.
 
     >>> one, two = np.array([[0.0, 0, 4, 4]]), np.array([[0.0, 0, 4, 4], [0, 0, 4, 3]])
     >>> data = EvaluatedBoxes(1, two, np.array([0.2, 0.9]), *np.zeros((2, 2), int), one, *np.zeros((2, 1), int))
@@ -93,34 +60,25 @@ def box_hits(data: EvaluatedBoxes, iou: float) -> np.ndarray:
 
 
 def average_precision(hits: np.ndarray, scores: np.ndarray, num_truths: int) -> float:
-    r"""Compute the area below the precision-recall curve, with all its points.
+    r"""Compute the area below the precision-recall curve, with all its points; 0 without boxes.
 
     .. math::
         AP = \sum_n (r_n - r_{n-1}) \max_{m \ge n} p_m
 
-    with precision :math:`p_n` and recall :math:`r_n` of the n best boxes.
-
-    Args:
-        hits: Whether each box is right (N,), see `box_hits`.
-        scores: Confidence of each box (N,).
-        num_truths: Number of true boxes, >= 1.
-
-    Returns:
-        The average precision, in [0, 1]; 0 without boxes.
+    with precision :math:`p_n` and recall :math:`r_n` of the n best boxes, of which `hits` (N,) says which are right.
 
     Raises:
         ValueError: If there is no truth, for then there is no recall.
 
     References:
-        Everingham, Winn: The PASCAL VOC 2010 Development Kit, section 3.4.1; Padilla, Netto, da Silva: A Survey on
-        Performance Metrics for Object-Detection Algorithms, IWSSIP 2020, equations 4 and 5.
+        M. Everingham, J. Winn, "The PASCAL VOC 2010 development kit", section 3.4.1; R. Padilla et al., "A survey on
+        performance metrics for object-detection algorithms", IWSSIP 2020, equations 4 and 5.
 
     >>> average_precision(np.array([True, False, True]), np.array([0.9, 0.8, 0.7]), num_truths=2)
     0.8333333333333333
     """
     if num_truths < 1:
-        msg = f"num_truths is {num_truths}; expected at least 1: leave out classes that do not occur."
-        raise ValueError(msg)
+        raise ValueError(f"num_truths is {num_truths}; expected at least 1: leave out classes that do not occur.")
     right = hits[np.argsort(-scores, kind="stable")]
     precision = np.cumsum(right) / np.arange(1, len(right) + 1)
     best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
@@ -128,15 +86,7 @@ def average_precision(hits: np.ndarray, scores: np.ndarray, num_truths: int) -> 
 
 
 def class_average_precisions(data: EvaluatedBoxes, iou: float) -> dict[int, float]:
-    """Compute the average precision of each class that has true boxes.
-
-    Args:
-        data: The boxes of a data set.
-        iou: Least intersection over union of a right box, in (0, 1].
-
-    Returns:
-        Class index to average precision, ascending. Boxes of classes without any truth count nowhere.
-    """
+    """Compute the average precision of each class that has true boxes; boxes of other classes count nowhere."""
     hits = box_hits(data, iou)
     found = {}
     for label, num_truths in zip(*np.unique(data.gt_labels, return_counts=True), strict=True):
@@ -181,39 +131,25 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
 
 
 class ClassResult(NamedTuple):
-    """How well one class is found.
+    """How well one class is found."""
 
-    Args:
-        label: Class index.
-        num_truths: True boxes, 0 if the class was only predicted.
-        average_precision: All-points average precision at IoU .5; NaN without truths.
-        num_found: Truths that a box above the score threshold hits.
-        num_false: Boxes above the score threshold that hit nothing.
-    """
-
-    label: int
-    num_truths: int
-    average_precision: float
-    num_found: int
-    num_false: int
+    label: int  # class index
+    num_truths: int  # true boxes, 0 if the class was only predicted
+    average_precision: float  # all-points average precision at IoU .5; NaN without truths
+    num_found: int  # truths that a box above the score threshold hits
+    num_false: int  # boxes above the score threshold that hit nothing
 
 
 class TianchiValues(NamedTuple):
-    """The score of the Tianchi fabric contest, and the two parts that it is made of; each in [0, 1].
+    """The score of the Tianchi fabric contest, and the two parts that it is made of; each in [0, 1]."""
 
-    Args:
-        score: `0.2 accuracy + 0.8 map`.
-        accuracy: Share of the images that are rightly called defective or good.
-        map: Mean over three overlaps (IoU .1, .3 and .5) of the mean average precision.
-    """
-
-    score: float
-    accuracy: float
-    map: float
+    score: float  # `0.2 accuracy + 0.8 map`
+    accuracy: float  # share of the images that are rightly called defective or good
+    map: float  # mean over three overlaps (IoU .1, .3 and .5) of the mean average precision
 
 
 def tianchi_values(data: EvaluatedBoxes, image_threshold: float) -> TianchiValues | None:
-    r"""Compute the score of the Tianchi fabric contest, with its two parts.
+    r"""Compute the score of the Tianchi fabric contest, with its two parts; None without true boxes.
 
     .. math::
         0.2 \, ACC + 0.8 \, (mAP_{.1} + mAP_{.3} + mAP_{.5}) / 3
@@ -221,15 +157,7 @@ def tianchi_values(data: EvaluatedBoxes, image_threshold: float) -> TianchiValue
     ACC is the share of images that are rightly called defective or good; an image is called defective if it has a box
     above `image_threshold`. An image that is called good is not handed in: its boxes count in no average precision,
     those of an image that is called defective count all, whatever their score. mAP is the mean over the classes with
-    truths of the all-points average precision of Pascal VOC. Boxes are taken as they are, from edge to edge, without
-    the extra pixel of some evaluators.
-
-    Args:
-        data: The boxes of a data set.
-        image_threshold: Score above which a box makes its image defective, in [0, 1].
-
-    Returns:
-        The values; None without true boxes, where mAP means nothing.
+    truths of the all-points average precision of Pascal VOC, without the extra pixel of some evaluators.
 
     References:
         Tianchi "Guangdong Industrial Intelligence Innovation Contest", fabric defect detection, 2019, rules of round 1,
@@ -246,33 +174,16 @@ def tianchi_values(data: EvaluatedBoxes, image_threshold: float) -> TianchiValue
 
 
 def false_positives_per_good_image(data: EvaluatedBoxes, score_threshold: float) -> float | None:
-    """Count the boxes above a score on images without truths, per such image.
-
-    Args:
-        data: The boxes of a data set.
-        score_threshold: Only boxes above this score count, in [0, 1].
-
-    Returns:
-        The mean number of boxes, >= 0; None if every image has a truth.
-    """
+    """Count the boxes above a score on images without truths, per such image; None if every image has a truth."""
     good = ~data.is_defective
     if not good.any():
         return None
     return float((good[data.images] & (data.scores > score_threshold)).sum() / good.sum())
 
 
-def class_results(data: EvaluatedBoxes, score_threshold: float, iou: float = 0.5) -> list[ClassResult]:
-    """Tell how well each class is found.
-
-    Args:
-        data: The boxes of a data set.
-        score_threshold: Score above which a box counts as found or false, in [0, 1].
-        iou: Least intersection over union of a right box, in (0, 1].
-
-    Returns:
-        One result for each class with a true box, or with a box above the threshold, by class index.
-    """
-    hits, shown = box_hits(data, iou), data.scores > score_threshold
+def class_results(data: EvaluatedBoxes, score_threshold: float) -> list[ClassResult]:
+    """Tell how well each class with a true box, or a box above the threshold, is found; by class index."""
+    hits, shown = box_hits(data, 0.5), data.scores > score_threshold
     results = []
     for label in np.union1d(data.gt_labels, data.labels[shown]):
         own, num_truths = data.labels == label, int((data.gt_labels == label).sum())

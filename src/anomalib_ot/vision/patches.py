@@ -8,15 +8,11 @@ from torch import Tensor, nn
 
 
 def patch_embeddings(features: Sequence[Tensor], pooling: int = 3) -> tuple[Tensor, tuple[int, int]]:
-    """Turn feature maps of one backbone pass into one embedding per patch.
+    """Turn feature maps (B, C, h, w) of one backbone pass, finest first, into one embedding per patch.
 
     Each map is averaged over its `pooling` x `pooling` neighborhood (what lies outside the map counts as zero, which
     sets patches at the border apart: means over what lies inside cost .05 to .08 of image AUROC on tiles and fabric),
     brought to the grid of the first map (bilinear) and concatenated along the channels.
-
-    Args:
-        features: Maps (B, C, h, w), finest first; their grids may differ.
-        pooling: Odd side of the neighborhood in patches; 1 leaves the maps as they are.
 
     Returns:
         Embeddings (B, h * w, D) in float32, row by row, and their grid size (h, w).
@@ -57,12 +53,8 @@ def grid_positions(grid_size: tuple[int, int], device: torch.device | None = Non
 def upsample_weights(in_size: int, out_size: int, align_corners: bool = False) -> Tensor:
     """Return the matrix (out_size, in_size) of a bilinear interpolation of one axis, in float32.
 
-    Row `i` is `max(0, 1 - |j - c_i|)` around the place `c_i` of pixel `i` on the coarse axis; rows sum to 1.
-
-    Args:
-        in_size: Length of the axis, patches.
-        out_size: Length wanted, pixels.
-        align_corners: Whether the outer pixels lie on the outer patches; else sides lie on sides.
+    Row `i` is `max(0, 1 - |j - c_i|)` around the place `c_i` of pixel `i` on the coarse axis; rows sum to 1. With
+    `align_corners` the outer pixels lie on the outer patches; else sides lie on sides.
 
     >>> upsample_weights(2, 4)
     tensor([[1.0000, 0.0000],
@@ -80,13 +72,10 @@ def upsample_weights(in_size: int, out_size: int, align_corners: bool = False) -
 
 
 class MapSmoother(nn.Module):
-    """Brings maps of patches to pixels, bilinear, and smooths them with a Gaussian, reflecting at the border.
+    """Brings maps of patches to pixels, bilinear, and smooths them with a Gaussian of `sigma` pixels, reflecting.
 
     Both are linear, and act on one axis at a time: a small matrix for each axis does both, `R M C^T`. The cost is that
     of the coarse map's rows, not of every pixel's neighborhood.
-
-    Args:
-        sigma: Standard deviation in pixels of the map, at least 0; 0 does not smooth.
     """
 
     kernel: Tensor
@@ -104,13 +93,7 @@ class MapSmoother(nn.Module):
     def forward(
         self, maps: Sequence[Tensor], size: tuple[int, int], align_corners: Sequence[bool] = (False,)
     ) -> Tensor:
-        """Sum `maps`, each (B, C, h, w) with a grid of its own, smoothed, as pixels (B, C, *size).
-
-        Args:
-            maps: The maps.
-            size: Height and width, pixels.
-            align_corners: How each of them is interpolated, see `upsample_weights`.
-        """
+        """Sum `maps`, each (B, C, h, w) with a grid of its own, smoothed, as pixels (B, C, *size)."""
         reflect = self.radius < min(size)
         left, right = [], []
         for part, corners in zip(maps, align_corners, strict=True):

@@ -10,19 +10,10 @@ from torch import Tensor, nn
 
 
 def resize_weights(in_size: int, out_size: int, device: torch.device | None = None) -> Tensor:
-    """Return the matrix (out_size, in_size) of an antialiased bilinear resize of one axis.
+    """Return the matrix (out_size, in_size) of an antialiased bilinear resize of one axis; float32, rows sum to 1.
 
-    Row `i` is the triangle filter `max(0, 1 - |j + 1/2 - c_i| / s)` with center `c_i = (i + 1/2) in/out` and support
-    `s = max(in/out, 1)`, normalized to 1: bilinear interpolation where the image grows, its antialiased form where it
-    shrinks.
-
-    Args:
-        in_size: Length of the axis, pixels; may be symbolic while tracing.
-        out_size: Length wanted, pixels.
-        device: Where to build the matrix.
-
-    Returns:
-        Weights in float32; every row sums to 1.
+    Row `i` is the triangle filter `max(0, 1 - |j + 1/2 - c_i| / s)` with center `c_i = (i + 1/2) in/out` and support `s
+    = max(in/out, 1)`, normalized: bilinear interpolation where the image grows, its antialiased form where it shrinks.
 
     >>> resize_weights(4, 2)
     tensor([[0.4286, 0.4286, 0.1429, 0.0000],
@@ -36,12 +27,9 @@ def resize_weights(in_size: int, out_size: int, device: torch.device | None = No
 
 
 class AntialiasResize(nn.Module):
-    """Resize images to a fixed size, antialiased, the same in torch and in an exported graph.
+    """Resize images to a fixed size (height, width), antialiased, the same in torch and in an exported graph.
 
     Equals `torchvision.transforms.v2.Resize(size, antialias=True)` on float images to rounding.
-
-    Args:
-        size: Height and width wanted, pixels.
     """
 
     def __init__(self, size: tuple[int, int]) -> None:

@@ -10,18 +10,11 @@ TRACED_ROUNDS = 20
 
 
 def suppress_duplicates(found: Detections, threshold: float = 0.6) -> Tensor:
-    """Say which detections overlap no better one of their class by more than `threshold` (greedy, class by class).
+    """Say which detections, best first, overlap no better one of their class by an IoU over `threshold`: bool (B, K).
 
     In eager mode this is torchvision's `batched_nms`. In a traced graph rounds of matrix algebra find the same: round
     by round, a box is kept if no better box kept so far overlaps it. A chain of more than 20 boxes, each suppressing
     the next, would end early.
-
-    Args:
-        found: Detections, best first.
-        threshold: Largest overlap (IoU) that two detections of one class may have.
-
-    Returns:
-        Bool (B, K); empty slots are not kept.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return _by_rounds(found, threshold)
@@ -55,13 +48,7 @@ def _by_rounds(found: Detections, threshold: float) -> Tensor:
 
 
 def top_detections(found: Detections, keep: Tensor, max_detections: int) -> Detections:
-    """Move the kept detections (B, K) to the front, in order of their scores, and empty all other slots.
-
-    Args:
-        found: Detections, in any order.
-        keep: Which of them stay, bool (B, K).
-        max_detections: Slots of the result; fewer where there are fewer detections.
-    """
+    """Move the kept detections (B, K) to the front, best first, into so many slots at most; empty all others."""
     scores = torch.where(keep, found.scores, -1.0)
     best = scores.topk(min(max_detections, scores.shape[1]), dim=1)
     filled = best.values >= 0

@@ -1,7 +1,7 @@
-"""Large images in tiles: cut them, and put the detections of the tiles together again."""
+"""Large images in tiles: cut them, and put the detections or the maps of the tiles together again."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,18 +21,12 @@ class Tiling:
 
     What is larger than the overlap is cut in every tile. Its parts are put together: two detections of one class in
     different tiles are the same object if they agree (IoU at least 0.5) on the area that both tiles show.
-
-    Args:
-        size: Height and width of a tile, pixels; an image smaller than that is one tile, padded with 0.
-        overlap: Least part of a tile's side that it shares with its neighbor, 0 to below 1.
-        whole_image: Whether the whole image is looked at too, for objects larger than a tile.
-        max_detections: Slots per image of the merged result.
     """
 
-    size: tuple[int, int]
-    overlap: float = 0.2
-    whole_image: bool = True
-    max_detections: int = 100
+    size: tuple[int, int]  # height and width of a tile, pixels; an image smaller than that is one tile, padded with 0
+    overlap: float = 0.2  # least part of a tile's side that it shares with its neighbor, 0 to below 1
+    whole_image: bool = True  # whether the whole image is looked at too, for objects larger than a tile
+    max_detections: int = 100  # slots per image of the merged result
 
     def corners(self, height: int, width: int) -> list[tuple[int, int]]:
         """List the upper left corners (top, left) of the tiles of an image, evenly spaced.
@@ -73,19 +67,35 @@ class Tiling:
             windows.append((0, 0, width, height))
         return torch.tensor(windows, dtype=torch.float32)
 
+    def stitch(self, maps: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Put maps of tiles together into those of their images.
+
+        ``m(x) = sum_t w_t(x) m_t(x) / sum_t w_t(x)``, where the weight `w_t` falls linearly from the middle of a tile
+        to its edges: no step is left where a tile ends, and a map that is the same in all tiles stays as it is.
+
+        Args:
+            maps: Maps (B, T, C, h, w) of the tiles, without one of the whole image.
+            image_size: Height and width of the images, pixels, no smaller than a tile.
+
+        Returns:
+            Maps (B, C, H, W).
+
+        >>> maps = torch.tensor([0.0, 6.0]).view(1, 2, 1, 1, 1).expand(1, 2, 1, 1, 4)
+        >>> Tiling((1, 4), overlap=0.5).stitch(maps, (1, 6))
+        tensor([[[[0.0000, 0.0000, 1.5000, 4.5000, 6.0000, 6.0000]]]])
+        """
+        rows, columns = (self._starts(length, tile) for length, tile in zip(image_size, self.size, strict=True))
+        strips = maps.unflatten(1, (len(rows), len(columns))).unbind(1)
+        joined = [_joined(strip.unbind(1), columns, image_size[1]) for strip in strips]
+        return _joined([strip.mT for strip in joined], rows, image_size[0]).mT
+
     def merge(
         self, found: Detections, image_size: tuple[int, int], suppress: Callable[[Detections], Tensor]
     ) -> Detections:
-        """Merge the detections of tiles into those of their images.
+        """Merge the detections of tiles (B * T, K), in pixels of the tiles, into those of their images, in theirs.
 
-        Args:
-            found: Detections (B * T, K) in pixels of the tiles.
-            image_size: Height and width of the images, pixels.
-            suppress: Says which detections, sorted by score, are no duplicates.
-
-        Returns:
-            Detections in pixels of the images; parts of an object as their common box, with the best of their scores,
-            and the `scales` of the part that has it.
+        `suppress` says which detections, sorted by score, are no duplicates. Parts of an object become their common
+        box, with the best of their scores, and the `scales` of the part that has it.
         """
         windows = self._windows(*image_size).to(found.boxes)
         count, slots = len(windows), found.scores.shape[1]
@@ -109,17 +119,33 @@ class Tiling:
         return top_detections(merged, suppress(merged) & best, self.max_detections)
 
 
+def _joined(parts: Sequence[Tensor], starts: Sequence[int], length: int) -> Tensor:
+    """Join parts (..., w) that begin at `starts`, in ascending order, to (..., length): the mean by their weights."""
+    width = parts[0].shape[-1]
+    ramp = [min(place, width - 1 - place) + 0.5 for place in range(width)]
+    total = [0.0] * length
+    for start in starts:
+        for place, weight in enumerate(ramp):
+            total[start + place] += weight
+    weighted = []
+    for start, part in zip(starts, parts, strict=True):
+        share = [weight / total[start + place] for place, weight in enumerate(ramp)]
+        weighted.append(part * torch.tensor(share, dtype=part.dtype, device=part.device))
+    done, open_part = [], weighted[0]
+    for before, start, part in zip(starts, starts[1:], weighted[1:], strict=False):
+        done.append(open_part[..., : start - before])
+        shared = width - (start - before)
+        if shared > 0:
+            part = torch.cat([open_part[..., start - before :] + part[..., :shared], part[..., shared:]], dim=-1)
+        open_part = part
+    return torch.cat([*done, open_part], dim=-1)
+
+
 def _join(found: Detections, windows: Tensor, tile: Tensor, rounds: int) -> tuple[Detections, Tensor]:
-    """Join the parts of each object into their common box.
+    """Join the parts of each object, detections (B, N) that are best first, into their common box.
 
-    Args:
-        found: Detections (B, N) in pixels of the image, best first.
-        windows: What the tile of each detection shows (B, N, 4).
-        tile: Its number (B, N).
-        rounds: Most steps from one part of an object to another.
-
-    Returns:
-        The detections with common boxes, and which of them (B, N) is the first, and so the best, of its object.
+    `windows` (B, N, 4) is what the tile of each shows, `tile` (B, N) its number, `rounds` the most steps from part to
+    part. Also returns which detections (B, N) are the first, and so the best, of their object.
     """
     low = torch.maximum(windows[:, :, None, :2], windows[:, None, :, :2])
     high = torch.minimum(windows[:, :, None, 2:], windows[:, None, :, 2:])

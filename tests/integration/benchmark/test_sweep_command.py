@@ -52,7 +52,7 @@ def home(tmp_path_factory):
     ours = "anomalib_ot.OTPrototypes"
     models = [
         {"class_path": ours, "init_args": SMALL},
-        {"class_path": ours, "init_args": {**SMALL, "alpha": 0.0}},
+        {"class_path": ours, "init_args": {**SMALL, "advanced": {"alpha": 0.0}}},
         {"class_path": "Padim", "init_args": {"backbone": "resnet99"}},
     ]
     written(folder, models, ["cloth", "silk"])

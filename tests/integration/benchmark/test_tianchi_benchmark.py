@@ -22,7 +22,7 @@ def given(tmp_path_factory):
     register_classes()
     root = write_lookalike(tmp_path_factory.mktemp("contest"), num_per_fault=3, num_normal=12, image_size=(64, 96))
     given = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["benchmark"]
-    given["model"]["init_args"] |= {"image_size": [64, 96], "epochs": 1, "pre_trained": False}
+    given["model"]["init_args"] |= {"image_size": [64, 96], "advanced": {"epochs": 1}, "pre_trained": False}
     given["model"]["init_args"]["nms"] = {"grid": ["hard", "sinkhorn_merge"]}
     given["model"]["class_path"] = "anomalib_ot.OTADetector"
     given["data"]["init_args"] |= {"root": str(root), "num_workers": 0}

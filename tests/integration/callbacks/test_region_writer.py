@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Pad, Resize
 
 from anomalib_ot import OTPrototypes, RegionWriter, SyntheticFabric
-from anomalib_ot.integration.callbacks.candidate_file import Candidates, write_candidates
-from anomalib_ot.integration.callbacks.region_writer import SeenPart, seen_part
+from anomalib_ot.integration.callbacks.region_writer import Candidates, SeenPart, seen_part, write_candidates
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import read_coco
 

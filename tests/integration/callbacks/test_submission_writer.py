@@ -104,7 +104,7 @@ def contest(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(contest, tmp_path_factory):
     """A detector that has seen one batch, so that it finds something everywhere, but nothing well."""
-    model = OTADetector(backbone="resnet18", pre_trained=False, image_size=(64, 96), channels=16)
+    model = OTADetector(backbone="resnet18", pre_trained=False, image_size=(64, 96), advanced={"channels": 16})
     engine = Engine(default_root_dir=tmp_path_factory.mktemp("run"), max_steps=1, **QUIET)
     engine.fit(model, datamodule=TianchiFabric(contest, num_workers=0, duplicate_distance=None))
     return engine.trainer.checkpoint_callback.best_model_path
@@ -112,7 +112,9 @@ def checkpoint(contest, tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_file_holds_what_was_predicted(contest, checkpoint, tmp_path):
-    model = OTADetector.load_from_checkpoint(checkpoint, score_threshold=0.0, max_detections=5, visualizer=False)
+    model = OTADetector.load_from_checkpoint(
+        checkpoint, advanced={"score_threshold": 0.0, "max_detections": 5}, visualizer=False
+    )
     folder = contest / "guangdong1_round1_train1_20190818" / "defect_Images"
     first = torch.cat([batch.pred_score for batch in Engine(**QUIET).predict(model, data_path=folder)])
     model.image_threshold = float(first.median())
@@ -133,7 +135,14 @@ def test_the_file_holds_what_was_predicted(contest, checkpoint, tmp_path):
 @pytest.mark.cli
 def test_from_the_command_line(anomalib, contest, checkpoint, tmp_path):
     words = ["predict", "--model", "OTADetector", "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu"]
-    words += ["--model.image_threshold", "0.0", "--model.score_threshold", "0.0", "--model.visualizer", "false"]
+    words += [
+        "--model.image_threshold",
+        "0.0",
+        "--model.advanced.score_threshold",
+        "0.0",
+        "--model.visualizer",
+        "false",
+    ]
     words += ["--data", contest / "guangdong1_round1_train1_20190818" / "normal_Images"]
     words += ["--trainer.callbacks", "anomalib_ot.SubmissionWriter", "--trainer.callbacks.path", "out/submission.json"]
     done = anomalib(*words, cwd=tmp_path)

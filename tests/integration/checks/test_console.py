@@ -6,8 +6,10 @@ import sys
 import types
 
 import pytest
+from rich.console import Console
 from rich.logging import RichHandler
 
+from anomalib_ot.integration.checks import console
 from anomalib_ot.integration.checks.console import LOGGERS, quiet_console
 
 
@@ -37,6 +39,8 @@ def say() -> None:
     logger.info("Initializing OTPrototypes model.")
     logger.warning("24 hidden files found in /home/me/.cache/anomalib-ot/fabric/train/good. Please make sure")
     logger.warning("3 hidden files found in /data/bolts/good. Please make sure")
+    logger.warning("Unexpected keys (fc.weight, fc.bias) found while loading pretrained weights. This may be expected")
+    logger.info("Missing keys (layer4.0.conv1.weight) discovered while loading pretrained weights. This is expected")
     logger.info(LONG)
 
 
@@ -58,5 +62,18 @@ def test_all_is_printed_where_it_is_asked_for_and_where_there_is_no_command(logg
     monkeypatch.delitem(sys.modules, "anomalib.cli.cli")
     quiet_console()
     say()
-    assert len(logged[0].getvalue().splitlines()) == 4
+    assert len(logged[0].getvalue().splitlines()) == 6
     assert "Initializing" in logged[1].getvalue()
+
+
+@pytest.mark.parametrize(("patience", "terminal", "shown"), [(-1, True, True), (600, True, False), (-1, False, False)])
+def test_a_progress_bar_shows_for_long_waits_at_a_terminal_only(monkeypatch, patience, terminal, shown):
+    output = io.StringIO()
+    made = Console(file=output, force_terminal=terminal, width=100)
+    monkeypatch.setattr(console, "Console", lambda stderr: made)
+    monkeypatch.setattr(console, "PATIENCE", patience)
+    with console.progress_bar("Drawing", 3) as step:
+        for _ in range(3):
+            step()
+    assert ("Drawing" in output.getvalue()) == shown
+    assert terminal or not output.getvalue()

@@ -105,7 +105,6 @@ def test_gray_sixteen_bits(tmp_path, name):
     assert torch.equal(read_image_deep(path), expected16(GRAY16))
     report = check_images([path], "images")
     assert report.deep == {str(path)}
-    assert report.gray == (str(path),)
 
 
 def test_twelve_bits_in_sixteen_keep_the_fixed_scale(tmp_path):
@@ -261,8 +260,6 @@ def test_report_sorts_the_modes_and_says_so_once(tmp_path, good, caplog):
         report = check_images([good, *paths.values(), good], "training images")
     assert report.count == 5
     assert set(report.alpha) == {str(paths["RGBA"]), str(paths["LA"])}
-    assert set(report.gray) == {str(paths["L"]), str(paths["LA"])}
-    assert report.palette == (str(paths["P"]),)
     assert [record.getMessage().count("alpha channel") for record in caplog.records] == [1]
 
 
@@ -292,25 +289,6 @@ def test_files_are_decoded_once_until_they_change(tmp_path, good, monkeypatch):
     os.utime(good, ns=(1, 1))
     check_images([good], "images")
     assert len(decoded) == 3
-
-
-def test_progress_bar_only_for_long_checks(good, monkeypatch, tmp_path):
-    started = []
-
-    class Recorder(images.Progress):
-        def add_task(self, description, **options):
-            started.append((description, options["total"]))
-            return super().add_task(description, **options)
-
-    monkeypatch.setattr(images, "Progress", Recorder)
-    check_images([good], "images")
-    assert started == []
-    monkeypatch.setattr(images, "PATIENCE", 0.0)
-    paths = [tmp_path / f"{index}.png" for index in range(3)]
-    for path in paths:
-        Image.fromarray(COLOR8).save(path)
-    check_images(paths, "training images")
-    assert started == [("Checking training images", 3)]
 
 
 # Putting deep images back

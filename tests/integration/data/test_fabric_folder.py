@@ -1,6 +1,5 @@
 """The folder of synthetic fabric: complete or absent, used again when it fits, refused when it does not."""
 
-import io
 import json
 import subprocess
 import sys
@@ -9,9 +8,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
-from anomalib_ot.integration.data import synthetic_folder
 from anomalib_ot.integration.data.fabric_folder import FabricFolder
 from anomalib_ot.synthetic.fabric import DEFECTS, render_fabric
 from anomalib_ot.synthetic.picture import tight_boxes
@@ -217,16 +214,3 @@ def test_the_slower_of_two_runs_takes_the_folder_of_the_faster(tmp_path, monkeyp
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         FabricFolder(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("quiet_seconds", "terminal", "shown"), [(-1, True, True), (600, True, False), (-1, False, False)]
-)
-def test_a_progress_bar_shows_for_long_waits_at_a_terminal_only(tmp_path, monkeypatch, quiet_seconds, terminal, shown):
-    output = io.StringIO()
-    console = Console(file=output, force_terminal=terminal, width=100)
-    monkeypatch.setattr(synthetic_folder, "Console", lambda stderr: console)
-    monkeypatch.setattr(synthetic_folder, "_QUIET_SECONDS", quiet_seconds)
-    FabricFolder(**{**SMALL, "defects": ("hole",)}).ensure(tmp_path / "set")
-    assert ("Drawing synthetic fabric" in output.getvalue()) == shown
-    assert terminal or not output.getvalue()

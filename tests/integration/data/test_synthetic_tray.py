@@ -10,8 +10,7 @@ from anomalib.data import AnomalibDataModule
 from PIL import Image
 
 from anomalib_ot.integration.data.fabric_folder import FabricFolder
-from anomalib_ot.integration.data.synthetic_tray import SyntheticTray
-from anomalib_ot.integration.data.tray_folder import TrayFolder
+from anomalib_ot.integration.data.synthetic_tray import SyntheticTray, TrayFolder
 from anomalib_ot.synthetic.tray import DEFECTS, render_tray
 
 SMALL = {"num_train": 3, "num_test_good": 4, "num_per_defect": 2, "image_size": (64, 72)}

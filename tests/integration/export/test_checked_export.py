@@ -15,6 +15,7 @@ from lightning.pytorch import seed_everything
 
 import anomalib_ot
 from anomalib_ot import OTADetector, OTPrototypes, SinkhornNMS, SparseMDOD, SyntheticFabric, SyntheticFabricBoxes
+from anomalib_ot.integration.checks.advanced import nested
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.export import parity
 from anomalib_ot.integration.export.known_scores import summarized_scores
@@ -32,6 +33,11 @@ DETECTOR = {
 }  # fmt: skip
 
 
+def built(kind, **arguments):
+    """Build a model from arguments that are named beside each other."""
+    return kind(**nested(arguments, kind.options))
+
+
 def engine(folder, **arguments):
     return Engine(default_root_dir=folder, accelerator="cpu", enable_progress_bar=False, logger=False, **arguments)
 
@@ -47,7 +53,9 @@ def prototypes(cloth, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prototypes")
     layers = {"layers": ["layer1", "layer2"], "pre_trained": False}
     members = [{"layers": ["layer1"], "num_prototypes": 8}, {"layers": ["layer2"], "num_prototypes": 8}]
-    model = OTPrototypes(**layers, image_size=(64, 64), members=members, visualizer=False, evaluator=False)
+    model = OTPrototypes(
+        **layers, image_size=(64, 64), advanced={"members": members}, visualizer=False, evaluator=False
+    )
     runner = engine(folder)
     runner.fit(model, datamodule=cloth)
     runner.trainer.save_checkpoint(folder / "model.ckpt")
@@ -64,15 +72,20 @@ def boxes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def detector(boxes, tmp_path_factory):
     seed_everything(0)
-    model = OTADetector(**DETECTOR, num_convs=1, num_extra=0)
+    model = built(OTADetector, **DETECTOR, num_convs=1, num_extra=0)
     engine(tmp_path_factory.mktemp("detector"), max_epochs=12, limit_val_batches=0).fit(model, datamodule=boxes)
     return model.eval()
 
 
 @pytest.fixture(scope="module")
 def suppressed(detector):
-    model = OTADetector(
-        **DETECTOR, num_convs=1, num_extra=0, class_names=detector.class_names, post_processor=SinkhornNMS()
+    model = built(
+        OTADetector,
+        **DETECTOR,
+        num_convs=1,
+        num_extra=0,
+        class_names=detector.class_names,
+        post_processor=SinkhornNMS(),
     )
     model.load_state_dict(detector.state_dict(), strict=False)
     return model.eval()
@@ -81,7 +94,7 @@ def suppressed(detector):
 @pytest.fixture(scope="module")
 def sparse(boxes, tmp_path_factory):
     seed_everything(0)
-    model = SparseMDOD(**DETECTOR | {"channels": 16}, num_stages=1, proposals=(3, 3))
+    model = built(SparseMDOD, **DETECTOR | {"channels": 16}, num_stages=1, proposals=(3, 3))
     engine(tmp_path_factory.mktemp("sparse"), max_epochs=2).fit(model, datamodule=boxes)
     return model.eval()
 

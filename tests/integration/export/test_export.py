@@ -17,29 +17,31 @@ pytestmark = pytest.mark.slow
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 SMALL = {"num_prototypes": 12, "image_size": (64, 96)}
+MAP_ALONE = {"advanced": {"transport_score": False}}
+PAPER = [
+    {"alpha": alpha, "num_global": 1, "start": "random", "scale": "largest", "position_quantile": 0.0}
+    | {"position_unit": None, "epsilon": 0.01, "rho": None, "tolerance": 0.0, "momentum": 0.95, "passes": 2}
+    | {"pooling": 1, "align_corners": True, "calibrate": False, "layers": [layer]}
+    for layer in ("scale2", "scale3")
+    for alpha in (0.0, 0.3)
+]
 MODELS = {
-    "filter_bank": {"backbone": "filter_bank", "layers": ["scale1", "scale2"], "transport_score": True, **SMALL},
-    "resnet18": {"layers": ["layer1", "layer2"], "pre_trained": False, "transport_score": False, **SMALL},
+    "filter_bank": {"backbone": "filter_bank", "layers": ["scale1", "scale2"], **SMALL},
+    "resnet18": {"layers": ["layer1", "layer2"], "pre_trained": False, **MAP_ALONE, **SMALL},
     "vit": {
         "backbone": "vit_tiny_patch16_224",
         "layers": ["blocks.0", "blocks.2"],
         "pre_trained": False,
-        "transport_score": False,
+        **MAP_ALONE,
         **SMALL,
     },
-    "one member": {"backbone": "filter_bank", "layers": ["scale1"], "members": [{"num_prototypes": 12}]}
-    | {"image_size": (64, 96), "transport_score": False},
+    "one member": {"backbone": "filter_bank", "layers": ["scale1"], "image_size": (64, 96)}
+    | {"advanced": {"members": [{"num_prototypes": 12}], "transport_score": False}},
     "paper": {
         "backbone": "filter_bank",
         "layers": ["scale2", "scale3"],
         "image_size": (64, 64),
-        "members": [
-            {"alpha": alpha, "num_global": 1, "start": "random", "scale": "largest", "position_quantile": 0.0}
-            | {"position_unit": None, "epsilon": 0.01, "rho": None, "tolerance": 0.0, "momentum": 0.95, "passes": 2}
-            | {"pooling": 1, "align_corners": True, "calibrate": False, "layers": [layer]}
-            for layer in ("scale2", "scale3")
-            for alpha in (0.0, 0.3)
-        ],
+        "advanced": {"members": PAPER},
         "preset": "paper",
     },
 }
@@ -79,7 +81,8 @@ def fitted(arguments):
 
 @pytest.fixture(scope="module", params=[name for name in MODELS if name != "one member"])
 def exported(request, tmp_path_factory):
-    model = fitted({**MODELS[request.param], "export_explanation": True})
+    arguments = MODELS[request.param]
+    model = fitted({**arguments, "advanced": {**arguments.get("advanced", {}), "export_explanation": True}})
     folder = tmp_path_factory.mktemp(request.param)
     path = model.to_onnx(folder) if request.param == "filter_bank" else model.to_openvino(folder)
     core = openvino.Core()
@@ -156,7 +159,7 @@ def test_an_image_alone_and_in_a_batch_of_the_exported_model(exported):
 @pytest.fixture(scope="module")
 def plain():
     """A model as it comes by default."""
-    return fitted(MODELS["one member"] | {"transport_score": True})
+    return fitted(MODELS["one member"] | {"advanced": {"members": [{"num_prototypes": 12}]}})
 
 
 def check_inferencer(inferencer, model, size):
@@ -239,7 +242,7 @@ def test_what_is_not_trained_is_not_exported(export, tmp_path):
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 160)], ids=str)
 def test_a_transformer_takes_any_image_size_that_its_patches_divide(size):
-    arguments = {**MODELS["vit"], "image_size": size, "export_explanation": True}
+    arguments = {**MODELS["vit"], "image_size": size, "advanced": {"export_explanation": True}}
     model = fitted(arguments)
     with torch.no_grad():
         out = model(images(2, (100, 100), 4))
@@ -285,7 +288,7 @@ def test_random_weights_are_seeded():
         ({"layers": ["layer1", "layer1"]}, "layer1.*twice"),
         ({"backbone": "filter_bank"}, "no layer 'layer2'.*scale1"),
         ({"layers": []}, "at least one layer"),
-        ({"members": [{"alpha": 3}]}, r"members\[0\]: alpha=3"),
+        ({"advanced": {"members": [{"alpha": 3}]}}, r"members\[0\]: alpha is 3"),
     ],
     ids=str,
 )

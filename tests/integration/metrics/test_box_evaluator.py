@@ -12,7 +12,6 @@ from rich.console import Console
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.box_batch import BoxBatch
-from anomalib_ot.integration.metrics.accumulator import BoxRecord
 from anomalib_ot.integration.metrics.evaluator import BoxEvaluator, class_table, default_evaluator
 from anomalib_ot.integration.metrics.metrics import BoxMetric, CocoPrecision, ImageAUROC
 from anomalib_ot.vision.metrics import ClassResult
@@ -184,6 +183,6 @@ class TestClassTable:
         ]
 
     def test_the_record_of_another_list_is_not_taken(self, tmp_path):
-        evaluator = BoxEvaluator(val_metrics=[CocoPrecision(record=BoxRecord())], test_metrics=[ImageAUROC()])
+        evaluator = BoxEvaluator(val_metrics=[CocoPrecision()], test_metrics=[ImageAUROC()])
         trainer(tmp_path).test(Detector(evaluator), loader(TESTED), verbose=False)
         assert evaluator.class_results == []

@@ -81,11 +81,14 @@ def torchmetrics_values(batches: list[BoxBatch], metric: MeanAveragePrecision | 
 
 def shared_metrics() -> list[AnomalibMetric]:
     record = BoxRecord()
-    return [
-        *(CocoPrecision(key, record=record) for key in ("map", "map_50", "map_75", "map_small", "map_medium")),
-        *(TianchiScore(key, record=record) for key in TIANCHI_KEYS),
-        FalsePositivesPerGoodImage(record=record),
+    metrics = [
+        *(CocoPrecision(key) for key in ("map", "map_50", "map_75", "map_small", "map_medium")),
+        *(TianchiScore(key) for key in TIANCHI_KEYS),
+        FalsePositivesPerGoodImage(),
     ]
+    for metric in metrics:
+        metric.record = record
+    return metrics
 
 
 def values(metrics: list[AnomalibMetric], batches: list[BoxBatch]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_ot import CocoBoxes, OTADetector
+from anomalib_ot.integration.checks.advanced import nested
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import write_coco
 
@@ -14,6 +15,11 @@ SMALL = {
     "pre_trained": False, "image_size": (64, 64), "channels": 32, "num_convs": 1, "num_extra": 0,
     "evaluator": False, "visualizer": False, "frozen_stages": 0,
 }  # fmt: skip
+
+
+def built(kind, **arguments):
+    """Build a model from arguments that are named beside each other."""
+    return kind(**nested(arguments, kind.options))
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +45,9 @@ def engine(folder, **arguments):
 @pytest.mark.slow
 def test_after_resuming_the_new_model_is_tested(data, tmp_path, caplog):
     first = engine(tmp_path, max_epochs=1)
-    first.fit(OTADetector(**SMALL), datamodule=data)
+    first.fit(built(OTADetector, **SMALL), datamodule=data)
     old = first.trainer.checkpoint_callback.best_model_path
-    model, second = OTADetector(**SMALL), engine(tmp_path, max_epochs=2)
+    model, second = built(OTADetector, **SMALL), engine(tmp_path, max_epochs=2)
     second.train(model, datamodule=data, ckpt_path=old)
     new = second.trainer.checkpoint_callback.best_model_path
     assert new != old
@@ -59,7 +65,7 @@ def is_equal(model, state):
 
 @pytest.mark.parametrize("names", [["square"], ["square", "bar"], ["bar", "square", "hole"]])
 def test_other_classes_than_the_datas(data, tmp_path, names):
-    model = OTADetector(**SMALL, class_names=names)
+    model = built(OTADetector, **SMALL, class_names=names)
     message = f"^the data have the classes bar, square, the model has {', '.join(names)} .*--model.class_names"
     with pytest.raises(InputError, match=message):
         engine(tmp_path, max_epochs=1).fit(model, datamodule=data)

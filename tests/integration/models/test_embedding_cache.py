@@ -65,6 +65,14 @@ def test_neither_order_nor_batches_matter(max_bytes, batch):
     assert_equal(filled(shuffled(range(20), batch), batch, max_bytes).patches(), reference)
 
 
+@pytest.mark.parametrize("unit", ["images", "tiles"])
+def test_a_sample_is_told_in_the_units_of_what_the_network_sees(unit, caplog):
+    cache = filled(range(9), max_bytes=4 * BYTES)
+    cache.unit = unit
+    cache.patches()
+    assert f"The fit uses 4 of 9 training {unit}" in caplog.text
+
+
 def test_a_fit_of_shuffled_images_is_bit_equal():
     members = make_members("default", ["fine", "coarse"], num_prototypes=6, passes=2)
     models = []

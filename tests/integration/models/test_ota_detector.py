@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.transforms.v2 import Identity
 
 from anomalib_ot import CocoBoxes, OTADetector, SinkhornNMS
+from anomalib_ot.integration.checks.advanced import nested
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import write_coco
 from anomalib_ot.integration.models.ota_options import PRESETS
@@ -27,6 +28,11 @@ SMALL = {
     "pre_trained": False, "image_size": (96, 96), "channels": 32, "num_convs": 1, "num_extra": 1,
     "evaluator": False, "visualizer": False,
 }  # fmt: skip
+
+
+def built(kind, **arguments):
+    """Build a model from arguments that are named beside each other."""
+    return kind(**nested(arguments, kind.options))
 
 
 def draw(root, count=8, size=(96, 120), seed=0, names=("square", "bar")):
@@ -71,7 +77,7 @@ def engine(folder, **arguments):
 def trained(shapes, tmp_path_factory):
     """A detector that has memorised eight images, and its checkpoint."""
     seed_everything(0)
-    model = OTADetector(**SMALL | {"lr": 3e-3, "frozen_stages": 0})
+    model = built(OTADetector, **SMALL | {"lr": 3e-3, "frozen_stages": 0})
     runner = engine(tmp_path_factory.mktemp("trained"), max_epochs=60)
     runner.fit(model, datamodule=data(shapes))
     return model.eval(), runner.trainer.checkpoint_callback.best_model_path
@@ -88,7 +94,7 @@ def test_it_learns(trained, shapes, tmp_path):
 
 
 def test_a_checkpoint_made_without_an_evaluator_is_tested_with_one(trained, shapes, tmp_path):
-    model = OTADetector(**SMALL | {"evaluator": True})
+    model = built(OTADetector, **SMALL | {"evaluator": True})
     figures = engine(tmp_path).test(model, datamodule=data(shapes), ckpt_path=trained[1])[0]
     assert figures["map_50"] > 0.9
 
@@ -139,17 +145,30 @@ def test_checkpoint_brings_the_whole_model(trained):
 
 def test_a_checkpoint_decides_about_the_network(trained, shapes, tmp_path):
     model, path = trained
-    other = OTADetector(**SMALL | {"channels": 64, "num_convs": 2, "image_size": (64, 64)})
+    other = built(OTADetector, **SMALL | {"channels": 64, "num_convs": 2, "image_size": (64, 64)})
     (batch,) = engine(tmp_path).predict(other, datamodule=data(shapes, eval_batch_size=8), ckpt_path=path)
     (expected,) = engine(tmp_path).predict(model, datamodule=data(shapes, eval_batch_size=8))
     torch.testing.assert_close(batch.pred_boxes, expected.pred_boxes)
-    assert other.hparams["channels"] == 32
+    assert other.arguments["channels"] == 32
+
+
+def test_a_checkpoint_with_all_arguments_beside_each_other_loads(tmp_path):
+    options = {"score_threshold": 0.2, "max_detections": 7, "epochs": 3, "assigner": "simota", "nms": "none"}
+    model = built(OTADetector, **SMALL | options, class_names=["a"])
+    content = {"state_dict": model.state_dict(), "pytorch-lightning_version": "2.6.0"}
+    content["hyper_parameters"] = dict(model.arguments)
+    torch.save(content, tmp_path / "old.ckpt")
+    loaded = OTADetector.load_from_checkpoint(tmp_path / "old.ckpt", **QUIET)
+    assert loaded.hparams == model.hparams
+    assert (loaded.epochs, loaded.model.decoding.max_detections, loaded.model.decoding.score_threshold) == (3, 7, 0.2)
+    with pytest.raises(InputError, match="channels is an argument of OTADetector no more; expected it in advanced"):
+        OTADetector(channels=32)
 
 
 def test_resuming_continues(shapes, tmp_path):
     seed_everything(0)
     first = engine(tmp_path, max_epochs=1)
-    first.fit(OTADetector(**SMALL), datamodule=data(shapes))
+    first.fit(built(OTADetector, **SMALL), datamodule=data(shapes))
     path = first.trainer.checkpoint_callback.best_model_path
     before = torch.load(path, weights_only=False)
 
@@ -161,7 +180,9 @@ def test_resuming_continues(shapes, tmp_path):
             )
 
     start = Start()
-    model = OTADetector(**SMALL | {"pre_trained": True, "backbone_weights": "nowhere.safetensors"})  # is not asked for
+    model = built(
+        OTADetector, **SMALL | {"pre_trained": True, "backbone_weights": "nowhere.safetensors"}
+    )  # is not asked for
     second = engine(tmp_path, max_epochs=2, callbacks=[start])
     second.fit(model, datamodule=data(shapes), ckpt_path=path)
     assert (start.step, second.trainer.global_step) == (2, 4)
@@ -172,7 +193,7 @@ def test_two_trainings_with_one_seed_are_equal(shapes, tmp_path):
     models = []
     for run in range(2):
         seed_everything(3)
-        models.append(OTADetector(**SMALL))
+        models.append(built(OTADetector, **SMALL))
         engine(tmp_path / str(run), max_epochs=1).fit(models[-1], datamodule=data(shapes))
     for ours, theirs in zip(*(model.state_dict().values() for model in models), strict=True):
         assert torch.equal(ours, theirs)
@@ -180,7 +201,7 @@ def test_two_trainings_with_one_seed_are_equal(shapes, tmp_path):
 
 @pytest.mark.parametrize(("asked", "epochs"), [({"max_epochs": 3}, 3), ({"max_steps": 3}, 2), ({}, 2)])
 def test_the_number_of_epochs_is_the_users(shapes, tmp_path, asked, epochs):
-    model = OTADetector(**SMALL | {"epochs": 2})
+    model = built(OTADetector, **SMALL | {"epochs": 2})
     runner = engine(tmp_path, **asked)
     runner.fit(model, datamodule=data(shapes))
     assert runner.trainer.current_epoch == epochs
@@ -199,7 +220,7 @@ def test_the_usual_number_of_epochs_follows_the_data():
         estimated_stepping_batches = 1
         num_training_batches = 0
 
-    model = OTADetector(**SMALL)
+    model = built(OTADetector, **SMALL)
     for batches, epochs in ((15, 67), (3, 100), (500, 12)):
         trainer = Trainer()
         trainer.num_training_batches = batches
@@ -211,7 +232,7 @@ def test_the_usual_number_of_epochs_follows_the_data():
 @pytest.mark.parametrize("assigner", ["ota", "simota", "fcos"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_assigner_and_preset_trains(shapes, tmp_path, assigner, preset):
-    model = OTADetector(**SMALL | {"assigner": assigner, "preset": preset, "channels": 16})
+    model = built(OTADetector, **SMALL | {"assigner": assigner, "preset": preset, "channels": 16})
     engine(tmp_path, max_epochs=1).fit(model, datamodule=data(shapes))
     assert all(value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point())
 
@@ -233,7 +254,7 @@ def test_the_paper_preset_is_the_published_one():
 
 
 def test_mixed_precision_trains_and_assigns_in_full(shapes, tmp_path):
-    model = OTADetector(**SMALL)
+    model = built(OTADetector, **SMALL)
     engine(tmp_path, max_epochs=1, precision="bf16-mixed").fit(model, datamodule=data(shapes))
     assert all(value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point())
 
@@ -247,7 +268,7 @@ def test_images_without_any_box_train(tmp_path):
                 self.train_data.subsample(empty[empty].index.tolist(), inplace=True)
 
     root = draw(tmp_path / "set")
-    model = OTADetector(**SMALL)
+    model = built(OTADetector, **SMALL)
     settings = {"train_json": "boxes.json", "val_json": "boxes.json", "image_dir": "images", "train_batch_size": 2}
     engine(tmp_path, max_epochs=1).fit(model, datamodule=OnlyGood(root=root, **settings))
     assert model.is_fitted
@@ -258,7 +279,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     for devices, batch_size in ((1, 4), (2, 2)):
         seed_everything(0)
         models.append(
-            OTADetector(**SMALL, frozen_norm=True, class_names=["square", "bar"])
+            built(OTADetector, **SMALL, frozen_norm=True, class_names=["square", "bar"])
         )  # processes hand back weights alone
         several = {"devices": 2, "strategy": "ddp_spawn"} if devices == 2 else {}
         datamodule = data(root, train_batch_size=batch_size, train_augmentations=Identity(), num_workers=0)
@@ -274,7 +295,7 @@ def test_two_processes_train_what_one_does(tmp_path):
 
 @pytest.mark.parametrize("frozen", [True, None])
 def test_frozen_batch_norm_keeps_its_statistics(frozen, shapes, tmp_path):
-    model = OTADetector(**SMALL, frozen_norm=frozen)
+    model = built(OTADetector, **SMALL, frozen_norm=frozen)
     engine(tmp_path, max_epochs=1).fit(model, datamodule=data(shapes))
     buffers = dict(model.model.feature_extractor.named_buffers())
     means = [value for name, value in buffers.items() if name.endswith("running_mean")]
@@ -293,7 +314,7 @@ QUIET = {"evaluator": False, "visualizer": False}
 def end_to_end(shapes, tmp_path_factory):
     """A detector with two branches that has memorised eight images, and its checkpoint."""
     seed_everything(0)
-    model = OTADetector(**SMALL | {"lr": 3e-3, "frozen_stages": 0, "end_to_end": True})
+    model = built(OTADetector, **SMALL | {"lr": 3e-3, "frozen_stages": 0, "end_to_end": True})
     runner = engine(tmp_path_factory.mktemp("end_to_end"), max_epochs=60)
     runner.fit(model, datamodule=data(shapes))
     return model.eval(), runner.trainer.checkpoint_callback.best_model_path
@@ -339,11 +360,11 @@ def test_a_checkpoint_decides_about_the_branch(trained, end_to_end, shapes, tmp_
     torch.save(state, tmp_path / "old.ckpt")
     old = OTADetector.load_from_checkpoint(tmp_path / "old.ckpt", **QUIET)
     assert old.hparams["end_to_end"] is False
-    asked = OTADetector(**SMALL | {"end_to_end": True})
+    asked = built(OTADetector, **SMALL | {"end_to_end": True})
     engine(tmp_path).predict(asked, datamodule=data(shapes), ckpt_path=tmp_path / "old.ckpt")
     assert asked.model.head.one_to_one is None
     assert "end_to_end=False (not True)" in caplog.text
-    plain = OTADetector(**SMALL)
+    plain = built(OTADetector, **SMALL)
     engine(tmp_path).predict(plain, datamodule=data(shapes), ckpt_path=end_to_end[1])
     assert plain.model.decoding.one_to_one
 
@@ -418,7 +439,7 @@ def test_onnx_is_written(whole, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"assigner": "otta"}, r"assigner is 'otta', which is not known \(did you mean 'ota'\?\)"),
+        ({"assigner": "otta"}, r"assigner is 'otta'; expected one of 'ota', 'simota', 'fcos'; did you mean 'ota'\?"),
         ({"assigner_args": {"tops": 3}}, r"assigner_args is 'tops', .*did you mean 'top'"),
         ({"preset": "papers"}, "preset is 'papers'.*'paper'"),
         ({"backbone": "filter_bank"}, "filter_bank.*does not learn"),
@@ -428,39 +449,39 @@ def test_onnx_is_written(whole, tmp_path):
         ({"layers": ["layer9"]}, "has no layer 'layer9'"),
         ({"image_size": (32, 96)}, "image_size is .*at least 64"),
         ({"tile_size": (10, 10)}, "tile_size is .*at least 64"),
-        ({"tile_overlap": 1.0}, "tile_overlap is 1.0; expected a part of the tile from 0 to 0.9"),
+        ({"tile_overlap": 1.0}, "tile_overlap is 1.0; expected a number from 0 to 0.9"),
         ({"channels": 40}, "channels is 40; expected a multiple of 32"),
-        ({"num_convs": 0}, "num_convs is 0; expected at least 1"),
+        ({"num_convs": 0}, "num_convs is 0; expected a whole number of at least 1"),
         ({"frozen_stages": 9}, "frozen_stages is 9; backbone 'resnet18' has 5"),
-        ({"nms": "soft"}, "nms is 'soft'.*hard, none"),
+        ({"nms": "soft"}, "nms is 'soft'; expected one of 'hard', 'none'"),
         ({"nms_threshold": 2}, "nms_threshold is 2; expected a number from 0 to 1"),
         ({"score_threshold": -1}, "score_threshold is -1"),
         ({"image_threshold": 1.5}, "image_threshold is 1.5"),
-        ({"max_detections": 0}, "max_detections is 0; expected at least 1"),
+        ({"max_detections": 0}, "max_detections is 0; expected a whole number of at least 1"),
         ({"lr": 0.0}, "lr is 0.0; expected a number above 0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
-        ({"epochs": 0}, "epochs is 0; expected at least 1"),
+        ({"epochs": 0}, "epochs is 0; expected a whole number of at least 1"),
         ({"class_names": []}, "class_names is empty"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(InputError, match=message):
-        OTADetector(**arguments)
+        built(OTADetector, **arguments)
 
 
 def test_an_untrained_model_has_nothing_to_say(shapes, tmp_path):
     for act in ("test", "predict"):
         with pytest.raises(InputError, match=f"OTADetector model is not trained, there is nothing to {act}"):
-            getattr(engine(tmp_path), act)(OTADetector(**SMALL), datamodule=data(shapes))
+            getattr(engine(tmp_path), act)(built(OTADetector, **SMALL), datamodule=data(shapes))
     with pytest.raises(InputError, match="nothing to export"):
-        OTADetector(**SMALL).to_onnx(tmp_path)
+        built(OTADetector, **SMALL).to_onnx(tmp_path)
 
 
 def test_other_classes_than_the_checkpoints(trained, tmp_path):
     _, path = trained
     root = draw(tmp_path / "other", names=("bar", "square"))
     with pytest.raises(InputError, match=r"trained on the classes square, bar, the data or the arg.* bar, square"):
-        engine(tmp_path).test(OTADetector(**SMALL), datamodule=data(root), ckpt_path=path)
+        engine(tmp_path).test(built(OTADetector, **SMALL), datamodule=data(root), ckpt_path=path)
 
 
 def test_data_without_boxes(tmp_path):
@@ -469,7 +490,7 @@ def test_data_without_boxes(tmp_path):
     draw(tmp_path / "set")
     folder = Folder(name="plain", root=tmp_path / "set", normal_dir="images")
     with pytest.raises(InputError, match=r"data plain has no boxes.*CocoBoxes"):
-        engine(tmp_path, max_epochs=1).fit(OTADetector(**SMALL), datamodule=folder)
+        engine(tmp_path, max_epochs=1).fit(built(OTADetector, **SMALL), datamodule=folder)
 
 
 def test_a_loss_that_is_no_number_names_the_images(shapes, tmp_path):
@@ -479,7 +500,7 @@ def test_a_loss_that_is_no_number_names_the_images(shapes, tmp_path):
                 pl_module.model.head.class_logits.bias.data.fill_(float("nan"))
 
     with pytest.raises(InputError, match=r"training loss is nan at step 1; lower --model.lr .*images.*\.png"):
-        engine(tmp_path, max_epochs=1, callbacks=[Poison()]).fit(OTADetector(**SMALL), datamodule=data(shapes))
+        engine(tmp_path, max_epochs=1, callbacks=[Poison()]).fit(built(OTADetector, **SMALL), datamodule=data(shapes))
 
 
 def test_a_checkpoint_of_another_model(trained, tmp_path):
@@ -492,8 +513,8 @@ def test_a_checkpoint_of_another_model(trained, tmp_path):
 
 
 def test_more_objects_than_slots(shapes, tmp_path, caplog):
-    model = OTADetector(**SMALL | {"max_detections": 1})
+    model = built(OTADetector, **SMALL | {"max_detections": 1})
     engine(tmp_path, max_epochs=1).fit(model, datamodule=data(shapes))
     (line,) = [record.getMessage() for record in caplog.records if "more boxes than" in record.getMessage()]
     assert "6 image(s) have more boxes than the detector returns (1)" in line
-    assert "01.png with 2; raise --model.max_detections" in line
+    assert "01.png with 2; raise --model.advanced.max_detections" in line

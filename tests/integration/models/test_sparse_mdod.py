@@ -14,9 +14,11 @@ from torchvision.transforms.v2 import Identity
 
 from anomalib_ot import CocoBoxes, SinkhornNMS, SparseMDOD
 from anomalib_ot.detection.mixture import mixture_losses
+from anomalib_ot.detection.set_loss import MATCHERS
+from anomalib_ot.integration.checks.advanced import nested
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import write_coco
-from anomalib_ot.integration.models.sparse_options import OBJECTIVES, SPARSE_PRESETS
+from anomalib_ot.integration.models.sparse_options import SPARSE_PRESETS
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +26,11 @@ SMALL = {
     "pre_trained": False, "image_size": (64, 64), "channels": 16, "num_stages": 2, "proposals": (3, 3),
     "layers": ["layer1", "layer2"], "num_extra": 1, "evaluator": False, "visualizer": False,
 }  # fmt: skip
+
+
+def built(kind, **arguments):
+    """Build a model from arguments that are named beside each other."""
+    return kind(**nested(arguments, kind.options))
 
 
 def draw(root, count=8, side=96):
@@ -72,7 +79,7 @@ def trained(shapes, tmp_path_factory):
     """A detector that has memorised eight images, and its checkpoint."""
     seed_everything(0)
     larger = {"channels": 32, "num_stages": 3, "image_size": (96, 96), "frozen_stages": 0, "coord_unit": 8.0}
-    model = SparseMDOD(**SMALL | larger | {"lr": 2e-3})
+    model = built(SparseMDOD, **SMALL | larger | {"lr": 2e-3})
     runner = engine(tmp_path_factory.mktemp("trained"), max_epochs=130)
     runner.fit(model, datamodule=data(shapes, train_augmentations=Identity()))
     return model.eval(), runner.trainer.checkpoint_callback.best_model_path
@@ -112,11 +119,11 @@ def test_checkpoint_brings_the_whole_model(trained, shapes, tmp_path):
     with torch.no_grad():
         for ours, theirs in zip(model(images), loaded(images), strict=True):
             torch.testing.assert_close(ours, theirs)
-    other = SparseMDOD(**SMALL)
+    other = built(SparseMDOD, **SMALL)
     (batch,) = engine(tmp_path).predict(other, datamodule=data(shapes, eval_batch_size=8), ckpt_path=path)
     (expected,) = engine(tmp_path).predict(model, datamodule=data(shapes, eval_batch_size=8))
     torch.testing.assert_close(batch.pred_boxes, expected.pred_boxes)
-    assert other.hparams["num_stages"] == 3
+    assert other.arguments["num_stages"] == 3
 
 
 def test_exported_boxes_equal_torch(trained, shapes, tmp_path):
@@ -135,10 +142,10 @@ def test_exported_boxes_equal_torch(trained, shapes, tmp_path):
             np.testing.assert_allclose(found[name], value.numpy(), atol=1e-2, rtol=1e-3)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ["mixture", *MATCHERS])
 @pytest.mark.parametrize("preset", SPARSE_PRESETS)
 def test_every_objective_and_preset_trains(shapes, tmp_path, objective, preset):
-    model = SparseMDOD(**SMALL | {"objective": objective, "preset": preset})
+    model = built(SparseMDOD, **SMALL | {"objective": objective, "preset": preset})
     engine(tmp_path, max_epochs=1).fit(model, datamodule=data(shapes))
     assert all(value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point())
 
@@ -148,7 +155,7 @@ def test_two_trainings_with_one_seed_are_equal_in_mixed_precision_too(shapes, tm
         models = []
         for run in range(2):
             seed_everything(3)
-            models.append(SparseMDOD(**SMALL))
+            models.append(built(SparseMDOD, **SMALL))
             engine(tmp_path / precision / str(run), max_epochs=1, precision=precision).fit(
                 models[-1], datamodule=data(shapes)
             )
@@ -167,7 +174,7 @@ def test_good_images_teach_only_with_a_presence_weight(tmp_path, weight):
                 self.train_data.subsample(empty[empty].index.tolist(), inplace=True)
 
     root = draw(tmp_path / "set")
-    model = SparseMDOD(**SMALL | {"presence_weight": weight, "class_names": ["square", "bar"]})
+    model = built(SparseMDOD, **SMALL | {"presence_weight": weight, "class_names": ["square", "bar"]})
     before = model.model.head.stages[0].interaction.merge_norm.bias.clone()
     settings = {"train_json": "boxes.json", "val_json": "boxes.json", "image_dir": "images", "train_batch_size": 2}
     engine(tmp_path, max_epochs=1).fit(model, datamodule=OnlyGood(root=root, **settings))
@@ -176,7 +183,7 @@ def test_good_images_teach_only_with_a_presence_weight(tmp_path, weight):
 
 
 def test_sinkhorn_nms_trains_and_predicts_with_it(shapes, tmp_path):
-    model = SparseMDOD(**SMALL | {"score_threshold": 0.0}, post_processor=SinkhornNMS(train_weight=1.0))
+    model = built(SparseMDOD, **SMALL | {"score_threshold": 0.0}, post_processor=SinkhornNMS(train_weight=1.0))
     assert model.suppression() == {"nms": "none", "max_detections": 300}
     runner = engine(tmp_path, max_epochs=1)
     runner.fit(model, datamodule=data(shapes))
@@ -195,7 +202,7 @@ def test_the_weight_of_mcm_rises_in_the_training(shapes, tmp_path, monkeypatch):
         return mixture_losses(*arguments, mcm_weight=mcm_weight, **others)
 
     monkeypatch.setattr("anomalib_ot.integration.models.sparse_mdod.mixture_losses", noting)
-    model = SparseMDOD(**SMALL | {"mcm_weight": 0.8, "mcm_rise": [0.25, 0.75]})
+    model = built(SparseMDOD, **SMALL | {"mcm_weight": 0.8, "mcm_rise": [0.25, 0.75]})
     engine(tmp_path, max_epochs=4).fit(model, datamodule=data(shapes))
     assert seen == pytest.approx([0, 0, 0, 0.2, 0.4, 0.6, 0.8, 0.8])
 
@@ -235,7 +242,7 @@ def test_a_loss_that_is_no_number_names_the_images(shapes, tmp_path, objective, 
             if batch_idx == 1:
                 pl_module.model.head.get_parameter(where).data.fill_(float("nan"))
 
-    model = SparseMDOD(**SMALL | {"objective": objective})
+    model = built(SparseMDOD, **SMALL | {"objective": objective})
     with pytest.raises(InputError, match=r"training loss is nan at step 1; lower --model.lr .*images.*\.png"):
         engine(tmp_path, max_epochs=1, callbacks=[Poison()]).fit(model, datamodule=data(shapes))
 
@@ -253,12 +260,15 @@ def test_poisoned_weights_predict_nothing(trained, shapes, tmp_path):
     ("arguments", "message"),
     [
         ({"preset": "papers"}, "preset is 'papers'.*'paper'"),
-        ({"objective": "hungary"}, "objective is 'hungary'.*'hungarian'.*mixture, hungarian, sinkhorn"),
+        (
+            {"objective": "hungary"},
+            "objective is 'hungary'; expected one of 'mixture', .*; did you mean 'hungarian'",
+        ),
         ({"proposals": (3,)}, r"proposals is \[3\]; expected the rows and columns of a grid"),
         ({"proposals": (0, 3)}, r"proposals is \[0, 3\]"),
-        ({"num_stages": 0}, "num_stages is 0; expected at least 1"),
+        ({"num_stages": 0}, "num_stages is 0; expected a whole number of at least 1"),
         ({"channels": 20}, "channels is 20; expected a multiple of 8"),
-        ({"coord_unit": 0.0}, "coord_unit is 0.0; expected a finite number of pixels above 0"),
+        ({"coord_unit": 0.0}, "coord_unit is 0.0; expected a finite number above 0"),
         ({"mcm_weight": 1.5}, "mcm_weight is 1.5; expected a number from 0 to 1"),
         ({"mcm_rise": [0.7, 0.3]}, r"mcm_rise is \[0.7, 0.3\]; expected two parts of the training"),
         ({"mcm_rise": [0.5]}, r"mcm_rise is \[0.5\]; expected two parts of the training"),
@@ -268,14 +278,14 @@ def test_poisoned_weights_predict_nothing(trained, shapes, tmp_path):
         ({"backbone": "filter_bank"}, "filter_bank.*does not learn"),
         ({"layers": ["layer1", "layer3"]}, r"strides \[4, 16\]; expected layers whose strides double"),
         ({"image_size": (32, 96)}, "image_size is .*at least 64"),
-        ({"nms": "soft"}, "nms is 'soft'.*hard, none"),
-        ({"max_detections": 0}, "max_detections is 0; expected at least 1"),
+        ({"nms": "soft"}, "nms is 'soft'; expected one of 'hard', 'none'"),
+        ({"max_detections": 0}, "max_detections is 0; expected a whole number of at least 1"),
         ({"image_threshold": 1.5}, "image_threshold is 1.5"),
         ({"lr": 0.0}, "lr is 0.0; expected a number above 0"),
-        ({"epochs": 0}, "epochs is 0; expected at least 1"),
+        ({"epochs": 0}, "epochs is 0; expected a whole number of at least 1"),
         ({"class_names": []}, "class_names is empty"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(InputError, match=message):
-        SparseMDOD(**arguments)
+        built(SparseMDOD, **arguments)

@@ -101,11 +101,11 @@ def test_as_many_epochs_as_the_trainer_says(fit, reference):
 
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_as_many_epochs_as_the_model_says_where_the_trainer_says_nothing(epochs, fit):
-    assert fit(model(epochs=epochs)).trainer.current_epoch == epochs
+    assert fit(model(advanced={"epochs": epochs})).trainer.current_epoch == epochs
 
 
 def test_every_batch_is_a_step(fit):
-    assert fit(model(epochs=2)).trainer.global_step == 4
+    assert fit(model(advanced={"epochs": 2})).trainer.global_step == 4
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,11 @@ def test_batches_and_their_order_do_not_matter(make, fit, data):
     assert_equal(one, again)
 
 
-@pytest.mark.parametrize("changes", [{}, {"transport_score": True}, {"preset": "paper", "num_global": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"advanced": {"transport_score": True}}, {"preset": "paper", "advanced": {"num_global": 1}}],
+    ids=str,
+)
 def test_resuming_equals_going_on(changes, fit):
     if "preset" in changes:
         changes = changes | {"num_prototypes": None, "layers": ["scale2"]}
@@ -205,7 +209,8 @@ def test_a_second_training_of_the_same_model_starts_anew(fit, reference, tmp_pat
 
 
 def test_the_seed_of_the_model_is_the_only_one(fit):
-    arguments = {"members": [{"num_global": 1, "start": "random", "passes": 1}], "num_prototypes": None}
+    members = [{"num_global": 1, "start": "random", "passes": 1}]
+    arguments = {"advanced": {"members": members}, "num_prototypes": None}
     one, same, other = model(seed=1, **arguments), model(seed=1, **arguments), model(seed=2, **arguments)
     for number, trained in enumerate((one, same, other)):
         torch.manual_seed(number)
@@ -272,7 +277,7 @@ def test_true_half_precision_is_refused(precision, fit):
 def test_the_cache_keeps_to_its_bound_and_is_gone_afterwards(fit, caplog):
     embedded = model().model.embed(torch.zeros(1, 3, *SIZE))
     size = sum(embeddings.nbytes for embeddings, _ in embedded.values())
-    trained = model(max_cached_gb=3.5 * size / 1e9)
+    trained = model(advanced={"max_cached_gb": 3.5 * size / 1e9})
     used = fit(trained)
     assert "The fit uses 3 of 6 training images" in caplog.text
     assert len(trained._cache) == 0
@@ -287,7 +292,7 @@ def little():
 
 
 def test_with_a_folder_the_fit_uses_all_images_and_leaves_no_file(fit, reference, little, tmp_path, caplog):
-    trained = model(max_cached_gb=little, cache_dir=tmp_path / "cache")
+    trained = model(advanced={"max_cached_gb": little, "cache_dir": tmp_path / "cache"})
     fit(trained)
     assert_equal(trained, reference)
     assert "The fit uses" not in caplog.text
@@ -295,7 +300,7 @@ def test_with_a_folder_the_fit_uses_all_images_and_leaves_no_file(fit, reference
 
 
 def test_two_processes_with_a_folder_train_what_one_does(fit, odd, little, in_two_processes, tmp_path):
-    alone, together = model(), model(max_cached_gb=little, cache_dir=tmp_path / "cache")
+    alone, together = model(), model(advanced={"max_cached_gb": little, "cache_dir": tmp_path / "cache"})
     fit(alone, odd)
     fit(together, odd, **in_two_processes)
     assert_equal(alone, together, tolerance=1e-5)
@@ -304,12 +309,12 @@ def test_two_processes_with_a_folder_train_what_one_does(fit, odd, little, in_tw
 
 def test_a_fit_that_fails_leaves_no_file(fit, little, tmp_path):
     with pytest.raises(InputError, match="only 1536 training patches"):
-        fit(model(max_cached_gb=little, cache_dir=tmp_path, num_prototypes=9000))
+        fit(model(advanced={"max_cached_gb": little, "cache_dir": tmp_path}, num_prototypes=9000))
     assert not list(tmp_path.glob("embeddings_*"))
 
 
 def test_a_pass_that_fails_leaves_no_file(fit, little, tmp_path, monkeypatch):
-    trained = model(max_cached_gb=little, cache_dir=tmp_path / "cache")
+    trained = model(advanced={"max_cached_gb": little, "cache_dir": tmp_path / "cache"})
     add, written = trained._cache.add, []
 
     def fail_late(*args):
@@ -328,14 +333,14 @@ def test_a_pass_that_fails_leaves_no_file(fit, little, tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_to_stops_the_training_at_once(fit, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cache_dir .* cannot be written to"):
-        fit(model(cache_dir=tmp_path / "file"))
+        fit(model(advanced={"cache_dir": tmp_path / "file"}))
 
 
 # ---- checkpoints
 
 
 def test_a_checkpoint_is_plain_data_and_restores_every_bit(fit):
-    trained = model(num_prototypes=5, transport_score=True)
+    trained = model(num_prototypes=5, advanced={"transport_score": True})
     checkpoint = written(fit(trained))
     saved = torch.load(checkpoint, weights_only=True)
     assert not [name for name in saved["state_dict"] if "cache" in name]
@@ -348,9 +353,34 @@ def test_a_checkpoint_is_plain_data_and_restores_every_bit(fit):
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("version", ["0.1", "nested"])
+def test_checkpoints_with_all_arguments_beside_each_other_load(version, fit):
+    options = {
+        "alpha": 0.2,
+        "smoothing": 2.0,
+        "transport_score": False,
+        "epochs": 3,
+        "max_cached_gb": 2.0,
+        "score": "max",
+    }
+    trained = model(advanced=options)
+    checkpoint = written(fit(trained, max_epochs=1))
+    saved = torch.load(checkpoint, weights_only=True)
+    if version == "0.1":
+        saved["hyper_parameters"] |= saved["hyper_parameters"].pop("advanced")
+        torch.save(saved, checkpoint)
+    loaded = OTPrototypes.load_from_checkpoint(checkpoint)
+    assert_equal(loaded, trained)
+    assert loaded.hparams == trained.hparams
+    assert loaded.epochs == 3
+    other = OTPrototypes.load_from_checkpoint(checkpoint, advanced={"smoothing": 1.0, "epochs": 2})
+    assert other.epochs == 2
+    assert (other.hparams["advanced"]["smoothing"], other.hparams["advanced"]["max_cached_gb"]) == (1.0, 2.0)
+
+
 def test_arguments_given_on_loading_win(fit):
     checkpoint = written(fit(model()))
-    assert OTPrototypes.load_from_checkpoint(checkpoint, alpha=0.9).model.banks[0].member.alpha == 0.9
+    assert OTPrototypes.load_from_checkpoint(checkpoint, advanced={"alpha": 0.9}).model.banks[0].member.alpha == 0.9
 
 
 def test_a_checkpoint_needs_no_weights_and_no_hub(fit, data, engine, tmp_path, monkeypatch):
@@ -372,7 +402,7 @@ def test_a_checkpoint_brings_its_size_to_the_data(fit, data, engine):
     trained = model(image_size=(64, 48))
     used = fit(trained)
     checkpoint, before = written(used), used.test(model=trained, datamodule=data(), verbose=False)
-    other = model(image_size=(96, 96), alpha=0.8)
+    other = model(image_size=(96, 96), advanced={"alpha": 0.8})
     datamodule = data()
     assert engine().test(model=other, datamodule=datamodule, ckpt_path=checkpoint, verbose=False) == before
     assert tuple(datamodule.test_data[0].image.shape[-2:]) == (64, 48)

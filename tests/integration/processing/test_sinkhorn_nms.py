@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from anomalib_ot import CocoBoxes, OTADetector, OTPrototypes, SinkhornNMS, SparseMDOD, SyntheticFabric
+from anomalib_ot.integration.checks.advanced import nested
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import write_coco
 from anomalib_ot.postprocess import masks_in_boxes
@@ -27,6 +28,11 @@ SMALL = {
 }  # fmt: skip
 SHARP = {"max_candidates": 512, "settings": {"overlap_softness": 1e-6, "order_softness": 1e-8}}
 TERMS = {"region_score", "region_l1", "region_giou", "duplicate"}
+
+
+def built(kind, **arguments):
+    """Build a model from arguments that are named beside each other."""
+    return kind(**nested(arguments, kind.options))
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +70,16 @@ def engine(folder, **arguments):
 def checkpoint(shapes, tmp_path_factory):
     """A checkpoint of a detector that has memorised eight images, trained without any post-processor."""
     seed_everything(0)
-    model = OTADetector(**SMALL)
+    model = built(OTADetector, **SMALL)
     runner = engine(tmp_path_factory.mktemp("trained"), max_epochs=40)
     runner.fit(model, datamodule=data(shapes))
     return runner.trainer.checkpoint_callback.best_model_path
 
 
 def loaded(path, **arguments):
-    return OTADetector.load_from_checkpoint(path, **{"evaluator": False, "visualizer": False} | arguments).eval()
+    return OTADetector.load_from_checkpoint(
+        path, **nested({"evaluator": False, "visualizer": False} | arguments, OTADetector.options)
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +192,7 @@ def test_test_reads_it_from_a_file(anomalib, checkpoint, shapes, tmp_path):
     ("arguments", "line"),
     [
         ({"decode": "best"}, "decode is 'best'; expected one of 'select', 'merge'"),
-        ({"max_candidates": "many"}, "--model.post_processor.max_candidates is 'many'; expected int"),
+        ({"max_candidates": "many"}, "--model.post_processor.max_candidates is 'many'; expected a whole number"),
         (
             {"name": "SinkhornNms"},
             "--model.post_processor is 'SinkhornNms'; expected PostProcessor | bool, did you mean 'SinkhornNMS'?",
@@ -219,7 +227,7 @@ def test_a_value_of_nms_is_short_for_a_post_processor(checkpoint, images, decode
 
 def test_what_nms_was_short_for_is_kept_and_can_be_left_out(checkpoint, shapes, images, tmp_path):
     runner = engine(tmp_path, max_epochs=41)
-    runner.fit(OTADetector(**SMALL, nms="sinkhorn_merge"), datamodule=data(shapes), ckpt_path=checkpoint)
+    runner.fit(built(OTADetector, **SMALL, nms="sinkhorn_merge"), datamodule=data(shapes), ckpt_path=checkpoint)
     path = runner.trainer.checkpoint_callback.best_model_path
     assert loaded(path).post_processor.arguments == SinkhornNMS("merge").arguments
     equal(
@@ -232,9 +240,9 @@ def test_what_nms_was_short_for_is_kept_and_can_be_left_out(checkpoint, shapes, 
 def test_nms_and_a_post_processor_are_one_too_many():
     for given in (False, SinkhornNMS()):
         with pytest.raises(InputError, match="nms is 'sinkhorn_merge', which is short for a post_processor"):
-            OTADetector(**SMALL, nms="sinkhorn_merge", post_processor=given)
+            built(OTADetector, **SMALL, nms="sinkhorn_merge", post_processor=given)
     with pytest.raises(InputError, match="did you mean 'sinkhorn_merge'"):
-        OTADetector(**SMALL, nms="sinkhorn_merg")
+        built(OTADetector, **SMALL, nms="sinkhorn_merg")
 
 
 # ---- checkpoints
@@ -245,7 +253,7 @@ def own_checkpoint(checkpoint, shapes, tmp_path_factory):
     """A checkpoint of a training with a post-processor of other than the usual arguments, resumed from one without."""
     nms = SinkhornNMS("merge", threshold=0.4, settings={"epsilon": 0.1}, train_weight=0.5)
     runner = engine(tmp_path_factory.mktemp("own"), max_epochs=41)
-    model = OTADetector(**SMALL, post_processor=nms)
+    model = built(OTADetector, **SMALL, post_processor=nms)
     runner.fit(model, datamodule=data(shapes), ckpt_path=checkpoint)
     assert runner.trainer.global_step == 82
     return runner.trainer.checkpoint_callback.best_model_path
@@ -261,7 +269,7 @@ def test_it_comes_back_from_a_checkpoint_with_its_arguments(own_checkpoint, imag
 
 
 def test_the_engine_takes_it_from_a_checkpoint_too(own_checkpoint, shapes, tmp_path):
-    other = OTADetector(**SMALL)
+    other = built(OTADetector, **SMALL)
     (batch,) = engine(tmp_path).predict(other, datamodule=data(shapes), ckpt_path=own_checkpoint)
     (expected,) = engine(tmp_path).predict(loaded(own_checkpoint), datamodule=data(shapes))
     assert other.post_processor.arguments["decode"] == "merge"
@@ -273,7 +281,7 @@ def test_who_names_another_or_none_gets_that(own_checkpoint, shapes, images, tmp
     def model_with(post_processor):
         if way == "load":
             return loaded(own_checkpoint, post_processor=post_processor)
-        model = OTADetector(**SMALL, post_processor=post_processor)
+        model = built(OTADetector, **SMALL, post_processor=post_processor)
         engine(tmp_path).predict(model, datamodule=data(shapes), ckpt_path=own_checkpoint)
         return model.eval()
 
@@ -290,7 +298,7 @@ def test_who_names_another_or_none_gets_that(own_checkpoint, shapes, images, tmp
 
 
 def test_resuming_brings_it_back_into_training(own_checkpoint, shapes, tmp_path):
-    model = OTADetector(**SMALL)
+    model = built(OTADetector, **SMALL)
     runner = engine(tmp_path, max_epochs=42)
     runner.fit(model, datamodule=data(shapes), ckpt_path=own_checkpoint)
     assert model.post_processor.train_weight == 0.5
@@ -437,7 +445,7 @@ def test_images_without_objects(checkpoint, scene):
 
 
 def test_numbers_of_objects_are_averaged_over_devices_each_by_itself():
-    model = OTADetector(**SMALL)
+    model = built(OTADetector, **SMALL)
 
     class Trainer:
         world_size = 2
@@ -459,7 +467,7 @@ class Losses(Callback):
 
 def trained(shapes, folder, epochs=1, ckpt_path=None, precision="32-true", **arguments):
     seed_everything(0)
-    kept, model = Losses(), OTADetector(**SMALL | arguments)
+    kept, model = Losses(), built(OTADetector, **SMALL | arguments)
     runner = engine(folder, max_epochs=epochs, callbacks=[kept], precision=precision)
     runner.fit(model, datamodule=data(shapes), ckpt_path=ckpt_path)
     return model, kept.epochs

@@ -25,8 +25,6 @@ from anomalib_ot.integration.benchmark.store import DONE, FAILED, SKIPPED, Sweep
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.cli import register_classes
 
-__all__ = ["run"]
-
 ALL_DONE, SOME_FAILED, REFUSED, STOPPED = 0, 1, 2, 130
 EPILOG = """The files are those of `anomalib benchmark`. The same command again goes on: jobs that have a result are
 left out, failed ones are tried again. Started by torchrun or srun, each process takes its part of the jobs.
@@ -40,11 +38,7 @@ exit status:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status.
-
-    Args:
-        arguments: The words after `benchmark`; None takes those of the command line.
-    """
+    """Run the command and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
         return _sweep(options)
@@ -75,8 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _sweep(options: argparse.Namespace) -> int:
     if options.processes < 1:
-        msg = f"--processes is {options.processes}; expected at least 1"
-        raise InputError(msg)
+        raise InputError(f"--processes is {options.processes}; expected at least 1")
     configs, share = read_configs(options.config), SweepShare.of_environment(os.environ)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # Anomalib's own imports, of which a user can change nothing

@@ -13,8 +13,6 @@ import yaml
 
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["SweepJob", "SweepLabels", "read_configs", "sweep_jobs"]
-
 ACCELERATORS = ("cpu", "cuda")
 TOP = ("accelerator", "benchmark")
 PARTS = ("seed", "model", "data")
@@ -26,15 +24,12 @@ CLASS = ("class_path", "init_args")
 class SweepJob:
     """One training and test: a model on data, with a seed.
 
-    Args:
-        config: `accelerator`, `seed`, `model` and `data`, as Anomalib's benchmark would get them.
-
     Attributes:
         flat: The same in one level with dotted names; what two jobs are told apart by.
         key: A short name of it, the same on every machine.
     """
 
-    config: dict
+    config: dict  # `accelerator`, `seed`, `model` and `data`, as Anomalib's benchmark would get them
 
     @cached_property
     def flat(self) -> dict[str, object]:
@@ -54,11 +49,7 @@ class SweepLabels:
     """Short names of jobs: the classes, and as few arguments as tell the jobs of one class apart.
 
     Models are told apart by all their arguments; data only where one model meets them, so that a model which needs
-    another batch size is compared on the same data. Categories are always named. With several accelerators a model's
-    name ends with its own.
-
-    Args:
-        jobs: All jobs of a sweep.
+    another batch size is compared on the same data. Categories are always named, and several accelerators, too.
     """
 
     def __init__(self, jobs: Sequence[SweepJob]) -> None:
@@ -70,12 +61,7 @@ class SweepLabels:
         self._telling = {(part, kind): _telling(group, part) for (part, kind), group in groups.items()}
 
     def of(self, job: SweepJob, part: str) -> str:
-        """Name a job's model or data.
-
-        Args:
-            job: One of the jobs.
-            part: "model" or "data".
-        """
+        """Name a job's `part`, "model" or "data"."""
         kind = _class_of(job, part)
         names = self._telling[part, kind] or ([CATEGORY] if part == "data" else [])
         names = [name for name in names if name in job.flat]
@@ -86,25 +72,12 @@ class SweepLabels:
 
 
 def read_configs(paths: Sequence[str | Path]) -> list[dict]:
-    """Read and check benchmark files.
-
-    Args:
-        paths: YAML files with `accelerator` and `benchmark` (`seed`, `model`, `data`).
-
-    Returns:
-        Their contents.
-
-    Raises:
-        InputError: If a file is not there or not such a file.
-    """
+    """Read and check benchmark files, YAML with `accelerator` and `benchmark`; an `InputError` if one is wrong."""
     return [_read(Path(path)) for path in paths]
 
 
 def sweep_jobs(configs: Sequence[dict]) -> list[SweepJob]:
     """Expand grids as Anomalib's benchmark does; a job that comes twice is one job.
-
-    Args:
-        configs: What `read_configs` returned.
 
     Raises:
         InputError: If there is no job, or a model or data set of a grid is not described as one.
@@ -120,8 +93,7 @@ def sweep_jobs(configs: Sequence[dict]) -> list[SweepJob]:
                 job = SweepJob({"accelerator": accelerator, **single})
                 jobs.setdefault(job.key, job)
     if not jobs:
-        msg = "the configuration has no jobs: a grid in it is empty; put at least one value into every grid"
-        raise InputError(msg)
+        raise InputError("the configuration has no jobs: a grid in it is empty; put at least one value into every grid")
     return list(jobs.values())
 
 
@@ -162,13 +134,11 @@ def _read(path: Path) -> dict:
             if near
             else "give a YAML file, such as those in configs/benchmark"
         )
-        msg = f"--config is '{path}', which is no file: {hint}"
-        raise InputError(msg)
+        raise InputError(f"--config is '{path}', which is no file: {hint}")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        msg = f"--config '{path}' is not YAML: {' '.join(str(error).split())}"
-        raise InputError(msg) from error
+        raise InputError(f"--config '{path}' is not YAML: {' '.join(str(error).split())}") from error
     _check_keys(config, TOP, f"--config '{path}'")
     for accelerator in _as_list(config["accelerator"]):
         if accelerator not in ACCELERATORS:
@@ -181,18 +151,15 @@ def _read(path: Path) -> dict:
 def _check_keys(found: object, expected: Sequence[str], where: str) -> None:
     """Refuse what has other keys than expected, or lacks one."""
     if not isinstance(found, dict):
-        msg = f"{where} is {type(found).__name__}; expected a mapping with {', '.join(expected)}"
-        raise InputError(msg)
+        raise InputError(f"{where} is {type(found).__name__}; expected a mapping with {', '.join(expected)}")
     for name in found:
         if name not in expected:
             near = difflib.get_close_matches(str(name), expected, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(expected)}"
-            msg = f"{where} has '{name}', which it does not know: {hint}"
-            raise InputError(msg)
+            raise InputError(f"{where} has '{name}', which it does not know: {hint}")
     for name in expected:
         if name not in found:
-            msg = f"{where} has no '{name}'; it needs {', '.join(expected)}"
-            raise InputError(msg)
+            raise InputError(f"{where} has no '{name}'; it needs {', '.join(expected)}")
 
 
 def _check_class(found: object, part: str) -> None:
@@ -201,7 +168,6 @@ def _check_class(found: object, part: str) -> None:
         return
     if not isinstance(found, dict) or not isinstance(found.get("class_path"), str) or set(found) - set(CLASS):
         came = sorted(found) if isinstance(found, dict) else repr(found)
-        msg = (
+        raise InputError(
             f"benchmark.{part} is {came}; expected class_path (a name) and init_args (its arguments), or a grid of such"
         )
-        raise InputError(msg)

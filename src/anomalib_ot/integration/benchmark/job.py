@@ -19,8 +19,6 @@ from anomalib_ot.integration.benchmark.config import SweepJob
 from anomalib_ot.integration.benchmark.store import DONE, FAILED
 from anomalib_ot.integration.checks.atomic_write import write_whole
 
-__all__ = ["main", "measured"]
-
 WARM_UP, TIMED = 3, 20  # forwards
 LONGEST = 10.0  # seconds of timed forwards, after the third
 MEGABYTE = 2**20
@@ -41,9 +39,6 @@ def main(words: list[str]) -> None:
 
 def measured(config: dict) -> dict[str, dict[str, float | None]]:
     """Train and test a model, and measure it.
-
-    Args:
-        config: `accelerator`, `seed`, `model` and `data`.
 
     Returns:
         `figures` of the evaluator, and `costs`: `fit_duration` and `test_duration` in seconds, `latency_ms` (median of

@@ -9,8 +9,6 @@ from typing import TypeVar
 
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["SweepShare", "job_environment"]
-
 Item = TypeVar("Item")
 
 # What launchers tell their processes. A job is a process on its own: with these Lightning would wait for the others.
@@ -25,30 +23,20 @@ THREAD_NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 class SweepShare:
     """The place of this process among those that work on a sweep.
 
-    Args:
-        rank: Number of this process, from 0.
-        world: Number of processes on all machines.
-        local_rank: Number of this process on its machine.
-        local_world: Number of processes on this machine.
-        run: What the launcher calls this start of all processes; empty where it says nothing.
-
     Example:
         >>> SweepShare.of_environment({"RANK": "1", "WORLD_SIZE": "2"}).part(["a", "b", "c", "d", "e"])
         ['b', 'd']
     """
 
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    local_world: int = 1
-    run: str = ""
+    rank: int = 0  # number of this process, from 0
+    world: int = 1  # number of processes on all machines
+    local_rank: int = 0  # number of this process on its machine
+    local_world: int = 1  # number of processes on this machine
+    run: str = ""  # what the launcher calls this start of all processes; empty where it says nothing
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str]) -> SweepShare:
         """Ask the launcher: RANK and WORLD_SIZE (torchrun and others), else srun's and a job array's variables.
-
-        Args:
-            environment: The variables of this process.
 
         Raises:
             InputError: If the variables are no numbers or do not fit together.
@@ -64,7 +52,6 @@ class SweepShare:
         return cls((number - first) // max(step, 1) * world + rank, count * world, local, run=run)
 
     def __post_init__(self) -> None:
-        """Refuse a place that is none."""
         if not 0 <= self.rank < self.world:
             msg = f"the launcher says that this is process {self.rank} of {self.world}; expected 0 to {self.world - 1}"
             raise InputError(msg)
@@ -83,13 +70,7 @@ class SweepShare:
 
 
 def job_environment(environment: Mapping[str, str], threads: int, device: str | None = None) -> dict[str, str]:
-    """Make the environment of a job: without what the launcher said, with its threads, and one device.
-
-    Args:
-        environment: The variables of this process.
-        threads: Threads of the job.
-        device: Its CUDA device, as CUDA_VISIBLE_DEVICES names it; None leaves all visible.
-    """
+    """Make the environment of a job: without what the launcher said, with its threads, and its CUDA device."""
     kept = {
         name: value
         for name, value in environment.items()
@@ -104,9 +85,8 @@ def _numbers(environment: Mapping[str, str], names: Sequence[str], defaults: Seq
     for name, default in zip(names, defaults, strict=True):
         text = environment.get(name, "" if default is None else str(default))
         if not text.strip().isdecimal():
-            msg = (
+            raise InputError(
                 f"{name} is '{text}'; a launcher sets it to a whole number from 0, together with {', '.join(names[:2])}"
             )
-            raise InputError(msg)
         numbers.append(int(text))
     return numbers

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from anomalib_ot.integration.benchmark.report import SweepTable
 
-__all__ = ["sweep_plots"]
-
 FIRST_CHOICE = ("image_AUROC", "pixel_AUPRO", "pixel_AUROC")  # what is plotted, if it was measured
 PANELS = 2
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # Okabe and Ito
@@ -21,14 +19,7 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def sweep_plots(table: SweepTable) -> bytes | None:
-    """Draw a table.
-
-    Args:
-        table: Results by model and data.
-
-    Returns:
-        A PNG file, or None if nothing was measured.
-    """
+    """Draw a table as a PNG file; None if nothing was measured."""
     names = [name for name in FIRST_CHOICE if name in table.figures]
     names = [*names, *(name for name in table.figures if name not in FIRST_CHOICE)][:PANELS]
     models = [model for model in table.models if table.count(model)]

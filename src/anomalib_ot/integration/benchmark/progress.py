@@ -11,19 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from anomalib_ot.integration.benchmark.launcher import SweepShare
 from anomalib_ot.integration.benchmark.store import DONE, FAILED, SKIPPED
 
-__all__ = ["SweepProgress"]
-
 SHOWN = 3  # figures in a line
 
 
 class SweepProgress:
-    """Lines and a bar on standard error.
-
-    Args:
-        total: Jobs that this process will run.
-        share: Its place among others; with several, each line says whose it is.
-        console: Where to; None: standard error.
-    """
+    """Lines and a bar on standard error, for the jobs of one process; with several each line says whose it is."""
 
     def __init__(self, total: int, share: SweepShare, console: Console | None = None) -> None:
         self._total, self._done, self._failed = total, 0, 0
@@ -36,12 +28,10 @@ class SweepProgress:
         self._task = self._bar.add_task("", total=total, failed=0)
 
     def __enter__(self) -> SweepProgress:
-        """Show the bar."""
         self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Leave the bar as it is."""
         self._bar.stop()
 
     def begin(self, jobs: int, done: int, processes: int) -> None:

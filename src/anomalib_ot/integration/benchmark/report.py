@@ -14,8 +14,6 @@ from anomalib_ot.integration.benchmark.config import SweepJob, SweepLabels, swee
 from anomalib_ot.integration.benchmark.store import CONFIG, DONE, SweepRecord, read_rows
 from anomalib_ot.integration.checks.atomic_write import write_whole
 
-__all__ = ["SweepTable", "markdown", "print_table", "read_sweep", "sweep_table", "write_report"]
-
 # Heading, decimals; less is better in all of them.
 COSTS = {
     "fit_duration": ("fit, s", 1),
@@ -35,21 +33,14 @@ up to 30 % false positives, the PRO of the literature. F1 is at the thresholds o
 
 @dataclass(frozen=True)
 class SweepTable:
-    """Results by model and data.
+    """Results by model and data."""
 
-    Args:
-        models: Names of the models, in the order of the configuration.
-        data: Names of the data.
-        figures: Names of what the evaluators measured.
-        values: By model, data and name of a figure or cost: the value, the mean over seeds.
-        problems: Jobs without a result, and why.
-    """
-
-    models: list[str]
-    data: list[str]
-    figures: list[str]
+    models: list[str]  # names of the models, in the order of the configuration
+    data: list[str]  # names of the data
+    figures: list[str]  # names of what the evaluators measured
+    # By model, data and name of a figure or cost: the value, the mean over seeds.
     values: dict[tuple[str, str, str], float]
-    problems: list[str]
+    problems: list[str]  # jobs without a result, and why
 
     def mean(self, model: str, name: str) -> float | None:
         """Mean of a figure or cost over the data that have it; None where none has."""
@@ -87,13 +78,7 @@ class SweepTable:
 
 
 def sweep_table(jobs: Sequence[SweepJob], labels: SweepLabels, rows: Mapping[str, dict]) -> SweepTable:
-    """Put rows together.
-
-    Args:
-        jobs: All jobs of the sweep.
-        labels: Their names.
-        rows: What is known, by key of the job.
-    """
+    """Put rows, by key of the job, together."""
     grouped: dict[tuple[str, str, str], list[float]] = {}
     figures: dict[str, None] = {}
     problems = []
@@ -114,27 +99,13 @@ def sweep_table(jobs: Sequence[SweepJob], labels: SweepLabels, rows: Mapping[str
 
 
 def read_sweep(folder: Path) -> SweepTable:
-    """Read the results of a sweep, finished or not.
-
-    Args:
-        folder: Its `--out`.
-    """
+    """Read the results of a sweep, finished or not, from its `--out`."""
     jobs = sweep_jobs(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     return sweep_table(jobs, SweepLabels(jobs), read_rows(folder))
 
 
 def write_report(folder: Path, jobs: Sequence[SweepJob], labels: SweepLabels, record: SweepRecord) -> dict[str, dict]:
-    """Write `results.csv`, `table.md` and `plots.png` from the rows of all processes.
-
-    Args:
-        folder: Where to.
-        jobs: All jobs of the sweep.
-        labels: Their names.
-        record: The rows.
-
-    Returns:
-        The rows by key, as they were written.
-    """
+    """Write `results.csv`, `table.md` and `plots.png` from the rows of all processes, and return the rows by key."""
     from anomalib_ot.integration.benchmark.plots import sweep_plots
 
     keys = {job.key for job in jobs}

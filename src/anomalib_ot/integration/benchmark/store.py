@@ -16,8 +16,6 @@ try:
 except ImportError:  # Windows: two sweeps in one folder are not noticed there
     fcntl = None
 
-__all__ = ["CONFIG", "DONE", "FAILED", "SKIPPED", "SweepRecord", "read_rows"]
-
 CONFIG = "sweep.json"
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
 SHOWN = 3  # differences that a message names
@@ -28,11 +26,6 @@ class SweepRecord:
 
     A row is a mapping with `key`, `status` ("done", "failed" or "skipped") and whatever else is known. Rows are lines
     of JSON in `rows-<rank>.jsonl`; a line that a kill has cut short is dropped when its file is opened again.
-
-    Args:
-        folder: New, empty, or of the same configuration.
-        configs: What the benchmark files hold.
-        rank: Number of this process.
 
     Raises:
         InputError: If the folder belongs to something else, or another process writes the same file.
@@ -48,27 +41,20 @@ class SweepRecord:
         self._file.truncate(whole)
 
     def __enter__(self) -> SweepRecord:
-        """Return itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Close the file."""
         self._file.close()
 
     def write(self, row: dict) -> None:
-        """Append a row; it is on the disk when this returns.
-
-        Raises:
-            InputError: If the disk is full or gone.
-        """
+        """Append a row; it is on the disk when this returns; an `InputError` if the disk is full or gone."""
         try:
             self._file.write((json.dumps({**row, "time": time.time()}, default=str) + "\n").encode())
             os.fsync(self._file.fileno())
         except OSError as error:
-            msg = (
+            raise InputError(
                 f"'{self._file.name}' cannot be written ({error.strerror}); make room, then give the same command again"
-            )
-            raise InputError(msg) from error
+            ) from error
 
     def rows(self) -> dict[str, dict]:
         """Read the rows of all processes by key: the last of each job, a finished one before all others."""
@@ -76,11 +62,7 @@ class SweepRecord:
 
 
 def read_rows(folder: Path) -> dict[str, dict]:
-    """Read the rows of a folder by key: the last of each job, a finished one before all others.
-
-    Args:
-        folder: That of a sweep, which may be going on.
-    """
+    """Read the rows of a folder by key: the last of each job, a finished one before all others."""
     found: dict[str, dict] = {}
     for path in sorted(folder.glob("rows-*.jsonl")):
         for line in path.read_bytes().splitlines(keepends=True):
@@ -100,8 +82,7 @@ def _precedence(row: dict) -> tuple[bool, float]:
 def _claim(folder: Path, configs: list[dict]) -> None:
     """Make the folder one of this configuration, or see that it is."""
     if folder.exists() and not folder.is_dir():
-        msg = f"--out is '{folder}', a file; expected a new folder, or one of the same sweep"
-        raise InputError(msg)
+        raise InputError(f"--out is '{folder}', a file; expected a new folder, or one of the same sweep")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stored = folder / CONFIG
@@ -109,10 +90,9 @@ def _claim(folder: Path, configs: list[dict]) -> None:
         if not stored.is_file():
             foreign = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
             if foreign and CONFIG not in foreign:
-                msg = (
+                raise InputError(
                     f"--out is '{folder}', which holds other files, such as '{foreign[0]}'; give a new or empty folder"
                 )
-                raise InputError(msg)
             write_whole(stored, json.dumps(mine, indent=2).encode())
         theirs = json.loads(stored.read_text(encoding="utf-8"))
     except OSError as error:

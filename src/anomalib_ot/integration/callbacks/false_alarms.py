@@ -13,21 +13,15 @@ from anomalib_ot.integration.callbacks.processes import from_all
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.datamodule_checks import dataset_image_paths
 
-__all__ = ["FalseAlarmThreshold", "VerdictReport", "check_rate"]
-
 logger = logging.getLogger(__name__)
 CURE = "add good images for the validation (--data.normal_test_dir), ask for a higher rate, or leave it out"
 
 
 def check_rate(max_false_alarms: float | None, post_processor: object) -> None:
-    """Check the argument `max_false_alarms` of a model.
-
-    Args:
-        max_false_alarms: A rate in (0, 1), or None.
-        post_processor: What holds the threshold.
+    """Check the argument `max_false_alarms` of a model, a rate in (0, 1) or None.
 
     Raises:
-        InputError: If the rate is out of range, or there is nothing to hold a threshold.
+        InputError: If the rate is out of range, or the post-processor cannot hold a threshold.
     """
     if max_false_alarms is None:
         return
@@ -43,10 +37,8 @@ def check_rate(max_false_alarms: float | None, post_processor: object) -> None:
 class FalseAlarmThreshold(Callback):
     """Sets the image threshold at the end of each validation from its good images; see `good_threshold`.
 
-    Stands after the post-processor, whose threshold (the F1 optimum) it replaces.
-
-    Args:
-        rate: The highest false-alarm rate to expect, in (0, 1).
+    Stands after the post-processor, whose threshold (the F1 optimum) it replaces. `rate` is the highest false-alarm
+    rate to expect, in (0, 1).
     """
 
     def __init__(self, rate: float) -> None:
@@ -54,12 +46,7 @@ class FalseAlarmThreshold(Callback):
         self._scores: list[Tensor] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse, before the training, validation images that are too few or those of the training.
-
-        Raises:
-            InputError: If they are.
-        """
-        del pl_module
+        """Refuse with an `InputError`, before the training, good images that are too few or those of the training."""
         datamodule = trainer.datamodule
         val, train = (getattr(datamodule, f"{name}_data", None) for name in ("val", "train"))
         samples = getattr(val, "samples", None)
@@ -69,32 +56,25 @@ class FalseAlarmThreshold(Callback):
         self._check_count(len(good))
         shared = set(map(str, good)) & set(dataset_image_paths(train))
         if shared:
-            msg = (
+            raise InputError(
                 f"max_false_alarms is {self.rate:g}, and {len(shared)} good validation images (first {min(shared)}) "
                 f"are training images, whose scores say nothing of future ones; {CURE}"
             )
-            raise InputError(msg)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
-        del trainer, pl_module
         self._scores = []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: object, **kwargs: object
     ) -> None:
         """Take the scores of good images."""
-        del trainer, pl_module, args, kwargs
         if outputs.gt_label is not None:
             label = outputs.gt_label.as_subclass(Tensor).flatten().bool()
             self._scores.append(outputs.pred_score.detach().as_subclass(Tensor).flatten()[~label].cpu())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the threshold in every process, from the scores of all.
-
-        Raises:
-            InputError: If the good images are too few.
-        """
+        """Set the threshold in every process, from the scores of all; an `InputError` if good images are too few."""
         if trainer.sanity_checking:
             return
         parts = [part for share in from_all(self._scores) for part in share]
@@ -114,11 +94,10 @@ class FalseAlarmThreshold(Callback):
     def _check_count(self, count: int) -> None:
         needed = least_count(self.rate)
         if count < needed:
-            msg = (
+            raise InputError(
                 f"max_false_alarms is {self.rate:g}, which needs at least {needed} good validation images; there are "
                 f"{count}, and scores of training images say nothing of future ones; {CURE}"
             )
-            raise InputError(msg)
 
 
 class VerdictReport(Callback):
@@ -136,14 +115,12 @@ class VerdictReport(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn where nothing will be called defective."""
-        del trainer
         self._warn_without_threshold(pl_module)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: object, **kwargs: object
     ) -> None:
         """Count the verdicts of a batch."""
-        del trainer, pl_module, args, kwargs
         label, called = getattr(outputs, "gt_label", None), getattr(outputs, "pred_label", None)
         if label is None or called is None:
             self._unknown += len(outputs.image)
@@ -162,7 +139,6 @@ class VerdictReport(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the line, after Lightning's table."""
-        del pl_module
         if stage == "test" and self._line and trainer.is_global_zero:
             print(self._line, flush=True)
             self._line = ""

@@ -17,24 +17,18 @@ if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
     from lightning.pytorch import Trainer
 
-__all__ = ["FileWriter", "check_folder", "write_text"]
-
 
 class FileWriter(Callback):
-    """Gather records of tested or predicted images by name, and write one file at the end of the run.
+    """Gather records of tested or predicted images by name, and write one file, `path`, at the end of the run.
 
     Several processes write one file together. A batch is looked at when the next one comes, or the end: callbacks of
     the model, such as the one that normalizes, come after those of the user.
-
-    Args:
-        path: The file to write; its folder is made if need be.
 
     Raises:
         InputError: When the run starts, if the file cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Keep the path; see the class."""
         super().__init__()
         install_short_errors()
         self.path = Path(path)
@@ -55,13 +49,11 @@ class FileWriter(Callback):
 
     def setup(self, trainer: "Trainer", pl_module: "AnomalibModule", stage: str) -> None:
         """Look, before anything runs, whether the file can be written."""
-        del pl_module
         if stage in ("test", "predict") and trainer.is_global_zero:
             check_folder(self.path)
 
     def on_test_start(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
         """Begin with no records."""
-        del trainer
         self._found.clear()
         self._waiting = None
         self.begin(pl_module)
@@ -69,16 +61,9 @@ class FileWriter(Callback):
     on_predict_start = on_test_start
 
     def on_test_batch_end(
-        self,
-        trainer: "Trainer",
-        pl_module: "AnomalibModule",
-        outputs: ImageBatch,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: "Trainer", pl_module: "AnomalibModule", outputs: ImageBatch, *args: object, **kwargs: object
     ) -> None:
         """Let a batch wait until the model's own callbacks are done with it."""
-        del trainer, pl_module, batch, batch_idx, dataloader_idx
         self._take_waiting()
         self._waiting = outputs
 
@@ -86,7 +71,6 @@ class FileWriter(Callback):
 
     def on_test_epoch_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
         """Write the file, in the first process."""
-        del pl_module
         self._take_waiting()
         shares = from_all(self._found)
         if trainer.is_global_zero:
@@ -102,14 +86,9 @@ class FileWriter(Callback):
 
 
 def check_folder(path: Path) -> None:
-    """Make the folder of a file and try whether files can be written there.
-
-    Raises:
-        InputError: If they cannot, or the path is that of a folder.
-    """
+    """Make the folder of a file and try whether files can be written there; an `InputError` if not."""
     if path.is_dir():
-        msg = f"path is {path}, a folder; expected a file to write, such as {path / 'boxes.json'}"
-        raise InputError(msg)
+        raise InputError(f"path is {path}, a folder; expected a file to write, such as {path / 'boxes.json'}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-"):
@@ -119,15 +98,7 @@ def check_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all.
-
-    Args:
-        path: The file; a former one is replaced.
-        text: What it shall hold.
-
-    Raises:
-        InputError: If the file cannot be written.
-    """
+    """Write a text file, whole or not at all; an `InputError` if it cannot be written."""
     try:
         write_whole(path, text.encode())
     except OSError as error:

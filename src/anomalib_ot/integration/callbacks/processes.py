@@ -4,15 +4,9 @@ from typing import Any
 
 from torch import distributed as dist
 
-__all__ = ["from_all"]
-
 
 def from_all(own: Any) -> list[Any]:
-    """Gather an object from all processes, in their order; there may be one only.
-
-    Args:
-        own: What this process has; it must be possible to pickle it.
-    """
+    """Gather an object that can be pickled from all processes, in their order; there may be one only."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return [own]
     gathered: list[Any] = [None] * dist.get_world_size()

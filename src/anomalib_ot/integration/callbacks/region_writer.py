@@ -1,5 +1,6 @@
 """The callback that turns anomaly maps into a file of candidate boxes, for labelling tools and for detectors."""
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -14,8 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import CenterCrop, Resize
 
-from anomalib_ot.integration.callbacks.candidate_file import Candidates, write_candidates
-from anomalib_ot.integration.callbacks.file_writer import FileWriter
+from anomalib_ot.integration.callbacks.file_writer import FileWriter, write_text
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.processing.pre_post import flat_transforms
 from anomalib_ot.postprocess.regions import RegionSettings, find_regions
@@ -23,9 +23,17 @@ from anomalib_ot.postprocess.regions import RegionSettings, find_regions
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
 
-__all__ = ["RegionWriter", "SeenPart", "seen_part"]
-
+CATEGORY = {"id": 1, "name": "defect", "supercategory": "defect"}
+DECIMALS = 2  # of pixels
 OTHER_VIEWS = ("Crop", "Pad", "Affine", "Perspective", "Rotat", "Flip")  # in names of transforms that move pixels
+
+
+class Candidates(NamedTuple):
+    """The candidate boxes of one image."""
+
+    size: tuple[int, int]  # width and height of the file, pixels
+    boxes: list[list[float]]  # boxes xyxy, pixels of the file, best first
+    scores: list[float]  # their scores
 
 
 class RegionWriter(FileWriter):
@@ -73,7 +81,6 @@ class RegionWriter(FileWriter):
         max_boxes: int = RegionSettings.max_boxes,
         score: str = RegionSettings.score,
     ) -> None:
-        """Check and keep the settings."""
         super().__init__(path)
         self.root = self.path.parent if root is None else Path(root)
         self.has_root = root is not None
@@ -98,8 +105,7 @@ class RegionWriter(FileWriter):
         """Find the boxes of a batch, in pixels of its files."""
         anomaly_map, paths = getattr(batch, "anomaly_map", None), getattr(batch, "image_path", None)
         if anomaly_map is None:
-            msg = "RegionWriter needs anomaly maps, and this model gives none; use a model that localises"
-            raise InputError(msg)
+            raise InputError("RegionWriter needs anomaly maps, and this model gives none; use a model that localises")
         if paths is None:
             msg = "RegionWriter needs the files of the images (image_path), and this data has none; use a folder"
             raise InputError(msg)
@@ -107,8 +113,7 @@ class RegionWriter(FileWriter):
         try:
             found = find_regions(anomaly_map.as_subclass(Tensor).reshape(-1, 1, height, width), self._active)
         except ValueError as error:
-            msg = f"images {paths[0]} to {paths[-1]}: {error}"
-            raise InputError(msg) from error
+            raise InputError(f"images {paths[0]} to {paths[-1]}: {error}") from error
         candidates = {}
         for index, path in enumerate(paths):
             with Image.open(path) as image:
@@ -134,11 +139,7 @@ class RegionWriter(FileWriter):
 
 
 def model_threshold(pl_module: "AnomalibModule") -> float:
-    """Return the threshold that a model has for the pixels of its normalized maps.
-
-    Raises:
-        InputError: If its maps are not normalized, or it has found no threshold.
-    """
+    """Return the threshold that a model has for the pixels of its normalized maps; an `InputError` if there is none."""
     post_processor = getattr(pl_module, "post_processor", None)
     cure = "; give RegionWriter a threshold (--trainer.callbacks.threshold), in units of the anomaly map"
     if not isinstance(post_processor, PostProcessor) or not post_processor.enable_normalization:
@@ -180,11 +181,32 @@ def seen_part(transform: nn.Module | None) -> SeenPart:
     sizes = [step.size for step in resized if isinstance(step, Resize)]
     if len(moving) > 1 or not isinstance(moving[0], CenterCrop) or not sizes or sizes[-1] is None or len(sizes[-1]) < 2:
         names = ", ".join(type(step).__name__ for step in steps)
-        msg = (
+        raise InputError(
             f"the pre-processor does {names}, so that it is not known which part of a file the anomaly map shows; "
             "expected Resize to a fixed height and width, then at most one CenterCrop"
         )
-        raise InputError(msg)
     (height, width), (crop_height, crop_width) = sizes[-1], moving[0].size
     left, top = (1 - crop_width / width) / 2, (1 - crop_height / height) / 2
     return SeenPart(left, top, 1 - left, 1 - top)
+
+
+def write_candidates(path: Path, images: Mapping[str, Candidates]) -> None:
+    """Write candidate boxes by image as a COCO file, whole or not at all; the same boxes give the same bytes.
+
+    Images are in the order of their names. There is no `segmentation`: an empty one stops the import of Label Studio.
+
+    Raises:
+        InputError: If the file cannot be written.
+    """
+    records, annotations = [], []
+    for number, (name, found) in enumerate(sorted(images.items()), start=1):
+        width, height = found.size
+        records.append({"id": number, "file_name": name, "width": width, "height": height})
+        for (left, top, right, bottom), score in zip(found.boxes, found.scores, strict=True):
+            left, top, right, bottom = (round(side, DECIMALS) for side in (left, top, right, bottom))
+            bbox = [left, top, round(right - left, DECIMALS), round(bottom - top, DECIMALS)]
+            annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": CATEGORY["id"], "bbox": bbox}
+            annotation |= {"area": round(bbox[2] * bbox[3], DECIMALS), "iscrowd": 0, "score": round(score, 6)}
+            annotations.append(annotation)
+    content = {"images": records, "annotations": annotations, "categories": [CATEGORY]}
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))

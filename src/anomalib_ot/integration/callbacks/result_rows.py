@@ -27,8 +27,6 @@ from anomalib_ot.postprocess.regions import RegionSettings, find_regions
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
 
-__all__ = ["ResultRows"]
-
 logger = logging.getLogger(__name__)
 
 HASH = 16  # letters of a checksum in a row
@@ -36,11 +34,7 @@ MAPS = ("anomaly_map", "feature_map", "position_map", "pred_mask", "missing_map"
 
 
 class ResultRows:
-    """Make rows of the predictions of a model; `docs/howto/report.md` has the columns.
-
-    Args:
-        pl_module: The model, after its thresholds are found.
-    """
+    """Make rows of the predictions of a model whose thresholds are found; `docs/howto/report.md` has the columns."""
 
     def __init__(self, pl_module: "AnomalibModule") -> None:
         """Learn the thresholds, the classes, and which part of a file the model sees."""

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
     from lightning.pytorch import Trainer
 
-__all__ = ["ResultWriter"]
-
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("anomalib", "lightning", "torch", "torchvision", "timm", "numpy")
@@ -56,7 +54,6 @@ class ResultWriter(Callback):
     """
 
     def __init__(self) -> None:
-        """Keep nothing yet."""
         super().__init__()
         self._draft: BinaryIO | None = None
         self._path = Path()
@@ -86,7 +83,6 @@ class ResultWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the rows of a batch, and keep the thumbnails that a report may show."""
-        del pl_module, batch_idx, dataloader_idx
         # A detector's post-processor works on what the model returned; maps are in the batch that it was given.
         source = outputs if getattr(outputs, "pred_boxes", None) is not None else batch
         for row, item in self._rows.of_batch(source):
@@ -127,7 +123,6 @@ class ResultWriter(Callback):
 
     def on_exception(self, trainer: "Trainer", pl_module: "AnomalibModule", exception: BaseException) -> None:
         """Leave no draft behind; a former table stays."""
-        del trainer, pl_module, exception
         self._close()
 
     def _close(self) -> None:

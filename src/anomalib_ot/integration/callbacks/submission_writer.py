@@ -15,8 +15,6 @@ from anomalib_ot.integration.data.tianchi_classes import class_table
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
 
-__all__ = ["SubmissionWriter"]
-
 ROUNDS = (1, 2)
 PIXEL_DECIMALS, SCORE_DECIMALS = 2, 6
 FIELDS = ("pred_boxes", "pred_box_scores", "pred_box_labels", "pred_label", "original_size")
@@ -53,8 +51,7 @@ class SubmissionWriter(FileWriter):
         """Round the boxes of a batch, in pixels of its files; an image that is called good has none."""
         absent = [name for name in (*FIELDS, "image_path") if getattr(batch, name, None) is None]
         if absent:
-            msg = f"SubmissionWriter needs boxes of image files, and the batch has no {', '.join(absent)}"
-            raise InputError(msg)
+            raise InputError(f"SubmissionWriter needs boxes of image files, and the batch has no {', '.join(absent)}")
         found = {}
         for index, path in enumerate(batch.image_path):
             boxes, scores, labels, is_defective, size = (getattr(batch, name)[index].cpu() for name in FIELDS)
@@ -89,11 +86,7 @@ class SubmissionWriter(FileWriter):
 
 
 def check_classes(class_names: Sequence[str] | None, model: str) -> None:
-    """Check that a model's classes are those of a round of the contest, in its order.
-
-    Raises:
-        InputError: If they are not.
-    """
+    """Check that a model's classes are those of a round of the contest, in its order; an `InputError` if not."""
     if any(list(class_names or ()) == list(class_table(contest_round)) for contest_round in ROUNDS):
         return
     known = "no classes" if class_names is None else f"the classes {', '.join(class_names)}"

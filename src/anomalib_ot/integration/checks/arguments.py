@@ -7,6 +7,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from functools import wraps
 from importlib import import_module
 from typing import Any
@@ -15,25 +16,23 @@ from jsonargparse import ArgumentParser
 
 import anomalib_ot
 from anomalib_ot.integration.checks.errors import missing_tensorboard
-
-__all__ = ["install_short_argument_errors", "short_argument_error"]
+from anomalib_ot.ranges import described, hints_of
 
 PROBLEM = re.compile(r"Problem with given class_path '([\w.]+)':\n(.*?)(?=\n {2}Given value type|\Z)", re.DOTALL)
 NESTED = re.compile(r"^( *)- Problem with given class_path '([\w.]+)':\n((?:\1 {3,}.*\n?)+)", re.MULTILINE)
 VALUE = re.compile(r"(?:Got value: |Given value: )(.*)")
-MISTYPED = re.compile(r'Parser key "(\w+)')
+MISTYPED = re.compile(r'Parser key "([\w.]+)')
+REFUSED = re.compile(
+    r"(?:(?:Option|Key) '(?P<name>[\w.]+)' is (?P<why>not accepted|required)"
+    r"|Group '(?P<group>\w+)' does not accept option '(?P<inner>\w+)'|Unrecognized arguments: --(?P<typed>[\w.]+))"
+)
 STATUS = 2  # of a command line that cannot be understood
 
 
 def short_argument_error(message: str, *, foreign: bool = False) -> str | None:
-    """Say in one line what jsonargparse says of an argument in many.
+    """Say in one line what jsonargparse says of an argument in many; None if it is not about a class of this package.
 
-    Args:
-        message: What it would print.
-        foreign: Whether to do so for Anomalib's own classes too.
-
-    Returns:
-        The line; None if the message is of another kind, or not about a class of this package.
+    `foreign` does so for Anomalib's own classes, too.
 
     >>> short_argument_error("Parser key \\"model\\": - Expected a dot import path string: OTPrototype")
     "--model is 'OTPrototype', which is not known; did you mean 'OTPrototypes'?"
@@ -56,37 +55,51 @@ def short_argument_error(message: str, *, foreign: bool = False) -> str | None:
     if not foreign and path.partition(".")[0] != anomalib_ot.__name__:
         return None
     known, name = _parameters(path), path.rpartition(".")[2]
-    refused = re.match(r"(?:Option|Key) '([\w.]+)' is (not accepted|required)", reason)
+    refused = REFUSED.match(reason)
+    wrong = refused and (refused["name"] or refused["typed"] or f"{refused['group']}.{refused['inner']}")
     mistyped, value = MISTYPED.match(reason), VALUE.search(reason)
-    if known and refused and refused[2] == "required":
-        return f"{option}.{refused[1]} is missing, {name} needs it; expected {known.get(refused[1], 'a value')}"
+    if known and refused and refused["why"] == "required":
+        return f"{option}.{wrong} is missing, {name} needs it; expected {known.get(wrong, 'a value')}"
     if refused and name in ("PreProcessor", "PostProcessor"):  # no class was named: jsonargparse takes the type's
-        fits = refused[1] in inspect.signature(anomalib_ot.SinkhornNMS).parameters
+        fits = wrong in inspect.signature(anomalib_ot.SinkhornNMS).parameters
         hint = f"{option} {'SinkhornNMS' if fits else 'CLASS'}"
-        return f"{option}.{refused[1]} is given, but not whose argument it is; name the class first: {hint}"
+        return f"{option}.{wrong} is given, but not whose argument it is; name the class first: {hint}"
     if known and refused:
-        near = difflib.get_close_matches(refused[1], known, n=1)
+        if f"advanced.{wrong}" in known:
+            return f"{option}.{wrong}: {name} has it in advanced; expected {option}.advanced.{wrong}"
+        near = difflib.get_close_matches(wrong, known, n=1)
         hint = f"did you mean {near[0]!r}? It" if near else "it"
-        return f"{option}.{refused[1]}: {name} has no such argument; {hint} has {', '.join(known)}"
+        return f"{option}.{wrong}: {name} has no such argument; {hint} has {', '.join(known)}"
     if known and mistyped and value and mistyped[1] in known:
-        near = difflib.get_close_matches(value[1], anomalib_ot.__all__, n=1, cutoff=0.8)
+        names = [*anomalib_ot.__all__, *re.findall(r"'([^']+)'", known[mistyped[1]])]
+        near = difflib.get_close_matches(value[1], names, n=1, cutoff=0.6)
         hint = f", did you mean {near[0]!r}?" if near else ""
         return f"{option}.{mistyped[1]} is {value[1]!r}; expected {known[mistyped[1]]}{hint}"
     return f"{option}: {' '.join(reason.split())}"
 
 
 def _parameters(path: str) -> dict[str, str] | None:
-    """List the arguments of a class, with their types in words; None if there is no such class."""
+    """List the arguments of a class, with their types in words; None if there is no such class.
+
+    The fields of an argument that is a dataclass are arguments, too: `advanced.alpha`.
+    """
     module, _, name = path.rpartition(".")
     try:
-        parameters = inspect.signature(getattr(import_module(module), name)).parameters
+        kind = getattr(import_module(module), name)
+        parameters = dict(inspect.signature(kind).parameters)
+        if parameters.pop("kwargs", None):  # those of the base class are taken, too
+            parameters |= inspect.signature(kind.__base__).parameters
     except (ImportError, AttributeError, ValueError):
         return None
-    annotations = {key: value.annotation for key, value in parameters.items()}
+    annotations = {}
+    for key, value in parameters.items():
+        inner = hints_of(value.annotation) if is_dataclass(value.annotation) else {}
+        annotations |= {f"{key}.{field}": hint for field, hint in inner.items()} or {key: value.annotation}
     words = {
-        key: value if isinstance(value, str) else inspect.formatannotation(value) for key, value in annotations.items()
+        key: value if isinstance(value, str) else described(value) or inspect.formatannotation(value)
+        for key, value in annotations.items()
     }
-    return {key: re.sub(r"\b(?:\w+\.)+(?=\w)", "", value) for key, value in words.items()}
+    return {key: re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=\w)", "", value) for key, value in words.items()}
 
 
 def install_short_argument_errors(switch: str, before_building: Callable[[], None]) -> None:
@@ -94,11 +107,8 @@ def install_short_argument_errors(switch: str, before_building: Callable[[], Non
 
     There is no hook for this in jsonargparse: its methods `error` and `instantiate_classes` are wrapped. Anomalib's
     classes get the line too in a command that names one of ours. All other messages go the former way, as does
-    everything with the environment variable `switch` set to 1. Repeated calls change nothing.
-
-    Args:
-        switch: Name of the environment variable that asks for the long form.
-        before_building: Called before a parser builds what was named, such as a logger, which comes before any model.
+    everything with the environment variable `switch` set to 1. `before_building` is called before a parser builds what
+    was named, such as a logger, which comes before any model. Repeated calls change nothing.
     """
     former = ArgumentParser.error
     if hasattr(former, "is_short"):

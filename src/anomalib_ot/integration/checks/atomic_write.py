@@ -3,19 +3,9 @@
 import os
 from pathlib import Path
 
-__all__ = ["write_whole"]
-
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old content or the new, and nothing between.
-
-    Args:
-        path: The file; a former one is replaced.
-        content: What it shall hold.
-
-    Raises:
-        OSError: If it cannot be written; then nothing is left behind.
-    """
+    """Write a file so that readers see the old content or the new; on an `OSError` nothing is left behind."""
     draft = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         draft.write_bytes(content)

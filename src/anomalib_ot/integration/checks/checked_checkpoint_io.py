@@ -7,8 +7,6 @@ from anomalib.engine.plugins import AnomalibCheckpointIO
 
 from anomalib_ot.integration.checks.checkpoints import checked_reading
 
-__all__ = ["AnomalibCheckpointIO", "CheckedCheckpointIO"]
-
 
 class CheckedCheckpointIO(AnomalibCheckpointIO):
     """Read checkpoints as Anomalib does, and raise `InputError` where it raises anything else."""

@@ -13,17 +13,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from anomalib_ot.integration.checks.advanced import flat
 from anomalib_ot.integration.checks.errors import InputError
-
-__all__ = [
-    "check_own_checkpoint",
-    "checked_reading",
-    "install_checkpoint_check",
-    "is_reading",
-    "keep_what_was_trained",
-    "plain",
-    "trained_arguments",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +24,7 @@ _reading = ContextVar("reading", default=False)
 
 @contextmanager
 def checked_reading(path: str | Path) -> Iterator[None]:
-    """Check that a file can be a checkpoint at all, and say what is wrong if reading it fails.
-
-    Args:
-        path: A local path; addresses such as ``s3://...`` are left to Lightning.
+    """Check that a local file can be a checkpoint at all, and say what is wrong if reading it fails.
 
     Raises:
         InputError: If there is no such file, it is not a zip archive, as every checkpoint is, or cannot be read.
@@ -67,8 +55,7 @@ def _check_file(path: Path) -> None:
         msg = f"checkpoint {path} does not exist; expected what a training has written, such as "
         raise InputError(msg + (_of_another_run(path) or USUAL_PLACE))
     if not zipfile.is_zipfile(path):
-        msg = f"checkpoint {path} is cut off or no checkpoint; take another one, such as {USUAL_PLACE}"
-        raise InputError(msg)
+        raise InputError(f"checkpoint {path} is cut off or no checkpoint; take another one, such as {USUAL_PLACE}")
 
 
 def _of_another_run(path: Path) -> str | None:
@@ -91,38 +78,21 @@ def install_checkpoint_check(trainer: Trainer) -> None:
 
 
 def check_own_checkpoint(checkpoint: Mapping[str, Any], entry: str, model: str) -> None:
-    """Check that a loaded checkpoint is one of a model.
-
-    Args:
-        checkpoint: As Lightning loads it.
-        entry: A weight that only checkpoints of this model have.
-        model: The model's name.
-
-    Raises:
-        InputError: If the checkpoint has no such weight.
-    """
+    """Check that a loaded checkpoint has a weight that only those of this model have; an `InputError` if not."""
     if entry not in checkpoint.get("state_dict", {}):
         keys = ", ".join(list(checkpoint.get("state_dict", {}))[:3])
-        msg = (
+        raise InputError(
             f"the checkpoint is of another model, not of {model} (its weights begin with {keys or 'nothing'}); "
             "name the model that it was trained with, or another checkpoint"
         )
-        raise InputError(msg)
 
 
 def keep_what_was_trained(trainer: Trainer, model: LightningModule, checkpoint: dict[str, Any]) -> bool:
     """Keep a model that was just trained, where the checkpoint that its training was resumed from is to be loaded.
 
     Anomalib's `train` hands the checkpoint to resume from to the test that follows the training, too. Only the first
-    test after the training keeps the model, so that the old one can be tested all the same.
-
-    Args:
-        trainer: Has the path in `resumed_from` after a training, and knows the one that is being loaded.
-        model: The model.
-        checkpoint: As Lightning loads it; gets the model's weights.
-
-    Returns:
-        Whether the model was kept; a line in the log then says so.
+    test after the training keeps the model, so that the old one can be tested all the same. The path is in
+    `trainer.resumed_from`. Returns whether the model was kept, which the log then says.
     """
     resumed_from = vars(trainer).pop("resumed_from", None)
     if trainer.state.fn != TrainerFn.TESTING or resumed_from is None or resumed_from != str(trainer.ckpt_path):
@@ -140,17 +110,8 @@ def keep_what_was_trained(trainer: Trainer, model: LightningModule, checkpoint: 
 def trained_arguments(
     checkpoint: Mapping[str, Any], present: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, Any]:
-    """Find the arguments of a checkpoint that differ from a model's, among those that its weights depend on.
-
-    Args:
-        checkpoint: As Lightning loads it.
-        present: The arguments of the model that loads it.
-        names: Names of the arguments that count.
-
-    Returns:
-        The checkpoint's values of the arguments that differ; they are told in a warning.
-    """
-    saved = checkpoint.get("hyper_parameters", {})
+    """Return the arguments of a checkpoint, among `names`, that differ from the present ones, with a warning."""
+    saved, present = flat(checkpoint.get("hyper_parameters", {})), flat(present)
     differing = {name: saved[name] for name in names if name in saved and plain(saved[name]) != plain(present[name])}
     if differing:
         told = ", ".join(f"{name}={plain(value)!r} (not {plain(present[name])!r})" for name, value in differing.items())

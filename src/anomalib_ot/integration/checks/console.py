@@ -1,19 +1,24 @@
-"""What a command prints: each message once, on a line of its own, without what is said in every run."""
+"""What a command prints: each message once, without what is said in every run; and a bar while one waits."""
 
 import logging
 import os
 import re
 import sys
+import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-__all__ = ["quiet_console"]
+from rich.console import Console
+from rich.progress import Progress
 
 VERBOSE_SWITCH = "ANOMALIB_OT_VERBOSE"
+PATIENCE = 1.0  # seconds of silence before a progress bar
 LOGGERS = ("", "lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric")
 HABITUAL = re.compile(
     r"Initializing \w+ model\.|Loading the callbacks|Overriding \w+ from|GPU available|TPU available|.{0,3}Tip: "
     r"|The following callbacks returned in|`Trainer\.\w+` stopped|\d+ hidden files found in \S*anomalib-ot"
-    r"|ckpt_path is not provided|Throughput"
+    r"|ckpt_path is not provided|Throughput|(Missing|Unexpected) keys \(.* while loading pretrained weights"
 )
 HABITUAL_WARNINGS = (
     "`max_epochs` was not set",
@@ -62,3 +67,13 @@ class _Habitual(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno > logging.WARNING or not HABITUAL.match(record.getMessage())
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show a bar on standard error once something takes longer than a second; yields what counts one step."""
+    console, start = Console(stderr=True), time.monotonic()
+    is_silent = not (console.is_terminal or console.is_jupyter)  # a log file wants no bar
+    with Progress(console=console, transient=True, disable=is_silent) as bar:
+        task = bar.add_task(description, total=total, visible=False)
+        yield lambda: bar.update(task, advance=1, visible=time.monotonic() - start > PATIENCE)

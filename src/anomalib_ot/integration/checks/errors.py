@@ -10,8 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
 
-__all__ = ["InputError", "install_short_errors", "missing_tensorboard"]
-
 TRACEBACK_SWITCH = "ANOMALIB_OT_TRACEBACK"
 
 
@@ -21,16 +19,15 @@ class InputError(ValueError):
     The message is one line that names the file or argument, what came, what was expected, and the cure.
 
     Examples:
-        >>> raise InputError("--model.alpha is 1.5; expected a number from 0 to 1")
+        >>> raise InputError("--model.advanced.alpha is 1.5; expected a number from 0 to 1")
         Traceback (most recent call last):
         ...
-        anomalib_ot.integration.checks.errors.InputError: --model.alpha is 1.5; expected a number from 0 to 1
+        anomalib_ot.integration.checks.errors.InputError: --model.advanced.alpha is 1.5; expected a number from 0 to 1
     """
 
     last_message: ClassVar[str] = ""  # words only, without the spacing: to be found again where it is quoted
 
     def __init__(self, message: str) -> None:
-        """Take the message, of one line."""
         super().__init__(message)
         InputError.last_message = _words(message)
 

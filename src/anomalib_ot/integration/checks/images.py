@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -11,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 
 from anomalib_ot.imaging.samples import (
     DECODE_ERRORS,
@@ -24,36 +21,25 @@ from anomalib_ot.imaging.samples import (
     sample_format,
     size_problem,
 )
+from anomalib_ot.integration.checks.console import progress_bar
 from anomalib_ot.integration.checks.errors import InputError
-
-__all__ = ["ImageReport", "check_images"]
 
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 2
 ORIENTATION = 0x0112  # EXIF
-PATIENCE = 1.0  # seconds of silence before the progress bar
+ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 @dataclass(frozen=True)
 class ImageReport:
-    """What ``check_images`` found in files that are all readable.
+    """What ``check_images`` found in files that are all readable."""
 
-    Args:
-        count: Number of files.
-        deep: 16-bit and float files, which Anomalib's 8-bit reading saturates or coarsens; as given, as strings.
-        alpha: Files with an alpha channel, which is dropped.
-        gray: Files with one channel.
-        palette: Files with a palette, which is expanded to RGB.
-        turned: Files with an EXIF orientation, which is not applied.
-    """
-
-    count: int
+    count: int  # number of files
+    # 16-bit and float files, which Anomalib's 8-bit reading saturates or coarsens; as given, as strings.
     deep: frozenset[str]
-    alpha: tuple[str, ...]
-    gray: tuple[str, ...]
-    palette: tuple[str, ...]
-    turned: tuple[str, ...]
+    alpha: tuple[str, ...]  # files with an alpha channel, which is dropped
+    turned: tuple[str, ...]  # files with an EXIF orientation, which is not applied
 
 
 @dataclass(frozen=True)
@@ -74,19 +60,12 @@ def check_images(paths: Iterable[str | Path], description: str) -> ImageReport:
     """Decode image files and stop at bad ones before training does.
 
     Two threads decode, with a progress bar from the first second on. What is found is kept for the life of the process
-    by path, time of change and size, so that fit and test do not decode the same files twice.
-
-    Args:
-        paths: Image files, in any number and order; doubles are read once.
-        description: What they are, for messages and the progress bar, such as "training images".
-
-    Returns:
-        The report on the files.
+    by path, time of change and size. `description` is such as "training images".
 
     Raises:
         InputError: If files are missing, empty, cut off, damaged, no images, under 16 pixels on a side, or hold values
-            outside their scale (see ``read_image_deep``); names the first one and says how many there are. Also if
-            some float files use [0, 1] and others [0, 255].
+            outside their scale (see ``read_image_deep``); names the first one and says how many there are. Also if some
+            float files use [0, 1] and others [0, 255].
     """
     names = list(dict.fromkeys(str(path) for path in paths))
     keys = {name: _key(name) for name in names}
@@ -98,15 +77,12 @@ def check_images(paths: Iterable[str | Path], description: str) -> ImageReport:
     bad = [(name, finding.problem) for name, finding in found.items() if finding.problem]
     if bad:
         more = f" ({len(bad) - 1} more of the {len(names)} files are bad too, next {bad[1][0]})" if len(bad) > 1 else ""
-        msg = f"{description}: {bad[0][0]} {bad[0][1]}{more}"
-        raise InputError(msg)
+        raise InputError(f"{description}: {bad[0][0]} {bad[0][1]}{more}")
     _check_one_float_scale(found, description)
     report = ImageReport(
         count=len(names),
         deep=frozenset(name for name, finding in found.items() if finding.sample != "8"),
-        alpha=_with_mode(found, "RGBA", "LA", "PA", "RGBa", "La"),
-        gray=_with_mode(found, "1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"),
-        palette=_with_mode(found, "P", "PA"),
+        alpha=tuple(name for name, finding in found.items() if finding.mode in ALPHA),
         turned=tuple(name for name, finding in found.items() if finding.is_turned),
     )
     if fresh:
@@ -124,20 +100,13 @@ def _key(name: str) -> tuple[str, int, int]:
 
 def _decode_all(names: list[str], description: str) -> dict[str, _Finding]:
     found: dict[str, _Finding] = {}
-    start = time.monotonic()
     with ExitStack() as stack:
         pool = ThreadPoolExecutor(NUM_THREADS)
         stack.callback(pool.shutdown, cancel_futures=True)
-        progress = task = None
+        step = stack.enter_context(progress_bar(f"Checking {description}", len(names)))
         for name, finding in zip(names, pool.map(_decode, names), strict=True):
             found[name] = finding
-            if progress is None and time.monotonic() - start > PATIENCE:
-                console = Console(stderr=True)
-                is_silent = not (console.is_terminal or console.is_jupyter)  # a log file wants no bar
-                progress = stack.enter_context(Progress(console=console, transient=True, disable=is_silent))
-                task = progress.add_task(f"Checking {description}", total=len(names))
-            if progress is not None:
-                progress.update(task, completed=len(found))
+            step()
     return found
 
 
@@ -176,15 +145,10 @@ def _check_one_float_scale(found: dict[str, _Finding], description: str) -> None
     unit = next((n for n, f in found.items() if f.sample == "float" and 0 < f.greatest <= 1), None)
     byte = next((n for n, f in found.items() if f.sample == "float" and f.greatest > 1), None)
     if unit and byte:
-        msg = (
+        raise InputError(
             f"{description}: the float image {unit} lies in [0, 1] but {byte} reaches {found[byte].greatest:g}; "
             "expected one scale for all, [0, 1] or [0, 255]: save them again on one"
         )
-        raise InputError(msg)
-
-
-def _with_mode(found: dict[str, _Finding], *modes: str) -> tuple[str, ...]:
-    return tuple(name for name, finding in found.items() if finding.mode in modes)
 
 
 def _log(report: ImageReport, description: str) -> None:

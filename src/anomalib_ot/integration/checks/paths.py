@@ -4,8 +4,6 @@ from pathlib import Path
 
 from anomalib.data.utils import path as host
 
-__all__ = ["allow_all_letters"]
-
 
 def has_unprintable_characters(path: str | Path) -> bool:
     """Whether a path has characters that nobody can see, such as line breaks; letters of any language are none.

@@ -6,8 +6,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from anomalib_ot.integration.checks.checkpoints import install_checkpoint_check
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["check_trainer", "leave_out_validation", "restore_validation"]
-
 TRAINED = "anomalib_ot_trained"  # attribute of a trainer: the model that it trains
 LIMIT = "anomalib_ot_limit_val_batches"
 
@@ -15,13 +13,9 @@ LIMIT = "anomalib_ot_limit_val_batches"
 def check_trainer(trainer: Trainer, model: LightningModule) -> None:
     """Check that a trainer can do what it is asked for, and have it check checkpoints when it reads them.
 
-    Args:
-        trainer: In the set-up of a stage.
-        model: The model of the stage.
-
     Raises:
-        InputError: If the precision is not float32, or a training would be skipped or begin in the middle, because
-            the trainer has counted the epochs of an earlier one.
+        InputError: If the precision is not float32, or a training would be skipped or begin in the middle, because the
+            trainer has counted the epochs of an earlier one.
     """
     _check_precision(trainer.precision)
     install_checkpoint_check(trainer)
@@ -33,20 +27,17 @@ def check_trainer(trainer: Trainer, model: LightningModule) -> None:
 def leave_out_validation(trainer: Trainer) -> None:
     """Let a training do without a validation, where its data have none, until `restore_validation`.
 
-    Anomalib's datamodules have no `val_data` with `val_split_mode none`, and ask for it all the same.
-
-    Raises:
-        InputError: If the validation itself was asked for.
+    Anomalib's datamodules have no `val_data` with `val_split_mode none`, and ask for it all the same; an `InputError`
+    if the validation itself was asked for.
     """
     datamodule = trainer.datamodule
     if datamodule is None or not hasattr(datamodule, "train_data") or hasattr(datamodule, "val_data"):
         return
     if trainer.state.fn == TrainerFn.VALIDATING:
-        msg = (
+        raise InputError(
             f"data {datamodule.name} have no validation images (--data.val_split_mode none); expected some to "
             "validate on: take another one, such as same_as_test"
         )
-        raise InputError(msg)
     if trainer.state.fn == TrainerFn.FITTING:
         setattr(trainer, LIMIT, trainer.limit_val_batches)
         trainer.limit_val_batches = 0
@@ -59,17 +50,12 @@ def restore_validation(trainer: Trainer) -> None:
 
 
 def _check_precision(precision: str) -> None:
-    """Check that a trainer leaves the model in float32: sums over all patches need it.
-
-    Raises:
-        InputError: If the trainer converts the model itself to another precision; mixed precision does not.
-    """
+    """Check that a trainer leaves the model in float32: sums over all patches need it; mixed precision is fine."""
     if precision.endswith("-true") and precision != "32-true":
-        msg = (
+        raise InputError(
             f"trainer.precision is {precision!r}, in which prototypes cannot be fitted; "
             "expected '32-true', or '16-mixed' or 'bf16-mixed' to run the backbone alone in half precision"
         )
-        raise InputError(msg)
 
 
 def _check_unused(trainer: Trainer, model: LightningModule) -> None:
@@ -78,15 +64,13 @@ def _check_unused(trainer: Trainer, model: LightningModule) -> None:
         return  # a checkpoint brings counts of its own
     former = vars(trainer).get(TRAINED)
     if former is not model:
-        msg = (
+        raise InputError(
             f"this Engine has trained another model, and its trainer goes on counting (epoch {trainer.current_epoch}): "
             f"{type(model).__name__} would be trained too little or not at all; expected an Engine of its own for each "
             "model: Engine(...)"
         )
-        raise InputError(msg)
     if -1 < trainer.fit_loop.max_epochs <= trainer.current_epoch:
-        msg = (
+        raise InputError(
             f"this Engine has trained this model for all of its {trainer.current_epoch} epoch(s), there is nothing "
             "left to train; take another Engine to train it again, or one with more max_epochs and ckpt_path to go on"
         )
-        raise InputError(msg)

@@ -16,8 +16,6 @@ from anomalib.data import ImageBatch, ImageItem, NumpyImageBatch, NumpyImageItem
 from anomalib.data.dataclasses.generic import FieldDescriptor
 from torchvision.tv_tensors import Mask
 
-__all__ = ["ExplainedBatch", "ExplainedItem", "NumpyExplainedBatch", "NumpyExplainedItem", "split_by_cause"]
-
 CAUSES = ("feature_map", "position_map", "missing_map")
 
 SUM_TOLERANCE = 1e-3  # relative; room for maps that were computed in half precision
@@ -29,16 +27,10 @@ def split_by_cause(
     position_map: torch.Tensor,
     missing_map: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Split an anomaly map into its causes in the ratio of two or three given maps.
+    """Split an anomaly map into its causes in the ratio of two or three given maps, >= 0, of its shape.
 
     feature = anomaly · feature_map / (feature_map + position_map), position = anomaly − feature; with a third map, what
     is missing is split off first.
-
-    Args:
-        anomaly_map: The map to split, >= 0, any shape.
-        feature_map: Weight of the feature cause, >= 0, same shape.
-        position_map: Weight of the position cause, >= 0, same shape.
-        missing_map: Weight of what is missing, >= 0, same shape; None: there are two causes.
 
     Returns:
         The two or three parts; their float32 sum, from the left, is `anomaly_map`, bit for bit. Where the weights are 0
@@ -108,8 +100,7 @@ class _ExplanationFields:
             value = value.squeeze(axis)
         if value.ndim != axis + 2:
             expected = "(B, 1, H, W) or (B, H, W)" if cls.batched else "(1, H, W) or (H, W)"
-            msg = f"{name} has shape {tuple(value.shape)}; {cls.__name__} expects {expected}."
-            raise ValueError(msg)
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; {cls.__name__} expects {expected}.")
         return Mask(value) if isinstance(value, torch.Tensor) else value
 
     @classmethod
@@ -148,8 +139,7 @@ class _ExplanationFields:
         value = cls._float32("transport_score", transport_score)
         if value.ndim != int(cls.batched):
             expected = "(B,)" if cls.batched else "()"
-            msg = f"transport_score has shape {tuple(value.shape)}; {cls.__name__} expects {expected}."
-            raise ValueError(msg)
+            raise ValueError(f"transport_score has shape {tuple(value.shape)}; {cls.__name__} expects {expected}.")
         return value
 
     @classmethod
@@ -167,8 +157,7 @@ class _ExplanationFields:
         """Check the fields against each other; Anomalib calls this after `update` too."""
         if (self.feature_map is None) != (self.position_map is None):
             missing = "feature_map" if self.feature_map is None else "position_map"
-            msg = f"{missing} is None while the other cause is given; give both maps or neither."
-            raise ValueError(msg)
+            raise ValueError(f"{missing} is None while the other cause is given; give both maps or neither.")
         if self.missing_map is not None and self.feature_map is None:
             msg = "missing_map is given without feature_map and position_map; give all three causes or none."
             raise ValueError(msg)
@@ -195,11 +184,10 @@ class _ExplanationFields:
         parts = [part for part in (feature_map, position_map, missing_map) if part is not None]
         shapes = [tuple(part.shape) for part in (whole, *parts)]
         if len(set(shapes)) != 1:
-            msg = (
+            raise ValueError(
                 f"anomaly_map and {', '.join(CAUSES[: len(parts)])} have shapes {shapes}; expected one shape. "
                 "To change the map size, set the causes to None first, missing_map before the others."
             )
-            raise ValueError(msg)
         if isinstance(whole, torch.Tensor) and not torch.equal(sum(parts[1:], parts[0]), whole):
             plain = (part.as_subclass(torch.Tensor) for part in (whole, *parts))
             split = split_by_cause(*plain)
@@ -248,33 +236,25 @@ class ExplainedBatch(ImageBatch, _ExplanationFields):
 
     @classmethod
     def adopt(cls, batch: ImageBatch, **predictions: torch.Tensor | None) -> "ExplainedBatch":
-        """Turn an `ImageBatch` into an `ExplainedBatch` in place, and set its predictions.
+        """Turn an `ImageBatch` into an `ExplainedBatch` in place, set its predictions by name, and return it.
 
         In place, because Anomalib's evaluator and visualizer read the batch that the trainer holds, not what the test
-        step returns; and `ImageBatch.update` drops the fields that it does not know.
-
-        Args:
-            batch: The batch that the trainer passed to the step; an `ExplainedBatch` keeps the fields not named here.
-            predictions: Fields of this class by name.
-
-        Returns:
-            `batch` itself. On an error it is left as it was.
+        step returns; and `ImageBatch.update` drops the fields that it does not know. On an error the batch is left as
+        it was.
 
         Raises:
             TypeError: If `batch` is of another class, or a prediction is not a field.
             ValueError: If a shape is wrong, or the causes do not sum to the anomaly map.
         """
         if type(batch) not in (ImageBatch, cls):
-            msg = (
+            raise TypeError(
                 f"batch is a {type(batch).__name__}; expected {cls.__name__} or ImageBatch; models of "
                 "different kinds need an Engine each"
             )
-            raise TypeError(msg)
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(predictions) - set(known))
         if unknown:
-            msg = f"predictions {unknown} are no fields of {cls.__name__}; it has {known}."
-            raise TypeError(msg)
+            raise TypeError(f"predictions {unknown} are no fields of {cls.__name__}; it has {known}.")
         values = {**{name: getattr(batch, name, None) for name in known}, **predictions}
         if not set(CAUSES).isdisjoint(predictions):
             cls._check_sum(**{name: values[name] for name in ("anomaly_map", *CAUSES)})

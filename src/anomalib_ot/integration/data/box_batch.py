@@ -14,25 +14,18 @@ RAGGED = ("gt_boxes", "gt_box_labels")
 
 @dataclass
 class BoxItem(ImageItem):
-    """One image with its boxes.
+    """One image with its boxes."""
 
-    Args:
-        gt_boxes: True boxes xyxy (G, 4), float32. Before prediction in pixels of `image`; a predicted item has them in
-            pixels of the file, as its own boxes.
-        gt_box_labels: Their class indices (G,), int64.
-        original_size: Height and width (2,) of the image's file, pixels, int64.
-        pred_boxes: Predicted boxes xyxy (K, 4), pixels of the file, best first; see `Detections` for empty slots.
-        pred_box_scores: Their scores (K,).
-        pred_box_labels: Their class indices (K,), -1 in empty slots.
-        pred_box_scales: How unsure each side is (K, 4), pixels of the file, see `Detections`; None: not known.
-    """
-
+    # True boxes xyxy (G, 4), float32. Before prediction in pixels of `image`; a predicted item has them in pixels of
+    # the file, as its own boxes.
     gt_boxes: Tensor | None = None
-    gt_box_labels: Tensor | None = None
-    original_size: Tensor | None = None
+    gt_box_labels: Tensor | None = None  # their class indices (G,), int64
+    original_size: Tensor | None = None  # height and width (2,) of the image's file, pixels, int64
+    # Predicted boxes xyxy (K, 4), pixels of the file, best first; see `Detections` for empty slots.
     pred_boxes: Tensor | None = None
-    pred_box_scores: Tensor | None = None
-    pred_box_labels: Tensor | None = None
+    pred_box_scores: Tensor | None = None  # their scores (K,)
+    pred_box_labels: Tensor | None = None  # their class indices (K,), -1 in empty slots
+    # How unsure each side is (K, 4), pixels of the file, see `Detections`; None: not known.
     pred_box_scales: Tensor | None = None
 
 
@@ -40,39 +33,29 @@ class BoxItem(ImageItem):
 class BoxBatch(ImageBatch):
     """A batch of images with their boxes; true boxes are lists, one tensor per image.
 
-    Args:
-        gt_boxes: For each image boxes xyxy (G, 4), see `BoxItem`.
-        gt_box_labels: For each image class indices (G,).
-        original_size: Height and width (B, 2) of the files.
-        pred_boxes: Predicted boxes xyxy (B, K, 4), pixels of the files.
-        pred_box_scores: Their scores (B, K).
-        pred_box_labels: Their class indices (B, K), -1 in empty slots.
-        pred_box_scales: How unsure each side is (B, K, 4), pixels of the files; None: not known.
-
     Raises:
         ValueError: On `collate` of images of different sizes.
     """
 
     item_class: ClassVar[type[BoxItem]] = BoxItem
 
-    gt_boxes: list[Tensor] | None = None
-    gt_box_labels: list[Tensor] | None = None
-    original_size: Tensor | None = None
-    pred_boxes: Tensor | None = None
-    pred_box_scores: Tensor | None = None
-    pred_box_labels: Tensor | None = None
-    pred_box_scales: Tensor | None = None
+    gt_boxes: list[Tensor] | None = None  # for each image boxes xyxy (G, 4), see `BoxItem`
+    gt_box_labels: list[Tensor] | None = None  # for each image class indices (G,)
+    original_size: Tensor | None = None  # height and width (B, 2) of the files
+    pred_boxes: Tensor | None = None  # predicted boxes xyxy (B, K, 4), pixels of the files
+    pred_box_scores: Tensor | None = None  # their scores (B, K)
+    pred_box_labels: Tensor | None = None  # their class indices (B, K), -1 in empty slots
+    pred_box_scales: Tensor | None = None  # how unsure each side is (B, K, 4), pixels of the files; None: not known
 
     @classmethod
     def collate(cls, items: Sequence[BoxItem]) -> "BoxBatch":
         """Make a batch of items; those without boxes are negatives, and have empty tensors."""
         sizes = {tuple(item.image.shape[-2:]) for item in items}
         if len(sizes) > 1:
-            msg = (
+            raise ValueError(
                 f"images of one batch have different sizes, {sorted(sizes)}; expected one size: "
                 "let the augmentations end with a crop or a resize to a fixed size"
             )
-            raise ValueError(msg)
         columns: dict[str, Any] = {}
         for field in fields(items[0]):
             values = [getattr(item, field.name) for item in items]

@@ -3,8 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-
-from torchvision.transforms.v2 import Transform
+from typing import Any
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import CocoFile, read_coco
@@ -17,8 +16,6 @@ from anomalib_ot.integration.data.splits import (
     joined_groups,
     split_images,
 )
-
-__all__ = ["CocoBoxes"]
 
 
 class CocoBoxes(BoxDataModule):
@@ -39,15 +36,7 @@ class CocoBoxes(BoxDataModule):
         duplicate_distance: Images whose perceptual hashes of 256 bits differ in at most so many stay together too, such
             as two pictures of one piece; between files that are split already they are counted. None: no search for
             near duplicates.
-        train_batch_size: Images per training batch.
-        eval_batch_size: Images per validation or test batch.
-        num_workers: Processes that read images; 0 reads in the main process.
-        train_augmentations: Augmentations of the training images, after the resize to the model's size. None:
-            ``augmentations``, or else ``DefectAugmentation()``; ``torchvision.transforms.v2.Identity`` for none at all.
-        val_augmentations: Augmentations of the validation images.
-        test_augmentations: Augmentations of the test images.
-        augmentations: Augmentations where the argument above is None.
-        seed: Decides about the split, at least 0.
+        kwargs: See `BoxDataModule`.
 
     Raises:
         InputError: If an argument is out of range, or (from ``prepare_data`` on) a file cannot be used.
@@ -70,27 +59,9 @@ class CocoBoxes(BoxDataModule):
         val_split_ratio: float = 0.2,
         group_pattern: str | None = None,
         duplicate_distance: int | None = 40,
-        train_batch_size: int = 8,
-        eval_batch_size: int = 8,
-        num_workers: int = 4,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        """Check the arguments; nothing is read yet."""
-        super().__init__(
-            root=root,
-            train_batch_size=train_batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            train_augmentations=train_augmentations,
-            val_augmentations=val_augmentations,
-            test_augmentations=test_augmentations,
-            augmentations=augmentations,
-            seed=seed,
-        )
+        super().__init__(root, **kwargs)
         check_ratio("val_split_ratio", val_split_ratio)
         check_distance("duplicate_distance", duplicate_distance)
         self.duplicate_distance = duplicate_distance
@@ -201,9 +172,8 @@ def _labels_among(class_names: Sequence[str], coco: CocoFile, json_path: Path) -
     used = {label for image in coco.images for label in image.labels}
     unknown = [name for label, name in enumerate(coco.class_names) if label in used and name not in class_names]
     if unknown:
-        msg = (
+        raise InputError(
             f"annotations {json_path} have boxes of the category {unknown[0]!r}, which is not among those of the "
             f"training file ({', '.join(class_names)}); add it there or rename it"
         )
-        raise InputError(msg)
     return {label: class_names.index(coco.class_names[label]) for label in used}

@@ -13,17 +13,6 @@ import numpy as np
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.records import BORDER, Findings, clean_box
 
-__all__ = [
-    "CocoFile",
-    "CocoImage",
-    "are_fractions",
-    "check_no_corners",
-    "check_no_fractions",
-    "load_lists",
-    "read_coco",
-    "write_coco",
-]
-
 LEAST_BOXES = 5  # that reach over the border, and more than half of all: single faults are clipped
 ROUNDING = 0.01
 PARTS = ("images", "annotations", "categories")
@@ -31,40 +20,24 @@ PARTS = ("images", "annotations", "categories")
 
 @dataclass
 class CocoImage:
-    """One image of a COCO file.
+    """One image of a COCO file."""
 
-    Args:
-        file_name: Its path as the file has it, with forward slashes.
-        width: Pixels.
-        height: Pixels.
-        boxes: Boxes xyxy, pixels, within the image.
-        labels: Index of each box's class among the file's ``class_names``.
-        dropped: How many of its boxes were dropped.
-        annotated_as: The id under which it has annotations.
-    """
-
-    file_name: str
-    width: int
-    height: int
-    boxes: list[tuple[float, float, float, float]]
-    labels: list[int]
-    dropped: int = 0
-    annotated_as: int | float | str | None = None
+    file_name: str  # its path as the file has it, with forward slashes
+    width: int  # pixels
+    height: int  # pixels
+    boxes: list[tuple[float, float, float, float]]  # boxes xyxy, pixels, within the image
+    labels: list[int]  # index of each box's class among the file's ``class_names``
+    dropped: int = 0  # how many of its boxes were dropped
+    annotated_as: int | float | str | None = None  # the id under which it has annotations
 
 
 @dataclass(frozen=True)
 class CocoFile:
-    """What a COCO file holds.
+    """What a COCO file holds."""
 
-    Args:
-        images: Its images, in its order; those that lost all their boxes to faults are left out.
-        class_names: Its categories, in the order of their ids.
-        warnings: What was found and put right, one line per kind, with counts.
-    """
-
-    images: list[CocoImage]
-    class_names: list[str]
-    warnings: list[str]
+    images: list[CocoImage]  # its images, in its order; those that lost all their boxes to faults are left out
+    class_names: list[str]  # its categories, in the order of their ids
+    warnings: list[str]  # what was found and put right, one line per kind, with counts
 
 
 def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
@@ -149,19 +122,17 @@ def _images(path: Path, entries: list[Mapping], findings: Findings) -> dict[Any,
             raise InputError(msg)
         width, height = entry.get("width"), entry.get("height")
         if not (_is_length(width) and _is_length(height)):
-            msg = (
+            raise InputError(
                 f"annotations {path}: image {name} has width {width!r} and height {height!r}; expected whole numbers "
                 "of pixels: export it with image sizes"
             )
-            raise InputError(msg)
         image = CocoImage(PurePosixPath(name.replace("\\", "/")).as_posix(), int(width), int(height), [], [])
         for known, what in ((by_id.get(key), f"id {key}"), (by_name.get(image.file_name), "file name")):
             if known is not None and not _same_image(known, image):
-                msg = (
+                raise InputError(
                     f"annotations {path}: the {what} stands for {known.file_name} ({known.width} x {known.height}) "
                     f"and for {image.file_name} ({image.width} x {image.height}); expected one image: remove the other"
                 )
-                raise InputError(msg)
         known = by_id.get(key) or by_name.get(image.file_name)
         if known is not None:
             findings.add("image", "listed more than once merged", f"{path}, {image.file_name}")
@@ -188,28 +159,25 @@ def _read_annotation(
     image = image_of.get(image_id) if isinstance(image_id, int | float | str) else None
     if image is None:
         cure = _cure_of_type(image_id, image_of) or "remove it or add its image"
-        msg = (
+        raise InputError(
             f"annotations {path}: annotation {key} has image_id {image_id!r}, which none of the "
             f"{len(image_of)} images has; {cure}"
         )
-        raise InputError(msg)
     if image.annotated_as not in (None, image_id):
-        msg = (
+        raise InputError(
             f"annotations {path}: the image {image.file_name} has annotations under the ids {image.annotated_as!r} and "
             f"{image_id!r}; expected one id per file: if these are different pictures of one name, such as frames of "
             "two videos, put each video into a folder and name it in file_name, else give both the same image_id"
         )
-        raise InputError(msg)
     image.annotated_as = image_id
     category = entry.get("category_id")
     if not _is_id(category) or category not in label_of:
         known = ", ".join(str(key) for key in sorted(label_of))
         cure = _cure_of_type(category, label_of) or "correct it or add the category"
-        msg = (
+        raise InputError(
             f"annotations {path}: annotation {key} (image {image.file_name}) has category_id {category!r}, which is "
             f"not among the categories ({known}); {cure}"
         )
-        raise InputError(msg)
     bbox = entry.get("bbox")
     content = (id(image), label_of[category], tuple(bbox) if isinstance(bbox, list) else bbox)
     where = f"image {image.file_name}, annotation {key}"
@@ -281,8 +249,7 @@ def write_coco(
     if scores is not None:
         lengths["scores"] = len(scores)
     if len(set(lengths.values())) > 1:
-        msg = f"the lists have the lengths {lengths}; expected one entry per image in each"
-        raise ValueError(msg)
+        raise ValueError(f"the lists have the lengths {lengths}; expected one entry per image in each")
     content: dict[str, list[dict]] = {"images": [], "annotations": [], "categories": []}
     content["categories"] = [{"id": i, "name": name} for i, name in enumerate(class_names, start=1)]
     for index, (name, width, height) in enumerate(images):
@@ -313,17 +280,11 @@ def write_coco(
 def check_no_corners(path: Path, boxes: Iterable[Sequence[float]], sizes: Iterable[tuple[int, int]]) -> None:
     """Check that the boxes of a file are not (left, top, right, bottom): such would be clipped to wrong ones.
 
-    They look so if most reach over the border of their image as (x, y, width, height), and none does as corners.
-
-    Args:
-        path: The file, for the message.
-        boxes: Four numbers for each box as the file has them; those that are not finite do not count.
-        sizes: Width and height of each box's image, pixels.
+    They look so if most reach over the border of their image (width, height) as (x, y, width, height), and none does as
+    corners; boxes that are not finite do not count.
 
     Raises:
         InputError: If they look like corners.
-
-    >>> check_no_corners(Path("a.json"), [(50, 30, 40, 40)] * 6, [(100, 80)] * 6)
     """
     values, limits = np.asarray(list(boxes), dtype=float).reshape(-1, 4), np.asarray(list(sizes), dtype=float)
     finite = np.isfinite(values).all(axis=1)
@@ -332,22 +293,15 @@ def check_no_corners(path: Path, boxes: Iterable[Sequence[float]], sizes: Iterab
     over = int((second > limits - first).any(axis=1).sum())
     as_corners = (second > first) & (first >= -BORDER) & (second <= limits)
     if over >= LEAST_BOXES and 2 * over > len(values) and as_corners.all():
-        msg = (
+        raise InputError(
             f"annotations {path}: {over} of {len(values)} boxes reach over the border of their image, and all fit as "
             "corners (left, top, right, bottom); expected bbox as in COCO, (x, y, width, height): write right - left "
             "and bottom - top"
         )
-        raise InputError(msg)
 
 
 def are_fractions(boxes: Iterable[Sequence[float]]) -> np.ndarray:
-    """Tell which boxes lie within the first pixel of their image: they can only be meant as parts of the image.
-
-    Args:
-        boxes: Four numbers for each box, position and size or two corners; NaN for those that have none.
-
-    Returns:
-        For each box (N,) whether all four lie in 0 to 1.
+    """Tell which boxes (N,) lie within the first pixel of their image: they can only be meant as parts of the image.
 
     >>> are_fractions([(0.5, 0.25, 0.1, 0.2), (0, 0, 2, 1)]).tolist()
     [True, False]
@@ -358,35 +312,18 @@ def are_fractions(boxes: Iterable[Sequence[float]]) -> np.ndarray:
 
 
 def check_no_fractions(path: Path, boxes: Sequence[Sequence[float]]) -> None:
-    """Check that the boxes of a file are not in fractions of the image: as pixels they would be nothing.
-
-    Args:
-        path: The file, for the message.
-        boxes: Four numbers for each box as the file has them; those that are not finite do not count.
-
-    Raises:
-        InputError: If more than half are.
-
-    >>> check_no_fractions(Path("a.json"), [(50, 30, 40, 40)])
-    """
+    """Check that not more than half of the boxes of a file are fractions of the image; an `InputError` if so."""
     found = int(are_fractions(boxes).sum())
     usable = int(np.isfinite(np.asarray(boxes, dtype=float).reshape(-1, 4)).all(axis=1).sum())
     if 2 * found > usable:
-        msg = (
+        raise InputError(
             f"annotations {path}: {found} of {usable} boxes lie within 0 to 1, as fractions of their image; expected "
             "pixels (x, y, width, height): multiply x and width by the image's width, y and height by its height"
         )
-        raise InputError(msg)
 
 
 def load_lists(path: Path) -> dict[str, list]:
     """Load a COCO file; its lists hold objects, and there is an image and a category.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content, with the lists ``images``, ``annotations`` and ``categories``.
 
     Raises:
         InputError: If there is no such file, or it is not JSON in UTF-8 or not COCO.
@@ -394,13 +331,11 @@ def load_lists(path: Path) -> dict[str, list]:
     if not path.is_file():
         near = sorted(path.parent.glob("*.json")) if path.parent.is_dir() else []
         there = f", where there is {', '.join(entry.name for entry in near[:5])}" if near else ""
-        msg = f"annotations {path} do not exist{there}; expected a COCO file: correct the path"
-        raise InputError(msg)
+        raise InputError(f"annotations {path} do not exist{there}; expected a COCO file: correct the path")
     data = path.read_bytes()
     try:
         if b"\0" in data[:4]:
-            msg = "two or four bytes per character"
-            raise ValueError(msg)
+            raise ValueError("two or four bytes per character")
         text = data.decode("utf-8-sig")
     except ValueError as error:
         form = "UTF-16 or UTF-32" if b"\0" in data[:8] else "another encoding"
@@ -410,8 +345,7 @@ def load_lists(path: Path) -> dict[str, list]:
         content = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         what = "are empty (0 bytes)" if not data else f"are not JSON ({error})"
-        msg = f"annotations {path} {what}; expected a COCO file: export it again"
-        raise InputError(msg) from error
+        raise InputError(f"annotations {path} {what}; expected a COCO file: export it again") from error
     if not isinstance(content, Mapping):
         msg = f"annotations {path} hold a {_kind(content)}; expected a COCO file, an object with {', '.join(PARTS)}"
         raise InputError(msg)

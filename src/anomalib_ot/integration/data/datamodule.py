@@ -18,26 +18,17 @@ from anomalib_ot.integration.data.dataset import BoxDataset
 from anomalib_ot.integration.data.records import Findings, LabeledImage, check_image_files
 from anomalib_ot.vision.augment import DefectAugmentation
 
-__all__ = ["BoxContent", "BoxDataModule", "check_ratio"]
-
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class BoxContent:
-    """What a data set with boxes holds.
+    """What a data set with boxes holds."""
 
-    Args:
-        class_names: Name of each class, by class index.
-        train: Images to train on.
-        val: Images to validate with.
-        test: Images to test with; may be those of `val`.
-    """
-
-    class_names: list[str]
-    train: list[LabeledImage]
-    val: list[LabeledImage]
-    test: list[LabeledImage]
+    class_names: list[str]  # name of each class, by class index
+    train: list[LabeledImage]  # images to train on
+    val: list[LabeledImage]  # images to validate with
+    test: list[LabeledImage]  # images to test with; may be those of `val`
 
 
 class BoxDataModule(AnomalibDataModule):
@@ -52,12 +43,12 @@ class BoxDataModule(AnomalibDataModule):
         train_batch_size: Images per training batch.
         eval_batch_size: Images per validation or test batch.
         num_workers: Processes that read images; 0 reads in the main process.
-        train_augmentations: Augmentations of the training images. None: ``augmentations``, or else
-            ``DefectAugmentation()``; ``torchvision.transforms.v2.Identity`` for none at all.
+        train_augmentations: Augmentations of the training images, after the resize to the model's size. None:
+            ``augmentations``, or else ``DefectAugmentation()``; ``torchvision.transforms.v2.Identity`` for none at all.
         val_augmentations: Augmentations of the validation images.
         test_augmentations: Augmentations of the test images.
         augmentations: Augmentations where the argument above is None.
-        seed: Decides about the split where one is drawn, at least 0.
+        seed: Decides about the split, at least 0.
 
     Raises:
         InputError: If an argument is out of range, or (from ``prepare_data`` on) if the data cannot be used.
@@ -66,16 +57,15 @@ class BoxDataModule(AnomalibDataModule):
     def __init__(
         self,
         root: str | Path,
-        train_batch_size: int,
-        eval_batch_size: int,
-        num_workers: int,
-        train_augmentations: Transform | None,
-        val_augmentations: Transform | None,
-        test_augmentations: Transform | None,
-        augmentations: Transform | None,
-        seed: int,
+        train_batch_size: int = 8,
+        eval_batch_size: int = 8,
+        num_workers: int = 4,
+        train_augmentations: Transform | None = None,
+        val_augmentations: Transform | None = None,
+        test_augmentations: Transform | None = None,
+        augmentations: Transform | None = None,
+        seed: int = 0,
     ) -> None:
-        """Check the arguments; nothing is read yet."""
         install_short_errors()
         for name, value, least in (
             ("train_batch_size", train_batch_size, 1),
@@ -84,8 +74,7 @@ class BoxDataModule(AnomalibDataModule):
             ("seed", seed, 0),
         ):
             if value < least:
-                msg = f"{name} is {value}; expected at least {least}"
-                raise InputError(msg)
+                raise InputError(f"{name} is {value}; expected at least {least}")
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
@@ -125,11 +114,7 @@ class BoxDataModule(AnomalibDataModule):
 
     @abstractmethod
     def _read(self, findings: Findings) -> BoxContent:
-        """Read the records of all subsets, without opening more images than needed.
-
-        Args:
-            findings: Counts what is odd but can be used.
-        """
+        """Read the records of all subsets, without opening more images than needed; what is odd is counted."""
 
     def _cure_of_split(self, name: str) -> str:
         """Say what fills a subset that the split has left empty."""
@@ -167,24 +152,21 @@ class BoxDataModule(AnomalibDataModule):
             if records:
                 continue
             if count:
-                msg = (
+                raise InputError(
                     f"data {self.name}: there is no {name} image in {self.root}, the {count} there are for the other "
                     f"subsets; expected at least one: {self._cure_of_split(name)}"
                 )
-                raise InputError(msg)
             reason = findings.warnings
             told = f" ({reason[0]})" if reason else ""
-            msg = (
+            raise InputError(
                 f"data {self.name}: there is no {name} image in {self.root}{told}; expected at least one: add images"
                 f"{', or correct what was found' if reason else ''}"
             )
-            raise InputError(msg)
         if not any(len(record.boxes) for record in content.train):
-            msg = (
+            raise InputError(
                 f"data {self.name}: none of the {len(content.train)} training images has a box (the first is "
                 f"{content.train[0].image_path}); expected at least one to learn from: add annotations"
             )
-            raise InputError(msg)
         for name in ("validation", "test"):
             if not any(len(record.boxes) for record in subsets[name]):
                 findings.add("subset", "without any box, so that mAP means nothing there", f"the {name} images")
@@ -209,17 +191,6 @@ def _count_overlap(subsets: Mapping[str, Sequence[LabeledImage]], findings: Find
 
 
 def check_ratio(name: str, value: float) -> None:
-    """Check that a part of a split lies between 0 and 1.
-
-    Args:
-        name: Name of the argument.
-        value: What came.
-
-    Raises:
-        InputError: If it does not.
-
-    >>> check_ratio("val_split_ratio", 0.2)
-    """
+    """Check that a part of a split lies between 0 and 1; an `InputError` if not."""
     if not 0 < value < 1:
-        msg = f"{name} is {value}; expected a number between 0 and 1, both excluded"
-        raise InputError(msg)
+        raise InputError(f"{name} is {value}; expected a number between 0 and 1, both excluded")

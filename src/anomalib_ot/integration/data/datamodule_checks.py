@@ -28,13 +28,6 @@ from anomalib_ot.integration.data.folder_checks import check_folder_pairs, expla
 from anomalib_ot.integration.data.mask_regions import mask_oddity, read_mask
 from anomalib_ot.integration.data.records import Findings
 
-__all__ = [
-    "DataPaths",
-    "check_datamodule",
-    "count_odd_masks",
-    "dataset_image_paths",
-]
-
 logger = logging.getLogger(__name__)
 allow_all_letters()  # now: Anomalib reads data before any model of ours is asked
 
@@ -49,19 +42,12 @@ ALIKE = 0.5  # common pixels over all pixels of two readings
 
 @dataclass(frozen=True)
 class DataPaths:
-    """The files of a datamodule, by subset.
+    """The files of a datamodule, by subset."""
 
-    Args:
-        train: Paths of the training images.
-        val: Paths of the validation images.
-        test: Paths of the test images.
-        masks: Paths of the masks of the validation and test images.
-    """
-
-    train: tuple[str, ...] = ()
-    val: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
-    masks: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()  # paths of the training images
+    val: tuple[str, ...] = ()  # paths of the validation images
+    test: tuple[str, ...] = ()  # paths of the test images
+    masks: tuple[str, ...] = ()  # paths of the masks of the validation and test images
 
     def for_stage(self, stage: str | None) -> tuple[str, ...]:
         """Return the images that a Lightning stage reads, each once; all of them if ``stage`` is None."""
@@ -78,19 +64,10 @@ class DataPaths:
 def check_datamodule(datamodule: object, stage: str | None = None) -> DataPaths:
     """Check the data before the model sees it, and list its files.
 
-    Call it twice for the whole picture: in the model's ``prepare_data``, where Lightning has not set the datamodule up
-    yet (the files are then discovered on a copy, and failures of Anomalib come as ``InputError``), and in the model's
-    ``setup``, where the split that training will use can be seen. Neither call changes the datamodule, its split, or
-    the state of a random number generator. The images themselves are not decoded: see ``check_images``.
-
-    Args:
-        datamodule: What the trainer holds; anything but an ``AnomalibDataModule`` (plain data loaders, None) is not
-            checked and has no paths.
-        stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-
-    Returns:
-        The image paths of each subset, and the mask paths. Before Lightning's set-up there is no split yet: ``train``
-        then holds all normal images and ``val`` is empty.
+    Call it in the model's ``prepare_data``, where Lightning has not set the datamodule up yet (files are discovered on
+    a copy: ``train`` then holds all normal images and ``val`` is empty), and in its ``setup``, where the split can be
+    seen. Neither call changes the datamodule, its split, or a random number generator. Images are not decoded: see
+    ``check_images``. Anything but an ``AnomalibDataModule`` is not checked and has no paths.
 
     Raises:
         InputError: If a folder is missing or holds no image, fewer than two images are left to train on, a mask is
@@ -124,14 +101,7 @@ def check_datamodule(datamodule: object, stage: str | None = None) -> DataPaths:
 
 
 def dataset_image_paths(dataset: Dataset) -> list[str]:
-    """List the image files of an Anomalib dataset.
-
-    Args:
-        dataset: A dataset with a ``samples`` frame, a ``PredictDataset``, or any other one (which has no known paths).
-
-    Returns:
-        The paths as the batches carry them in ``image_path``.
-    """
+    """List the image files of an Anomalib dataset, as batches carry them; other datasets have no known paths."""
     samples = getattr(dataset, "samples", None)
     paths: Iterable[object] = getattr(dataset, "image_filenames", []) if samples is None else samples["image_path"]
     return [str(path) for path in paths]
@@ -185,8 +155,7 @@ def _header_size_at(path: str, _mtime: int) -> tuple[int, int]:
 
 def _check_mask_shape(image: str, mask: str) -> None:
     if not Path(mask).exists():
-        msg = f"mask {mask} of image {image} does not exist; add it, or correct its path"
-        raise InputError(msg)
+        raise InputError(f"mask {mask} of image {image} does not exist; add it, or correct its path")
     try:
         width, height = _header_size(image)
     except (OSError, Image.DecompressionBombError):
@@ -194,14 +163,12 @@ def _check_mask_shape(image: str, mask: str) -> None:
     try:
         mask_width, mask_height = _header_size(mask)
     except (OSError, Image.DecompressionBombError) as error:
-        msg = f"mask {mask} of image {image} cannot be read as an image ({error}); save it again"
-        raise InputError(msg) from error
+        raise InputError(f"mask {mask} of image {image} cannot be read as an image ({error}); save it again") from error
     if not math.isclose(width * mask_height, height * mask_width, rel_tol=ASPECT_TOLERANCE):
-        msg = (
+        raise InputError(
             f"mask {mask} is {mask_width} x {mask_height} pixels, its image {image} is {width} x {height}; "
             "expected the same size, is it the mask of another image?"
         )
-        raise InputError(msg)
 
 
 def _check_training_images(datamodule: AnomalibDataModule, train: tuple[str, ...], is_split: bool) -> None:
@@ -210,11 +177,10 @@ def _check_training_images(datamodule: AnomalibDataModule, train: tuple[str, ...
     where = f" ({train[0]})" if train else ""
     cause = "; Anomalib's split keeps a part of them for validation and test" if is_split else ""
     folder = Path(train[0]).parent if train else getattr(datamodule, "root", None)
-    msg = (
+    raise InputError(
         f"data {datamodule.name}: {len(train)} normal image(s) to train on{where}, at least {MIN_TRAINING_IMAGES} "
         f"are needed{cause}; add normal images to {folder}"
     )
-    raise InputError(msg)
 
 
 def _warn_without_validation(datamodule: AnomalibDataModule, count: int) -> None:
@@ -242,14 +208,7 @@ def count_odd_masks(masks: Iterable[str], findings: Findings) -> None:
     """Count masks that are empty, full or inverted for Anomalib, or of other objects than for this package.
 
     Anomalib takes every gray value above 0 as a defect; what that makes of noise, of transparency and of palettes is
-    not what `read_mask` makes of them. Masks are read once per process.
-
-    Args:
-        masks: The files.
-        findings: Counts them.
-
-    Raises:
-        InputError: If a mask cannot be read.
+    not what `read_mask` makes of them. Masks are read once per process; an `InputError` if one cannot be.
     """
     for mask in dict.fromkeys(masks):
         for what in _oddities(mask, os.stat(mask).st_mtime_ns):

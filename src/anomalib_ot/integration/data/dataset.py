@@ -16,26 +16,19 @@ from anomalib_ot.integration.data.box_batch import BoxBatch, BoxItem
 from anomalib_ot.integration.data.deep_images import read_image_deep
 from anomalib_ot.integration.data.records import LabeledImage
 
-__all__ = ["BoxDataset"]
-
 
 class BoxDataset(AnomalibDataset):
     """Images with boxes, in Anomalib's order: by path.
 
-    An image is abnormal if it has a box. Boxes without any pixel left after the augmentations are dropped, their
-    labels with them. Images are read with their full depth, see ``read_image_deep``.
-
-    Args:
-        records: The images with their boxes, in any order.
-        split: The subset that they belong to.
-        augmentations: Transform of torchvision's v2, applied to the dictionary of ``image``, ``boxes`` and ``labels``.
+    An image is abnormal if it has a box. Boxes without any pixel left after the augmentations (of torchvision's v2, on
+    ``image``, ``boxes`` and ``labels``) are dropped with their labels. Images are read with their full depth, see
+    ``read_image_deep``.
 
     Raises:
         FileNotFoundError: If an image does not exist.
     """
 
     def __init__(self, records: Sequence[LabeledImage], split: Split, augmentations: Transform | None = None) -> None:
-        """Build the table of samples; no image is read yet."""
         super().__init__(augmentations=augmentations)
         abnormal = [LabelName.ABNORMAL if len(record.boxes) else LabelName.NORMAL for record in records]
         samples = DataFrame(

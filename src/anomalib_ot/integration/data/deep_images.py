@@ -15,22 +15,13 @@ from anomalib_ot.imaging.samples import UNREADABLE, out_of_scale, read_samples
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.datamodule_checks import dataset_image_paths
 
-__all__ = ["check_augmentations", "read_image_deep", "restore_deep_images"]
-
 
 def read_image_deep(path: str | Path) -> Tensor:
-    """Read an image without losing depth, on a scale that depends on its format and never on its content.
+    """Read an image, (3, H, W), float32, in [0, 1], without losing depth; its scale depends on its format alone.
 
-    8-bit files of any kind come exactly as Anomalib reads them. 16-bit files are divided by 65535, whatever part of
-    that range they use (so 12-bit data stored in 16 bits stays dark, but images stay comparable). Float files are
-    taken as [0, 1] if their greatest value is at most 1, else as [0, 255]; ``check_images`` refuses a data set that
-    mixes the two. An alpha channel is dropped, one channel is repeated to three.
-
-    Args:
-        path: An image file that Pillow can open.
-
-    Returns:
-        Image of shape (3, H, W), float32, in [0, 1].
+    8-bit files come exactly as Anomalib reads them. 16-bit files are divided by 65535, whatever part of that range they
+    use (12-bit data stay dark, but comparable). Float files are taken as [0, 1] if their greatest value is at most 1,
+    else as [0, 255]. An alpha channel is dropped, one channel is repeated to three.
 
     Raises:
         InputError: If the file cannot be read, or holds values outside its scale.
@@ -44,8 +35,7 @@ def read_image_deep(path: str | Path) -> Tensor:
         return to_dtype(torch.from_numpy(values.copy()).movedim(-1, 0).contiguous(), torch.float32, scale=True)
     problem = out_of_scale(values)
     if problem:
-        msg = f"image {path} {problem}"
-        raise InputError(msg)
+        raise InputError(f"image {path} {problem}")
     scaled = torch.from_numpy(values.astype(np.float32)) / full
     return scaled.expand(3, -1, -1).contiguous() if scaled.ndim == 2 else scaled.movedim(-1, 0).contiguous()
 
@@ -56,20 +46,11 @@ def restore_deep_images(
     deep_paths: Collection[str],
     resize: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """Replace the images of a batch that Anomalib's 8-bit reading has saturated by correctly read ones.
+    """Replace the images of a batch (B, 3, h, w) that Anomalib's 8-bit reading has saturated by correctly read ones.
 
-    Call it in the pre-processor's hooks, before its transforms. With no ``deep_paths`` the batch is handed back as it
-    is, at no cost.
-
-    Args:
-        batch_image: Batch of shape (B, 3, h, w) in [0, 1], as the data loader delivers it.
-        image_paths: The B paths of the batch.
-        deep_paths: The paths to read again, from ``ImageReport.deep``.
-        resize: The resize that the data loader applied, such as the ``augmentations`` of the dataset; None if it
-            applied none. Not called for an image that already has the size of the batch.
-
-    Returns:
-        The batch, or a copy of it with the deep images in place.
+    Call it in the pre-processor's hooks, before its transforms. `deep_paths` are those of ``ImageReport.deep``;
+    `resize` is what the data loader applied, such as the dataset's ``augmentations``. Returns the batch, or a copy of
+    it.
 
     Raises:
         InputError: If a file cannot be read, or does not come to the size of the batch.
@@ -84,12 +65,11 @@ def restore_deep_images(
         if resize is not None and image.shape != batch_image.shape[1:]:
             image = resize(image)
         if image.shape != batch_image.shape[1:]:
-            msg = (
+            raise InputError(
                 f"image {path} has 16 bits and comes as {tuple(image.shape[-2:])} (height, width) into a batch of "
                 f"{tuple(batch_image.shape[-2:])}; give all images one size, convert them to 8 bits, or keep the "
                 "model's resize in the pre-processor"
             )
-            raise InputError(msg)
         if restored is None:
             restored = batch_image.clone()
         restored[index] = image.to(batch_image)
@@ -102,34 +82,27 @@ def check_augmentations(datamodule: AnomalibDataModule, deep_paths: Collection[s
     The data loader applies augmentations, at random, to the saturated image; nothing can repeat them on the right one.
     The same goes for Anomalib's synthetic anomalies, which are painted on the saturated image.
 
-    Args:
-        datamodule: The datamodule, after Lightning has set it up.
-        deep_paths: Paths of the deep images, from ``ImageReport.deep``.
-
     Raises:
-        InputError: If a subset with deep images has augmentations other than ``Resize``, or synthetic anomalies are
-            made from deep images.
+        InputError: If a subset with deep images has augmentations other than ``Resize``, or synthetic anomalies.
     """
     if not deep_paths:
         return
     modes = (datamodule.test_split_mode, datamodule.val_split_mode)
     if TestSplitMode.SYNTHETIC in modes or ValSplitMode.SYNTHETIC in modes:
-        msg = (
+        raise InputError(
             f"data {datamodule.name}: synthetic anomalies cannot be made from 16-bit or float images (such as "
             f"{min(deep_paths)}); convert the images to 8 bits or set --data.val_split_mode and "
             "--data.test_split_mode to another value"
         )
-        raise InputError(msg)
     for subset in ("train", "val", "test"):
         foreign = _steps(getattr(datamodule, f"{subset}_augmentations", None))
         dataset = getattr(datamodule, f"{subset}_data", None)
         deep = sorted(set(deep_paths).intersection(dataset_image_paths(dataset))) if dataset is not None else []
         if foreign and deep:
-            msg = (
+            raise InputError(
                 f"--data.{subset}_augmentations holds {type(foreign[0]).__name__}, which is not supported on 16-bit or "
                 f"float images such as {deep[0]}; convert the images to 8 bits or drop the augmentation"
             )
-            raise InputError(msg)
 
 
 def _steps(transform: Transform | None) -> list[Transform]:

@@ -11,19 +11,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["check_folder_pairs", "explain_folder_failure"]
-
 
 def check_folder_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Check that each image of a ``Folder`` dataset was given its own mask.
+    """Check that each image of a ``Folder`` dataset was given its own mask, among (image path, mask path).
 
     Anomalib pairs the sorted images with the sorted masks and only asks that the image's stem occurs somewhere in the
     mask's stem, so that image ``1.png`` silently accepts mask ``12.png``. Here a mask belongs to an image if the stems
     are equal, or if the image's stem is a word of the mask's (``000`` in ``000_mask``) and no other image has the
     mask's stem.
-
-    Args:
-        pairs: (image path, mask path) of the samples that have a mask.
 
     Raises:
         InputError: If an image has no mask, a mask has no image, or the sorted order gave an image a foreign mask.
@@ -36,15 +31,7 @@ def check_folder_pairs(pairs: Sequence[tuple[str, str]]) -> None:
 
 
 def explain_folder_failure(datamodule: AnomalibDataModule, error: Exception) -> InputError:
-    """Say what a failed set-up of a datamodule means for the user.
-
-    Args:
-        datamodule: The datamodule that failed; for a ``Folder`` the folder or file at fault is looked up.
-        error: What Anomalib raised.
-
-    Returns:
-        The error to raise from ``error``.
-    """
+    """Return what a failed set-up of a datamodule means; of a ``Folder`` the folder at fault is looked up."""
     if isinstance(datamodule, Folder):
         found = _folder_error(datamodule)
         if found is not None:

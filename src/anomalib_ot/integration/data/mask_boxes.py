@@ -3,19 +3,13 @@
 import os
 from collections.abc import Collection
 from pathlib import Path
-
-from torchvision.transforms.v2 import Transform
+from typing import Any
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule, check_ratio
 from anomalib_ot.integration.data.mask_regions import mask_boxes, mask_oddity, read_mask
 from anomalib_ot.integration.data.records import Findings, LabeledImage, image_sizes
 from anomalib_ot.integration.data.splits import check_distance, group_near_duplicates, split_images
-
-__all__ = [
-    "MaskBoxes",
-    "find_images",
-]
 
 SINGLE = "defect"
 SUFFIXES = ("", "_mask")  # of a mask's stem; MVTec has the second
@@ -44,15 +38,7 @@ class MaskBoxes(BoxDataModule):
         test_split_ratio: Which part of the images divided is for the test.
         duplicate_distance: Images whose perceptual hashes of 256 bits differ in at most so many stay together, such as
             pictures of one piece. None: no search for near duplicates.
-        train_batch_size: Images per training batch.
-        eval_batch_size: Images per validation or test batch.
-        num_workers: Processes that read images; 0 reads in the main process.
-        train_augmentations: Augmentations of the training images, after the resize to the model's size. None:
-            ``augmentations``, or else ``DefectAugmentation()``; ``torchvision.transforms.v2.Identity`` for none at all.
-        val_augmentations: Augmentations of the validation images.
-        test_augmentations: Augmentations of the test images.
-        augmentations: Augmentations where the argument above is None.
-        seed: Decides about the split, at least 0.
+        kwargs: See `BoxDataModule`.
 
     Raises:
         InputError: If an argument is out of range, or (from ``prepare_data`` on) a folder is missing, or an image has
@@ -76,35 +62,16 @@ class MaskBoxes(BoxDataModule):
         val_split_ratio: float = 0.2,
         test_split_ratio: float = 0.2,
         duplicate_distance: int | None = 40,
-        train_batch_size: int = 8,
-        eval_batch_size: int = 8,
-        num_workers: int = 4,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        """Check the arguments; nothing is read yet."""
-        super().__init__(
-            root=root,
-            train_batch_size=train_batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            train_augmentations=train_augmentations,
-            val_augmentations=val_augmentations,
-            test_augmentations=test_augmentations,
-            augmentations=augmentations,
-            seed=seed,
-        )
+        super().__init__(root, **kwargs)
         check_ratio("val_split_ratio", val_split_ratio)
         check_ratio("test_split_ratio", test_split_ratio)
         check_ratio("val_split_ratio + test_split_ratio", val_split_ratio + test_split_ratio)
         check_distance("duplicate_distance", duplicate_distance)
         for name, value, least in (("min_area", min_area, 1), ("gap", gap, 0)):
             if value < least:
-                msg = f"{name} is {value}; expected pixels, at least {least}"
-                raise InputError(msg)
+                raise InputError(f"{name} is {value}; expected pixels, at least {least}")
         self.normal_dir = normal_dir
         self.normal_test_dir = normal_test_dir
         self.defect_dir = defect_dir
@@ -162,8 +129,7 @@ class MaskBoxes(BoxDataModule):
         folder = self._folder(argument)
         paths = [str(path) for path in find_images(folder, findings, without=self._other_folders(argument))]
         if not paths:
-            msg = f"{argument} is '{folder}', which holds no image; add images, or set it to null"
-            raise InputError(msg)
+            raise InputError(f"{argument} is '{folder}', which holds no image; add images, or set it to null")
         return list(zip(paths, image_sizes(paths), strict=True))
 
     def _defect_kinds(self, findings: Findings) -> dict[Path, list[Path]]:
@@ -202,17 +168,15 @@ class MaskBoxes(BoxDataModule):
             found = [mask for suffix in SUFFIXES for mask in masks.get(place.with_name(place.name + suffix), ())]
             if len(found) != 1:
                 came = f"the masks {', '.join(map(str, found))}" if found else f"no mask in {mask_dir / place.parent}"
-                msg = f"image {path} has {came}; expected one named {path.stem}.png or {path.stem}_mask.png"
-                raise InputError(msg)
+                raise InputError(f"image {path} has {came}; expected one named {path.stem}.png or {path.stem}_mask.png")
             used.add(found[0])
             mask = read_mask(found[0])
             if mask.shape[::-1] != size:
                 height, width = mask.shape
-                msg = (
+                raise InputError(
                     f"mask {found[0]} is {width} x {height} pixels, its image {path} is {size[0]} x {size[1]}; "
                     "expected the same size, is it the mask of another image?"
                 )
-                raise InputError(msg)
             odd = mask_oddity(mask)
             if odd:
                 findings.add("mask", f"{odd}{'' if mask.any() else ', its image left out'}", str(found[0]))
@@ -230,16 +194,7 @@ class MaskBoxes(BoxDataModule):
 
 
 def find_images(folder: Path, findings: Findings, *, deep: bool = True, without: Collection[Path] = ()) -> list[Path]:
-    """List the images of a folder.
-
-    Args:
-        folder: Where to look.
-        findings: Counts hidden images and folders, and files of other kinds, which are passed over.
-        deep: Whether to look into the folders below, links to folders too.
-        without: Folders below that are read elsewhere.
-
-    Returns:
-        Their paths, sorted.
+    """List the images of a folder, sorted, and if `deep` below it, but for folders `without`; what is odd is counted.
 
     Raises:
         InputError: If a folder cannot be read, or leads back into itself.
@@ -254,8 +209,7 @@ def _search(
 ) -> None:
     place = folder.resolve()
     if place in above:
-        msg = f"folder {folder} leads back to {place}, which it lies in; remove this link"
-        raise InputError(msg)
+        raise InputError(f"folder {folder} leads back to {place}, which it lies in; remove this link")
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:

@@ -10,8 +10,6 @@ from PIL import Image
 from anomalib_ot.imaging.samples import FORMATS, UNREADABLE, out_of_scale, read_samples, sample_format
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = ["mask_boxes", "mask_oddity", "read_mask"]
-
 LOSSY = {"JPEG", "MPO", "WEBP"}
 BLOCK = 16  # pixels; of JPEG, with colors at half the resolution
 FEW_VALUES = 3  # low ones; noise and soft edges have more
@@ -21,18 +19,11 @@ HALF, NEARLY_ALL = 0.5, 0.9
 
 
 def mask_boxes(mask: np.ndarray, min_area: int = 1, gap: int = 0) -> list[tuple[float, float, float, float]]:
-    """Find the objects of a mask, and the tight box of each.
+    """Find the objects of a mask (H, W), not 0: the tight box xyxy of each, right and bottom exclusive.
 
     Parts that touch, at a corner too, are one object; so are parts with at most `gap` empty pixels between them, in
-    rows and in columns, such as the pieces of an interrupted scratch.
-
-    Args:
-        mask: The mask (H, W); everything but 0 belongs to an object.
-        min_area: Objects of fewer pixels are dropped; the pixels of all parts of an object count, gaps do not.
-        gap: Empty pixels that an object may have between its parts, at least 0.
-
-    Returns:
-        Boxes xyxy, pixels, right and bottom exclusive, from top to bottom.
+    rows and in columns, such as the pieces of an interrupted scratch. Objects of fewer than `min_area` pixels are
+    dropped.
 
     >>> row = np.array([[1, 1, 0, 0, 1, 0, 0, 0, 1]])
     >>> mask_boxes(row, gap=2), mask_boxes(row, min_area=2)
@@ -59,10 +50,7 @@ def mask_boxes(mask: np.ndarray, min_area: int = 1, gap: int = 0) -> list[tuple[
 
 
 def mask_oddity(mask: np.ndarray) -> str | None:
-    """Say what is odd about a mask as a whole, as the end of a sentence about masks; None: nothing.
-
-    Args:
-        mask: The mask (H, W), bool.
+    """Say what is odd about a mask (H, W), bool, as the end of a sentence about masks; None: nothing.
 
     >>> mask_oddity(np.zeros((4, 4), bool)), mask_oddity(np.eye(4, dtype=bool))
     ('without a defect', None)
@@ -78,17 +66,11 @@ def mask_oddity(mask: np.ndarray) -> str | None:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Read a mask image; what a value means does not depend on how many others there are.
+    """Read a mask image, (H, W) bool; what a value means does not depend on how many others there are.
 
     Everything but 0 is a defect: class numbers, indices of a palette, the brightest channel of a color. Where all
     visible pixels are of one kind, black or not, transparency is the mask. Only if values are nearly all 0 or the
     greatest, with noise or soft edges between and no even areas of low values, does a defect begin at 128 of 255.
-
-    Args:
-        path: The file, 8 or 16 bits or float.
-
-    Returns:
-        The mask (H, W), bool.
 
     Raises:
         InputError: If the file is no image, or holds values below 0 or NaN.
@@ -101,12 +83,10 @@ def read_mask(path: Path) -> np.ndarray:
             values = read_samples(path).values
             values = values.max(axis=-1) if values.ndim == 3 else values
     except (*UNREADABLE, ImportError) as error:
-        msg = f"mask {path} cannot be read ({' '.join(str(error).split())}); save it again"
-        raise InputError(msg) from error
+        raise InputError(f"mask {path} cannot be read ({' '.join(str(error).split())}); save it again") from error
     problem = out_of_scale(values) if is_deep and values.size else None
     if problem:
-        msg = f"mask {path} {problem}"
-        raise InputError(msg)
+        raise InputError(f"mask {path} {problem}")
     middle = _full_scale(values) / 2
     return values >= middle if _is_nearly_bimodal(values, middle, is_lossy) else values > 0
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,13 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from platformdirs import user_cache_path
-from rich.console import Console
-from rich.progress import Progress
 
 from anomalib_ot.imaging.samples import FORMATS, UNREADABLE, read_problem
+from anomalib_ot.integration.checks.console import progress_bar
 from anomalib_ot.integration.checks.errors import InputError
-
-__all__ = ["HASH_BITS", "image_hashes", "near_duplicate_groups"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,24 +21,19 @@ HASH_BITS = 256
 _SIDE = 16  # of the square of frequencies that a hash holds
 _BLOCK = 512  # hashes compared with all others at once
 _NUM_THREADS = 2
-_PATIENCE = 1.0  # seconds of silence before the progress bar
 
 
 def image_hashes(paths: Sequence[str], cache: Path | None = None) -> np.ndarray:
     """Hash images by what they look like: signs of the 16 x 16 lowest frequencies against their median.
 
-    Args:
-        paths: Image files; JPEG files are decoded at a fraction of their size.
-        cache: File that keeps hashes by path, time of change and size. None: one in the user's cache.
-
-    Returns:
-        Hashes (N, 4), uint64. Two unrelated images differ in about 128 of the 256 bits.
+    Hashes (N, 4), uint64, of two unrelated images differ in about 128 of the 256 bits. `cache` keeps them by path, time
+    of change and size; None: a file in the user's cache.
 
     Raises:
         InputError: If an image cannot be read.
 
     References:
-        Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010, section 3.2 (DCT hash).
+        C. Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010, section 3.2 (DCT hash).
     """
     if cache is None:
         cache = user_cache_path("anomalib-ot", appauthor=False) / "image_hashes.json"
@@ -57,14 +48,7 @@ def image_hashes(paths: Sequence[str], cache: Path | None = None) -> np.ndarray:
 
 
 def near_duplicate_groups(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """Number the groups of images that chains of near duplicates hold together.
-
-    Args:
-        hashes: Hashes (N, 4), see ``image_hashes``.
-        distance: In how many of the 256 bits two near duplicates differ at most; 0 groups equal hashes only.
-
-    Returns:
-        The group (N,) of each image, from 0 on.
+    """Number the groups (N,) of images that chains of near duplicates, at most `distance` bits apart, hold together.
 
     >>> near_duplicate_groups(np.array([[0, 0, 0, 0], [2**40, 0, 0, 0], [7, 7, 7, 7], [3, 0, 0, 1]], np.uint64), 3)
     array([0, 0, 1, 0])
@@ -93,8 +77,7 @@ def _key(path: str) -> str:
     try:
         status = os.stat(path)
     except OSError as error:
-        msg = f"image {path} cannot be read ({error.strerror}); restore it or correct its path"
-        raise InputError(msg) from error
+        raise InputError(f"image {path} cannot be read ({error.strerror}); restore it or correct its path") from error
     return f"{os.path.abspath(path)}|{status.st_mtime_ns}|{status.st_size}"
 
 
@@ -118,14 +101,10 @@ def _save(cache: Path, known: dict[str, str]) -> None:
 
 def _hash_all(paths: dict[str, str]) -> dict[str, str]:
     hashes: dict[str, str] = {}
-    started = time.monotonic()
-    console = Console(stderr=True)
-    mute = not (console.is_terminal or console.is_jupyter)
-    with Progress(console=console, transient=True, disable=mute) as progress, ThreadPoolExecutor(_NUM_THREADS) as pool:
-        task = progress.add_task("Looking for near duplicates", total=len(paths), visible=False)
+    with progress_bar("Looking for near duplicates", len(paths)) as step, ThreadPoolExecutor(_NUM_THREADS) as pool:
         for key, value in zip(paths, pool.map(_hash, paths.values()), strict=True):
             hashes[key] = value
-            progress.update(task, advance=1, visible=time.monotonic() - started > _PATIENCE)
+            step()
     return hashes
 
 
@@ -137,6 +116,5 @@ def _hash(path: str) -> str:
             image.draft("L", (4 * _SIDE, 4 * _SIDE))
             bits = imagehash.phash(image, hash_size=_SIDE).hash
     except UNREADABLE as error:
-        msg = f"image {path} {read_problem(path, error)}"
-        raise InputError(msg) from error
+        raise InputError(f"image {path} {read_problem(path, error)}") from error
     return np.packbits(bits.reshape(-1)).tobytes().hex()

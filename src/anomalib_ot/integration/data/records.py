@@ -15,8 +15,6 @@ from anomalib_ot.imaging.samples import DECODE_ERRORS, FORMATS, read_problem
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.images import ORIENTATION
 
-__all__ = ["Findings", "LabeledImage", "check_image_files", "clean_box", "image_sizes"]
-
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 2
@@ -26,21 +24,13 @@ PLURAL = {"box": "boxes", "class": "classes"}
 
 @dataclass(frozen=True, eq=False)
 class LabeledImage:
-    """One image and its boxes.
+    """One image and its boxes."""
 
-    Args:
-        image_path: The file.
-        width: Its width, pixels.
-        height: Its height, pixels.
-        boxes: Boxes xyxy (G, 4), float32, pixels of the file, within it; none make the image a negative.
-        labels: Their class indices (G,), int64.
-    """
-
-    image_path: str
-    width: int
-    height: int
-    boxes: np.ndarray
-    labels: np.ndarray
+    image_path: str  # the file
+    width: int  # its width, pixels
+    height: int  # its height, pixels
+    boxes: np.ndarray  # boxes xyxy (G, 4), float32, pixels of the file, within it; none make the image a negative
+    labels: np.ndarray  # their class indices (G,), int64
 
     @classmethod
     def of(cls, image_path: str, size: tuple[int, int], boxes: Sequence, labels: Sequence[int]) -> "LabeledImage":
@@ -67,14 +57,7 @@ class Findings:
     _places: dict[_Kind, list] = field(default_factory=dict)
 
     def add(self, noun: str, what: str, where: str, count: int = 1) -> None:
-        """Count one more thing (or `count` of them) of a kind.
-
-        Args:
-            noun: The thing, in the singular.
-            what: What is the matter with it, and what was done.
-            where: Where it was found; the first place of a kind is told.
-            count: How many.
-        """
+        """Count one more thing (or `count`) of a kind: what it is, in the singular, what was done, and where."""
         entry = self._places.setdefault(_Kind(noun, what), [0, where])
         entry[0] += count
 
@@ -90,11 +73,7 @@ class Findings:
         return lines
 
     def log(self, description: str) -> None:
-        """Write the warnings to the log.
-
-        Args:
-            description: What the data is, for the head of each line.
-        """
+        """Write the warnings to the log, each with the description of the data at its head."""
         for line in self.warnings:
             logger.warning("%s: %s", description, line)
 
@@ -102,17 +81,7 @@ class Findings:
 def clean_box(
     corners: Sequence[float], size: tuple[int, int], findings: Findings, where: str, min_area: float = 0.0
 ) -> tuple[float, float, float, float] | None:
-    """Clip a box to its image, or drop it where nothing of use is left.
-
-    Args:
-        corners: The box xyxy, pixels.
-        size: Width and height of the image, pixels.
-        findings: Counts what was done.
-        where: Names the box for the warning.
-        min_area: Smaller boxes are dropped, square pixels.
-
-    Returns:
-        The box within the image, of positive width and height; None if it was dropped.
+    """Clip a box xyxy to its image (width, height), or drop it, None, where no area, or less than `min_area`, is left.
 
     >>> clean_box((-3.0, 2.0, 6.0, 90.0), (20, 40), Findings(), "image a.png, annotation 1")
     (0.0, 2.0, 6.0, 40.0)
@@ -143,10 +112,6 @@ def clean_box(
 def check_image_files(records: Iterable[LabeledImage], findings: Findings) -> None:
     """Check that every image is there and has the size that its boxes were drawn on; only headers are read.
 
-    Args:
-        records: The images.
-        findings: Counts images that are turned by EXIF, and very large ones.
-
     Raises:
         InputError: If a file is missing, is no image, is larger than Pillow opens, or has another size.
     """
@@ -163,13 +128,7 @@ def check_image_files(records: Iterable[LabeledImage], findings: Findings) -> No
 
 
 def image_sizes(paths: Sequence[str]) -> list[tuple[int, int]]:
-    """Read the width and height of images from their headers.
-
-    Args:
-        paths: The files.
-
-    Returns:
-        Width and height of each, pixels, as stored.
+    """Read the width and height of images, as stored, from their headers.
 
     Raises:
         InputError: If a file is missing, is no image, or is larger than Pillow opens.
@@ -188,14 +147,11 @@ def _header(path: str) -> tuple[tuple[int, int], int, bool]:
                 orientation = image.getexif().get(ORIENTATION, 1)
                 return image.size, orientation if isinstance(orientation, int) else 1, is_huge
     except FileNotFoundError as error:
-        msg = f"image {path} does not exist; restore it, or correct its path"
-        raise InputError(msg) from error
+        raise InputError(f"image {path} does not exist; restore it, or correct its path") from error
     except Image.DecompressionBombError as error:
-        msg = f"image {path} has more pixels than Pillow opens ({error}); cut it into tiles"
-        raise InputError(msg) from error
+        raise InputError(f"image {path} has more pixels than Pillow opens ({error}); cut it into tiles") from error
     except DECODE_ERRORS as error:
-        msg = f"image {path} {read_problem(path, error)}"
-        raise InputError(msg) from error
+        raise InputError(f"image {path} {read_problem(path, error)}") from error
 
 
 def _wrong_size(path: str, expected: tuple[int, int], found: tuple[int, int], orientation: int) -> str:

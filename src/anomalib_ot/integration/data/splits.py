@@ -10,30 +10,21 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.near_duplicates import HASH_BITS, image_hashes, near_duplicate_groups
 from anomalib_ot.integration.data.records import Findings, LabeledImage
 
-__all__ = ["check_distance", "group_near_duplicates", "groups_by_pattern", "joined_groups", "split_images"]
-
 LARGE_GROUP = 0.3  # of all images; a split can hardly keep its ratios then
 
 
 def split_images(
     records: Sequence[LabeledImage], ratios: Sequence[float], seed: int, groups: Sequence[Hashable] | None = None
 ) -> list[list[LabeledImage]]:
-    """Split images into subsets, stratified by class as far as the groups allow.
+    """Split images into subsets, stratified by class as far as the groups allow; each sorted by path.
 
     The rarest class is dealt out first, group by group, each to the subset that lacks most images of that class; images
-    without boxes count as a class of their own.
-
-    Args:
-        records: The images.
-        ratios: The share of each subset, summing to 1; positive.
-        seed: The same seed gives the same split of the same images, whatever their order.
-        groups: The group of each image; images of one group stay together. None: each image for itself.
-
-    Returns:
-        The subsets, each sorted by path; one can be empty where there are few groups.
+    without boxes count as a class of their own. The same seed gives the same split, whatever the order of the images.
+    `ratios` sum to 1; images of one group stay together.
 
     References:
-        Sechidis, Tsoumakas, Vlahavas, "On the stratification of multi-label data", ECML PKDD 2011, algorithm 1.
+        K. Sechidis, G. Tsoumakas, I. Vlahavas, "On the stratification of multi-label data", ECML PKDD 2011, algorithm
+        1.
     """
     order = sorted(range(len(records)), key=lambda index: records[index].image_path)
     members: dict[Hashable, list[int]] = {}
@@ -68,15 +59,7 @@ def _classes(record: LabeledImage) -> list[int]:
 
 
 def groups_by_pattern(argument: str, pattern: str | None, names: Sequence[str]) -> list[str] | None:
-    """Read from its name which group an image belongs to, such as the piece that it shows.
-
-    Args:
-        argument: Name of the argument that the pattern comes from, for messages.
-        pattern: Regular expression with one group in parentheses; None: no groups.
-        names: The images' names.
-
-    Returns:
-        What the parentheses catch of each name, anywhere in it; None without a pattern.
+    """Read from its name which group an image belongs to: what the parentheses of a regular expression catch of it.
 
     Raises:
         InputError: If the pattern is no such expression, or does not fit a name.
@@ -89,11 +72,9 @@ def groups_by_pattern(argument: str, pattern: str | None, names: Sequence[str]) 
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        msg = f"{argument} is {pattern!r}, which is no regular expression ({error}); correct it"
-        raise InputError(msg) from error
+        raise InputError(f"{argument} is {pattern!r}, which is no regular expression ({error}); correct it") from error
     if compiled.groups != 1:
-        msg = f"{argument} is {pattern!r}; expected exactly one group in parentheses, such as '^([0-9]+)_'"
-        raise InputError(msg)
+        raise InputError(f"{argument} is {pattern!r}; expected exactly one group in parentheses, such as '^([0-9]+)_'")
     found = [(name, compiled.search(name)) for name in names]
     for name, match in found:
         if match is None or match[1] is None:
@@ -103,32 +84,16 @@ def groups_by_pattern(argument: str, pattern: str | None, names: Sequence[str]) 
 
 
 def check_distance(name: str, value: int | None) -> None:
-    """Check a distance between near duplicates.
-
-    Args:
-        name: Name of the argument.
-        value: What came; None turns the search off.
-
-    Raises:
-        InputError: If it is out of range.
-
-    >>> check_distance("duplicate_distance", 40)
-    """
+    """Check a distance between near duplicates, None turns the search off; an `InputError` if it is out of range."""
     if value is not None and not 0 <= value < HASH_BITS // 2:
         msg = f"{name} is {value}; expected 0 (equal hashes) to {HASH_BITS // 2 - 1} bits, or null to search for none"
         raise InputError(msg)
 
 
 def group_near_duplicates(distance: int | None, paths: Sequence[str], findings: Findings) -> list[int] | None:
-    """Group near duplicates, so that a split cannot put one of them on each side.
+    """Group near duplicates, at most `distance` bits apart, so that a split cannot put one of them on each side.
 
-    Args:
-        distance: In how many bits the hashes of near duplicates differ at most; None: no groups.
-        paths: The image files.
-        findings: Counts groups so large that no fair split is left.
-
-    Returns:
-        The group of each image; None without a distance.
+    Groups so large that no fair split is left are counted as a finding. None without a distance.
 
     Raises:
         InputError: If an image cannot be read.
@@ -144,13 +109,7 @@ def group_near_duplicates(distance: int | None, paths: Sequence[str], findings: 
 
 
 def joined_groups(*groupings: Sequence[Hashable] | None) -> list[int] | None:
-    """Join groupings of the same images: whoever shares a group in any of them shares one here.
-
-    Args:
-        groupings: For each image its group; None says nothing.
-
-    Returns:
-        The group of each image; None if there is no grouping at all.
+    """Join groupings of the same images: whoever shares a group in any of them shares one here; None says nothing.
 
     >>> joined_groups(["a", "a", "b", "c"], None, [1, 2, 2, 3])
     [0, 0, 0, 3]

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-
-from torchvision.transforms.v2 import Transform
+from typing import Any
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import CocoImage, read_coco
@@ -12,8 +11,6 @@ from anomalib_ot.integration.data.fabric_folder import FabricFolder
 from anomalib_ot.integration.data.records import Findings, LabeledImage
 from anomalib_ot.integration.data.synthetic_folder import ANNOTATIONS
 from anomalib_ot.synthetic.fabric import DEFECTS
-
-__all__ = ["SyntheticFabricBoxes"]
 
 
 class SyntheticFabricBoxes(BoxDataModule):
@@ -35,14 +32,8 @@ class SyntheticFabricBoxes(BoxDataModule):
         defects: Which faults the images show: ``hole``, ``stain``, ``broken_yarn``, ``coarse_yarn``,
             ``misplaced_motif``, ``missing_motif``, each at most once; they are the classes.
         seed: Names the fabric and its pieces, at least 0.
-        train_batch_size: Images per training batch.
-        eval_batch_size: Images per validation or test batch.
         num_workers: Processes that read images; 0 reads in the main process.
-        train_augmentations: Augmentations of the training images, after the resize to the model's size. None:
-            ``augmentations``, or else ``DefectAugmentation()``; ``torchvision.transforms.v2.Identity`` for none at all.
-        val_augmentations: Augmentations of the validation images.
-        test_augmentations: Augmentations of the test images.
-        augmentations: Augmentations where the argument above is None.
+        kwargs: See `BoxDataModule`.
 
     Raises:
         InputError: If an argument is out of range, a defect is unknown, or (from ``prepare_data`` on) ``root`` holds
@@ -65,23 +56,15 @@ class SyntheticFabricBoxes(BoxDataModule):
         image_size: tuple[int, int] = (256, 256),
         defects: Sequence[str] = DEFECTS,
         seed: int = 0,
-        train_batch_size: int = 8,
-        eval_batch_size: int = 8,
         num_workers: int = 0,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Check the arguments; nothing is drawn yet."""
         counts = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
         for name, value in (counts | {"num_val_good": num_val_good, "num_test_good": num_test_good}).items():
             if value < 1:
-                msg = f"{name} is {value}; expected at least 1"
-                raise InputError(msg)
+                raise InputError(f"{name} is {value}; expected at least 1")
         if num_train_good < 2:
-            msg = f"num_train_good is {num_train_good}; expected at least 2"
-            raise InputError(msg)
+            raise InputError(f"num_train_good is {num_train_good}; expected at least 2")
         self._folder = FabricFolder(
             num_train=num_train_good,
             num_test_good=num_val_good + num_test_good,
@@ -91,15 +74,7 @@ class SyntheticFabricBoxes(BoxDataModule):
             seed=seed,
         )
         super().__init__(
-            root=self._folder.default_root if root is None else root,
-            train_batch_size=train_batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            train_augmentations=train_augmentations,
-            val_augmentations=val_augmentations,
-            test_augmentations=test_augmentations,
-            augmentations=augmentations,
-            seed=seed,
+            self._folder.default_root if root is None else root, num_workers=num_workers, seed=seed, **kwargs
         )
         self._numbers = {"defect": (num_train, num_val), "good": (0, num_val_good)}
 

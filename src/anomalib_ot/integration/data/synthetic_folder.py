@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +14,8 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from PIL import Image
 from platformdirs import user_cache_path
-from rich.console import Console
-from rich.progress import Progress
 
+from anomalib_ot.integration.checks.console import progress_bar
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.synthetic.picture import Sample
 
@@ -26,7 +24,6 @@ logger = logging.getLogger(__name__)
 ANNOTATIONS = "annotations.json"
 
 _BLOCK = 100_000_000  # indices per split: no image is the faultless twin of another, whatever the counts
-_QUIET_SECONDS = 1.0  # a shorter wait needs no progress bar
 
 
 class _Picture(NamedTuple):
@@ -44,14 +41,6 @@ class SyntheticFolder:
     The layout is ``train/good``, ``test/good``, ``test/<defect>`` and ``ground_truth/<defect>``, with one mask per
     defective image under the same name, and ``annotations.json`` with the boxes of all images in COCO form.
 
-    Args:
-        num_train: Faultless images for training, at least 2.
-        num_test_good: Faultless test images, at least 2.
-        num_per_defect: Test images per defect, at least 1, and 2 in all.
-        image_size: Height and width in pixels, at least ``SMALLEST_SIDE`` each.
-        defects: Names out of ``DEFECTS``, each at most once; their order does not matter.
-        seed: Names the data set, at least 0.
-
     Raises:
         InputError: If an argument is out of range or a defect is unknown.
     """
@@ -63,19 +52,18 @@ class SyntheticFolder:
     SMALLEST_SIDE: ClassVar[int]
     render: ClassVar[Callable[[int, int, str | None, tuple[int, int]], Sample]]
 
-    num_train: int = 48
-    num_test_good: int = 20
-    num_per_defect: int = 6
-    image_size: tuple[int, int] = (256, 256)
-    defects: tuple[str, ...] = ()
-    seed: int = 0
+    num_train: int = 48  # faultless images for training, at least 2
+    num_test_good: int = 20  # faultless test images, at least 2
+    num_per_defect: int = 6  # test images per defect, at least 1, and 2 in all
+    image_size: tuple[int, int] = (256, 256)  # height and width in pixels, at least ``SMALLEST_SIDE`` each
+    defects: tuple[str, ...] = ()  # names out of ``DEFECTS``, each at most once; their order does not matter
+    seed: int = 0  # names the data set, at least 0
 
     def __post_init__(self) -> None:
         """Check the arguments, and put the defects into their usual order."""
         for name, least in (("num_train", 2), ("num_test_good", 2), ("num_per_defect", 1), ("seed", 0)):
             if getattr(self, name) < least:
-                msg = f"{name} is {getattr(self, name)}; expected at least {least}"
-                raise InputError(msg)
+                raise InputError(f"{name} is {getattr(self, name)}; expected at least {least}")
         if len(self.image_size) != 2 or min(self.image_size) < self.SMALLEST_SIDE:
             least = self.SMALLEST_SIDE
             msg = f"image_size is {self.image_size}; expected (height, width) of at least {least} pixels each"
@@ -127,18 +115,13 @@ class SyntheticFolder:
     def ensure(self, root: Path) -> None:
         """Make sure that ``root`` holds exactly this data set: draw it if nothing is there, else look what is there.
 
-        Args:
-            root: The data set's folder. Any number of processes may ask for it at once.
-
-        Raises:
-            InputError: If ``root`` holds something else, or the data set with files missing or added.
+        Any number of processes may ask for it at once; an `InputError` if ``root`` holds something else.
         """
         if root.is_dir() and any(root.iterdir()):
             self._check(root)
             return
         if root.exists() and not root.is_dir():
-            msg = f"root is '{root}', a file; expected a new or empty folder"
-            raise InputError(msg)
+            raise InputError(f"root is '{root}', a file; expected a new or empty folder")
         root.parent.mkdir(parents=True, exist_ok=True)
         # Whoever is killed in here leaves a hidden folder beside root, but never half a data set in it.
         with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as workshop:
@@ -173,8 +156,7 @@ class SyntheticFolder:
                 for name, value in self.parameters.items()
                 if pairs.get(name) != value
             )
-            msg = f"root is '{root}', which holds {self._title} of other parameters ({differences}): {cure}"
-            raise InputError(msg)
+            raise InputError(f"root is '{root}', which holds {self._title} of other parameters ({differences}): {cure}")
         expected = {ANNOTATIONS}
         for picture in self.pictures():
             expected |= {picture.path} if picture.defect is None else {picture.path, _mask_path(picture)}
@@ -182,27 +164,22 @@ class SyntheticFolder:
         odd = sorted(expected ^ found)
         if odd:
             state = "missing" if odd[0] in expected else "not of this data set"
-            msg = (
+            raise InputError(
                 f"root is '{root}', where {len(odd)} files are missing or foreign, such as '{odd[0]}' ({state}): {cure}"
             )
-            raise InputError(msg)
 
     def _write(self, stage: Path) -> None:
         """Draw all images into a folder that does not exist yet."""
         pictures = self.pictures()
         coco = self._coco()
-        started = time.monotonic()
-        console = Console(stderr=True)
-        mute = not (console.is_terminal or console.is_jupyter)
-        with Progress(console=console, transient=True, disable=mute) as progress:
-            task = progress.add_task(f"Drawing {self._title}", total=len(pictures), visible=False)
+        with progress_bar(f"Drawing {self._title}", len(pictures)) as step:
             for picture in pictures:
                 sample = self.render(self.seed, picture.index, picture.defect, self.image_size)
                 _save(stage / picture.path, sample.image)
                 if picture.defect is not None:
                     _save(stage / _mask_path(picture), sample.mask)
                 self._annotate(coco, picture, sample)
-                progress.update(task, advance=1, visible=time.monotonic() - started > _QUIET_SECONDS)
+                step()
         (stage / ANNOTATIONS).write_text(json.dumps(coco), encoding="utf-8")
         (stage / self._parameters_file).write_text(json.dumps(self.parameters, indent=2), encoding="utf-8")
 

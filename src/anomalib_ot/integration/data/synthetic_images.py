@@ -21,26 +21,6 @@ class SyntheticImages(AnomalibDataModule):
     The images are drawn once, when they are first needed, and read back through Anomalib's ``FolderDataset``. The name
     of the folder of an image is its label: ``good``, or the defect.
 
-    Args:
-        root: Folder of the data set: new, empty, or one that holds exactly this data set. None: a folder of its own in
-            the user's cache, named after the parameters.
-        num_train: Faultless images for training, at least 2.
-        num_test_good: Faultless test images, at least 2.
-        num_per_defect: Test images per defect, at least 1, and 2 in all.
-        image_size: Height and width in pixels, at least 64 each.
-        defects: Which faults the test images show, each at most once. None: all that the subject has.
-        seed: Names the subject, its pieces and the split, at least 0: the same seed, the same data, the same split.
-        train_batch_size: Images per training batch.
-        eval_batch_size: Images per validation or test batch.
-        num_workers: Processes that read images; 0 reads in the main process.
-        train_augmentations: Augmentations of the training images.
-        val_augmentations: Augmentations of the validation images.
-        test_augmentations: Augmentations of the test images.
-        augmentations: Augmentations where the argument above is None.
-        val_split_mode: Where the validation images come from: ``from_test``, ``same_as_test``, ``from_train``,
-            ``synthetic`` or ``none``.
-        val_split_ratio: Which part of those images is split off, within (0, 1).
-
     Raises:
         InputError: If an argument is out of range, a defect is unknown, or (on ``prepare_data`` or ``setup``) ``root``
             holds something else.
@@ -68,7 +48,28 @@ class SyntheticImages(AnomalibDataModule):
         val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TEST,
         val_split_ratio: float = 0.5,
     ) -> None:
-        """Check the arguments; nothing is drawn yet."""
+        """Check the arguments; nothing is drawn yet.
+
+        Args:
+            root: Folder of the data set: new, empty, or one that holds exactly this data set. None: a folder of its own
+                in the user's cache, named after the parameters.
+            num_train: Faultless images for training, at least 2.
+            num_test_good: Faultless test images, at least 2.
+            num_per_defect: Test images per defect, at least 1, and 2 in all.
+            image_size: Height and width in pixels, at least 64 each.
+            defects: Which faults the test images show, each at most once; see the class. None: all.
+            seed: Names the subject, its pieces and the split, at least 0: the same seed, the same data, the same split.
+            train_batch_size: Images per training batch.
+            eval_batch_size: Images per validation or test batch.
+            num_workers: Processes that read images; 0 reads in the main process.
+            train_augmentations: Augmentations of the training images.
+            val_augmentations: Augmentations of the validation images.
+            test_augmentations: Augmentations of the test images.
+            augmentations: Augmentations where the argument above is None.
+            val_split_mode: Where the validation images come from: ``from_test``, ``same_as_test``, ``from_train``,
+                ``synthetic`` or ``none``.
+            val_split_ratio: Which part of those images is split off, within (0, 1).
+        """
         self._folder = self.folder_class(
             num_train=num_train,
             num_test_good=num_test_good,
@@ -79,11 +80,9 @@ class SyntheticImages(AnomalibDataModule):
         )
         modes = [mode.value for mode in ValSplitMode if mode is not ValSplitMode.FROM_DIR]
         if val_split_mode not in modes:
-            msg = f"val_split_mode is {val_split_mode!r}; expected one of {', '.join(modes)}"
-            raise InputError(msg)
+            raise InputError(f"val_split_mode is {val_split_mode!r}; expected one of {', '.join(modes)}")
         if not 0 < val_split_ratio < 1:
-            msg = f"val_split_ratio is {val_split_ratio}; expected a number between 0 and 1, both excluded"
-            raise InputError(msg)
+            raise InputError(f"val_split_ratio is {val_split_ratio}; expected a number between 0 and 1, both excluded")
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,

@@ -1,7 +1,5 @@
 """The defect names of the Tianchi fabric contest ("guangdong1"), and the classes that it counts them as."""
 
-__all__ = ["NO_DEFECT", "ROUND_1", "ROUND_2", "class_of_name", "class_table"]
-
 NO_DEFECT = "无疵点"
 """The contest's name for a faultless image; it is class 0 there and no class here."""
 
@@ -50,32 +48,19 @@ ROUND_2: dict[str, tuple[str, ...]] = {
 
 
 def class_table(contest_round: int) -> dict[str, tuple[str, ...]]:
-    """Return the classes of a round, each with the Chinese names that count as it.
-
-    Args:
-        contest_round: 1 or 2.
-
-    Raises:
-        ValueError: If there is no such round.
+    """Return the classes of round 1 or 2, each with the Chinese names that count as it; a ValueError for another round.
 
     >>> len(class_table(1)), len(class_table(2))
     (20, 15)
     """
     tables = {1: ROUND_1, 2: ROUND_2}
     if contest_round not in tables:
-        msg = f"round is {contest_round!r}; expected 1 (plain fabric) or 2 (printed fabric)"
-        raise ValueError(msg)
+        raise ValueError(f"round is {contest_round!r}; expected 1 (plain fabric) or 2 (printed fabric)")
     return tables[contest_round]
 
 
 def class_of_name(contest_round: int) -> dict[str, int]:
     """Map each Chinese name to its class index; the official number is one higher.
-
-    Args:
-        contest_round: 1 or 2.
-
-    Raises:
-        ValueError: If there is no such round.
 
     >>> class_of_name(1)["油渍"], class_of_name(2)["其他"]
     (1, 14)

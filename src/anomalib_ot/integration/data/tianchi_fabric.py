@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-
-from torchvision.transforms.v2 import Transform
+from typing import Any
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule, check_ratio
@@ -11,8 +10,6 @@ from anomalib_ot.integration.data.records import Findings, LabeledImage, clean_b
 from anomalib_ot.integration.data.splits import check_distance, group_near_duplicates, joined_groups, split_images
 from anomalib_ot.integration.data.tianchi_classes import class_table
 from anomalib_ot.integration.data.tianchi_files import FabricImage, read_tianchi
-
-__all__ = ["TianchiFabric"]
 
 
 class TianchiFabric(BoxDataModule):
@@ -32,15 +29,7 @@ class TianchiFabric(BoxDataModule):
             stay together. None: no search for near duplicates, which leaves a leak.
         min_area: Smaller boxes are dropped, square pixels. None: 0 in round 1, 100 in round 2.
         max_boxes: Images with more boxes are left out.
-        train_batch_size: Images per training batch.
-        eval_batch_size: Images per validation or test batch.
-        num_workers: Processes that read images; 0 reads in the main process.
-        train_augmentations: Augmentations of the training images, after the resize to the model's size. None:
-            ``augmentations``, or else ``DefectAugmentation()``; ``torchvision.transforms.v2.Identity`` for none at all.
-        val_augmentations: Augmentations of the validation images.
-        test_augmentations: Augmentations of the test images.
-        augmentations: Augmentations where the argument above is None.
-        seed: Decides about the split, at least 0.
+        kwargs: See `BoxDataModule`.
 
     Raises:
         InputError: If an argument is out of range, or (from ``prepare_data`` on) the data cannot be used.
@@ -60,40 +49,19 @@ class TianchiFabric(BoxDataModule):
         duplicate_distance: int | None = 40,
         min_area: float | None = None,
         max_boxes: int = 100,
-        train_batch_size: int = 8,
-        eval_batch_size: int = 8,
-        num_workers: int = 4,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        """Check the arguments; nothing is read yet."""
-        super().__init__(
-            root=root,
-            train_batch_size=train_batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            train_augmentations=train_augmentations,
-            val_augmentations=val_augmentations,
-            test_augmentations=test_augmentations,
-            augmentations=augmentations,
-            seed=seed,
-        )
+        super().__init__(root, **kwargs)
         if round not in (1, 2):
-            msg = f"round is {round}; expected 1 (plain fabric) or 2 (printed fabric)"
-            raise InputError(msg)
+            raise InputError(f"round is {round}; expected 1 (plain fabric) or 2 (printed fabric)")
         check_ratio("val_split_ratio", val_split_ratio)
         check_ratio("test_split_ratio", test_split_ratio)
         check_ratio("val_split_ratio + test_split_ratio", val_split_ratio + test_split_ratio)
         check_distance("duplicate_distance", duplicate_distance)
         if min_area is not None and min_area < 0:
-            msg = f"min_area is {min_area}; expected square pixels, at least 0"
-            raise InputError(msg)
+            raise InputError(f"min_area is {min_area}; expected square pixels, at least 0")
         if max_boxes < 1:
-            msg = f"max_boxes is {max_boxes}; expected at least 1"
-            raise InputError(msg)
+            raise InputError(f"max_boxes is {max_boxes}; expected at least 1")
         self.round = round
         self.val_split_ratio = val_split_ratio
         self.test_split_ratio = test_split_ratio

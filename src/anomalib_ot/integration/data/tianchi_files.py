@@ -11,8 +11,6 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.records import Findings
 from anomalib_ot.integration.data.tianchi_classes import NO_DEFECT, class_of_name
 
-__all__ = ["FabricImage", "read_tianchi"]
-
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp"}
 JSON_NAMES = ("anno_train.json", "gt_result.json")  # the second in an early release of round 1
 TEMPLATE = "template_"
@@ -27,17 +25,11 @@ class Entry(NamedTuple):
 
 @dataclass
 class FabricImage:
-    """One image of the contest.
+    """One image of the contest."""
 
-    Args:
-        path: The file.
-        entries: Its annotations, each once.
-        template: The picture of the faultless pattern beside it; round 2 only.
-    """
-
-    path: Path
-    entries: tuple[Entry, ...]
-    template: Path | None = None
+    path: Path  # the file
+    entries: tuple[Entry, ...]  # its annotations, each once
+    template: Path | None = None  # the picture of the faultless pattern beside it; round 2 only
 
 
 @dataclass
@@ -55,19 +47,11 @@ class _Archive:
 
 
 def read_tianchi(root: Path, contest_round: int, findings: Findings) -> list[FabricImage]:
-    """Find the training images of a round and their annotations.
+    """Find the training images of a round and their annotations; those of normal fabric have no entries.
 
-    Annotations belong to the images of their own archive. Those of names that it lacks go to the archives that have
-    the image, as parts of one archive share a file of annotations. Copies of one image in several archives are one.
-
-    Args:
-        root: Folder that holds the unpacked archives (``guangdong1_round1_train1_20190818`` and the like), directly or
-            in folders of their own, or one of these archives itself.
-        contest_round: 1 or 2.
-        findings: Counts copies, annotations without image, and images that cannot be used.
-
-    Returns:
-        The images; those of normal fabric have no entries.
+    Annotations belong to the images of their own archive. Those of names that it lacks go to the archives that have the
+    image, as parts of one archive share a file of annotations. Copies of one image in several archives are one. `root`
+    holds the unpacked archives (``guangdong1_round1_train1_20190818`` and the like), or is one of them.
 
     Raises:
         InputError: If there are no such folders, images or annotations, the annotations are no list of boxes, a defect
@@ -107,8 +91,7 @@ def _folders(root: Path, contest_round: int) -> list[Path]:
         other = 3 - contest_round
         is_other = any(root.glob(f"guangdong1_round{other}_*")) or root.match(f"guangdong1_round{other}_*")
         cure = f"set --data.round {other}" if is_other else "unpack the training archives there"
-        msg = f"root is '{root}', which holds no folder {pattern} with training data; {cure}"
-        raise InputError(msg)
+        raise InputError(f"root is '{root}', which holds no folder {pattern} with training data; {cure}")
     return folders
 
 
@@ -135,8 +118,7 @@ def _read_entries(path: Path, contest_round: int, findings: Findings) -> dict[st
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        msg = f"annotations {path} are not JSON ({error}); unpack them again"
-        raise InputError(msg) from error
+        raise InputError(f"annotations {path} are not JSON ({error}); unpack them again") from error
     if not isinstance(content, list) or not all(isinstance(entry, Mapping) for entry in content):
         msg = f"annotations {path} are no list of objects; expected the contest's file, with name, defect_name and bbox"
         raise InputError(msg)
@@ -145,17 +127,15 @@ def _read_entries(path: Path, contest_round: int, findings: Findings) -> dict[st
     for index, entry in enumerate(content):
         name, defect, bbox = entry.get("name"), entry.get("defect_name"), entry.get("bbox")
         if not isinstance(name, str) or not isinstance(defect, str) or not isinstance(bbox, list):
-            msg = f"annotations {path}: entry {index} is {dict(entry)}; expected name, defect_name and bbox"
-            raise InputError(msg)
+            raise InputError(f"annotations {path}: entry {index} is {dict(entry)}; expected name, defect_name and bbox")
         defect = defect.strip()
         if defect == NO_DEFECT:
             findings.add("annotation", f"named {NO_DEFECT} (no defect) passed over", f"image {name}")
         elif defect not in classes:
-            msg = (
+            raise InputError(
                 f"annotations {path}: the defect_name {defect!r} of image {name} is none of the {len(classes)} names "
                 f"of round {contest_round} ({', '.join(classes)}); correct it, or set --data.round"
             )
-            raise InputError(msg)
         corners = tuple(bbox) if all(isinstance(value, int | float) for value in bbox) else ()
         entries.setdefault(name, []).append(Entry(classes.get(defect), corners))
     return entries
@@ -177,11 +157,10 @@ def _images_of(name: str, archives: list[_Archive], findings: Findings) -> list[
     for archive in holders:
         different = [path for same in copies.values() for path in [p for a, p in same if a is archive][:1]]
         if len(different) > 1:
-            msg = (
+            raise InputError(
                 f"{different[0]} and {different[1]} are different images of one name in one archive, so that the "
                 "annotations fit both; remove one"
             )
-            raise InputError(msg)
     images = []
     for same in copies.values():
         path = same[0][1]

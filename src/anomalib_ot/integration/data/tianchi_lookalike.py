@@ -8,8 +8,6 @@ from PIL import Image
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.synthetic.fabric import render_fabric
 
-__all__ = ["FAULTS", "write_lookalike"]
-
 FAULTS = {"hole": "破洞", "stain": "油渍", "broken_yarn": "断经", "coarse_yarn": "粗纬"}
 """The contest's name for each fault that is drawn."""
 
@@ -24,29 +22,18 @@ def write_lookalike(
     image_size: tuple[int, int] = (96, 160),
     seed: int = 0,
 ) -> Path:
-    """Draw fabric into folders as the archives of round 1 unpack.
+    """Draw fabric into folders as the archives of round 1 unpack, below `root`, which is returned for `TianchiFabric`.
 
     There are ``defect_Images``, ``normal_Images`` and ``Annotations/anno_train.json`` with Chinese names of faults. The
-    pictures are JPEG files of one fabric with the faults of `FAULTS`; the contest's are larger, harder and more varied,
-    so scores on them say nothing about it.
-
-    Args:
-        root: Folder to make the archive's folder in; nothing that is there is overwritten.
-        num_per_fault: Images of each fault, at least 1.
-        num_normal: Faultless images, at least 0.
-        image_size: Height and width in pixels, at least 64 each; the contest's are 1000 and 2446.
-        seed: Names the fabric, at least 0.
-
-    Returns:
-        The `root` that `TianchiFabric` takes.
+    pictures are JPEG files of one fabric with the faults of `FAULTS`; the contest's are larger (1000 x 2446), harder
+    and more varied, so scores on them say nothing about it.
 
     Raises:
         InputError: If the archive's folder is there already.
     """
     folder = Path(root) / ARCHIVE
     if folder.exists():
-        msg = f"root is '{root}', which holds {ARCHIVE} already; name a new folder"
-        raise InputError(msg)
+        raise InputError(f"root is '{root}', which holds {ARCHIVE} already; name a new folder")
     for part in ("defect_Images", "normal_Images", "Annotations"):
         (folder / part).mkdir(parents=True)
     entries = []

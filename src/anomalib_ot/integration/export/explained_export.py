@@ -14,8 +14,6 @@ from anomalib_ot.integration.export.export import CheckedExport
 from anomalib_ot.integration.export.requirements import check_input_size
 from anomalib_ot.integration.processing.pre_post import without_causes
 
-__all__ = ["ExplainedExport"]
-
 
 class ExplainedExport(CheckedExport):
     """Exports with or without the causes of the anomaly map, as the model's `export_explanation` says."""

@@ -1,7 +1,7 @@
 """What leaves the model: exports that refuse an untrained one, are compared with it, and say what they are."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +11,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.deploy.export import CompressionType
 from anomalib.post_processing import PostProcessor
 
+from anomalib_ot.integration.checks.advanced import check_place, flat, nested
 from anomalib_ot.integration.checks.checkpoints import checked_reading, trained_arguments
 from anomalib_ot.integration.checks.values import check_fitted
 from anomalib_ot.integration.export.known_scores import summarized_scores
@@ -65,15 +66,22 @@ class CheckedExport:
 
     It stands before `AnomalibModule` among the bases of a model, which says by `is_fitted` whether it was trained, and
     by `export_kind` whether it finds an "anomaly" or "boxes". Convolutions and products of the modules `integer_rooms`
-    may become integers. `trained_by` are the arguments that a checkpoint decides about. Beside each export lies a
-    `manifest.json`.
+    may become integers. `trained_by` are the arguments that a checkpoint decides about, `options` is the
+    dataclass of its argument `advanced`. Beside each export lies a `manifest.json`.
     """
 
     export_kind: ClassVar[str]
     integer_rooms: ClassVar[Sequence[str]]
     trained_by: ClassVar[Sequence[str]]
+    options: ClassVar[type]
     known_scores: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None  # of the image threshold, in units of raw scores
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "CheckedExport":
+        """Say where an argument is that stood beside the others before version 0.2."""
+        del args
+        check_place(cls, cls.options, kwargs)
+        return super().__new__(cls)
 
     @property
     def has_own_scores(self) -> bool:
@@ -92,31 +100,34 @@ class CheckedExport:
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "CheckedExport":
-        """Load a trained model, for an export with the arguments that it was given; see Anomalib's `AnomalibModule`.
-
-        Raises:
-            InputError: If the file is no checkpoint of this model.
-        """
+        """Load a trained model, for an export with the arguments that it was given; an `InputError` if that fails."""
         given = given_to_export(cls)
         own = {name: value for name, value in given.items() if name not in cls.trained_by}
         if False in (own.get("pre_processor"), own.get("post_processor")):
             own["strict"] = False  # what the checkpoint keeps of the part that is left out has no place
+        check_place(cls, cls.options, kwargs)
+        from anomalib_ot.integration.checks.checked_checkpoint_io import AnomalibCheckpointIO
+
         with checked_reading(checkpoint_path):
-            model = super().load_from_checkpoint(checkpoint_path, *args, **own | kwargs)
+            reader = AnomalibCheckpointIO(cls.checkpoint_safe_globals())
+            content = reader.load_checkpoint(checkpoint_path, "cpu", kwargs.get("weights_only") is not False)
+            own = nested(cls.saved_arguments(content)["advanced"] | own | flat(kwargs), cls.options)
+            model = super().load_from_checkpoint(checkpoint_path, *args, **own)
         # Tells of those that the checkpoint has overruled.
         trained_arguments(
             {"hyper_parameters": model.hparams}, given, [name for name in cls.trained_by if name in given]
         )
         return model
 
+    @classmethod
+    def saved_arguments(cls, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a checkpoint as the model takes them today."""
+        return nested(checkpoint.get("hyper_parameters", {}), cls.options)
+
     # ---- exports
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export to PyTorch; see Anomalib's `ExportMixin.to_torch`.
-
-        Raises:
-            InputError: If the folder cannot be written, or a compression was asked for.
-        """
+        """Export to PyTorch; see Anomalib's `ExportMixin.to_torch`; an `InputError` if that is not possible."""
         check_fitted(self, "export")
         check_uncompressed("torch")
         check_export_root(export_root)
@@ -135,18 +146,14 @@ class CheckedExport:
         check_parity: bool = True,
         **kwargs: Any,
     ) -> Path:
-        """Export to ONNX; see Anomalib's `ExportMixin.to_onnx`.
+        """Export to ONNX; see Anomalib's `ExportMixin.to_onnx`, and `torch.onnx.export` for more arguments.
 
-        Args:
-            export_root: Folder to write to.
-            model_file_name: Name of the file.
-            input_size: Height and width that the graph takes, pixels; None: any.
-            check_parity: Whether the export is compared with PyTorch.
-            kwargs: See `torch.onnx.export`.
+        `input_size` is the height and width that the graph takes, pixels, None: any. `check_parity` compares with
+        PyTorch.
 
         Raises:
             InputError: If the folder cannot be written, or a compression was asked for.
-            ParityError: If it does not agree with PyTorch.
+            ParityError: If the export does not agree with PyTorch.
         """
         check_fitted(self, "export")
         check_uncompressed("onnx")
@@ -205,7 +212,6 @@ class CheckedExport:
             InputError: If a package is missing, data for integers, or the folder cannot be written.
             ParityError: If the export does not agree with PyTorch.
         """
-        del task
         check_fitted(self, "export")
         kind = None if compression_type is None else CompressionType(compression_type)
         check_export_root(export_root)

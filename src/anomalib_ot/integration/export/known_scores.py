@@ -6,17 +6,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-__all__ = ["ScoreKeeper", "summarized_scores"]
-
 NUM_QUANTILES = 101  # 0 %, 1 %, ... 100 %
 
 
 def summarized_scores(scores: Tensor, labels: Tensor | None = None) -> dict[str, Any] | None:
-    """Summarize image scores (n,) as plain data.
-
-    Args:
-        scores: One score per image, of any scale.
-        labels: Whether images are defective (n,); None: not known.
+    """Summarize image scores (n,), of images that are defective or not (n,) or nobody knows, as plain data.
 
     Returns:
         `count`, 101 ascending `quantiles`, and `good`, the two of good images alone (None: there are none, or nobody
@@ -52,14 +46,12 @@ class ScoreKeeper(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
-        del trainer, pl_module
         self._scores, self._labels = [], []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: object, **kwargs: object
     ) -> None:
         """Take the scores of a batch, and which of its images are good."""
-        del trainer, pl_module, args, kwargs
         score = getattr(outputs, "pred_score", None)
         if score is not None:
             self._scores.append(torch.as_tensor(score).detach().flatten().float().cpu())

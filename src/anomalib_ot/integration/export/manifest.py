@@ -12,24 +12,16 @@ from anomalib.post_processing import PostProcessor
 import anomalib_ot
 from anomalib_ot.integration.processing.pre_post import scores_on_scale
 
-__all__ = ["MANIFEST", "RT_INFO", "base_manifest", "write_manifest", "write_manifest_into_onnx"]
-
 MANIFEST = "manifest.json"
 RT_INFO = "anomalib_ot"  # key of OpenVINO's rt_info, and of ONNX's metadata_props
 FORMAT = 1
 
 
 def base_manifest(model: Any, outputs: Sequence[str], input_size: Sequence[int] | None, precision: str) -> dict:
-    """Say what an exported model is; what was measured (`accuracy`, `parity`) is added by those who measure.
+    """Say what an exported model is, as plain data; `accuracy` and `parity` are added by those who measure.
 
-    Args:
-        model: The model, an `OTPrototypes` or a detector.
-        outputs: Names of the graph's outputs, in its order.
-        input_size: Height and width that the graph takes, pixels; None where it takes any.
-        precision: "FP32", "FP16" or "INT8".
-
-    Returns:
-        Plain data, to be written as JSON.
+    `outputs` are in the graph's order; it takes images of (height, width) `input_size`, None: any; `precision` is
+    "FP32", "FP16" or "INT8".
     """
     image_threshold, pixel_threshold = _thresholds(model)
     names = getattr(model, "class_names", None)

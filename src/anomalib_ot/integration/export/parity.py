@@ -15,8 +15,6 @@ from anomalib_ot.integration.export.runtime import UNCUT
 from anomalib_ot.integration.processing.pre_post import flat_transforms
 from anomalib_ot.vision.resize import AntialiasResize
 
-__all__ = ["ParityError", "check_parity", "measured_parity", "probe_images", "synthetic_images"]
-
 NUM_IMAGES = 3
 NUM_CANDIDATES = 12
 SECONDS = 2.0  # for the search of images that say something
@@ -40,16 +38,10 @@ class ParityError(RuntimeError):
 
 
 def probe_images(model: Any, input_size: Sequence[int] | None, given: Sequence[Tensor] = ()) -> Tensor:
-    """Choose images to compare on: those of the candidates about which the model has most to say.
+    """Choose images (3, 3, H, W) in [0, 1] to compare on: those about which the model, in evaluation mode, says most.
 
-    Args:
-        model: The model, in evaluation mode.
-        input_size: Height and width that the exported graph takes, pixels; None where it takes any.
-        given: Images (3, H, W) in [0, 1] of a data set; without any, candidates are drawn in the colors that the
-            pre-processor expects.
-
-    Returns:
-        Images (3, 3, H, W) in [0, 1].
+    Candidates are the images `given` (3, H, W), or else drawn in the colors that the pre-processor expects, of the
+    `input_size` (height, width) that the graph takes, None: any.
     """
     size = tuple(input_size) if input_size is not None else _free_size(model)
     if len(given):
@@ -69,14 +61,8 @@ def probe_images(model: Any, input_size: Sequence[int] | None, given: Sequence[T
 def synthetic_images(count: int, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Draw images with coarse and fine structure and a few dark and bright rectangles, weak to strong.
 
-    Args:
-        count: How many.
-        size: Height and width, pixels.
-        mean: Mean of each channel, in [0, 1].
-        std: Standard deviation of each channel where the structure is strongest.
-
-    Returns:
-        Images (count, 3, *size) in [0, 1], always the same ones.
+    `mean` and `std` of each channel are in [0, 1], `std` where the structure is strongest. Images (count, 3, *size) in
+    [0, 1] are always the same.
     """
     random = torch.Generator().manual_seed(0)
     texture = torch.zeros(count, 1, *size)
@@ -156,15 +142,8 @@ def uncut_outputs(model: Any, images: Tensor, expected: Outputs) -> dict[str, np
 def measured_parity(model: Any, predict: Predict, images: Tensor, precision: str, runtime: str) -> dict[str, Any]:
     """Compare an exported model with PyTorch, on a batch and on one image alone.
 
-    Args:
-        model: The model, in evaluation mode.
-        predict: The exported model: images (B, 3, H, W) to outputs by name.
-        images: The images.
-        precision: "FP32", "FP16" or "INT8"; the latter has no tolerance, since its accuracy is measured instead.
-        runtime: What ran the exported model.
-
-    Returns:
-        The largest differences to PyTorch and what is allowed, plain data.
+    `predict` maps images (B, 3, H, W) to outputs by name; a `precision` of "INT8" has no tolerance, since its accuracy
+    is measured instead. Returns the largest differences and what is allowed, plain data.
     """
     expected = torch_outputs(model, images)
     expected |= uncut_outputs(model, images, expected)
@@ -202,22 +181,17 @@ def measured_parity(model: Any, predict: Predict, images: Tensor, precision: str
 
 
 def check_parity(parity: Mapping[str, Any]) -> None:
-    """Check that an exported model agrees with PyTorch.
-
-    Raises:
-        ParityError: If a difference is larger than allowed, or no number.
-    """
+    """Check that an exported model agrees with PyTorch; a `ParityError` if a difference is too large, or no number."""
     told = described(parity)
     allowed = parity["tolerance"]
     if allowed is None:
         return
     if not all(parity[name] <= most for name, most in allowed.items()):
         limits = ", ".join(f"{name} {most:.2g}" for name, most in allowed.items())
-        msg = (
+        raise ParityError(
             f"the exported model does not say what PyTorch says: {told}; allowed: {limits}. It was not written. "
             "--onnx_kwargs.check_parity false (in Python onnx_kwargs={'check_parity': False}) exports it all the same"
         )
-        raise ParityError(msg)
 
 
 def described(parity: Mapping[str, Any]) -> str:
@@ -255,9 +229,8 @@ def _box_scale(expected: Outputs) -> float:
 def _box_distance(wanted: Outputs, got: Outputs) -> tuple[float, float, int, int]:
     """Compare each box with the nearest one of its class: runtimes may order boxes of equal score differently.
 
-    Returns:
-        The largest distance of boxes that are the same one, pixels, and of their scores; how many of one side the other
-        lacks; of how many.
+    Returns the largest distances of boxes that are the same one, pixels, and of scores; how many one side lacks; of how
+    many.
     """
     names = ("pred_boxes", "pred_box_scores", "pred_box_labels")
     if any(wanted[name].shape != np.shape(got[name]) for name in names):

@@ -24,16 +24,6 @@ if TYPE_CHECKING:
     import openvino
     from torchmetrics import Metric
 
-__all__ = [
-    "EvaluationResult",
-    "Samples",
-    "accuracy_name",
-    "accuracy_value",
-    "compressed",
-    "float_operations",
-    "verdicts_changed",
-]
-
 HEAVY = ("Convolution", "GroupConvolution", "MatMul")
 ONNX_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch notes from which module an operation comes
 
@@ -41,11 +31,8 @@ ONNX_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch notes from which modul
 class Samples:
     """Images of a subset of a datamodule with what is true of them, read as the exported model gets them: raw.
 
-    Args:
-        datamodule: The datamodule; it is set up for training, as no trainer does it here.
-        subset: "train" or "val".
-        most: Largest number of images, spread evenly over the subset.
-        input_size: Height and width that the graph takes, pixels; None where it takes any.
+    At most `most` of the `subset`, "train" or "val", spread evenly, at the (height, width) `input_size`, None: their
+    own. The datamodule is set up for training, as no trainer does it here.
 
     Raises:
         InputError: If there are no such images, or files cannot be read.
@@ -67,7 +54,6 @@ class Samples:
         check_images([paths[row] for row in rows], f"data {datamodule.name}")
 
     def __len__(self) -> int:
-        """Count the images."""
         return len(self.table)
 
     def image(self, index: int) -> Tensor:
@@ -110,18 +96,11 @@ class Samples:
 
 
 def float_operations(graph: "openvino.Model", onnx_path: Path, rooms: Sequence[str]) -> list[str]:
-    """List the operations that keep floats: all but those of named modules, and what of these sees the image itself.
+    """List the operations that keep floats: all but those of the modules `rooms`, and what there sees the image.
 
     On magnetic tiles (ResNet-18, 40 training images) eight bits for all convolutions cost 2.1 points of image AUROC,
-    for all but the first one none, at nearly the same speed.
-
-    Args:
-        graph: The graph, converted from the ONNX file; its operations have the names that they have there.
-        onnx_path: The ONNX file, whose operations know the module that they come from.
-        rooms: Names of the modules whose convolutions and matrix products may use integers.
-
-    Returns:
-        Friendly names of operations of the graph.
+    for all but the first one none, at nearly the same speed. Operations of the ONNX file know their module, and have
+    the names that they have in the graph.
     """
     import onnx
 
@@ -161,19 +140,11 @@ def compressed(
     metric: "Metric | None" = None,
     max_drop: float = 0.01,
 ) -> "openvino.Model":
-    """Bring a graph to integers, but for the operations named.
+    """Return a graph with integers, but for the operations named.
 
-    Args:
-        graph: The graph.
-        kind: INT8 (weights alone), INT8_PTQ (all) or INT8_ACQ (as far as accuracy allows).
-        float_names: Operations that keep floats.
-        calibration: Images that show how large activations get; not needed for weights alone.
-        validation: Images that INT8_ACQ measures accuracy on.
-        metric: What INT8_ACQ measures, more is better; None: image AUROC, or mAP of a detector.
-        max_drop: Loss of it that INT8_ACQ allows.
-
-    Returns:
-        Another graph.
+    INT8 are weights alone, INT8_PTQ all, with `calibration` images that show how large activations get; INT8_ACQ as far
+    as the `metric` (more is better; None: image AUROC, or mAP of a detector) on `validation` falls by at most
+    `max_drop`.
     """
     import nncf
 
@@ -205,13 +176,7 @@ def compressed(
 
 
 class EvaluationResult:
-    """What a compiled graph says of samples, batch by batch with what is true.
-
-    Args:
-        compiled: The graph: an array (1, 3, H, W) to outputs by name.
-        samples: The images.
-        indices: Which of them; None: all.
-    """
+    """What a compiled graph, (1, 3, H, W) to outputs by name, says of samples (`indices` or all), with what is true."""
 
     def __init__(self, compiled: Any, samples: Samples, indices: Iterable[int] | None = None) -> None:
         chosen = range(len(samples)) if indices is None else indices
@@ -242,14 +207,9 @@ def accuracy_name(judged: EvaluationResult) -> str:
 
 
 def accuracy_value(judged: EvaluationResult, metric: "Metric | None" = None) -> float | None:
-    """Measure accuracy, more is better.
+    """Measure accuracy, more is better: an Anomalib metric; None: image AUROC, or mAP of boxes.
 
-    Args:
-        judged: Images with what was found and what is true.
-        metric: An Anomalib metric; None: image AUROC, or mAP of boxes.
-
-    Returns:
-        The value; None where it means nothing on these images, such as an AUROC without defective ones.
+    None where it means nothing on these images, such as an AUROC without defective ones.
     """
     if metric is None and accuracy_name(judged) == "image_AUROC":
         labels = judged.labels.numpy()

@@ -12,31 +12,18 @@ from anomalib.deploy.export import CompressionType
 from lightning_utilities.core.imports import module_available
 from torchvision.transforms.v2 import Resize
 
+from anomalib_ot.integration.checks.advanced import flat
 from anomalib_ot.integration.checks.checkpoints import plain
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.processing.pre_post import flat_transforms
 from anomalib_ot.vision.resize import AntialiasResize
-
-__all__ = [
-    "CALIBRATED",
-    "PRECISIONS",
-    "check_export_root",
-    "check_input_size",
-    "check_packages",
-    "check_uncompressed",
-    "given_to_export",
-]
 
 PRECISIONS = {None: "FP32", CompressionType.FP16: "FP16"}
 CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
 
 
 def check_export_root(export_root: Path | str) -> None:
-    """Make the folder to export to, before minutes of work.
-
-    Raises:
-        InputError: If it cannot be made, or written to.
-    """
+    """Make the folder to export to, before minutes of work; an `InputError` if it cannot be made, or written to."""
     path, cure = Path(export_root), "give a folder that can be written"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -44,29 +31,19 @@ def check_export_root(export_root: Path | str) -> None:
         msg = f"--export_root is '{path}', which cannot be made a folder ({error.strerror}); {cure}"
         raise InputError(msg) from error
     if not access(path, W_OK):
-        msg = f"--export_root is '{path}', which may not be written to; {cure}"
-        raise InputError(msg)
+        raise InputError(f"--export_root is '{path}', which may not be written to; {cure}")
 
 
 def check_input_size(model: Any, input_size: Sequence[int] | None) -> None:
-    """Refuse a graph for images of any size if nothing in it brings them to one.
-
-    Args:
-        model: The model.
-        input_size: Height and width that the graph is to take, pixels; None: any.
-
-    Raises:
-        InputError: If there is no resize and no size.
-    """
+    """Refuse, with an `InputError`, a graph for images of any size (None) if nothing in it brings them to one."""
     transform = getattr(model.pre_processor, "export_transform", None)
     parts = [] if transform is None else [*transform.modules(), *flat_transforms(transform)]
     if input_size is None and not any(isinstance(part, AntialiasResize | Resize) for part in parts):
         size = ",".join(str(int(side)) for side in model.hparams["image_size"])
-        msg = (
+        raise InputError(
             "--input_size is not given, and no pre-processor resizes (pre_processor is False or of your own); expected "
             f"the height and width that images will have, as in training: --input_size [{size}]"
         )
-        raise InputError(msg)
 
 
 def export_call() -> dict[str, Any]:
@@ -85,20 +62,14 @@ def export_call() -> dict[str, Any]:
 def given_to_export(kind: type) -> dict[str, Any]:
     """Find the arguments of the model that Anomalib's `Engine.export` was given together with a checkpoint.
 
-    It loads the checkpoint as another model, with the arguments of the training. What differs from the defaults of
-    the class counts as given.
-
-    Args:
-        kind: Class of the model that is being loaded.
-
-    Returns:
-        Values by argument; none outside of such a call.
+    It loads the checkpoint as another model, with the arguments of the training. What differs from the defaults of the
+    class `kind` counts as given, that in `advanced` beside the others; nothing does outside of such a call.
     """
     model = export_call().get("model")
     if type(model) is not kind:
         return {}
-    defaults = {name: entry.default for name, entry in signature(kind).parameters.items()}
-    known = {name: value for name, value in model.hparams.items() if name in defaults}
+    defaults = flat({name: entry.default for name, entry in signature(kind).parameters.items()})
+    known = {name: value for name, value in flat(model.hparams).items() if name in defaults}
     given = {name: value for name, value in known.items() if plain(value) != plain(defaults[name])}
     for name in ("pre_processor", "post_processor"):
         part, usual = getattr(model, name), getattr(model, f"configure_{name}")()
@@ -108,34 +79,21 @@ def given_to_export(kind: type) -> dict[str, Any]:
 
 
 def check_uncompressed(form: str) -> None:
-    """Refuse a `compression_type` that Anomalib's `Engine.export` was given and drops: only OpenVINO exports have one.
-
-    Args:
-        form: What is exported, "onnx" or "torch".
-
-    Raises:
-        InputError: If there is one.
-    """
+    """Refuse a `compression_type` that `Engine.export` was given and drops: only OpenVINO exports have one."""
     kind = export_call().get("compression_type")
     if kind is not None:
-        msg = (
+        raise InputError(
             f"--compression_type is {CompressionType(kind).value}, which --export_type {form} cannot have; "
             "leave it out, or take --export_type openvino"
         )
-        raise InputError(msg)
 
 
 def check_packages(kind: CompressionType | None, datamodule: AnomalibDataModule | None) -> None:
-    """Check that there is what an export to OpenVINO needs.
-
-    Raises:
-        InputError: If a package is missing, or images to calibrate with.
-    """
+    """Check that there are the packages, and images to calibrate with, that an export to OpenVINO needs."""
     needed = ["openvino"] if kind in PRECISIONS else ["openvino", "nncf"]
     missing = [name for name in needed if not module_available(name)]
     if missing:
-        msg = f"this export needs the package {missing[0]}: pip install 'anomalib-ot[openvino]'"
-        raise InputError(msg)
+        raise InputError(f"this export needs the package {missing[0]}: pip install 'anomalib-ot[openvino]'")
     if kind in CALIBRATED and datamodule is None:
         msg = f"--compression_type {kind.value} needs images to calibrate with; name the data set (--data ...)"
         raise InputError(msg)

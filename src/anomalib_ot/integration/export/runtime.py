@@ -14,15 +14,6 @@ from lightning_utilities.core.imports import module_available
 if TYPE_CHECKING:
     import openvino
 
-__all__ = [
-    "UNCUT",
-    "openvino_predict",
-    "openvino_runtime",
-    "predict_of_onnx",
-    "quiet_export",
-    "without_settled_choices",
-]
-
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}  # some CPUs take bfloat16 by default, which spoils scores
 # What exporters say of every model of ours, and nobody can act on.
 NOISE = re.compile("Output node output has None output|Skipping constant (argument|folding)")

@@ -14,8 +14,6 @@ from torchmetrics.utilities import dim_zero_cat
 from anomalib_ot.integration.data.box_batch import BoxBatch
 from anomalib_ot.vision.metrics import EvaluatedBoxes
 
-__all__ = ["BoxRecord", "coco_summary"]
-
 logger = logging.getLogger(__name__)
 
 FIELDS = ("pred_boxes", "pred_box_scores", "pred_box_labels", "gt_boxes", "gt_box_labels")
@@ -60,18 +58,16 @@ class BoxRecord(Metric):
         """
         absent = [name for name in FIELDS if getattr(batch, name, None) is None]
         if absent:
-            msg = (
+            raise ValueError(
                 f"the batch of type {type(batch).__name__} has no {', '.join(absent)}; box metrics expect a BoxBatch "
                 "with predicted and true boxes: evaluate a detector on data with boxes"
             )
-            raise ValueError(msg)
         added = [_flat_numbers(*image) for image in zip(*(getattr(batch, name) for name in FIELDS), strict=True)]
         if not all(bool(numbers.isfinite().all()) for numbers in added):
-            msg = (
+            raise ValueError(
                 "boxes or scores of the batch hold NaN or infinite values, which no metric can rank; if they are "
                 "predicted, the training has diverged: lower its learning rate"
             )
-            raise ValueError(msg)
         self.numbers.extend(added)
 
     def compute(self) -> EvaluatedBoxes:
@@ -80,11 +76,7 @@ class BoxRecord(Metric):
         return _evaluated_boxes(numbers.detach().cpu().numpy())
 
     def coco(self, *, class_agnostic: bool = False) -> dict[str, float]:
-        """Return the summary of `coco_summary`, computed at most once between updates.
-
-        Args:
-            class_agnostic: Whether all boxes count as one class.
-        """
+        """Return the summary of `coco_summary`, computed at most once between updates."""
         boxes = self.compute()
         if self._summarized is not boxes:
             self._summaries, self._summarized = {}, boxes
@@ -104,16 +96,12 @@ def coco_summary(boxes: EvaluatedBoxes) -> dict[str, float]:
     Means go over the classes that have true boxes; boxes of other classes count nowhere. As COCO does, of each image
     and class the 100 best boxes count.
 
-    Args:
-        boxes: The boxes of a data set.
-
     Returns:
         `map` (IoU .5 to .95), `map_50`, `map_75`, `map_small` (truths below 32² pixels), `map_medium`, `map_large`
         (above 96²), each in [0, 1], or -1 where there is no truth to find.
 
     References:
-        Lin, Maire, Belongie, Hays, Perona, Ramanan, Dollár, Zitnick: Microsoft COCO: Common Objects in Context,
-        ECCV 2014.
+        T.-Y. Lin et al., "Microsoft COCO: Common objects in context", ECCV 2014.
     """
     names = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
     if not len(boxes.gt_boxes):

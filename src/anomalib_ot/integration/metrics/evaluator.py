@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
     from lightning.pytorch import Trainer
 
-__all__ = ["BoxEvaluator", "class_table", "default_evaluator"]
-
 
 class BoxEvaluator(Evaluator):
     """Anomalib's evaluator, which also prints how well each class was found in a test.
@@ -57,7 +55,6 @@ class BoxEvaluator(Evaluator):
         compute_on_cpu: bool = True,
         contest_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
     ) -> None:
-        """Keep the metrics; see the class."""
         if score_threshold is not None:
             check_fraction("score_threshold", score_threshold)
         super().__init__(val_metrics, test_metrics, compute_on_cpu)
@@ -99,22 +96,12 @@ class BoxEvaluator(Evaluator):
 
 
 def default_evaluator(score_threshold: float | None = None) -> BoxEvaluator:
-    """Make the evaluator of a detector.
+    """Make the evaluator of a detector; see `BoxEvaluator` for the threshold.
 
     In validation it logs `map` and `map_50`; in test also `map_75`, `image_AUROC`, `image_F1Score` and
     `false_positives_per_good_image`, and on `TianchiFabric` `tianchi_score`, `tianchi_accuracy` and `tianchi_map`.
     Metrics that mean nothing on the images at hand, such as the AUROC without good images, are left out with a warning;
     `map` and its kin are then -1.
-
-    Args:
-        score_threshold: Score above which a box counts as a false positive on a good image and, for the contest,
-            makes its image defective, in [0, 1]; None: the model's `image_threshold`, or .3 if it has none.
-
-    Returns:
-        The evaluator, with metrics of its own.
-
-    Raises:
-        InputError: If `score_threshold` is not in [0, 1].
 
     >>> [metric.name for metric in default_evaluator().val_metrics]
     ['map', 'map_50']
@@ -136,16 +123,7 @@ def _record(metrics: Iterable[AnomalibMetric]) -> BoxRecord | None:
 
 
 def class_table(results: Sequence[ClassResult], score_threshold: float, names: Sequence[str] | None = None) -> Table:
-    """Lay out how well each class was found, the worst first, so that the eye meets what needs work.
-
-    Args:
-        results: One per class.
-        score_threshold: Score above which boxes count as found or false, for the headings.
-        names: Of the classes, by index; a class without a name is called by its index.
-
-    Returns:
-        The table.
-    """
+    """Lay out how well each class was found, the worst first; a class without a name is called by its index."""
     table = Table(title=f"Classes, at IoU .5; found and false: boxes with a score above {score_threshold:g}")
     table.add_column("class")
     for heading in ("AP50", "recall", "truths", "found", "false"):

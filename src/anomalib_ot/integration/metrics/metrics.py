@@ -17,16 +17,6 @@ from anomalib_ot.vision.metrics import (
     tianchi_values,
 )
 
-__all__ = [
-    "MODEL_THRESHOLD",
-    "BoxMetric",
-    "CocoPrecision",
-    "FalsePositivesPerGoodImage",
-    "ImageAUROC",
-    "ImageF1Score",
-    "TianchiScore",
-]
-
 logger = logging.getLogger(__name__)
 
 MODEL_THRESHOLD = 0.3
@@ -42,9 +32,9 @@ class BoxMetric(AnomalibMetric, Metric):
 
     Args:
         name: Under which the number is logged.
-        record: The boxes, shared with other metrics; None: a record of its own.
 
     Attributes:
+        record: The boxes; metrics that share one are given it, as `BoxEvaluator` does.
         model_threshold: Score above which a box makes its image defective for the model, which `BoxEvaluator` tells
             its metrics; they use it where they have no threshold of their own.
     """
@@ -52,11 +42,10 @@ class BoxMetric(AnomalibMetric, Metric):
     full_state_update = False
     needs = "no image has a true box (of this size)"
 
-    def __init__(self, name: str, record: BoxRecord | None = None) -> None:
-        """Keep the record; see the class."""
+    def __init__(self, name: str) -> None:
         super().__init__(fields=FIELDS)
         self.name = name
-        self.record = BoxRecord() if record is None else record
+        self.record = BoxRecord()
         self.model_threshold = MODEL_THRESHOLD
         self._has_warned = False
 
@@ -72,11 +61,10 @@ class BoxMetric(AnomalibMetric, Metric):
             RuntimeError: If the record was reset behind this metric's back.
         """
         if self._update_count > self.record.update_count + 1:
-            msg = (
+            raise RuntimeError(
                 f"{self.name} has seen {self._update_count} batches and its record {self.record.update_count}: another "
                 "metric that shares it was reset alone; reset all metrics of one record together"
             )
-            raise RuntimeError(msg)
         self.record.compute_on_cpu = self.compute_on_cpu
         if self._update_count > self.record.update_count:
             self.record.update(batch)
@@ -118,16 +106,14 @@ class CocoPrecision(BoxMetric):
         key: "map", "map_50", "map_75", "map_small", "map_medium" or "map_large".
         class_agnostic: Whether all boxes count as one class, as for boxes without true classes; the name then begins
             with "class_agnostic_".
-        record: The boxes, shared with other metrics; None: a record of its own.
 
     Raises:
         InputError: If `key` is not known.
     """
 
-    def __init__(self, key: str = "map", class_agnostic: bool = False, record: BoxRecord | None = None) -> None:
-        """Choose the part; see the class."""
+    def __init__(self, key: str = "map", class_agnostic: bool = False) -> None:
         check_known("key", key, COCO_KEYS)
-        super().__init__(f"class_agnostic_{key}" if class_agnostic else key, record)
+        super().__init__(f"class_agnostic_{key}" if class_agnostic else key)
         self.key = key
         self.class_agnostic = class_agnostic
 
@@ -142,20 +128,16 @@ class TianchiScore(BoxMetric):
     Args:
         key: "score", "accuracy" (of the images) or "map" (of the boxes); the metric is called such as "tianchi_score".
         image_threshold: Score above which a box makes its image defective, in [0, 1]; None: the model's.
-        record: The boxes, shared with other metrics; None: a record of its own.
 
     Raises:
         InputError: If `key` is not known or `image_threshold` is not in [0, 1].
     """
 
-    def __init__(
-        self, key: str = "score", image_threshold: float | None = None, record: BoxRecord | None = None
-    ) -> None:
-        """Keep the threshold; see the class."""
+    def __init__(self, key: str = "score", image_threshold: float | None = None) -> None:
         check_known("key", key, TIANCHI_KEYS)
         if image_threshold is not None:
             check_fraction("image_threshold", image_threshold)
-        super().__init__(f"tianchi_{key}", record)
+        super().__init__(f"tianchi_{key}")
         self.key = key
         self.image_threshold = image_threshold
 
@@ -171,7 +153,6 @@ class FalsePositivesPerGoodImage(BoxMetric):
 
     Args:
         score_threshold: Only boxes above this score count, in [0, 1]; None: the model's.
-        record: The boxes, shared with other metrics; None: a record of its own.
 
     Raises:
         InputError: If `score_threshold` is not in [0, 1].
@@ -179,11 +160,10 @@ class FalsePositivesPerGoodImage(BoxMetric):
 
     needs = "no image is free of true boxes"
 
-    def __init__(self, score_threshold: float | None = None, record: BoxRecord | None = None) -> None:
-        """Keep the threshold; see the class."""
+    def __init__(self, score_threshold: float | None = None) -> None:
         if score_threshold is not None:
             check_fraction("score_threshold", score_threshold)
-        super().__init__("false_positives_per_good_image", record)
+        super().__init__("false_positives_per_good_image")
         self.score_threshold = score_threshold
 
     def measure(self, record: BoxRecord) -> float | None:
@@ -199,7 +179,6 @@ class ImageAUROC(AUROC):
     """
 
     def __init__(self) -> None:
-        """Compare `pred_score` with `gt_label`."""
         super().__init__(fields=("pred_score", "gt_label"))
         self.name = "image_AUROC"
         self._has_warned = False
@@ -223,7 +202,6 @@ class ImageF1Score(F1Score):
     """
 
     def __init__(self) -> None:
-        """Compare `pred_label` with `gt_label`."""
         super().__init__(fields=("pred_label", "gt_label"))
         self.name = "image_F1Score"
         self._has_warned = False

@@ -45,7 +45,7 @@ class BoxGuard(Callback):
             if isinstance(own, SinkhornNMS):
                 warn_of_crowds(datamodule, own.max_detections, "--model.post_processor.max_detections")
             else:
-                warn_of_crowds(datamodule, pl_module.hparams["max_detections"])
+                warn_of_crowds(datamodule, pl_module.arguments["max_detections"])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to validate what was not trained, unless it is being trained."""
@@ -65,7 +65,9 @@ class BoxGuard(Callback):
             check_images(dataset_image_paths(getattr(loader, "dataset", None)), "images to predict")
 
 
-def warn_of_crowds(datamodule: BoxDataModule, max_detections: int, argument: str = "--model.max_detections") -> None:
+def warn_of_crowds(
+    datamodule: BoxDataModule, max_detections: int, argument: str = "--model.advanced.max_detections"
+) -> None:
     """Warn once, with a count, of images that hold more objects than a detector returns.
 
     Args:

@@ -15,23 +15,23 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from anomalib_ot.integration.callbacks.result_writer import ResultWriter
+from anomalib_ot.integration.checks.advanced import flat, nested
 from anomalib_ot.integration.checks.checkpoints import (
     check_own_checkpoint,
     keep_what_was_trained,
     trained_arguments,
 )
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.checks.values import check_fraction, check_known
 from anomalib_ot.integration.data.box_batch import BoxBatch
 from anomalib_ot.integration.export.export import CheckedExport
 from anomalib_ot.integration.export.known_scores import ScoreKeeper
 from anomalib_ot.integration.metrics.evaluator import default_evaluator
 from anomalib_ot.integration.models.box_guard import BoxGuard
 from anomalib_ot.integration.models.box_training import BoxTraining
-from anomalib_ot.integration.models.ota_options import SUPPRESSIONS
 from anomalib_ot.integration.processing.box_processors import BoxPreProcessor
 from anomalib_ot.integration.processing.sinkhorn_nms import CHECKPOINT_KEY, SinkhornNMS, sinkhorn_nms_of
 from anomalib_ot.integration.visualization.box_visualizer import BoxVisualizer
+from anomalib_ot.ranges import check, hints_of
 from anomalib_ot.vision.backbone import normalization
 from anomalib_ot.vision.detections import Detections
 
@@ -78,15 +78,15 @@ class BoxModel(BoxTraining, CheckedExport):
         Raises:
             InputError: If an argument is out of range or not known.
         """
-        check_fraction("image_threshold", self.hparams["image_threshold"])
+        try:
+            check(self.hparams, hints_of(type(self).__init__))
+        except ValueError as error:
+            raise InputError(str(error)) from error
         self._take_named_post_processor()
-        if self.hparams["epochs"] is not None and self.hparams["epochs"] < 1:
-            msg = f"epochs is {self.hparams['epochs']}; expected at least 1"
-            raise InputError(msg)
         self.pre_trained: bool = self.hparams["pre_trained"]
         self.backbone_weights = self.hparams["backbone_weights"]
         self.image_threshold: float = self.hparams["image_threshold"]
-        self.epochs: int | None = self.hparams["epochs"]
+        self.epochs: int | None = self.arguments["epochs"]
         self.seed: int = self.hparams["seed"]
         self.class_names = None
         self.register_buffer("trained", torch.tensor(False))
@@ -96,6 +96,11 @@ class BoxModel(BoxTraining, CheckedExport):
         else:
             with torch.device("meta"):  # it is there to be refused, and costs no weights
                 self.new_network(1)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the model, those in `advanced` beside the others."""
+        return flat(self.hparams)
 
     def new_network(self, num_classes: int) -> nn.Module:
         """Build an untrained network, from `hparams`."""
@@ -124,21 +129,19 @@ class BoxModel(BoxTraining, CheckedExport):
     def _take_named_post_processor(self) -> None:
         """Build the `SinkhornNMS` that `nms` is short for; from then on all is as if it had been given."""
         nms = self.hparams["nms"]
-        if nms is not None:
-            check_known("nms", nms, (*SUPPRESSIONS, *SINKHORN_DECODES))
         if nms not in SINKHORN_DECODES:
             return
         if not self.takes_post_processor:
             msg = f"nms is {nms!r}, which is short for a post_processor, and one is given, too; leave one of them out"
             raise InputError(msg)
         names = {"threshold": "nms_threshold", "score_threshold": "score_threshold", "max_detections": "max_detections"}
-        options = {name: self.hparams[own] for name, own in names.items()}
+        options = {name: self.arguments[own] for name, own in names.items()}
         self.post_processor = SinkhornNMS(SINKHORN_DECODES[nms], **options)
         self.hparams["nms"] = signature(type(self)).parameters["nms"].default
 
     def suppression(self) -> dict[str, Any]:
         """Say which `nms` the network has and how many detections it returns: raw ones for a `SinkhornNMS`."""
-        nms, most = self.hparams["nms"], self.hparams["max_detections"]
+        nms, most = self.hparams["nms"], self.arguments["max_detections"]
         if not isinstance(self.post_processor, SinkhornNMS):
             return {"nms": "hard" if nms is None else nms, "max_detections": most}
         most = max(self.post_processor.max_candidates, most)
@@ -264,7 +267,7 @@ class BoxModel(BoxTraining, CheckedExport):
         chosen, parts = self.post_processor, (self.evaluator, self.visualizer)
         trained = trained_arguments(checkpoint, self.hparams, self.trained_by)
         if trained or self.model is None:
-            self.hparams.update(trained)
+            self.hparams.update(nested(self.arguments | trained, self.options))
             self.build(names)
         super().on_load_checkpoint(checkpoint)
         self.post_processor = chosen  # the host drops it if the checkpoint had none,

@@ -37,6 +37,7 @@ class EmbeddingCache:
         self.seed = seed
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.expected_images: int | None = None
+        self.unit = "images"  # or "tiles", for what is told
         self._files: EmbeddingFiles | None = None
         self.clear()
 
@@ -167,10 +168,11 @@ class EmbeddingCache:
         self._shrink()
         if len(self._images) < len(self._seen):
             logger.warning(
-                "The fit uses %d of %d training images, to stay within %.1f GB; name a cache_dir for the others, or "
+                "The fit uses %d of %d training %s, to stay within %.1f GB; name a cache_dir for the others, or "
                 "raise max_cached_gb",
                 len(self._images),
                 len(self._seen),
+                self.unit,
                 self.max_bytes / 1e9,
             )
         keys = sorted(self._images)

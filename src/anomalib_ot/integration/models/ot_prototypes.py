@@ -1,7 +1,8 @@
 """OTPrototypes: anomaly detection by optimal transport to prototypes of normal parts, as an Anomalib model."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,10 +18,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from anomalib_ot.anomaly.model import PrototypesModel, portions
+from anomalib_ot.anomaly.members import Preset
+from anomalib_ot.anomaly.model import PrototypesModel, training_portions
 from anomalib_ot.anomaly.search import import_faiss
 from anomalib_ot.integration.callbacks.false_alarms import FalseAlarmThreshold, VerdictReport, check_rate
 from anomalib_ot.integration.callbacks.result_writer import ResultWriter
+from anomalib_ot.integration.checks.advanced import checked_options, flat, nested
 from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, is_reading, trained_arguments
 from anomalib_ot.integration.checks.console import quiet_console
 from anomalib_ot.integration.checks.errors import InputError, install_short_errors
@@ -35,10 +38,11 @@ from anomalib_ot.integration.models.embedding_files import images_to_come
 from anomalib_ot.integration.models.fit_progress import fit_progress
 from anomalib_ot.integration.models.guard import InputGuard
 from anomalib_ot.integration.models.prototypes_options import (
-    MODEL_ARGUMENTS,
+    EVERYDAY,
+    TRAINED_BY,
+    PrototypesOptions,
     as_trained,
     build_model,
-    check_training_arguments,
 )
 from anomalib_ot.integration.processing.pre_post import (
     ExplainedPostProcessor,
@@ -52,6 +56,7 @@ logger = logging.getLogger(__name__)
 install_short_errors()
 
 UNLIMITED_EPOCHS = (1000, -1)  # what Lightning puts where the user gave no limit
+DEFAULTS = PrototypesOptions()
 WITHOUT_FLOAT64 = ("mps",)  # the fit sums in float64; it runs on the CPU there
 ADDITIONS, ROI_SIZE = "anomalib_ot_additions", "anomalib_ot_roi_size"
 NO_DATA = "no data to {}; name a data set (--data Folder --data.root ..., in Python datamodule=...)"
@@ -73,33 +78,20 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         backbone_weights: Path of a local checkpoint (.safetensors or .pth) with them; None fetches timm's from the
             Hugging Face hub.
         preset: "default", or "paper" for the published method.
-        members: Explicit members instead of the preset's: a list of dicts with the arguments of
-            `anomalib_ot.anomaly.members.Member`.
-        alpha: Weight of the position cost in every member, 0 to 1; None leaves the preset's.
-        num_prototypes: Number of free prototypes of every member; None leaves the preset's.
-        num_global: Number of grids of local prototypes of every member (below 1: a coarser grid); None leaves the
-            preset's.
         image_size: Height and width that images are resized to, pixels.
+        num_prototypes: Number of free prototypes of every member; None leaves the preset's.
+        tile_size: Height and width of tiles that resized images are cut into, in training, prediction and exports,
+            pixels; their maps are put together. Places and amounts then do not count: `alpha` is 0, `transport_score`
+            False. None: images are not cut.
+        tile_overlap: Part of a tile that it shares with its neighbor, 0 to 0.9.
         roi: The region of interest, in which alone defects are looked for: path of a mask image (not 0 inside), or a
             list of polygons, each a list of points [x, y] from 0 to 1, from the left and from the top. The checkpoint
             keeps it. None: everything.
-        score: Image score: "mean_top1" (mean of the highest 1 % of the map) or "max"; None leaves the preset's.
-        smoothing: Standard deviation of the Gaussian over the map, pixels; None leaves the preset's.
-        transport_score: Whether amounts count (something missing, one too many): in the score, and where a part has a
-            fixed place on the map, too; None leaves the preset's, which is True but for "paper".
-        num_groups: Kinds of patches per member that the transport score counts.
-        epochs: Passes over the training images where the trainer has no `max_epochs`; more than one is of use only with
-            random augmentations.
-        max_cached_gb: Bound of the memory for embeddings of training images, GB; the fit uses a seeded sample of images
-            beyond it, or all of them with `cache_dir`.
-        cache_dir: Folder for embeddings beyond `max_cached_gb`, on a disk with space for all (0.5 to 2 MB per image);
-            they are removed after the fit. None: no files.
         seed: Makes two trainings on the same data equal.
         max_false_alarms: The highest rate of good images called defective, in (0, 1): the image threshold then comes
             from good validation images, at least 1 / rate - 1 of them (99 for 0.01). None: Anomalib's, the F1 optimum.
-        export_explanation: Whether exported models have the outputs `feature_map`, `position_map`, `missing_map`,
-            `matched_position` and `transport_score`, which `anomalib-ot inspect` names causes by; with them Anomalib's
-            own `OpenVINOInferencer` and `TorchInferencer` do not read the export.
+        advanced: What only few need to set: a dict, or on the command line `--model.advanced.NAME VALUE`; see
+            `anomalib_ot.integration.models.prototypes_options.PrototypesOptions`.
         pre_processor: Anomalib pre-processor, or whether to use the default.
         post_processor: Anomalib post-processor, or whether to use the default.
         evaluator: Anomalib evaluator, or whether to use the default.
@@ -113,7 +105,8 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         anomaly detection and localization", 2025.
     """
 
-    trained_by = MODEL_ARGUMENTS
+    trained_by = TRAINED_BY
+    options = PrototypesOptions
     model: PrototypesModel
     additions: list[dict[str, Any]] | None = None  # what `anomalib-ot update` has added since the training
 
@@ -123,23 +116,15 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         layers: Sequence[str] = ("layer2", "layer3"),
         pre_trained: bool = True,
         backbone_weights: str | Path | None = None,
-        preset: str = "default",
-        members: list[dict[str, Any]] | None = None,
-        alpha: float | None = None,
-        num_prototypes: int | None = None,
-        num_global: float | None = None,
+        preset: Preset = "default",
         image_size: Sequence[int] = (256, 256),
+        num_prototypes: int | None = None,
+        tile_size: Sequence[int] | None = None,
+        tile_overlap: float = 0.2,
         roi: list[list[list[float]]] | str | Path | None = None,
-        score: str | None = None,
-        smoothing: float | None = None,
-        transport_score: bool | None = None,
-        num_groups: int = 16,
-        epochs: int = 1,
-        max_cached_gb: float = 4.0,
-        cache_dir: str | Path | None = None,
         seed: int = 0,
         max_false_alarms: float | None = None,
-        export_explanation: bool = False,
+        advanced: PrototypesOptions = DEFAULTS,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -148,21 +133,21 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         install_short_errors()
         quiet_console()
         pre_trained, backbone_weights = checked_weights(pre_trained, backbone_weights)
+        options = checked_options(PrototypesOptions, advanced)
+        advanced = asdict(options)  # plain, for checkpoints
         model = build_model(
             backbone=backbone,
             layers=layers,
             preset=preset,
-            members=members,
-            alpha=alpha,
-            num_prototypes=num_prototypes,
-            num_global=num_global,
             image_size=image_size,
-            score=score,
-            smoothing=smoothing,
-            transport_score=transport_score,
-            num_groups=num_groups,
+            num_prototypes=num_prototypes,
+            tile_size=tile_size,
+            tile_overlap=tile_overlap,
+            options=options,
         )
-        check_training_arguments(epochs, max_cached_gb)
+        if roi is not None and tile_size is not None:
+            msg = "roi and tile_size are both given, which do not work together; crop the images to the region instead"
+            raise InputError(msg)
         roi = str(roi) if isinstance(roi, Path) else roi
         if pre_processor is True:
             pre_processor = ExportablePreProcessor.of(image_size, *normalization(backbone))
@@ -184,11 +169,11 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
             self.model.set_region(region)
         self.pre_trained = pre_trained
         self.backbone_weights = backbone_weights
-        self.epochs = epochs
+        self.epochs = options.epochs
         self.seed = seed
-        self.export_explanation = export_explanation
+        self.export_explanation = options.export_explanation
         self.automatic_optimization = False
-        self._cache = EmbeddingCache(max_cached_gb * 1e9, seed, cache_dir)
+        self._cache = EmbeddingCache(options.max_cached_gb * 1e9, seed, options.cache_dir)
         self._costs: list[float] = []
 
     @property
@@ -247,14 +232,16 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
     def on_train_epoch_start(self) -> None:
         """Begin a pass with nothing collected."""
         self._cache.clear()
-        self._cache.expected_images = images_to_come(self.trainer)
+        expected, tiling = images_to_come(self.trainer), self.model.tiling
+        tiles = 1 if tiling is None else len(tiling.corners(*self.hparams["image_size"]))
+        self._cache.expected_images = None if expected is None else expected * tiles
+        self._cache.unit = "images" if tiling is None else "tiles"
 
     def training_step(self, batch: Batch, *args: object) -> None:
         """Collect the embeddings of a batch of good images."""
         del args
-        paths = batch.image_path
-        for start, images in portions(batch.image):
-            self._cache.add(self.model.embed(images), None if paths is None else paths[start : start + len(images)])
+        for images, keys in training_portions(batch.image, batch.image_path, self.model.tiling):
+            self._cache.add(self.model.embed(images), keys)
         self._network_size = tuple(batch.image.shape[-2:])
         # Without an optimizer Lightning counts no step, and then writes no checkpoint and never reaches max_steps.
         steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
@@ -334,6 +321,11 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
 
     # ---- checkpoints
 
+    @classmethod
+    def saved_arguments(cls, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a checkpoint as this version takes them."""
+        return as_trained(checkpoint)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the record of what was added since the training."""
         super().on_save_checkpoint(checkpoint)
@@ -342,11 +334,12 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that was trained, whatever the arguments: its prototypes belong to no other."""
         check_own_checkpoint(checkpoint, "model.is_fitted", "OTPrototypes")
-        checkpoint["hyper_parameters"] = as_trained(checkpoint)
+        checkpoint["hyper_parameters"] = self.saved_arguments(checkpoint)
         trained = trained_arguments(checkpoint, self.hparams, self.trained_by)
         if trained:
-            self.hparams.update(trained)
-            self.model = build_model(**{name: self.hparams[name] for name in MODEL_ARGUMENTS})
+            self.hparams.update(nested(flat(self.hparams) | trained, self.options))
+            options = checked_options(self.options, self.hparams["advanced"])
+            self.model = build_model(**{name: self.hparams[name] for name in EVERYDAY}, options=options)
         self._take_region(checkpoint)
         self.additions = checkpoint.get(ADDITIONS)
         super().on_load_checkpoint(checkpoint)

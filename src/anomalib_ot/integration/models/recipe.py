@@ -14,7 +14,7 @@ PAPER_BATCH = 16
 
 
 class Recipe(Protocol):
-    """What a preset says of the training; see `DetectorPreset`."""
+    """What a preset says of the training; see `OTAPreset`."""
 
     optimizer: str
     lr: float

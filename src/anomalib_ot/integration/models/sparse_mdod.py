@@ -1,7 +1,9 @@
 """SparseMDOD: labeled defects found by a few proposals that form a mixture, in Anomalib."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from anomalib.data import Batch
@@ -15,20 +17,26 @@ from torch import Tensor
 from anomalib_ot.detection.mixture import linear_ramp, mixture_losses
 from anomalib_ot.detection.set_loss import MATCHERS, set_losses
 from anomalib_ot.detection.sparse_mdod import SparseDetector
+from anomalib_ot.integration.checks.advanced import checked_options
 from anomalib_ot.integration.checks.console import quiet_console
 from anomalib_ot.integration.checks.errors import install_short_errors
 from anomalib_ot.integration.models.backbone import checked_weights
 from anomalib_ot.integration.models.detector import BoxModel
+from anomalib_ot.integration.models.detector_options import Rate, Suppression, chosen
 from anomalib_ot.integration.models.sparse_options import (
     MIXTURE,
-    SPARSE_ARGUMENTS,
+    SPARSE_PRESETS,
+    TRAINED_BY,
+    SparseOptions,
     build_sparse_detector,
-    sparse_preset,
 )
 from anomalib_ot.integration.processing.box_processors import BoxPreProcessor
+from anomalib_ot.ranges import Fraction, Range
 from anomalib_ot.vision.backbone import normalization
 
 install_short_errors()
+
+DEFAULTS = SparseOptions()
 
 
 class SparseMDOD(BoxModel, AnomalibModule):
@@ -44,37 +52,20 @@ class SparseMDOD(BoxModel, AnomalibModule):
         backbone_weights: Path of a local checkpoint (.safetensors or .pth) with them; None fetches timm's from the
             Hugging Face hub.
         preset: "default", or "paper" for the published network, loss and recipe.
-        objective: "mixture"; or Sparse R-CNN's loss on the same head, objects matched by "hungarian" or "sinkhorn".
         image_size: Height and width that images are resized to, pixels.
         tile_size: Height and width of tiles that resized images are cut into to be predicted, pixels; None: they are
             not cut. Train on crops of that size then (`--data.train_augmentations`).
         tile_overlap: Part of a tile that it shares with its neighbor, 0 to 0.9.
-        channels: Channels of pyramid and head; None leaves the preset's, as for the following ones.
-        num_stages: Stages that refine the proposals.
-        proposals: Rows and columns of the grid that the proposals begin on; their product is the number of proposals.
-        num_extra: Levels of the pyramid beyond the backbone's coarsest map.
-        frozen_stages: Stages of the backbone that are not trained.
-        frozen_norm: Whether the backbone's batch norm keeps the statistics, scales and shifts that it came with. Images
-            of defects have others; where a device has one or two images per step, it may still be better.
-        coord_unit: Pixels per unit of the box outputs; 1 as published, which takes long trainings; for "mixture".
-        mcm_weight: Weight of the loss that leaves one proposal per object, 0 to 1; for "mixture".
-        mcm_rise: Parts of the training, 0 to 1, between which that weight rises from 0 to the whole; [0, 0], as
-            published, is the whole from the first step on; for "mixture".
-        presence_weight: Weight of learning from good images, at least 0; 0, as published, learns nothing from them;
-            for "mixture".
         nms: What removes duplicates in the network: "none", as published, or "hard".
             "sinkhorn_select" and "sinkhorn_merge" are short for a `SinkhornNMS` as post-processor with that `decode`
-            and the thresholds here: for places that take plain values alone, such as files of `anomalib benchmark`.
-        nms_threshold: Largest overlap (IoU) of two detections of one class.
-        score_threshold: Least score of a detection; 0 as published.
+            and the thresholds of `advanced`: for places that take plain values alone, such as files of
+            `anomalib benchmark`.
         image_threshold: Score of a box that makes the image a defective one.
-        max_detections: Most detections per image.
         lr: Learning rate; None leaves the preset's.
-        weight_decay: Weight decay; None leaves the preset's.
-        epochs: Passes over the training images where the trainer has no `max_epochs`; None: as many as make 1,000
-            steps, 12 at least and 100 at most.
         class_names: Names of the classes; None takes them from the data.
         seed: Makes the start of two trainings equal.
+        advanced: What only few need to set: a dict, or on the command line `--model.advanced.NAME VALUE`; see
+            `anomalib_ot.integration.models.sparse_options.SparseOptions`.
         pre_processor: Anomalib pre-processor, or whether to use the default.
         post_processor: A `SinkhornNMS` removes duplicates, too; another module is called on `BoxPredictions`, in
             exports alone. True leaves what the checkpoint has, which otherwise is none.
@@ -91,7 +82,8 @@ class SparseMDOD(BoxModel, AnomalibModule):
 
     own_entry = "model.head.proposal_boxes"
     integer_rooms = ("model.feature_extractor", "model.pyramid")  # attention and filters per proposal keep floats
-    trained_by = SPARSE_ARGUMENTS
+    trained_by = TRAINED_BY
+    options = SparseOptions
     model: SparseDetector | None
 
     def __init__(
@@ -100,31 +92,16 @@ class SparseMDOD(BoxModel, AnomalibModule):
         layers: Sequence[str] = ("layer1", "layer2", "layer3"),
         pre_trained: bool = True,
         backbone_weights: str | Path | None = None,
-        preset: str = "default",
-        objective: str = "mixture",
+        preset: Literal["default", "paper"] = "default",
         image_size: Sequence[int] = (512, 512),
         tile_size: Sequence[int] | None = None,
-        tile_overlap: float = 0.2,
-        channels: int | None = None,
-        num_stages: int | None = None,
-        proposals: Sequence[int] | None = None,
-        num_extra: int | None = None,
-        frozen_stages: int | None = None,
-        frozen_norm: bool | None = None,
-        coord_unit: float | None = None,
-        mcm_weight: float | None = None,
-        mcm_rise: Sequence[float] | None = None,
-        presence_weight: float | None = None,
-        nms: str = "none",
-        nms_threshold: float = 0.6,
-        score_threshold: float = 0.05,
-        image_threshold: float = 0.3,
-        max_detections: int = 100,
-        lr: float | None = None,
-        weight_decay: float | None = None,
-        epochs: int | None = None,
+        tile_overlap: Annotated[float, Range(least=0, most=0.9)] = 0.2,
+        nms: Suppression = "none",
+        image_threshold: Fraction = 0.3,
+        lr: Rate | None = None,
         class_names: Sequence[str] | None = None,
         seed: int = 0,
+        advanced: SparseOptions = DEFAULTS,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -133,6 +110,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
         install_short_errors()
         quiet_console()
         pre_trained, backbone_weights = checked_weights(pre_trained, backbone_weights)
+        advanced = asdict(checked_options(SparseOptions, advanced))  # plain, for checkpoints
         if pre_processor is True:
             pre_processor = BoxPreProcessor.of(image_size, *normalization(backbone))
         super().__init__(
@@ -146,11 +124,9 @@ class SparseMDOD(BoxModel, AnomalibModule):
 
     def new_network(self, num_classes: int) -> SparseDetector:
         """Build an untrained network; the arguments may have come from a checkpoint."""
-        names = ("channels", "num_stages", "proposals", "num_extra", "frozen_stages", "coord_unit", "mcm_weight")
-        names += ("mcm_rise", "presence_weight", "frozen_norm", "lr", "weight_decay")
-        self.preset = sparse_preset(self.hparams["preset"], **{name: self.hparams[name] for name in names})
-        names = ("backbone", "layers", "objective", "image_size", "nms_threshold", "score_threshold", "tile_size")
-        arguments = {name: self.hparams[name] for name in (*names, "tile_overlap")} | self.suppression()
+        self.preset = chosen(SPARSE_PRESETS, self.arguments)
+        names = ("backbone", "layers", "image_size", "tile_size", "tile_overlap")
+        arguments = {name: self.hparams[name] for name in names} | self.suppression()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return build_sparse_detector(self.preset, num_classes=num_classes, **arguments)
@@ -176,7 +152,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
     def _losses(self, stages: list, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and what to log beside it."""
         boxes, labels = batch.gt_boxes, batch.gt_box_labels
-        if self.hparams["objective"] != MIXTURE:
+        if self.preset.objective != MIXTURE:
             finite = torch.stack([part.isfinite().all() for stage in stages for part in stage]).all()
             self.check_loss(torch.where(finite, 0.0, torch.nan), batch)  # nothing can be matched then
             losses = set_losses(
@@ -184,7 +160,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
                 boxes,
                 labels,
                 batch.image.shape[-2:],
-                matcher=MATCHERS[self.hparams["objective"]],
+                matcher=MATCHERS[self.preset.objective],
                 over_devices=self.mean_over_devices,
             )
             return losses.total, {f"{name}_last": term[-1] for name, term in losses._asdict().items()}

@@ -24,7 +24,7 @@ class UpdatedCheckpoint(CalibratedCheckpoint):
 
     Raises:
         InputError: If the file cannot be read, is of another model, has no threshold, so that nothing is a false alarm,
-            or lays prototypes out in grids, which do not grow.
+            sees tiles, or lays prototypes out in grids, which do not grow.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,6 +34,12 @@ class UpdatedCheckpoint(CalibratedCheckpoint):
             msg = (
                 f"checkpoint {path} has {'no image threshold' if threshold is None else f'the threshold {threshold:g}'}"
                 ", and a false alarm is a good image above it; expected one above 0: anomalib-ot calibrate sets it"
+            )
+            raise InputError(msg)
+        if self._model.model.tiling is not None:
+            msg = (
+                f"checkpoint {path} sees images in tiles (tile_size), and takes in no more good ones afterwards; train "
+                "again with all good images"
             )
             raise InputError(msg)
         self.threshold = threshold

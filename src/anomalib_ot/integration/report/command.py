@@ -9,17 +9,11 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.report.page import write_report
 from anomalib_ot.integration.report.table import LINES
 
-__all__ = ["run"]
-
 DONE, REFUSED = 0, 2
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 if there is no table to report.
-
-    Args:
-        arguments: The words after `report`; None takes those of the command line.
-    """
+    """Run the command and return its exit status: 0, or 2 if there is no table to report."""
     parser = argparse.ArgumentParser(
         prog="anomalib-ot report",
         description="Make the report of a run again, from its table: one HTML file that opens from disk.",

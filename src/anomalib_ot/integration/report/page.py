@@ -25,47 +25,31 @@ from anomalib_ot.integration.report.table import (
     thumbnail_name,
 )
 
-__all__ = ["read_run", "report_page", "write_report"]
-
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 260, 46, 44, 30  # of the histogram, in units of its view box
 NEEDED = ("made", "stage", "model", "data", "checkpoint", "checkpoint_sha256")
 NAMED = 3  # classes of boxes on a card
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Read what is known of a run beside its rows; nothing if there is no such file.
-
-    Args:
-        path: The file `run.json`.
-
-    Raises:
-        InputError: If it is damaged.
-    """
+    """Read what is known of a run beside its rows, `run.json`; nothing if there is none; an `InputError` if damaged."""
     if not path.is_file():
         return {}
     try:
         run = json.loads(path.read_bytes())
         if not isinstance(run, dict):
-            msg = "not an object"
-            raise ValueError(msg)
+            raise ValueError("not an object")
         absent = [name for name in NEEDED if name not in run]
         if absent:
-            msg = f"without {', '.join(absent)}"
-            raise ValueError(msg)
+            raise ValueError(f"without {', '.join(absent)}")
     except (OSError, ValueError) as error:
-        msg = f"{path} is damaged ({error}); remove it, or test or predict again"
-        raise InputError(msg) from error
+        raise InputError(f"{path} is damaged ({error}); remove it, or test or predict again") from error
     return run
 
 
 def report_page(lines: Path) -> tuple[str, Summary]:
-    """Make the report of a table; what is beside it (`run.json`, `thumbnails`) is put in.
+    """Make the report of a table; what is beside it (`run.json`, `thumbnails`) is put in; and what it says in numbers.
 
-    Args:
-        lines: The table: `predictions.jsonl` of a run, or lines of `anomalib-ot inspect`.
-
-    Returns:
-        The page, and what it says in numbers.
+    `lines` are `predictions.jsonl` of a run, or those of `anomalib-ot inspect`.
 
     Raises:
         InputError: If a file is damaged, or there is no row.
@@ -75,8 +59,7 @@ def report_page(lines: Path) -> tuple[str, Summary]:
 
     summary = summarized(read_rows(lines))
     if not summary.images:
-        msg = f"{lines} has no rows; expected at least one image: test or predict again"
-        raise InputError(msg)
+        raise InputError(f"{lines} has no rows; expected at least one image: test or predict again")
     run = read_run(lines.with_name(RUN)) if lines.name == LINES else {}
     loader = PackageLoader("anomalib_ot.integration.report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -99,13 +82,7 @@ def report_page(lines: Path) -> tuple[str, Summary]:
 
 
 def write_report(lines: Path) -> Path:
-    """Write the report of a table beside it, whole or not at all.
-
-    Args:
-        lines: `predictions.jsonl` of a run, whose report is `report.html`; of another file it has that file's name.
-
-    Returns:
-        The report.
+    """Write the report of a table beside it, whole or not at all: `report.html`, or by the name of another file's.
 
     Raises:
         InputError: If the table is damaged or empty, or the report cannot be written.

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 from anomalib_ot.integration.report.table import DEFECTIVE, ERROR, GOOD, UNKNOWN
 
-__all__ = ["MOST_SHOWN", "Bar", "Histogram", "Selection", "Summary", "histogram", "summarized"]
-
 MOST_SHOWN = 100  # thumbnails of a report
 BINS = 40
 KNOWN = (GOOD, DEFECTIVE, None)
@@ -20,9 +18,6 @@ KNOWN = (GOOD, DEFECTIVE, None)
 
 class Selection:
     """Keep the entries that a report shows: wrong verdicts before all others, then the highest scores.
-
-    Args:
-        limit: How many, >= 1.
 
     >>> selection = Selection(1)
     >>> for score in (0.2, 0.9, 0.4):
@@ -34,7 +29,6 @@ class Selection:
     """
 
     def __init__(self, limit: int = MOST_SHOWN) -> None:
-        """Start empty."""
         self._limit, self._numbers = limit, count()
         self._kept: list[tuple[bool, float, int, Any]] = []
 
@@ -71,42 +65,28 @@ class Bar(NamedTuple):
 
 @dataclass(frozen=True)
 class Histogram:
-    """Scores in bins of equal width.
+    """Scores in bins of equal width."""
 
-    Args:
-        bars: The bins, from the lowest score to the highest.
-        threshold: The score above which an image is defective; None: not known, or not the same for all.
-    """
-
-    bars: list[Bar]
-    threshold: float | None
+    bars: list[Bar]  # the bins, from the lowest score to the highest
+    threshold: float | None  # the score above which an image is defective; None: not known, or not the same for all
 
 
 @dataclass
 class Summary:
-    """What the rows of a run say together.
+    """What the rows of a run say together."""
 
-    Args:
-        images: How many rows there are.
-        verdicts: Their number by verdict.
-        confusion: Their number by truth ("good", "defective") and verdict; rows without truth are in neither.
-        scores: Finite scores by truth ("good", "defective", None: not known).
-        thresholds: The different thresholds, two at most.
-        fingerprint: Of the content of all image files, whatever their order and names; None: of some it is not known.
-        folder: The folder that holds all images; "" if there is none.
-        shown: The rows to show, the highest score first.
-        has_p_values: Whether a row has a p-value.
-    """
-
-    images: int = 0
+    images: int = 0  # how many rows there are
+    # Their number by verdict.
     verdicts: dict[str, int] = field(default_factory=lambda: dict.fromkeys((DEFECTIVE, GOOD, UNKNOWN, ERROR), 0))
+    # Their number by truth ("good", "defective") and verdict; rows without truth are in neither.
     confusion: dict[tuple[str, str], int] = field(default_factory=dict)
+    # Finite scores by truth ("good", "defective", None: not known).
     scores: dict[str | None, array] = field(default_factory=lambda: {kind: array("d") for kind in KNOWN})
-    thresholds: set[float] = field(default_factory=set)
+    thresholds: set[float] = field(default_factory=set)  # the different thresholds, two at most
+    # Of the content of all image files, whatever their order and names; None: of some it is not known.
     fingerprint: str | None = None
-    folder: str = ""
-    shown: list[dict[str, Any]] = field(default_factory=list)
-    has_p_values: bool = False
+    folder: str = ""  # the folder that holds all images; "" if there is none
+    shown: list[dict[str, Any]] = field(default_factory=list)  # the rows to show, the highest score first
 
     @property
     def known(self) -> int:
@@ -114,14 +94,9 @@ class Summary:
         return sum(self.confusion.values())
 
 
-def summarized(rows: Iterable[dict[str, Any]], limit: int = MOST_SHOWN) -> Summary:
-    """Read rows once and say what they say together; memory grows by a number per image.
-
-    Args:
-        rows: As `read_rows` gives them.
-        limit: How many to show at most.
-    """
-    made, selection, folders, total = Summary(), Selection(limit), _CommonFolder(), 0
+def summarized(rows: Iterable[dict[str, Any]]) -> Summary:
+    """Read rows once and say what they say together; memory grows by a number per image."""
+    made, selection, folders, total = Summary(), Selection(), _CommonFolder(), 0
     for row in rows:
         made.images += 1
         made.verdicts[row["verdict"]] += 1
@@ -132,7 +107,6 @@ def summarized(rows: Iterable[dict[str, Any]], limit: int = MOST_SHOWN) -> Summa
             made.scores[truth].append(row["score"])
         if row.get("threshold") is not None and len(made.thresholds) < 2:
             made.thresholds.add(row["threshold"])
-        made.has_p_values |= row.get("p_value") is not None
         digest = row.get("sha256")
         total = None if total is None or not isinstance(digest, str) else total + int(digest, 16)
         folders.add(row["path"])

@@ -12,23 +12,6 @@ from typing import Any
 from anomalib_ot.imaging.causes import CauseShares
 from anomalib_ot.integration.checks.errors import InputError
 
-__all__ = [
-    "DEFECTIVE",
-    "ERROR",
-    "GOOD",
-    "LINES",
-    "OUTCOMES",
-    "REPORT",
-    "RUN",
-    "TABLE",
-    "THUMBNAILS",
-    "UNKNOWN",
-    "as_line",
-    "csv_parts",
-    "read_rows",
-    "thumbnail_name",
-]
-
 LINES, TABLE, RUN, REPORT, THUMBNAILS = (
     "predictions.jsonl",
     "predictions.csv",
@@ -52,15 +35,9 @@ NUMBERS = ("score", "threshold", "p_value", "transport_score", "transport_thresh
 
 
 def as_line(row: Mapping[str, Any]) -> bytes:
-    """Return a row as a line of strict JSON in UTF-8.
+    """Return a row as a line of strict JSON in UTF-8; a ValueError if it holds NaN or infinite values.
 
     Letters of all scripts stay as they are; only a path that is no valid Unicode is escaped.
-
-    Args:
-        row: Plain data.
-
-    Raises:
-        ValueError: If it holds NaN or infinite values.
 
     >>> as_line({"path": "Tür.png"}).decode()
     '{"path": "Tür.png"}\\n'
@@ -74,11 +51,7 @@ def as_line(row: Mapping[str, Any]) -> bytes:
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Read rows one by one: those of a run, or lines of `anomalib-ot inspect`, which are made alike.
 
-    Args:
-        path: The JSON lines.
-
-    Yields:
-        Rows with at least `path`, `verdict` ("defective", "good", "unknown", of `inspect` also "error") and `score`.
+    They have at least `path`, `verdict` ("defective", "good", "unknown", of `inspect` also "error") and `score`.
 
     Raises:
         InputError: If the file cannot be read, or a line of it is no result.
@@ -97,55 +70,40 @@ def _checked(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line, parse_constant=_refuse_constant)
         if not isinstance(row, dict):
-            msg = "not an object"
-            raise TypeError(msg)
+            raise TypeError("not an object")
         row = {"path": row.pop("name", None), "score": None} | row
         row["verdict"] = VERDICTS[row["verdict"]]
         if not isinstance(row["path"], str):
-            msg = "no path"
-            raise TypeError(msg)
+            raise TypeError("no path")
         for name in NUMBERS:
             value = row.get(name)
             if value is not None and (isinstance(value, bool) or not math.isfinite(value)):
-                msg = f"{name} is no number"
-                raise TypeError(msg)
+                raise TypeError(f"{name} is no number")
         if row.get("truth") not in (None, GOOD, DEFECTIVE):
-            msg = f"truth is {row['truth']!r}"
-            raise TypeError(msg)
+            raise TypeError(f"truth is {row['truth']!r}")
         if row.get("sha256") is not None:
             int(row["sha256"], 16)
         for found in (*(row.get("boxes") or ()), *(row.get("regions") or ())):
             row_box = [float(side) for side in found["box"]]
             if len(row_box) != 4:
-                msg = "a box without four sides"
-                raise TypeError(msg)
+                raise TypeError("a box without four sides")
         if row.get("causes") is not None:
             row["causes"] = CauseShares(**{name: int(share) for name, share in row["causes"].items()})._asdict()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-        msg = (
+        raise InputError(
             f"{path}, line {number} is no result ({why}); expected a row of JSON as anomalib test, anomalib predict "
             "and anomalib-ot inspect write it: make the table again"
-        )
-        raise InputError(msg) from error
+        ) from error
     return row
 
 
 def _refuse_constant(word: str) -> None:
-    msg = f"{word} is not JSON"
-    raise ValueError(msg)
+    raise ValueError(f"{word} is not JSON")
 
 
 def csv_parts(rows: Iterable[Mapping[str, Any]], *, with_p_value: bool) -> Iterator[bytes]:
-    """Turn rows into a CSV file (RFC 4180, UTF-8, a header), part by part.
-
-    Args:
-        rows: As `read_rows` gives them.
-        with_p_value: Whether there is a column for p-values.
-
-    Yields:
-        The header, then a line for each row. Boxes and regions are cells of JSON.
-    """
+    """Turn rows into a CSV file (RFC 4180, UTF-8, a header), part by part; boxes and regions are cells of JSON."""
     columns = [name for name in COLUMNS if with_p_value or name != "p_value"]
     yield _cells(columns)
     for row in rows:

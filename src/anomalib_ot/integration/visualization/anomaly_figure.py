@@ -1,6 +1,6 @@
 """The whole picture of one part: verdict on top, panels below. A pure function of arrays; no framework in sight."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -8,17 +8,6 @@ from PIL import Image, ImageDraw, ImageFont
 from anomalib_ot.imaging.causes import BOW, Arrow, CauseShares, arrows, bowed_line, cause_shares, normal_level
 from anomalib_ot.imaging.heat import color_bar, dim_outside, draw_outline, overlay
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, header
-
-__all__ = [
-    "Panel",
-    "Verdict",
-    "adds",
-    "draw_arrows",
-    "draw_color_bar",
-    "draw_panels",
-    "explain_picture",
-    "find_shares",
-]
 
 DARK = (15, 15, 20)
 TRUTH_LINE, PREDICTION_LINE = (0, 220, 255), (255, 255, 255)
@@ -30,17 +19,8 @@ MISSING = "Missing"
 LONGEST = 3  # longest side of a panel, in panel sizes
 
 
-def draw_arrows(image: Image.Image, chosen: list[Arrow], color: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """Draw arrows with a dark rim; a dot marks where the patch is, the head points to where it belongs.
-
-    Args:
-        image: The panel's image.
-        chosen: Arrows in fractions of the image.
-        color: RGB of the arrows.
-
-    Returns:
-        RGB image of the same size.
-    """
+def draw_arrows(image: Image.Image, chosen: list[Arrow]) -> Image.Image:
+    """Draw arrows with a dark rim; a dot marks where the patch is, the head points to where it belongs."""
     fine = 3
     size = np.array([image.height, image.width], dtype=float) * fine
     layer = Image.new("RGBA", (image.width * fine, image.height * fine), (*DARK, 0))
@@ -52,7 +32,7 @@ def draw_arrows(image: Image.Image, chosen: list[Arrow], color: tuple[int, int, 
         line = line[np.linalg.norm(line - end, axis=1) >= 3.5 * stroke]  # stop short: another arrow's dot may be there
         if len(line) < 2:
             continue
-        for paint, rim in (((*DARK, 255), stroke * 0.7), ((*color, 255), 0.0)):
+        for paint, rim in (((*DARK, 255), stroke * 0.7), ((255, 255, 255, 255), 0.0)):
             _draw_arrow(draw, line, stroke, rim, paint)
     drawn = image.convert("RGBA")
     drawn.alpha_composite(layer.resize(image.size, Image.Resampling.BOX))
@@ -100,12 +80,9 @@ def explain_picture(
     pred_mask: np.ndarray | None = None,
     *,
     missing_map: np.ndarray | None = None,
-    gt_mask: np.ndarray | None = None,
     roi: np.ndarray | None = None,
     verdict: Verdict | None = None,
-    image_note: str = "",
-    panel_size: int = 320,
-    max_arrows: int = 8,
+    **more: Any,
 ) -> Image.Image:
     """Draw one part: is it bad, where, and does it look wrong, is it in the wrong place, or is something missing.
 
@@ -138,16 +115,7 @@ def explain_picture(
     """
     verdict = verdict or Verdict()
     maps = (anomaly_map, feature_map, position_map, matched_position, pred_mask)
-    panels = draw_panels(
-        image,
-        *maps,
-        missing_map=missing_map,
-        gt_mask=gt_mask,
-        roi=roi,
-        image_note=image_note,
-        panel_size=panel_size,
-        max_arrows=max_arrows,
-    )
+    panels = draw_panels(image, *maps, missing_map=missing_map, roi=roi, **more)
     shares, inside = find_shares(anomaly_map, feature_map, position_map, pred_mask, missing_map, roi)
     body = _arrange(panels, with_bar=len(panels) > 1)
     width = max(body.width, LEAST_WIDTH)

@@ -12,12 +12,6 @@ from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER,
 from anomalib_ot.integration.visualization.insets import INSET, Inset, find_insets, inset_strip
 from anomalib_ot.vision.metrics import pair_iou
 
-__all__ = [
-    "DetectedBoxes",
-    "box_picture",
-    "class_name",
-]
-
 FARTHEST = 3.0  # scales; beyond, the haze is too faint to see
 DENSEST = 0.55  # of the color at a side itself
 LEAST = 0.75  # pixels; a surer side shows no haze beside its line
@@ -30,13 +24,10 @@ MOST_DRAWN = 12  # boxes; with more an early training covers the part
 
 
 def draw_soft_edges(drawn: Image.Image, box: np.ndarray, scales: np.ndarray, color: tuple[int, int, int]) -> None:
-    """Lay a haze along the sides of a box: at a distance d its strength is `1 / (1 + (d / scale)^2)`, Cauchy's curve.
+    """Lay a haze along the sides of a box xyxy (4,), pixels, into an RGB picture.
 
-    Args:
-        drawn: RGB picture, drawn into.
-        box: xyxy (4,), pixels of the picture.
-        scales: Scale (4,) of the left, top, right and bottom side, pixels of the picture.
-        color: Of the haze.
+    At a distance d its strength is `1 / (1 + (d / scale)^2)`, Cauchy's curve, with scales (4,) of left, top, right and
+    bottom.
     """
     x1, y1, x2, y2 = box.tolist()
     left, top, right, bottom = scales.tolist()
@@ -63,22 +54,14 @@ def draw_soft_edges(drawn: Image.Image, box: np.ndarray, scales: np.ndarray, col
 
 
 class DetectedBoxes(NamedTuple):
-    """What is drawn on a part; all boxes in pixels of its image.
+    """What is drawn on a part; all boxes in pixels of its image."""
 
-    Args:
-        boxes: Predicted boxes xyxy (N, 4), in any order.
-        scores: Their scores (N,), in [0, 1].
-        labels: Their class indices (N,); -1 in empty slots.
-        gt_boxes: Known defects xyxy (G, 4); None: not known.
-        gt_labels: Their class indices (G,); None: not known.
-        scales: How unsure each side (left, top, right, bottom) of the boxes is (N, 4), pixels; None: not known.
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    gt_boxes: np.ndarray | None = None
-    gt_labels: np.ndarray | None = None
+    boxes: np.ndarray  # predicted boxes xyxy (N, 4), in any order
+    scores: np.ndarray  # their scores (N,), in [0, 1]
+    labels: np.ndarray  # their class indices (N,); -1 in empty slots
+    gt_boxes: np.ndarray | None = None  # known defects xyxy (G, 4); None: not known
+    gt_labels: np.ndarray | None = None  # their class indices (G,); None: not known
+    # How unsure each side (left, top, right, bottom) of the boxes is (N, 4), pixels; None: not known.
     scales: np.ndarray | None = None
 
 
@@ -94,25 +77,18 @@ def box_picture(
 ) -> Image.Image:
     """Draw one part with the boxes above a score, and known defects dashed beside them.
 
-    The 12 most certain boxes are drawn; the header says how many more there are. All of them count for what was found.
-
-    Where `scales` are known, a haze along each side shows how unsure it is.
-
-    A known defect is missed if no box above the score, of any class, overlaps it by .3 or more (intersection over
-    union). Boxes too small for the eye are framed, and enlarged below with their names.
+    The 12 most certain boxes are drawn; all count for what was found. Where `scales` are known, a haze along each side
+    shows how unsure it is. A known defect is missed if no box above the score, of any class, overlaps it by .3 or more
+    (intersection over union). Boxes too small for the eye are framed, and enlarged below with their names.
 
     Args:
         image: The part, at any size.
         found: Its boxes.
-        class_names: By index; a class without a name, or with one in a script that the font lacks, is called by its
-            index.
+        class_names: By index; a class without a name, or with one that the font lacks, is called by its index.
         score_threshold: Only boxes above this score are drawn, in [0, 1].
         verdict: What the header says; None: decided by the highest score.
         image_note: What to say below about the image itself.
         size: Greatest width of the part in pixels, >= 320; its height is at most .7 of that.
-
-    Returns:
-        RGB picture.
 
     Raises:
         ValueError: If `size` is too small, or the boxes do not fit together or hold NaN.
@@ -163,15 +139,13 @@ def class_name(label: int, class_names: Sequence[str] | None) -> str:
 def _check(found: DetectedBoxes, size: int) -> None:
     """Refuse what cannot be drawn."""
     if size < 320:
-        msg = f"size is {size}; expected at least 320 pixels."
-        raise ValueError(msg)
+        raise ValueError(f"size is {size}; expected at least 320 pixels.")
     shapes = [np.shape(column) for column in found[:5] if column is not None]
     expected = [(len(found.labels), 4), (len(found.labels),), (len(found.labels),)]
     if found.gt_boxes is not None and found.gt_labels is not None:
         expected += [(len(found.gt_labels), 4), (len(found.gt_labels),)]
     if shapes != expected:
-        msg = f"the boxes have shapes {shapes}; expected (N, 4), (N,), (N,), and (G, 4), (G,) or both None."
-        raise ValueError(msg)
+        raise ValueError(f"the boxes have shapes {shapes}; expected (N, 4), (N,), (N,), and (G, 4), (G,) or both None.")
     if found.scales is not None and np.shape(found.scales) != np.shape(found.boxes):
         msg = f"scales have the shape {np.shape(found.scales)}; expected the boxes' {np.shape(found.boxes)}."
         raise ValueError(msg)

@@ -19,8 +19,6 @@ from anomalib_ot.integration.visualization.writer import PictureWriter
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
 
-__all__ = ["BoxVisualizer"]
-
 SCORE_THRESHOLD = 0.3
 
 
@@ -49,7 +47,6 @@ class BoxVisualizer(PictureWriter):
     def __init__(
         self, output_dir: str | Path | None = None, score_threshold: float | None = None, size: int = 1280
     ) -> None:
-        """Keep the settings; see the class."""
         super().__init__(output_dir)
         if score_threshold is not None:
             check_fraction("score_threshold", score_threshold)
@@ -63,26 +60,16 @@ class BoxVisualizer(PictureWriter):
         score_threshold: float = SCORE_THRESHOLD,
         name: str | None = None,
     ) -> Image.Image:
-        """Draw one item.
+        """Draw an item with its predicted boxes, without which a ValueError is raised, and its true ones.
 
-        Args:
-            item: With its predicted boxes; true boxes are drawn too if it has them.
-            class_names: By index; None: classes are called by their index.
-            score_threshold: Only boxes above this score are drawn, in [0, 1], unless the visualizer has its own.
-            name: File name to print; None: the last two parts of the item's path.
-
-        Returns:
-            RGB picture.
-
-        Raises:
-            ValueError: If the item has no predicted boxes.
+        The visualizer's own threshold comes before `score_threshold`; `name` None: the last two parts of the item's
+        path.
         """
         if any(getattr(item, name, None) is None for name in ("pred_boxes", "pred_box_scores", "pred_box_labels")):
-            msg = (
+            raise ValueError(
                 f"the item of {item.image_path or 'an image without path'} has no pred_boxes, pred_box_scores or "
                 "pred_box_labels; expected what a detector has found: draw its output, not its input"
             )
-            raise ValueError(msg)
         threshold = score_threshold if self.score_threshold is None else self.score_threshold
         if name is None:
             name = "/".join(Path(item.image_path).parts[-2:]) if item.image_path else ""

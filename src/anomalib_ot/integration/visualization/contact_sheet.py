@@ -13,24 +13,17 @@ from anomalib_ot.integration.visualization.anomaly_figure import (
 )
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, badge, cause_lines
 
-__all__ = ["contact_sheet"]
-
 LABEL_WIDTH, BAR_WIDTH, TITLE_HEIGHT, SPACE = 180, 48, 30, 10
 TITLE_SIZE, TEXT_SIZE, LINE = 17, 14, 19
 
 
 def contact_sheet(rows: Sequence[tuple[str, Mapping[str, Any]]], width: int = 1200) -> Image.Image:
-    """Draw parts in rows: name and verdict at the left, then the panels of `explain_picture`.
+    """Draw parts in rows: name and verdict at the left, then the panels of `explain_picture`, all of one area.
 
-    Args:
-        rows: A name, and the arguments of `explain_picture` (without sizes), per part; all with the same panels.
-        width: Of the sheet, in pixels, >= 600.
-
-    Returns:
-        RGB picture; the parts keep their aspect ratio, and all panels have one area.
+    Rows are a name and the arguments of `explain_picture` (without sizes); all with the same panels.
 
     Raises:
-        ValueError: If there is no row, the width is too small, or rows have different panels.
+        ValueError: If there is no row, the width is below 600 pixels, or rows have different panels.
 
     Example:
         >>> contact_sheet([("scratch", {"image": Image.new("L", (64, 64)), "verdict": Verdict(score=0.7)})]).width
@@ -53,10 +46,9 @@ def contact_sheet(rows: Sequence[tuple[str, Mapping[str, Any]]], width: int = 12
         drawn.append(draw_panels(**given, panel_size=size, with_empty=True))
         titles = [panel.title for panel in drawn[-1]]
         if titles != [panel.title for panel in drawn[0]]:
-            msg = (
+            raise ValueError(
                 f"row {name!r} has the panels {titles}; expected those of row {rows[0][0]!r}: draw one sheet per model."
             )
-            raise ValueError(msg)
     heights = [max(panels[0].drawn.height, 6 * LINE + 44) + SPACE for panels in drawn]
     sheet = Image.new("RGB", (width, TITLE_HEIGHT + sum(heights) + SPACE), PAPER)
     draw = ImageDraw.Draw(sheet)

@@ -8,8 +8,6 @@ from PIL import Image, ImageDraw, ImageFont
 from anomalib_ot.imaging.causes import CauseShares
 from anomalib_ot.integration.report import table
 
-__all__ = ["Verdict", "badge", "cause_lines", "header"]
-
 INK, FAINT, PAPER = (20, 22, 28), (98, 104, 116), (255, 255, 255)
 GOOD, DEFECT, UNKNOWN = (24, 128, 56), (198, 40, 40), (98, 104, 116)
 LOOKS, PLACE, COUNTS = (235, 130, 30), (70, 110, 200), (130, 70, 160)
@@ -20,25 +18,16 @@ MOSTLY = 50  # percent
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known about the part as a whole; each field may be None.
+    """What is known about the part as a whole; each field may be None."""
 
-    Args:
-        score: Anomaly score of the image; [0, 1] after normalization.
-        defect: Whether the part is predicted defective; None: decided by score > threshold.
-        truth: Whether the part is known to be defective.
-        transport_score: How unusual the amounts of each kind of patch are, in units of the score.
-        transport_threshold: The transport score that makes a part defective on its own; None: not known.
-        threshold: The score above which a part is defective; None: not known.
-        name: File name to print.
-    """
-
-    score: float | None = None
-    defect: bool | None = None
-    truth: bool | None = None
-    transport_score: float | None = None
+    score: float | None = None  # anomaly score of the image; [0, 1] after normalization
+    defect: bool | None = None  # whether the part is predicted defective; None: decided by score > threshold
+    truth: bool | None = None  # whether the part is known to be defective
+    transport_score: float | None = None  # how unusual the amounts of each kind of patch are, in units of the score
+    # The transport score that makes a part defective on its own; None: not known.
     transport_threshold: float | None = None
-    threshold: float | None = 0.5
-    name: str = ""
+    threshold: float | None = 0.5  # the score above which a part is defective; None: not known
+    name: str = ""  # file name to print
 
     def decision(self) -> bool | None:
         """Return whether the part is defective, or None if nothing says so."""
@@ -49,12 +38,8 @@ class Verdict:
     def count_is_anomalous(self, inside: bool | None) -> bool:
         """Whether the part is bad because something is missing or there is one too many.
 
-        Args:
-            inside: Whether any pixel is predicted defective; None: not known.
-
-        Returns:
-            Whether the transport score alone makes the part defective; where its threshold is not known, whether it
-            must, because no pixel does.
+        The transport score alone makes it defective, or must, because no pixel does (`inside`), if its threshold is not
+        known.
         """
         if not self.decision() or self.transport_score is None:
             return False
@@ -77,19 +62,10 @@ def header(
     normalized: bool = True,
     remarks: Sequence[tuple[str, str]] = (),
 ) -> Image.Image:
-    """Draw what is known about the part as a whole, the most important first.
+    """Draw what is known about the part as a whole, the most important first, in a strip of this width.
 
-    Args:
-        width: Of the strip, in pixels; what does not fit goes on in a new line.
-        verdict: Score, decision, truth and name.
-        shares: How much each cause adds, or None.
-        inside: Whether any pixel is predicted defective, and the shares were counted there; if not, in the top 1 % of
-            the pixels. None: not known.
-        normalized: Whether the maps stay within [0, 1]; if not, the header says so.
-        remarks: More to say, each a small caption and a line of text.
-
-    Returns:
-        RGB strip.
+    `inside`: whether any pixel is predicted defective, and the shares were counted there; if not, in the top 1 % of the
+    pixels. `normalized`: whether the maps stay within [0, 1]. `remarks`: more to say, each a small caption and a text.
     """
     defect = verdict.decision()
     cards = [badge(defect)]

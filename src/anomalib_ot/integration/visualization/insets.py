@@ -9,8 +9,6 @@ from PIL import Image, ImageDraw, ImageFont
 from anomalib_ot.imaging.box_drawing import Mark, draw_marks
 from anomalib_ot.integration.visualization.header import GAP, INK, PAPER
 
-__all__ = ["INSET", "Inset", "find_insets", "inset_strip"]
-
 Box = tuple[float, float, float, float]
 INSET, TITLE_HEIGHT = 230, 20  # pixels
 SMALL = 32  # a box whose longer side is drawn with fewer pixels is enlarged
@@ -22,30 +20,18 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass
 class Inset:
-    """A square cut of the part.
+    """A square cut of the part."""
 
-    Args:
-        letter: By which its frame in the view is found.
-        region: xyxy, pixels of the part.
-        members: The small boxes that it shows with their names.
-    """
-
-    letter: str
-    region: Box
-    members: list[Box] = field(default_factory=list)
+    letter: str  # by which its frame in the view is found
+    region: Box  # xyxy, pixels of the part
+    members: list[Box] = field(default_factory=list)  # the small boxes that it shows with their names
 
 
 def find_insets(boxes: Sequence[Box], image_size: tuple[int, int], scale: float, most: int) -> list[Inset]:
-    """Choose cuts so that small boxes are shown, the first ones of the list first.
+    """Choose at most `most` cuts so that small boxes xyxy, pixels of the part, are shown, the first of the list first.
 
-    Args:
-        boxes: xyxy, pixels of the part, the most important first; large ones are passed over.
-        image_size: Width and height of the part.
-        scale: Pixels of the view per pixel of the part.
-        most: Number of cuts at most, >= 0.
-
-    Returns:
-        The cuts; each shows also the later small boxes that lie in it. Small boxes beyond `most` cuts are in none.
+    `scale` is pixels of the view per pixel of the part. A cut shows also the later small boxes that lie in it; large
+    boxes are passed over.
 
     >>> find_insets([(50, 50, 56, 56), (62, 58, 65, 60)], (2446, 1000), scale=0.5, most=3)[0].members
     [(50, 50, 56, 56), (62, 58, 65, 60)]
@@ -71,18 +57,10 @@ def find_insets(boxes: Sequence[Box], image_size: tuple[int, int], scale: float,
 def inset_strip(
     image: Image.Image, marks: Sequence[Mark], insets: Sequence[Inset], width: int, margin: int, scale: float
 ) -> tuple[Image.Image, int]:
-    """Draw the cuts side by side, with all that is marked in them.
+    """Draw the cuts side by side, with all that is marked in them; also return how many names found no place.
 
-    Args:
-        image: The part.
-        marks: In pixels of the part, the most important first.
-        insets: The cuts.
-        width: Of the strip, pixels.
-        margin: Free space at its left, pixels.
-        scale: Pixels of the view per pixel of the part; the titles say how much larger than in the view a cut is.
-
-    Returns:
-        RGB strip, and how many names found no place in it.
+    Marks are in pixels of the part, the most important first; titles say how much larger than in the view (`scale`) a
+    cut is.
     """
     left_out = 0
     strip = Image.new("RGB", (width, TITLE_HEIGHT + INSET + GAP), PAPER)

@@ -12,8 +12,6 @@ from anomalib_ot.imaging.box_drawing import class_color
 from anomalib_ot.imaging.heat import dim_outside, draw_outline, overlay
 from anomalib_ot.integration.visualization.visualizer import shown_image
 
-__all__ = ["MOST_BYTES", "thumbnail"]
-
 SIDE, MOST_BYTES, QUALITIES = 320, 40_000, (85, 70, 50, 30, 10)
 OUTLINE, DARK = (255, 255, 255), (16, 18, 24)
 
@@ -23,13 +21,8 @@ def thumbnail(
 ) -> bytes:
     """Draw an item: its anomaly map over the part, with the predicted defect outlined; or the part with its boxes.
 
-    Args:
-        item: With an image, its file or both.
-        boxes: As in a row of a table: `box` xyxy and `label`; None draws the map.
-        size: Width and height that the boxes are in pixels of; needed with boxes.
-
-    Returns:
-        A JPEG file of at most 40,000 bytes, its longer side at most 320 pixels.
+    `boxes` are as in a row of a table, in pixels of the (width, height) `size`. A JPEG of at most 40,000 bytes, 320
+    pixels wide or high.
     """
     image, _ = shown_image(item)
     image = image.convert("RGB")

@@ -8,7 +8,6 @@ import torch
 from anomalib.data import ImageItem
 from PIL import Image
 
-from anomalib_ot.imaging.causes import arrows
 from anomalib_ot.imaging.samples import sample_format
 from anomalib_ot.integration.data.batches import CAUSES
 from anomalib_ot.integration.data.deep_images import read_image_deep
@@ -18,8 +17,6 @@ from anomalib_ot.integration.visualization.writer import PictureWriter
 
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
-
-__all__ = ["ExplanationVisualizer", "arrows", "explain_picture", "explanation_of", "shown_image"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Correlation between the file and what the network saw: resizing alone leaves at least .98 on fabric, tiles, cells,
@@ -39,15 +36,9 @@ class ExplanationVisualizer(PictureWriter):
         output_dir: Folder to write to; None: `images` in the trainer's root folder.
         panel_size: Side in pixels of a square with the area of one panel, >= 32.
         max_arrows: Most arrows to misplaced patches per picture, >= 0.
-
-    Example:
-        >>> item = ImageItem(image=torch.rand(3, 64, 64), anomaly_map=torch.rand(64, 64), pred_score=0.7)
-        >>> ExplanationVisualizer(panel_size=64).visualize(item).mode
-        'RGB'
     """
 
     def __init__(self, output_dir: str | Path | None = None, panel_size: int = 320, max_arrows: int = 8) -> None:
-        """Keep the settings; see the class."""
         super().__init__(output_dir)
         self.panel_size = panel_size
         self.max_arrows = max_arrows
@@ -59,17 +50,13 @@ class ExplanationVisualizer(PictureWriter):
         name: str | None = None,
         transport_threshold: float | None = None,
     ) -> Image.Image:
-        """Draw one item.
+        """Draw an `ExplainedItem`, or any `ImageItem`.
 
         Args:
-            item: An `ExplainedItem`, or any `ImageItem`.
+            item: The item.
             threshold: The score above which a part is defective; None: not known, and then the verdict is not.
             name: File name to print; None: the last two parts of the item's path.
-            transport_threshold: The transport score above which a part is defective whatever its map says; None: not
-                known.
-
-        Returns:
-            RGB picture.
+            transport_threshold: The transport score above which a part is defective whatever its map; None: not known.
         """
         explanation = explanation_of(item, threshold, name, transport_threshold)
         return explain_picture(**explanation, panel_size=self.panel_size, max_arrows=self.max_arrows)
@@ -87,11 +74,7 @@ class ExplanationVisualizer(PictureWriter):
 def explanation_of(
     item: ImageItem, threshold: float | None = 0.5, name: str | None = None, transport_threshold: float | None = None
 ) -> dict[str, Any]:
-    """Collect what `explain_picture` draws of an item; see `ExplanationVisualizer.visualize`.
-
-    Returns:
-        The arguments of `explain_picture` but for the sizes.
-    """
+    """Collect the arguments of `explain_picture` but for the sizes; see `ExplanationVisualizer.visualize`."""
     if name is None:
         name = "/".join(Path(item.image_path).parts[-2:]) if item.image_path else ""
     image, note = shown_image(item)
@@ -110,18 +93,11 @@ def explanation_of(
 
 
 def shown_image(item: ImageItem) -> tuple[Image.Image, str]:
-    """Return the image to draw on, and a note if it is not the original file.
+    """Return the RGB image to draw on, and a note in plain words if it is not the original file, else "".
 
     The original file is sharper and has the true aspect ratio, but maps fit on it only if the network saw all of it:
     where the two correlate less than a resize explains (crop, pad, rotation), the network's view is shown instead.
-
     Files of 16 bits or floats are shown on the scale on which the network gets them, and a dim one brightened.
-
-    Args:
-        item: `image` as the network saw it; `image_path` of the original, if it has one.
-
-    Returns:
-        RGB image, and a note in plain words or "".
     """
     if item.image_path is not None and Path(item.image_path).is_file():
         original, note = _visible(item.image_path)

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
     from lightning.pytorch import Trainer
 
-__all__ = ["PictureNames", "PictureWriter"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -28,7 +26,6 @@ class PictureWriter(Visualizer):
     """
 
     def __init__(self, output_dir: str | Path | None = None) -> None:
-        """Keep the folder; see the class."""
         super().__init__()
         self.output_dir = output_dir
         self._names = PictureNames()
@@ -39,7 +36,6 @@ class PictureWriter(Visualizer):
 
     def items(self, outputs: ImageBatch | None, batch: ImageBatch) -> Iterable[ImageItem]:
         """Return the items to draw, of what the model returned and the batch that it was given."""
-        del outputs
         return batch
 
     def on_test_batch_end(
@@ -52,7 +48,6 @@ class PictureWriter(Visualizer):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the pictures of a batch."""
-        del batch_idx, dataloader_idx
         output_dir = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
         root = getattr(getattr(trainer, "datamodule", None), "root", None)
         for item in self.items(outputs, batch):
@@ -65,7 +60,6 @@ class PictureWriter(Visualizer):
 
     def on_test_end(self, trainer: "Trainer", pl_module: "AnomalibModule") -> None:
         """Say where the pictures are."""
-        del trainer, pl_module
         self._names.tell()
 
     on_predict_end = on_test_end
@@ -89,21 +83,11 @@ class PictureNames:
     """
 
     def __init__(self) -> None:
-        """Start with every name free."""
         self._owners: dict[str, str] = {}  # picture → source; keys casefolded, as some file systems ignore case
         self._folder: Path | None = None  # of the last claim
 
     def claim(self, source: str | None, output_dir: Path, root: str | Path | None = None) -> Path:
-        """Return the picture file of a source image.
-
-        Args:
-            source: Path of the image file, or None.
-            output_dir: Folder of the pictures.
-            root: Folder of the data set; None or a folder elsewhere has no effect.
-
-        Returns:
-            A path below `output_dir`; no other source gets it.
-        """
+        """Return the picture file of a source image (None: unnamed) below `output_dir`; `root`: of the data set."""
         self._folder = output_dir
         if source is None:
             number = 0
