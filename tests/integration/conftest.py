@@ -178,9 +178,10 @@ def converted_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         state = hashlib.sha256()
         for value in self.state_dict().values():
             state.update(value.contiguous().numpy().tobytes())
-        # Models of the same text, arguments and weights give the same graph, a model and its checkpoint among them.
+        # Models of the same arguments and weights give the same graph, a model and its checkpoint among them.
         asked = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | float | str)}
-        key = (state.hexdigest(), repr(self), repr(dict(self.hparams)), repr(asked), input_size, repr(kwargs))
+        parts = (self.model, self.post_processor, type(self.pre_processor), dict(self.hparams))
+        key = (state.hexdigest(), repr(parts), repr(asked | {"training": False}), input_size, repr(kwargs))
         if key not in kept:
             path = convert(self, tmp_path_factory.mktemp("converted"), model_file_name, input_size, **kwargs)
             kept[key] = path.parents[2]

@@ -18,7 +18,7 @@ from anomalib_ot.integration.data.fabric_folder import FabricFolder
 from anomalib_ot.integration.processing.pre_post import ExplainedPostProcessor
 
 RATE = 0.1  # needs nine good images
-MODEL = {"backbone": "filter_bank", "layers": ["scale1", "scale2"], "image_size": [64, 64], "num_prototypes": 8}
+MODEL = {"backbone": "filter_bank", "layers": ["scale1"], "image_size": [64, 64], "num_prototypes": 8}
 
 
 @pytest.fixture(scope="module")

@@ -373,28 +373,40 @@ def operations(xml):
     return Counter(part.get_type_name() for part in openvino.Core().read_model(xml).get_ops())
 
 
-def test_the_exported_graph_has_no_suppression(end_to_end, tmp_path):
-    graphs = {}
-    for nms in (None, "hard"):
-        model = OTADetector.load_from_checkpoint(end_to_end[1], nms=nms, **QUIET).eval()
-        graphs[nms] = operations(model.to_openvino(tmp_path / str(nms)))  # not written unless it agrees with PyTorch
-    assert not any("NonMaxSuppression" in name or "Nms" in name for name in graphs[None])
-    # What suppresses in a graph are 20 rounds of "not any" over pairs of boxes.
-    assert graphs["hard"]["LogicalNot"] == 20
-    assert graphs[None]["LogicalNot"] == 0
+def test_the_exported_graph_has_no_suppression(end_to_end, whole, tmp_path):
+    model = OTADetector.load_from_checkpoint(end_to_end[1], **QUIET).eval()
+    xml = model.to_openvino(tmp_path, input_size=(96, 120))  # not written unless it agrees with PyTorch
+    graph = operations(xml)
+    assert list(openvino.Core().read_model(xml).input(0).partial_shape)[2:] == [96, 120]
+    assert not any("NonMaxSuppression" in name or "Nms" in name for name in graph)
+    assert graph["LogicalNot"] == 0
+    # What suppresses in the graph of a detector with one branch are 20 rounds of "not any" over pairs of boxes.
+    assert operations(whole[1])["LogicalNot"] == 20
 
 
 # ---- exports
 
 
-@pytest.fixture(scope="module", params=[None, (64, 64)], ids=["whole", "tiles"])
-def exported(request, trained, tmp_path_factory):
-    _, path = trained
-    folder = tmp_path_factory.mktemp("export")
-    model = OTADetector.load_from_checkpoint(path, evaluator=False, visualizer=False, tile_size=request.param).eval()
-    core = openvino.Core()
+def to_openvino(checkpoint, folder, **arguments):
+    model = OTADetector.load_from_checkpoint(checkpoint, **QUIET | arguments).eval()
     xml = model.to_openvino(folder)
     assert json.loads((xml.parent / "class_names.json").read_text()) == ["square", "bar"]
+    return model, xml
+
+
+@pytest.fixture(scope="module")
+def whole(trained, converted_once, tmp_path_factory):
+    """The detector that has memorised eight images, and its graph."""
+    return to_openvino(trained[1], tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module", params=["whole", "tiles"])
+def exported(request, trained, whole, tmp_path_factory):
+    if request.param == "tiles":
+        model, xml = to_openvino(trained[1], tmp_path_factory.mktemp("tiles"), tile_size=(64, 64))
+    else:
+        model, xml = whole
+    core = openvino.Core()
     return model, core.compile_model(core.read_model(xml), "CPU", F32)
 
 
@@ -415,9 +427,8 @@ def test_exported_boxes_equal_torch(exported, shapes, count, size):
     assert (expected.pred_box_labels >= 0).any()
 
 
-def test_onnx_is_written(trained, tmp_path):
-    model, _ = trained
-    path = model.to_onnx(tmp_path, input_size=(96, 120))
+def test_onnx_is_written(whole, tmp_path):
+    path = whole[0].to_onnx(tmp_path)
     assert path.exists()
     assert (path.parent / "class_names.json").exists()
 
