@@ -9,14 +9,13 @@ repeated.
 """
 
 import argparse
-import json
 import time
 import warnings
 from pathlib import Path
 
 import torch
 from PIL import Image
-from real_data import BACKBONES, SETS
+from real_data import BACKBONES, SETS, record, recorded
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor, resize
@@ -157,7 +156,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "runs.jsonl"
-    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    runs = recorded(log)
     keys = ("set", "model", "shots", "seed")
     done = {tuple(run[key] for key in keys) for run in runs}
     start = time.process_time()
@@ -173,8 +172,7 @@ def main() -> None:
                     fit = run_patchcore if model == "Patchcore" else run_prototypes
                     value = fit(seen, seen.references(seed, shots, versions))
                     runs.append({"set": name, "model": model, "shots": shots, "seed": seed, "auroc": value})
-                    with log.open("a") as lines:
-                        lines.write(json.dumps(runs[-1]) + "\n")
+                    record(runs[-1], log)
                     spent = time.process_time() - start
                     print(f"{spent:.0f} s: {name}, {shots} images, seed {seed}, {model}: {value:.3f}", flush=True)
     print(table(runs))

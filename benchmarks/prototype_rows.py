@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from real_data import BACKBONES, SETS, folder, register_same_padding
+from real_data import BACKBONES, SETS, folder, record, recorded, register_same_padding
 
 # What a row changes in every member of the default.
 ROWS = {
@@ -151,7 +151,7 @@ def main() -> None:
     register_same_padding()
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "rows.jsonl"
-    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    runs = recorded(log)
     done = {(run["backbone"], run["set"], run["row"], run["seed"]) for run in runs}
     for backbone in args.backbones:
         for name in args.sets:
@@ -163,8 +163,7 @@ def main() -> None:
                 run = {"backbone": backbone, "set": name, "row": row, "seed": seed, **fit_and_score(known, row, seed)}
                 print(json.dumps(run), flush=True)
                 runs.append(run)
-                with log.open("a") as lines:
-                    lines.write(json.dumps(run) + "\n")
+                record(run, log)
     text = table(runs)
     (args.out / "table.md").write_text(text + "\n")
     print(text)

@@ -43,6 +43,17 @@ def register_same_padding() -> None:
         return timm.create_model("mobilenetv2_100", pretrained=pretrained, pad_type="same", **options)
 
 
+def recorded(log: Path) -> list[dict]:
+    """Runs that an earlier call has written to a file, one line of JSON each."""
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def record(run: dict, log: Path) -> None:
+    """Add a run to that file."""
+    with log.open("a") as lines:
+        lines.write(json.dumps(run) + "\n")
+
+
 def folder(root: Path, name: str, normal_dir: str | Path = "train/good") -> "Folder":  # noqa: F821
     """One of the sets as a datamodule, validated on its test images; `normal_dir` has the images to train on."""
     from anomalib.data import Folder
@@ -215,7 +226,7 @@ def main() -> None:
             parser.error(f"{path}: no such folder")
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "runs.jsonl"
-    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    runs = recorded(log)
     keys = ("set", "backbone", "model", "coreset", "seed")
     done = {tuple(run[key] for key in keys) for run in runs}
     jobs = [
@@ -241,8 +252,7 @@ def main() -> None:
             continue
         run = json.loads(answer.read_text())
         runs.append(run)
-        with log.open("a") as lines:
-            lines.write(json.dumps(run) + "\n")
+        record(run, log)
         print("  " + ", ".join(f"{k} {v:.3f}" for k, v in run.items() if isinstance(v, float)), flush=True)
     text = table(runs)
     (args.out / "table.md").write_text(text + "\n")

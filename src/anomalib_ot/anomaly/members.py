@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from anomalib_ot.ranges import Count, Fraction, Part, Positive, Range, Whole, built, check, check_fields
 
 Preset = Literal["default", "paper"]
+Unbounded = Annotated[float, Range(least=0, finite=False)]
 # "auto": as many prototypes as make this many numbers, within bounds. Narrow features need, and afford, more of them.
 PROTOTYPE_NUMBERS, FEWEST, MOST = 19_200, 80, 256
 
@@ -87,12 +88,12 @@ class Member:
     position_quantile: Fraction = 0.99
     position_unit: Positive | None = 0.1
     epsilon: Positive = 0.02
-    rho: Annotated[float, Range(least=0, finite=False)] | None = 0.05
-    tolerance: Annotated[float, Range(least=0, finite=False)] = 1e-2
+    rho: Unbounded | None = 0.05
+    tolerance: Unbounded = 1e-2
     max_iters: Whole = 500
     momentum: Part | None = None
     passes: Count = 3
-    min_improvement: Annotated[float, Range(least=0, finite=False)] | None = None
+    min_improvement: Unbounded | None = None
     batch_images: Whole = 8
     max_problem_mb: Positive | None = 1000.0
     neighbors: Whole | Literal["auto"] | None = None

@@ -1,7 +1,7 @@
 """Checks of single values: arguments, weights, and whether a model is trained."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from numbers import Real
 
 from lightning.pytorch import LightningModule
@@ -30,6 +30,12 @@ def check_least(name: str, value: int, least: int) -> None:
     """Check that an argument is at least `least`; an `InputError` if not."""
     if not value >= least:
         raise InputError(f"{name} is {value!r}; expected at least {least}")
+
+
+def check_size(name: str, size: Sequence[int], least: int) -> None:
+    """Check that an argument is a height and a width of at least `least` pixels; an `InputError` if not."""
+    if len(size) != 2 or min(size) < least:
+        raise InputError(f"{name} is {list(size)}; expected height and width of at least {least} pixels each")
 
 
 def check_fitted(pl_module: LightningModule, doing: str) -> None:

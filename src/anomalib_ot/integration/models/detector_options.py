@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from anomalib_ot.detection.detector import Suppress
 from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.values import check_size
 from anomalib_ot.ranges import Count, Fraction, Part, Range, Whole
 from anomalib_ot.vision.suppression import keep_all, suppress_duplicates
 
@@ -72,9 +73,8 @@ def check_view(layers: Sequence[str], image_size: Sequence[int], tile_size: Sequ
         InputError: If a size is too small or no size, or a layer is named twice.
     """
     for name, size in (("image_size", image_size), ("tile_size", tile_size)):
-        if size is not None and (len(size) != 2 or min(size) < MIN_SIDE):
-            msg = f"{name} is {list(size)}; expected height and width of at least {MIN_SIDE} pixels each"
-            raise InputError(msg)
+        if size is not None:
+            check_size(name, size, MIN_SIDE)
     if len(set(layers)) < len(layers) or not layers:
         msg = f"layers is {list(layers)}; expected one or more layers, each once"
         raise InputError(msg)

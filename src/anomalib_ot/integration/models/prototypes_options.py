@@ -9,6 +9,7 @@ from anomalib_ot.anomaly.members import Member, Preset, compact_members, make_me
 from anomalib_ot.anomaly.model import PrototypesModel
 from anomalib_ot.integration.checks.advanced import flat, nested
 from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.values import check_size
 from anomalib_ot.integration.models.backbone import FILTER_BANK, build_extractor
 from anomalib_ot.ranges import Fraction, Positive, Range, Whole
 from anomalib_ot.vision.tiling import Tiling
@@ -89,9 +90,7 @@ def build_model(
     Raises:
         InputError: If an argument is out of range or not known; the message names the known ones.
     """
-    if len(image_size) != 2 or min(image_size) < MIN_SIDE:
-        msg = f"image_size is {list(image_size)}; expected height and width of at least {MIN_SIDE} pixels each"
-        raise InputError(msg)
+    check_size("image_size", image_size, MIN_SIDE)
     members, alpha, num_global, counts = options.members, options.alpha, options.num_global, options.transport_score
     tiling = None
     if tile_size is not None:
