@@ -4,6 +4,7 @@ Run by `nms_rows.py`; `tests/postprocess/test_published_nms.py` compares it with
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -13,16 +14,8 @@ from anomalib_ot.ot.dense import sinkhorn
 from anomalib_ot.ot.marginals import append_slack
 from anomalib_ot.ot.precision import full_precision
 from anomalib_ot.postprocess.nms import take
-from anomalib_ot.postprocess.proposals import (
-    FRACTION,
-    POSITIVE,
-    WEIGHT,
-    WHOLE,
-    Range,
-    Regions,
-    check_proposals,
-    check_settings,
-)
+from anomalib_ot.postprocess.proposals import Regions, check_proposals
+from anomalib_ot.ranges import Fraction, Positive, Range, Weight, Whole, check_fields
 
 
 @dataclass(frozen=True)
@@ -45,29 +38,19 @@ class PublishedNMSSettings:
         ValueError: If a setting is out of range.
     """
 
-    max_regions: int = 100
-    confidence: float = 0.5
-    score_threshold: float = 0.05
-    score_weight: float = 1.0
-    feature_weight: float = 1.0
-    spatial_weight: float = 1.0
-    epsilon: float = 0.1
-    slack_cost: float = 2.302585
-    num_iters: int = 10
+    max_regions: Whole = 100
+    confidence: Fraction = 0.5
+    score_threshold: Fraction = 0.05
+    score_weight: Weight = 1.0
+    feature_weight: Weight = 1.0
+    spatial_weight: Weight = 1.0
+    epsilon: Positive = 0.1
+    slack_cost: Weight = 2.302585
+    num_iters: Annotated[int, Range(least=2)] = 10
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        weights = ("score_weight", "feature_weight", "spatial_weight", "slack_cost")
-        check_settings(
-            self,
-            {
-                "max_regions": WHOLE,
-                "num_iters": Range(lambda value: isinstance(value, int) and value >= 2, "a whole number of at least 2"),
-                "epsilon": POSITIVE,
-                **dict.fromkeys(("confidence", "score_threshold"), FRACTION),
-                **dict.fromkeys(weights, WEIGHT),
-            },
-        )
+        check_fields(self)
 
 
 def published_regions(

@@ -10,6 +10,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
+    "Between",
     "Count",
     "Fraction",
     "Part",
@@ -70,6 +71,7 @@ class Range:
 
 
 Fraction = Annotated[float, Range(least=0, most=1)]
+Between = Annotated[float, Range(above=0, below=1)]
 Part = Annotated[float, Range(least=0, below=1)]
 Positive = Annotated[float, Range(above=0)]
 Weight = Annotated[float, Range(least=0)]

@@ -75,10 +75,10 @@ def test_half_precision_and_autocast_change_nothing_but_rounding_of_inputs(make_
         ({"scores": torch.tensor([[0.1, 4.0, 0.2]])}, r"scores\[0, 1\] is 4; expected a number in \[0, 1\]"),
         ({"boxes": torch.full((1, 3, 4), math.nan)}, r"boxes\[0, 0\] holds NaN"),
         ({"decode": "soft"}, "decode is 'soft'; expected one of 'select', 'merge'"),
-        ({"threshold": 1.0}, "threshold is 1.0; expected a number between 0 and 1"),
+        ({"threshold": 1.0}, "threshold is 1.0; expected a number above 0 and below 1"),
         ({"epsilon": 0.0}, "epsilon is 0.0; expected a finite number above 0"),
         ({"max_regions": 1.5}, "max_regions is 1.5; expected a whole number"),
-        ({"rho": math.nan}, "rho is nan; expected at least 0"),
+        ({"rho": math.nan}, "rho is nan; expected a number of at least 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):

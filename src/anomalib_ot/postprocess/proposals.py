@@ -1,61 +1,19 @@
 """Input and output of Sinkhorn-NMS: its settings, checked proposals, and the regions that it finds."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from numbers import Real
-from typing import Any, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from anomalib_ot.ot.precision import widen
+from anomalib_ot.ranges import Between, Fraction, Positive, Range, Weight, Whole, check_fields
 from anomalib_ot.vision.detections import Detections
 from anomalib_ot.vision.suppression import top_detections
 
-DECODES = ("select", "merge")
-SCORES = ("seed", "mean")
-SPATIAL = ("diou", "center")
+Decode = Literal["select", "merge"]
 OWN_SHARE = 1e-6  # what a seed belongs to its region at least; a region without mass is its seed
-
-
-class Range(NamedTuple):
-    """What a setting may be: the test, how to say it, and whether only numbers are tested at all."""
-
-    holds: Callable[[Any], bool]
-    expected: str
-    is_number: bool = True
-
-    def fits(self, value: object) -> bool:
-        """Say whether a value of any type lies in the range."""
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        return (number or not self.is_number) and self.holds(value)
-
-
-WHOLE = Range(lambda value: isinstance(value, int) and value >= 1, "a whole number of at least 1")
-POSITIVE = Range(lambda value: 0 < value < math.inf, "a finite number above 0")
-WEIGHT = Range(lambda value: 0 <= value < math.inf, "a finite number of at least 0")
-WEIGHT_OR_NONE = Range(
-    lambda value: value is None or WEIGHT.fits(value), "a finite number of at least 0, or None", is_number=False
-)
-FRACTION = Range(lambda value: 0 <= value <= 1, "a number from 0 to 1")
-BETWEEN = Range(lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
-FINITE = Range(math.isfinite, "a finite number")
-FLAG = Range(lambda value: isinstance(value, bool), "True or False", is_number=False)
-
-
-def one_of(*choices: str) -> Range:
-    """Return the range that consists of these names."""
-    return Range(lambda value: value in choices, "one of " + ", ".join(map(repr, choices)), is_number=False)
-
-
-def check_settings(settings: object, ranges: dict[str, Range]) -> None:
-    """Refuse the first setting that is out of its range, by its name."""
-    for name, allowed in ranges.items():
-        value = getattr(settings, name)
-        if not allowed.fits(value):
-            raise ValueError(f"{name} is {value!r}; expected {allowed.expected}")
 
 
 @dataclass(frozen=True)
@@ -101,49 +59,33 @@ class SinkhornNMSSettings:
     >>> SinkhornNMSSettings(threshold=60)
     Traceback (most recent call last):
     ...
-    ValueError: threshold is 60; expected a number between 0 and 1, both excluded
+    ValueError: threshold is 60; expected a number above 0 and below 1
     """
 
-    decode: str = "select"
-    score: str = "seed"
+    decode: Decode = "select"
+    score: Literal["seed", "mean"] = "seed"
     class_aware: bool = True
-    max_regions: int = 100
-    score_threshold: float = 0.05
-    threshold: float = 0.5
-    inner_weight: float = 0.0
-    overlap_softness: float = 0.02
-    order_softness: float = 1e-4
-    rounds: int = 8
+    max_regions: Whole = 100
+    score_threshold: Fraction = 0.05
+    threshold: Between = 0.5
+    inner_weight: Fraction = 0.0
+    overlap_softness: Positive = 0.02
+    order_softness: Positive = 1e-4
+    rounds: Whole = 8
     average: bool = False
-    score_weight: float = 1.0
-    feature_weight: float = 1.0
-    spatial_weight: float = 1.0
-    spatial: str = "diou"
-    class_weight: float = 4.0
-    slack_cost: float = 0.8
-    epsilon: float = 0.05
-    rho: float = 1.0
-    num_iters: int = 20
-    entropy: float | None = 1.0
+    score_weight: Weight = 1.0
+    feature_weight: Weight = 1.0
+    spatial_weight: Weight = 1.0
+    spatial: Literal["diou", "center"] = "diou"
+    class_weight: Weight = 4.0
+    slack_cost: Annotated[float, Range()] = 0.8
+    epsilon: Positive = 0.05
+    rho: Annotated[float, Range(least=0, finite=False)] = 1.0
+    num_iters: Whole = 20
+    entropy: Weight | None = 1.0
 
     def __post_init__(self) -> None:
-        check_settings(
-            self,
-            {
-                "decode": one_of(*DECODES),
-                "score": one_of(*SCORES),
-                "spatial": one_of(*SPATIAL),
-                "threshold": BETWEEN,
-                "slack_cost": FINITE,
-                "entropy": WEIGHT_OR_NONE,
-                "rho": Range(lambda value: value >= 0, "at least 0, in units of cost: inf = exactly, 0 = not at all"),
-                **dict.fromkeys(("class_aware", "average"), FLAG),
-                **dict.fromkeys(("max_regions", "rounds", "num_iters"), WHOLE),
-                **dict.fromkeys(("score_threshold", "inner_weight"), FRACTION),
-                **dict.fromkeys(("overlap_softness", "order_softness", "epsilon"), POSITIVE),
-                **dict.fromkeys(("score_weight", "feature_weight", "spatial_weight", "class_weight"), WEIGHT),
-            },
-        )
+        check_fields(self)
 
     def softened(self, softness: float) -> "SinkhornNMSSettings":
         """Return these settings with a soft gate, the mean of its last two rounds, to train with: .1, then less."""

@@ -1,15 +1,16 @@
 """From anomaly maps to boxes: each region grows from a peak, and its box ends where the region falls off steeply."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
 
+from anomalib_ot.ranges import Between, Count, Range, Whole, check_fields
 from anomalib_ot.vision.detections import Detections, stack_detections
 
-SCORES = ("peak", "mean")
 DEFECT = 0
 CORNERS_TOUCH = np.ones((3, 3), dtype=bool)
 PEAK_WINDOW = 9  # pixels; a peak is the highest pixel of such a square
@@ -39,37 +40,22 @@ class RegionSettings:
     >>> RegionSettings(extent=1.5)
     Traceback (most recent call last):
     ...
-    ValueError: extent is 1.5; expected a number between 0 and 1, both excluded
+    ValueError: extent is 1.5; expected a number above 0 and below 1
     """
 
-    threshold: float = 0.5
-    extent: float = 0.35
-    edge: float = 0.7
-    reach: int = 28
-    min_area: int = 16
-    gap: float = 0
-    max_boxes: int = 20
-    score: str = "peak"
+    threshold: Annotated[float, Range()] = 0.5
+    extent: Between = 0.35
+    edge: Between = 0.7
+    reach: Count = 28
+    min_area: Whole = 16
+    gap: Annotated[float, Range(least=0, finite=False)] = 0
+    max_boxes: Whole = 20
+    score: Literal["peak", "mean"] = "peak"
 
     def __post_init__(self) -> None:
-        if not np.isfinite(self.threshold):
-            _refuse("threshold", self.threshold, "a finite number, in units of the map")
-        if not 0 < self.extent < 1:
-            _refuse("extent", self.extent, "a number between 0 and 1, both excluded")
-        if not self.extent <= self.edge < 1:
-            _refuse("edge", self.edge, f"a number from extent ({self.extent}) to 1, which is excluded")
-        for name, least in (("reach", 0), ("min_area", 1), ("max_boxes", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                _refuse(name, value, f"a whole number of at least {least}")
-        if not self.gap >= 0:
-            _refuse("gap", self.gap, "a number of at least 0, pixels of the map")
-        if self.score not in SCORES:
-            _refuse("score", repr(self.score), f"one of {', '.join(SCORES)}")
-
-
-def _refuse(name: str, value: object, expected: str) -> None:
-    raise ValueError(f"{name} is {value}; expected {expected}")
+        check_fields(self)
+        if self.edge < self.extent:
+            raise ValueError(f"edge is {self.edge}; expected a number of at least extent, {self.extent}, and below 1")
 
 
 def find_regions(anomaly_map: Tensor, settings: RegionSettings | None = None) -> Detections:

@@ -191,7 +191,7 @@ def test_test_reads_it_from_a_file(anomalib, checkpoint, shapes, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ({"decode": "best"}, "decode is 'best'; expected one of 'select', 'merge'"),
+        ({"decode": "best"}, "--model.post_processor.decode is 'best'; expected one of 'select', 'merge'"),
         ({"max_candidates": "many"}, "--model.post_processor.max_candidates is 'many'; expected a whole number"),
         (
             {"name": "SinkhornNms"},

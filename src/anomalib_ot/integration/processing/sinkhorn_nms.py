@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,13 +12,13 @@ from anomalib_ot.integration.checks.errors import InputError, install_short_erro
 from anomalib_ot.integration.checks.values import check_known
 from anomalib_ot.postprocess.nms import sinkhorn_nms, sinkhorn_regions
 from anomalib_ot.postprocess.nms_losses import duplicate_losses
-from anomalib_ot.postprocess.proposals import FRACTION, WEIGHT, WHOLE, SinkhornNMSSettings, check_settings
+from anomalib_ot.postprocess.proposals import Decode, SinkhornNMSSettings
+from anomalib_ot.ranges import Between, Fraction, Weight, Whole, check, hints_of
 from anomalib_ot.vision.detections import EMPTY, Detections, stack_detections
 
 SOFT, SHARP = 0.1, 0.02  # softness of the gate at the beginning and at the end of a training
 CHECKPOINT_KEY = "sinkhorn_nms"
 NAMES = ("boxes", "scores", "labels")
-RANGES = {"max_candidates": WHOLE, "max_detections": WHOLE, "train_weight": WEIGHT, "warm_up": FRACTION}
 OWN = {name: name for name in ("decode", "threshold", "class_aware", "score_threshold")} | {
     "max_regions": "max_detections"
 }  # settings that are arguments, and what these are called
@@ -62,15 +61,15 @@ class SinkhornNMS(PostProcessor):
 
     def __init__(
         self,
-        decode: str = "select",
-        threshold: float = 0.6,
+        decode: Decode = "select",
+        threshold: Between = 0.6,
         class_aware: bool = True,
-        score_threshold: float = 0.05,
-        max_candidates: int = 300,
-        max_detections: int = 100,
+        score_threshold: Fraction = 0.05,
+        max_candidates: Whole = 300,
+        max_detections: Whole = 100,
         settings: dict[str, Any] | None = None,
-        train_weight: float = 0.0,
-        warm_up: float = 0.2,
+        train_weight: Weight = 0.0,
+        warm_up: Fraction = 0.2,
     ) -> None:
         install_short_errors()  # it is built before its detector
         super().__init__(enable_normalization=False, enable_thresholding=False)
@@ -94,15 +93,17 @@ class SinkhornNMS(PostProcessor):
     def _checked_settings(self) -> dict[str, Any]:
         """Check all arguments; return those of the function."""
         given = self.arguments
-        known = [field.name for field in fields(SinkhornNMSSettings)]
+        own = sorted(set(given["settings"]) & set(OWN))
+        if own:
+            msg = f"settings has {own[0]!r}; expected none of the other arguments: give it as {OWN[own[0]]} alone"
+            raise InputError(msg)
         for name in given["settings"]:
-            if name in OWN:
-                msg = f"settings has {name!r}; expected none of the other arguments: give it as {OWN[name]} alone"
-                raise InputError(msg)
-            check_known("settings", name, [name for name in known if name not in OWN])
+            check_known(
+                "settings", name, [field.name for field in fields(SinkhornNMSSettings) if field.name not in OWN]
+            )
         settings = {name: given[own] for name, own in OWN.items()} | given["settings"]
         try:
-            check_settings(SimpleNamespace(**given), RANGES)
+            check(given, hints_of(type(self).__init__))
             SinkhornNMSSettings(**settings)
         except ValueError as error:
             raise InputError(str(error)) from error
