@@ -2,6 +2,9 @@
 
     python benchmarks/real_data.py --data ../shared/data --weights ../shared/weights
 
+With `--defective 0.1` each model is trained twice: on good images, and with so many defective ones among them that they
+are a tenth. Both are tested on the other images.
+
 Same backbone, weights, layers, image size and test images for all; every run is a process of its own, so that its
 peak memory is its own. Results go to OUT/runs.jsonl as they come; runs that are there already are not repeated. At the
 end the table of all runs is printed and written to OUT/table.md.
@@ -10,6 +13,7 @@ end the table of all runs is printed and written to OUT/table.md.
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -31,6 +35,9 @@ MODELS = {
     "OTPrototypes, preset paper (1 grid, 10 passes)": {"preset": "paper", "num_global": 1, "passes": 10},
     "Patchcore": {},
 }
+
+
+KEYS = ("set", "backbone", "model", "coreset", "seed", "defective", "mixed")
 
 
 def register_same_padding() -> None:
@@ -75,6 +82,33 @@ def folder(root: Path, name: str, normal_dir: str | Path = "train/good") -> "Fol
     )
 
 
+def parted(root: Path, out: Path, part: float, seed: int, *, mixed: bool) -> Path:
+    """Make a folder of links in which defective images, drawn with `seed`, are training images instead of test images.
+
+    They are `part` of all training images there; without `mixed` they are in neither.
+    """
+    import random
+
+    good = sorted((root / "train/good").iterdir())
+    defects = sorted(path for path in (root / "test").glob("*/*") if path.parent.name != "good")
+    taken = set(random.Random(seed).sample(defects, round(part / (1 - part) * len(good))))
+    shutil.rmtree(out, ignore_errors=True)
+    links = {f"train/good/{path.name}": path for path in good}
+    links |= {f"train/good/{path.parent.name}_{path.name}": path for path in taken if mixed}
+    links |= {str(path.relative_to(root)): path for path in (root / "test").glob("*/*") if path not in taken}
+    gone = {(path.parent.name, path.stem) for path in taken}
+    masks = (root / "ground_truth").glob("*/*")
+    links |= {
+        str(path.relative_to(root)): path
+        for path in masks
+        if (path.parent.name, path.stem.removesuffix("_mask")) not in gone
+    }
+    for name, path in links.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).symlink_to(path.resolve())
+    return out
+
+
 def build_patchcore(
     backbone: str, layers: tuple, weights: Path, size: int, coreset: float, **parts: object
 ) -> "Patchcore":  # noqa: F821
@@ -106,11 +140,14 @@ def run_one(job: dict) -> dict:
     from anomalib_ot.anomaly.members import make_members
 
     register_same_padding()
-    torch.manual_seed(0)
+    torch.manual_seed(job["seed"])
     backbone, file, layers = BACKBONES[job["backbone"]]
     weights = Path(job["weights"]) / file
     root, size = Path(job["data"]) / job["set"], SETS[job["set"]]
     has_masks = (root / "ground_truth").is_dir()
+    if job["defective"]:
+        links = Path(job["scratch"]) / "links"
+        root = parted(root, links, job["defective"], job["seed"], mixed=job["mixed"])
     datamodule = folder(root, job["set"])
     parts = {"evaluator": False, "visualizer": False, "post_processor": False}
     if job["model"] == "Patchcore":
@@ -140,7 +177,7 @@ def run_one(job: dict) -> dict:
     else:
         state = sum(value.nbytes for value in model.model.fitted_state().values())
     return {
-        **{key: job[key] for key in ("set", "backbone", "model", "coreset", "seed")},
+        **{key: job[key] for key in KEYS},
         "image_AUROC": image_auroc,
         "pixel_AUROC": pixel_auroc,
         "fit_s": fit_seconds,
@@ -177,6 +214,14 @@ def raw_auroc(model: "AnomalibModule", datamodule: "Folder", has_masks: bool) ->
     return float(image), float(roc_auc_score(torch.cat(truth).numpy(), torch.cat(pixels).numpy())), peak
 
 
+def label(run: dict) -> str:
+    """Name the model of a run, and what it was trained on."""
+    name = f"Patchcore, coreset {run['coreset']}" if run["model"] == "Patchcore" else run["model"]
+    if run.get("defective"):
+        name += f", {run['defective']:g} of the training images defective" if run["mixed"] else ", on good images"
+    return name
+
+
 def table(runs: list[dict]) -> str:
     """Lay runs out as Markdown, Patchcore's figures beside the ratios to them."""
     lines = [
@@ -185,7 +230,7 @@ def table(runs: list[dict]) -> str:
     ]
     for run in sorted(runs, key=lambda run: (run["backbone"], run["set"], run["model"])):
         pixel = "-" if run["pixel_AUROC"] is None else f"{run['pixel_AUROC']:.3f}"
-        name = f"Patchcore, coreset {run['coreset']}" if run["model"] == "Patchcore" else run["model"]
+        name = label(run)
         lines.append(
             f"| {run['set']} | {run['backbone']} | {name} | {run['image_AUROC']:.3f} | {pixel} | {run['fit_s']:.1f} "
             f"| {run['state_kB']:.0f} | {run['peak_MB']:.0f} |"
@@ -193,13 +238,12 @@ def table(runs: list[dict]) -> str:
     lines += ["", "| backbone | model | sets | mean image AUROC | mean pixel AUROC |", "|---|---|---|---|---|"]
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
-        label = f"Patchcore, coreset {run['coreset']}" if run["model"] == "Patchcore" else run["model"]
-        groups.setdefault((run["backbone"], label), []).append(run)
-    for (backbone, label), members in sorted(groups.items()):
+        groups.setdefault((run["backbone"], label(run)), []).append(run)
+    for (backbone, name), members in sorted(groups.items()):
         pixels = [run["pixel_AUROC"] for run in members if run["pixel_AUROC"] is not None]
         image = sum(run["image_AUROC"] for run in members) / len(members)
         pixel = f"{sum(pixels) / len(pixels):.3f}" if pixels else "-"
-        lines.append(f"| {backbone} | {label} | {len(members)} | {image:.3f} | {pixel} |")
+        lines.append(f"| {backbone} | {name} | {len(members)} | {image:.3f} | {pixel} |")
     return "\n".join(lines)
 
 
@@ -212,6 +256,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--coreset", type=float, default=0.1, help="Patchcore's coreset ratio; 0.1 is its default")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--defective", type=float, default=0.0, help="part of the training images, such as 0.1")
     parser.add_argument("--out", type=Path, default=Path("results/real_data"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -227,18 +272,18 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "runs.jsonl"
     runs = recorded(log)
-    keys = ("set", "backbone", "model", "coreset", "seed")
-    done = {tuple(run[key] for key in keys) for run in runs}
+    done = {tuple(run[key] for key in KEYS) for run in runs}
     jobs = [
-        {"set": s, "backbone": b, "model": m, "coreset": args.coreset, "seed": args.seed}
+        dict(zip(KEYS, (s, b, m, args.coreset, args.seed, args.defective, mixed), strict=True))
         for m in args.models
         for b in args.backbones
         for s in args.sets
+        for mixed in ([False, True] if args.defective else [False])
     ]
     for number, job in enumerate(jobs):
-        if tuple(job[key] for key in keys) in done:
+        if tuple(job[key] for key in KEYS) in done:
             continue
-        print(f"[{number + 1}/{len(jobs)}] {job['model']} on {job['set']} with {job['backbone']}", flush=True)
+        print(f"[{number + 1}/{len(jobs)}] {label(job)} on {job['set']} with {job['backbone']}", flush=True)
         answer = args.out / "answer.json"
         answer.unlink(missing_ok=True)
         paths = {"data": args.data, "weights": args.weights, "scratch": args.out / "scratch", "answer": answer}

@@ -5,6 +5,7 @@ import logging
 import torch
 
 from anomalib_ot.anomaly.coverage import measure_coverage
+from anomalib_ot.anomaly.outliers import drop_outliers
 from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.anomaly.refinement import Report, refine
 from anomalib_ot.anomaly.scales import measure_calibration, measure_scales, set_statistics
@@ -22,8 +23,9 @@ def fit_bank(
 
     Statistics and start come first (unless `resume`: then the prototypes at hand are refined further), then `passes`
     rounds of assignment: patches go to their nearest prototypes, or those of a few images are assigned to them by one
-    entropic problem, and prototypes move towards the barycenter of what they received. At last the scales of the metric
-    are measured on all patches.
+    entropic problem, and prototypes move towards the barycenter of what they received. Prototypes that cover are then
+    rid of those that only images unlike all others supply (`drop_outliers`). At last the scales of the metric are
+    measured on all patches.
 
     Patches are read a few images at a time, about eight times each: memory depends on the number of prototypes and on
     the size of an image's embeddings, and not on how many images there are.
@@ -53,7 +55,10 @@ def fit_bank(
             start_prototypes(bank, encoded, seed)
             measure_scales(bank, encoded, seed)
         cost = refine(bank, encoded, seed, report)
-        if bank.member.passes:
+        bank.outliers = []
+        if bank.coverage is not None and bank.member.assignment == "nearest" and bank.member.drop_outliers:
+            bank.outliers = drop_outliers(bank, encoded).tolist()
+        if bank.member.passes or bank.outliers:
             measure_scales(bank, encoded, seed)
         if bank.member.passes or not resume:
             measure_calibration(bank, encoded, seed)

@@ -60,10 +60,12 @@ class Patches(NamedTuple):
     With a region of interest the N patches are those that it touches.
 
     The embeddings may be a memory-mapped tensor, or `ShardedEmbeddings`: a fit reads them a few images at a time.
+    `names` are those of the images, for messages; none are needed.
     """
 
     embeddings: Tensor | ShardedEmbeddings
     grid_size: tuple[int, int]
+    names: tuple[str, ...] = ()
 
     @property
     def positions(self) -> Tensor:

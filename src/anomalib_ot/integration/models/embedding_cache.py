@@ -182,7 +182,7 @@ class EmbeddingCache:
             whole = first.new_empty(len(keys), *first.shape)
             for row, key in enumerate(keys):
                 whole[row] = self._images[key][source] if keep else self._images[key].pop(source)
-            patches[source] = Patches(whole, grid)
+            patches[source] = Patches(whole, grid, tuple(keys))
         if not keep:
             self.clear()
         return patches

@@ -149,11 +149,12 @@ def mapped_patches(manifests: Sequence[Manifest], grids: Mapping[Source, tuple[i
     places: dict[str, tuple[int, int]] = {}
     for number, manifest in enumerate(manifests):
         places |= {key: (number, row) for key, row in manifest.rows.items()}
-    table = torch.tensor([places[key] for key in sorted(places)], dtype=torch.long)
+    keys = tuple(sorted(places))
+    table = torch.tensor([places[key] for key in keys], dtype=torch.long)
     patches = {}
     for source, grid in grids.items():
         shards = [_mapped(manifest, source) for manifest in manifests]
-        patches[source] = Patches(ShardedEmbeddings(shards, table), grid)
+        patches[source] = Patches(ShardedEmbeddings(shards, table), grid, keys)
     return patches
 
 

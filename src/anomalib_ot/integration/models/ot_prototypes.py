@@ -1,6 +1,7 @@
 """OTPrototypes: anomaly detection by optimal transport to prototypes of normal parts, as an Anomalib model."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -57,6 +58,7 @@ install_short_errors()
 
 UNLIMITED_EPOCHS = (1000, -1)  # what Lightning puts where the user gave no limit
 DEFAULTS = PrototypesOptions()
+SHOWN = 5  # names of images in a message
 WITHOUT_FLOAT64 = ("mps",)  # the fit sums in float64; it runs on the CPU there
 ADDITIONS, ROI_SIZE = "anomalib_ot_additions", "anomalib_ot_roi_size"
 NO_DATA = "no data to {}; name a data set (--data Folder --data.root ..., in Python datamodule=...)"
@@ -281,6 +283,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
                 try:
                     with fit_progress(self.trainer) as report:
                         self._costs = self.model.fit(patches, self._network_size, seed, resume=resume, report=report)
+                    self._tell_outliers(next(iter(patches.values())).names)
                 except ValueError as error:
                     failure = error
             state = self.model.fitted_state()
@@ -293,6 +296,23 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
             raise InputError(str(failure)) from failure
         self.model.load_fitted_state(state)
         self.model.to(device)
+
+    def _tell_outliers(self, names: Sequence[str]) -> None:
+        """Name the training images that half of the members, or more, found unlike all others."""
+        votes: Counter[int] = Counter(number for bank in self.model.banks for number in bank.outliers)
+        found = sorted(number for number, count in votes.items() if 2 * count >= len(self.model.banks))
+        if not found:
+            return
+        shown = ", ".join(names[number] for number in found[:SHOWN]) if names else "no names"
+        logger.warning(
+            "%d of %d training %s look unlike all others, as defective ones would, and what they alone show is not "
+            "taken for normal: %s%s",
+            len(found),
+            len(names),
+            self._cache.unit,
+            shown,
+            f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "",
+        )
 
     def forget_collected(self) -> None:
         """Forget what a pass has collected, and remove its files."""
