@@ -34,6 +34,7 @@ from anomalib_ot.edge.sources import IMAGE_SUFFIXES
 
 INSPECT = (sys.executable, "-m", "anomalib_ot", "inspect")
 CONNECTIONS = 6  # of one browser to one server
+CROWDED = 1.0  # seconds of a pause from which on the page's script leaves out the pictures of its history
 PATIENCE = 30  # seconds that a client waits for an answer
 FASTEST = 1000  # frames/s that the list of frames is long enough for
 LOOK = 0.25  # seconds between two looks of the one who measures how fast the page answers
@@ -46,7 +47,7 @@ def main() -> int:
         print(f"error: --images {options.images} holds no image", file=sys.stderr)
         return 2
     files = (files * (options.count // len(files) + 1))[: options.count]
-    console = Console()
+    console = Console(width=120)
     _throughput(options, files, console)
     _start_up(options, files[0], console)
     if options.browsers:
@@ -223,11 +224,11 @@ async def _browse(port: int, load: _Load, *, waits: bool = True) -> None:
         pause = 0.5
         if body:
             state = json.loads(body)
-            frames = [*state["history"], state["last_defect"]]
+            pause = max(pause, int(re.search(rb"Poll-After: (\d+)", head)[1]) / 1000)
+            frames = [*state["history"][-1 if pause > CROWDED else 0 :], state["last_defect"]]
             wanted = {one["number"] for one in frames if one is not None and one["picture"]}
             loading = [asyncio.ensure_future(show(number)) for number in wanted - shown]
             shown = wanted
-            pause = max(pause, int(re.search(rb"Poll-After: (\d+)", head)[1]) / 1000)
             if not waits:
                 await asyncio.gather(*loading)
         await asyncio.sleep(pause if waits else 0)
