@@ -98,7 +98,10 @@ def main() -> int:
         wrong = [f"{path.name} is taken for {'whole' if path in broken else 'broken'}" for path in (*whole, *broken)
                  if ("error" in expected[path.name]) != (path in broken)]  # fmt: skip
         names, memory = _by_names(options, whole, broken, expected, folder / "names.jsonl")
-        rows = [names, _in_folder(options, whole, broken, expected, folder), _by_camera(options, folder)]
+        print(names, flush=True)
+        watched = _in_folder(options, whole, broken, expected, folder)
+        print(watched, flush=True)
+        rows = [names, watched, _by_camera(options, folder)]
     return _report(rows, memory, wrong)
 
 
@@ -387,7 +390,12 @@ def _in_folder(options, whole, broken, expected, scratch: Path) -> Row:
             row.events[event] += 1
             if event == "remounts":
                 source.rename(away)
+                has_mount_point = row.events[event] % 2 == 1
+                if has_mount_point:
+                    source.mkdir()
                 time.sleep(rng.uniform(0.1, 1.5))
+                if has_mount_point:
+                    source.rmdir()
                 away.rename(source)
                 continue
             if event == "kills":
@@ -417,7 +425,9 @@ def _in_folder(options, whole, broken, expected, scratch: Path) -> Row:
     row.frames = len(contents)
     row.lost = len(contents.keys() - given.keys())
     row.doubled = sum(given[name] - 1 for name in contents if given[name] > 1)
-    row.events["lines that the folder is gone"] = sum(given[name] for name in given.keys() - contents.keys())
+    row.events += Counter(
+        {"lines that the folder is gone": sum(given[name] for name in given.keys() - contents.keys())}
+    )
     if any("is gone" not in one.get("error", "") for one in found if one["name"] not in contents):
         row.wrong.append("there are lines of no frame")
     _compare(row, found, contents, expected)
