@@ -17,7 +17,7 @@ from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.edge.results import DEFECT, Result, View
 
 HISTORY = 24  # frames on the page
-PICTURE_EVERY = 0.2  # seconds; more pictures nobody can look at
+PICTURE_EVERY = 0.5  # seconds; the page looks as often, and more pictures cost the inspection time
 PICTURE_SIDES = (480, 960)  # pixels
 MAP_SIDE = 512
 SPEED_OVER, LATENCIES = 10.0, 500  # seconds; frames
