@@ -29,6 +29,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -292,9 +293,10 @@ def _by_names(options, whole, broken, expected, output: Path) -> tuple[Row, list
     names: list[str] = []
     samples: list[tuple[float, float]] = []
     over, began = threading.Event(), time.monotonic()
-    with log.open("w") as errors:
+    with log.open("w") as errors, ExitStack() as stack:
         words = _command(options, "-", "--output", str(output), "--page", "0")
         process = subprocess.Popen(words, stdin=subprocess.PIPE, stderr=errors, text=True)
+        stack.callback(process.kill)
         watcher = threading.Thread(target=_watch, args=(process.pid, log, samples, over))
         watcher.start()
         while len(names) < count and process.poll() is None and not lines.is_dead():
@@ -367,9 +369,11 @@ def _in_folder(options, whole, broken, expected, scratch: Path) -> Row:
     rng.shuffle(events)
     share = options.frames // 2 // (len(events) + 1)
     last = options.frames // 2 - share * len(events)
-    with log.open("w") as errors:
+    with log.open("w") as errors, ExitStack() as stack:
         process = subprocess.Popen(words, stderr=errors)
+        stack.callback(lambda: process.kill())  # the one that is the last then
         for event in (*events, None):
+            known = lines.count()
             for _ in range(share if event else last):
                 original = rng.choice(broken if rng.random() < options.broken else whole)
                 copy = source / f"line{len(contents) % 3}" / f"{len(contents):06d}_{original.name}"
@@ -385,7 +389,7 @@ def _in_folder(options, whole, broken, expected, scratch: Path) -> Row:
                     os.link(original, copy)
             if event is None:
                 break
-            lines.count()
+            _wait(process, lines, known + 1)  # it has started, and goes on
             time.sleep(rng.uniform(0.5, 3.0))
             row.events[event] += 1
             if event == "remounts":
@@ -456,8 +460,9 @@ def _by_camera(options, scratch: Path) -> Row:
     lines, began, log = Lines(output), time.monotonic(), scratch / "camera.log"
     path = os.pathsep.join([str(module), *filter(None, [os.environ.get("PYTHONPATH")])])
     words = _command(options, "0", "--stalled-after", "1", "--output", str(output))
-    with log.open("w") as errors:
+    with log.open("w") as errors, ExitStack() as stack:
         process = subprocess.Popen(words, stderr=errors, env=os.environ | {"PYTHONPATH": path})
+        stack.callback(process.kill)
         row.frames = 3 * SHOTS
         row.events = Counter({"stalls": 2, "losses": 1})
         _wait(process, lines, row.frames + 3)
