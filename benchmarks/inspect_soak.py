@@ -100,9 +100,7 @@ def main() -> int:
                  if ("error" in expected[path.name]) != (path in broken)]  # fmt: skip
         names, memory = _by_names(options, whole, broken, expected, folder / "names.jsonl")
         print(names, flush=True)
-        watched = _in_folder(options, whole, broken, expected, folder)
-        print(watched, flush=True)
-        rows = [names, watched, _by_camera(options, folder)]
+        rows = [names, _in_folder(options, whole, broken, expected, folder), _by_camera(options, folder)]
     return _report(rows, memory, wrong)
 
 
@@ -291,6 +289,7 @@ def _by_names(options, whole, broken, expected, output: Path) -> tuple[Row, list
     broken, expected = [*broken, missing], expected | _clean_run(options, [missing])
     turns = [(number + 1) * count // (options.rotations + 1) for number in range(options.rotations)]
     names: list[str] = []
+    rotated = 0  # lines until the last rotation
     samples: list[tuple[float, float]] = []
     over, began = threading.Event(), time.monotonic()
     with log.open("w") as errors, ExitStack() as stack:
@@ -305,9 +304,11 @@ def _by_names(options, whole, broken, expected, output: Path) -> tuple[Row, list
             if len(names) % 20 == 0:
                 process.stdin.flush()
                 _wait(process, lines, len(names) - AHEAD)
-            if turns and len(names) >= turns[0] and output.exists():
+            if turns and len(names) >= turns[0]:
                 turns.pop(0)
-                lines.count()  # holds the file
+                process.stdin.flush()
+                _wait(process, lines, rotated + 1)
+                rotated = lines.count()  # holds the file
                 if len(turns) % 2:
                     output.rename(output.with_name(f"names.{len(turns)}"))
                     row.events["rotations"] += 1
