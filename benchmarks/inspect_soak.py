@@ -45,6 +45,7 @@ PATIENCE = 120  # seconds without a new line after which an inspection is taken 
 SETTLED = 0.7  # seconds; a file that stands still for longer is read
 SLOW_EVERY = 100  # one of so many files of the folder is written in two halves
 IGNORED = ("name", "changed", "time", "latency_ms")  # fields that differ from run to run
+ENDS = 20  # seconds after which an inspection that was asked to end, and waits for a camera, is wrong
 SHOTS = 50  # frames of the camera between two failures
 CAMERA = """
 import itertools, time
@@ -471,7 +472,7 @@ def _by_camera(options, scratch: Path) -> Row:
         process.terminate()
         asked = time.monotonic()
         status = process.wait(timeout=60)
-        if time.monotonic() - asked > 5:
+        if time.monotonic() - asked > ENDS:
             row.wrong.append(f"the command ended {time.monotonic() - asked:.1f} s after it was asked to")
     lines.count()
     found = lines.parsed(row)
