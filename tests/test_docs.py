@@ -54,6 +54,7 @@ def parse():
 
 
 @pytest.mark.parametrize(("page", "line"), commands())
+@pytest.mark.slow
 def test_a_command_parses(page, line, parse, monkeypatch):
     del page
     monkeypatch.chdir(ROOT)

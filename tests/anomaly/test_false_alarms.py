@@ -34,6 +34,7 @@ def test_with_one_exceedance_the_interval_is_known_in_closed_form():
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("rate", [0.01, 0.05])
+@pytest.mark.slow
 def test_the_true_rate_lies_in_the_interval_as_often_as_it_says(seed, rate):
     random, draws = np.random.default_rng(seed), 1000
     inside, rates = 0, []

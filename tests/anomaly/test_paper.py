@@ -128,6 +128,7 @@ def test_equals_the_published_method(structure, copies, alpha, noise, flipped):
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 @pytest.mark.parametrize("copies", [2, 1, 0.5])
 @pytest.mark.parametrize("noise", [0.1, 1.5])
+@pytest.mark.slow
 def test_equals_it_even_where_100_iterations_are_too_few(structure, alpha, copies, noise):
     # Then two loops agree only if they begin alike, and a barycenter is one only after division by the mass received
     # (published: by the mass that there should be).

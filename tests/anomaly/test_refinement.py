@@ -58,6 +58,7 @@ def test_a_warm_start_finds_the_same(momentum, solved):
 
 
 @pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.slow
 def test_a_warm_start_needs_fewer_iterations(momentum, solved):
     # The count of one fit hangs on the rounding of the processor (0.46 to 0.76 of the cold one): several seeds.
     again = HARD | {"feature_cost": "cosine", "passes": 10, "min_improvement": None, "batch_images": 24}

@@ -62,6 +62,7 @@ def test_one_tile_that_is_the_image_says_what_no_tiles_say(model):
     torch.testing.assert_close(tiled(image).anomaly_map, whole(image).anomaly_map, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tiles_go_through_the_network_in_portions(model, monkeypatch):
     seen = []
     model.feature_extractor.register_forward_hook(lambda module, given, result: seen.append(len(given[0])))

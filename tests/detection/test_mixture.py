@@ -240,12 +240,14 @@ def test_one_component_per_object():
     assert best[3] < 0.01
 
 
+@pytest.mark.slow
 def test_without_mcm_objects_are_found_several_times():
     shares, presence, _ = fit(0.0)
     assert min(shares) < 0.95
     assert (presence > 0.04).sum() > 3
 
 
+@pytest.mark.slow
 def test_presence_counts_the_objects():
     shares, presence, _ = fit(0.5, presence_weight=1.0)
     assert min(shares) > 0.98

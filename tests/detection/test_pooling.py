@@ -82,6 +82,7 @@ def test_wild_boxes_neither_crash_nor_spread(wild):
     torch.testing.assert_close(found[1], expected[1])
 
 
+@pytest.mark.slow
 def test_traced_graph_selects_what_eager_mode_samples():
     class Pool(torch.nn.Module):
         def forward(self, boxes, *levels):

@@ -116,7 +116,7 @@ def test_lines_are_appended(inspect, bright, line, tmp_path):
     assert len(lines(tmp_path / "lines.jsonl")) == 2
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_kill_9_loses_the_frames_in_hand_at_most(seed, bright, line, clean, tmp_path):
     output = tmp_path / "lines.jsonl"
     rng = random.Random(seed)
@@ -138,7 +138,7 @@ def test_kill_9_loses_the_frames_in_hand_at_most(seed, bright, line, clean, tmp_
     assert without_latency(lines(output)) == without_latency(clean)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kind", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_finishes_what_is_in_hand(kind, bright, line, clean):
     process = start(bright, line, "--watch")
     found = [process.stdout.readline() for _ in range(12)]

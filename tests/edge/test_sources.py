@@ -78,6 +78,25 @@ def test_an_empty_mount_point_and_a_remount_change_nothing(folder, tmp_path, loo
     assert names(eye.look(1)) == ["2.png", "4.png"]
 
 
+@pytest.mark.parametrize("has_mount_point", [True, False])
+def test_a_folder_that_goes_away_while_its_frames_are_read_loses_none(bright, folder, tmp_path, looks, has_mount_point):
+    eye = looks()
+    with Inspector(bright) as inspector:
+        waiting = eye.look()
+        folder.rename(tmp_path / "away")
+        if has_mount_point:
+            folder.mkdir()
+        assert list(inspector.stream(waiting)) == []
+        found = eye.look(1) + eye.look(9)
+        assert {one.name for one in found if one.problem} == (set() if has_mount_point else {str(folder)})
+        assert [one for one in inspector.stream(found) if one.name != str(folder)] == []
+        if has_mount_point:
+            folder.rmdir()
+        (tmp_path / "away").rename(folder)
+        found = [*inspector.stream(eye.look(1) + eye.look(1) + eye.look(9))]
+    assert [(os.path.basename(one.name), one.verdict) for one in found] == [(f"{n}.png", "good") for n in range(4)]
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may look everywhere")
 def test_a_folder_without_permission_is_said_once_and_comes_back(folder, looks):
     eye = looks()

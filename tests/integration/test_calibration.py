@@ -70,6 +70,7 @@ def predicted(path: Path, folder: Path, where: Path) -> list[bool | None]:
     return labels
 
 
+@pytest.mark.slow
 def test_without_a_threshold_every_verdict_is_unknown(checkpoint, folders, tmp_path, caplog):
     assert predicted(checkpoint, folders["good"], tmp_path) == [None] * 12
     assert sum("has no image threshold" in record.message for record in caplog.records) == 1

@@ -116,6 +116,7 @@ def test_the_checkpoint_records_each_addition(checkpoint, folders, tmp_path, cap
     assert str(folders["alarms"]) not in json.dumps(updated.additions)
 
 
+@pytest.mark.slow
 def test_images_that_are_covered_leave_every_output_as_it_was(checkpoint, folders, capsys):
     assert run([str(checkpoint), "--good", str(folders["alarms"])]) == 0
     before = [outputs(checkpoint, folders[name]) for name in ("good", "bad", "alarms")]
@@ -130,6 +131,7 @@ def test_images_that_are_covered_leave_every_output_as_it_was(checkpoint, folder
     assert sum(second["prototypes"]) == second["learned_images"] == second["false_alarms"] == 0
 
 
+@pytest.mark.slow
 def test_an_updated_checkpoint_is_tested_and_exported_with_its_record(checkpoint, folders, tmp_path, capsys):
     assert run([str(checkpoint), "--good", str(folders["alarms"])]) == 0
     capsys.readouterr()

@@ -1,7 +1,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_core_loads_torch_and_nothing_else():
     forbidden = "{'anomalib', 'lightning', 'torchvision', 'timm', 'ot', 'faiss', 'sklearn', 'openvino'}"
     script = f"import sys, anomalib_ot.ot; print(sorted({forbidden} & set(sys.modules)))"

@@ -77,6 +77,7 @@ def test_one_target_takes_everything(form):
     torch.testing.assert_close(transport.plan.detach(), a.unsqueeze(-1))
 
 
+@pytest.mark.slow
 def test_points_on_a_line_keep_their_order():
     x, y = (torch.rand(15, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (0, 1))
     transport = tight(squared_euclidean_cost(x, y), epsilon=1e-4)

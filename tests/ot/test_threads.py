@@ -67,6 +67,7 @@ def test_gradients_of_small_problems_take_one_thread(monkeypatch):
     assert counts == [1, 2]
 
 
+@pytest.mark.slow
 def test_solvers_in_several_threads_leave_the_number_as_it_was():
     code = """
 import torch

@@ -203,6 +203,7 @@ def test_quality_moves_the_plan(make_scenes):
     assert gradient.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_gradcheck():
     generator = torch.Generator().manual_seed(3)
     corner = torch.rand(1, 6, 2, generator=generator, dtype=torch.float64)

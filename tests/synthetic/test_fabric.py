@@ -64,7 +64,7 @@ def test_faultless_cloth_has_no_mask_and_its_motif_in_place():
     assert len(places) == 12
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize("defect", ["hole", *(pytest.param(other, marks=pytest.mark.slow) for other in DEFECTS[1:])])
 def test_the_fault_is_where_the_mask_says(defect):
     for seed, index in [(seed, index) for seed in range(4) for index in range(3)]:
         before = render_fabric(seed, index, size=SIZE)

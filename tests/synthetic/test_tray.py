@@ -98,7 +98,7 @@ def test_a_kit_has_all_of_its_kinds_about_equally_often(seed):
     assert {len(kit.layout), *map(len, kit.layout)} <= {3, 4}
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize("defect", ["missing", *(pytest.param(other, marks=pytest.mark.slow) for other in DEFECTS[1:])])
 def test_the_fault_is_where_the_mask_says(defect):
     for seed, index in CASES:
         before = render_tray(seed, index, size=SIZE)

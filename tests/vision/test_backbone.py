@@ -75,6 +75,7 @@ def test_loading_leaves_the_random_state_alone(full, tmp_path):
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+@pytest.mark.slow
 def test_half_precision_file_loads(full, tmp_path):
     path = save({name: value.half() for name, value in full.state_dict().items()}, tmp_path / "half.safetensors")
     network = features_only("resnet18", [1])
@@ -83,6 +84,7 @@ def test_half_precision_file_loads(full, tmp_path):
     assert torch.equal(network.conv1.weight, full.conv1.weight.half().float())
 
 
+@pytest.mark.slow
 def test_shallow_layers_need_no_deep_weights(full, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     deep = ("layer3", "layer4", "fc")
@@ -97,7 +99,12 @@ def test_shallow_layers_need_no_deep_weights(full, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "lost", ["conv1.weight", "layer1.0.bn1.weight", "layer2.0.bn1.bias", "layer2.1.bn2.running_mean", "bn1.running_var"]
+    "lost",
+    ["bn1.running_var"]
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("conv1.weight", "layer1.0.bn1.weight", "layer2.0.bn1.bias", "layer2.1.bn2.running_mean")
+    ],
 )
 def test_a_single_missing_tensor_is_named(full, lost, tmp_path):
     # Norms start at zeros and ones, the same whatever the seed: they are missed as easily as they are forgotten.
@@ -112,7 +119,12 @@ def test_a_single_missing_tensor_is_named(full, lost, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "backbone", ["resnet34", "resnet50", "mobilenetv2_100", "convnext_atto", "vit_tiny_patch16_224"]
+    "backbone",
+    ["mobilenetv2_100"]
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("resnet34", "resnet50", "convnext_atto", "vit_tiny_patch16_224")
+    ],
 )
 def test_weights_of_another_model_are_refused(full, backbone, tmp_path):
     path = save(full.state_dict(), tmp_path / "resnet18.pth")
@@ -122,6 +134,7 @@ def test_weights_of_another_model_are_refused(full, backbone, tmp_path):
         load_weights(network, backbone, indices, path)
 
 
+@pytest.mark.slow
 def test_weights_of_a_deeper_sibling_are_refused(tmp_path):
     # resnet34 holds every tensor of resnet18 in the same shape: loading it would be quiet, and wrong.
     path = save(timm.create_model("resnet34").state_dict(), tmp_path / "resnet34.pth")
@@ -143,6 +156,7 @@ def test_features_only_names_that_differ_from_the_file(tmp_path):
         torch.testing.assert_close(feature, expected)
 
 
+@pytest.mark.slow
 def test_transformer_weights_load(tmp_path):
     torch.manual_seed(6)
     full = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
@@ -175,7 +189,15 @@ class Code:
         return (Path.touch, (self.trace,))
 
 
-@pytest.mark.parametrize("writer", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))])
+@pytest.mark.parametrize(
+    "writer",
+    [
+        torch.save,
+        pytest.param(
+            lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2)), id="pickle", marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_code_in_a_checkpoint_is_not_run(full, writer, tmp_path):
     trace, path = tmp_path / "trace", tmp_path / "evil.pth"
     writer({"state_dict": full.state_dict(), "extra": Code(trace)}, path)
@@ -185,7 +207,7 @@ def test_code_in_a_checkpoint_is_not_run(full, writer, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cut.safetensors", "cut.pth"])
-@pytest.mark.parametrize("part", [0.0, 0.5])
+@pytest.mark.parametrize("part", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_truncated_file(full, name, part, tmp_path):
     path = save(full.state_dict(), tmp_path / name)
     whole = path.read_bytes()
@@ -218,7 +240,9 @@ def test_unknown_backbone_names_near_ones():
         known_layers("resnet19")
 
 
-@pytest.mark.parametrize("backbone", ["mobilevit_s", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "backbone", ["mobilevit_s", pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow)]
+)
 def test_backbones_without_usable_maps_are_refused(backbone):
     # Anomalib takes every name with "vit" for a plain transformer; Swin's maps have their channels last.
     with pytest.raises(ValueError, match=rf"backbone='{backbone}' gives no feature maps.*take a convolutional"):
@@ -235,7 +259,7 @@ def test_normalization_is_the_models_own():
     ("backbone", "file"),
     [
         ("resnet18", "resnet18_imagenet_layer123.safetensors"),
-        ("mobilenetv2_100", "mobilenetv2_100_imagenet.safetensors"),
+        pytest.param("mobilenetv2_100", "mobilenetv2_100_imagenet.safetensors", marks=pytest.mark.slow),
     ],
 )
 def test_real_weights_equal_timms_own_loading(backbone, file):

@@ -17,7 +17,7 @@ from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.edge.results import DEFECT, Result, View
 
 HISTORY = 24  # frames on the page
-PICTURE_EVERY = 0.2  # seconds; more pictures nobody can look at
+PICTURE_EVERY = 0.5  # seconds; the page looks as often, and more pictures cost the inspection time
 PICTURE_SIDES = (480, 960)  # pixels
 MAP_SIDE = 512
 SPEED_OVER, LATENCIES = 10.0, 500  # seconds; frames
@@ -57,7 +57,7 @@ class Monitor:
         self._manifest = manifest
         self._source = source
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock, self._drawing = threading.Lock(), threading.Lock()
         self._history: deque[_Shown] = deque(maxlen=HISTORY)
         self._last_defect: _Shown | None = None
         self._counts: Counter[str] = Counter()
@@ -122,17 +122,18 @@ class Monitor:
         return made
 
     def picture(self, number: int) -> bytes | None:
-        """Return the picture of a frame as JPEG, None if it is no longer kept."""
-        with self._lock:
-            kept = [*self._history] + ([] if self._last_defect is None else [self._last_defect])
-            shown = next((one for one in kept if one.number == number and one.result.view is not None), None)
-            result, drawn = (None, None) if shown is None else (shown.result, shown.drawn)
-        if result is None or drawn is not None:
+        """Return the picture of a frame as JPEG, None if it is no longer kept; it is drawn once, whoever asks."""
+        with self._drawing:
+            with self._lock:
+                kept = [*self._history] + ([] if self._last_defect is None else [self._last_defect])
+                shown = next((one for one in kept if one.number == number and one.result.view is not None), None)
+                result, drawn = (None, None) if shown is None else (shown.result, shown.drawn)
+            if result is None or drawn is not None:
+                return drawn
+            buffer = io.BytesIO()
+            draw_view(result, self._manifest.pixel_threshold, PICTURE_SIDES).save(buffer, "JPEG", quality=QUALITY)
+            shown.drawn = drawn = buffer.getvalue()
             return drawn
-        buffer = io.BytesIO()
-        draw_view(result, self._manifest.pixel_threshold, PICTURE_SIDES).save(buffer, "JPEG", quality=QUALITY)
-        shown.drawn = drawn = buffer.getvalue()
-        return drawn
 
     def _forget(self, now: float) -> None:
         """Drop the moments that speed is no longer counted from, but never the last."""

@@ -3,7 +3,8 @@
 const WORDS = { good: "GOOD", defect: "DEFECT", unknown: "NO VERDICT", error: "BROKEN" };
 const LETTERS = { good: "G", defect: "D", unknown: "?", error: "!" };
 const DRIFT = { unknown: "Unknown", "too few frames": "Too few", none: "None", some: "Some", strong: "Strong" };
-const EVERY = 500, STALE = 10; // milliseconds; seconds
+const EVERY = 500, CROWDED = 1000, STALE = 10; // milliseconds; seconds
+let crowded = false; // when many pages look, history shows letters: its pictures are most of what a page asks for
 const byId = (id) => document.getElementById(id);
 const set = (id, text) => { const node = byId(id); if (node.textContent !== text) node.textContent = text; };
 const number = (value, digits) => value === null || value === undefined ? "–" : value.toFixed(digits);
@@ -41,10 +42,11 @@ function picture(id, frame, none) {
 
 function tile(frame) {
   const item = document.createElement("li"), letter = document.createElement("span");
-  item.className = frame.verdict + (frame.picture ? "" : " empty");
+  const hasPicture = frame.picture && !crowded;
+  item.className = frame.verdict + (hasPicture ? "" : " empty");
   item.title = WORDS[frame.verdict] + " " + frame.name + (frame.error ? ": " + frame.error : "");
-  item.dataset.number = frame.number; item.dataset.picture = frame.picture;
-  if (frame.picture) {
+  item.dataset.number = frame.number; item.dataset.picture = hasPicture;
+  if (hasPicture) {
     const image = document.createElement("img");
     image.src = "/frame/" + frame.number + ".jpg"; image.alt = "";
     item.append(image);
@@ -59,7 +61,8 @@ function history(frames) {
   const known = new Map([...list.children].map((item) => [Number(item.dataset.number), item]));
   list.replaceChildren(...newest.map((frame) => {
     const item = known.get(frame.number);
-    return item && item.dataset.picture === String(frame.picture) ? item : tile(frame);
+    const stays = item && (item.dataset.picture === "true" ? frame.picture : !frame.picture || crowded);
+    return stays ? item : tile(frame);
   }));
 }
 
@@ -96,8 +99,9 @@ async function follow() {
   try {
     const answer = await fetch("/state", { cache: "no-store" });
     if (!answer.ok) throw new Error(answer.status);
-    show(await answer.json());
     wait = Math.max(EVERY, Number(answer.headers.get("Poll-After")) || EVERY);
+    crowded = wait > CROWDED;
+    show(await answer.json());
   } catch (error) {
     band("lost", "NO CONNECTION", "", "the inspection does not answer", "");
   }

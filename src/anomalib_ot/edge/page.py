@@ -24,10 +24,10 @@ ASSETS = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^][:/@\s]+)(?::[0-9]{1,5})?")
-MOST_OPEN = 48  # connections; a newer one takes the place of the oldest, so slow clients shut nobody out
+MOST_OPEN = 48  # connections; a newer one takes the place of the oldest without a request, so slow ones shut nobody out
 DEADLINE = 10  # seconds for a whole request and its answer
-RATE, BURST = 100, 60  # requests in a second, and at once: whoever asks more waits, the inspection does not
-FRESH, LEAST_POLL, APART = 0.2, 0.5, 0.02  # seconds: age of the shared state, between two looks of a page, of any two
+RATE, BURST = 50, 60  # requests in a second, and at once: whoever asks more waits, the inspection does not
+FRESH, LEAST_POLL, APART = 0.2, 0.5, 0.05  # seconds: age of the shared state, between two looks of a page, of any two
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -113,6 +113,7 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._open: dict[socket.socket, float] = {}  # since when, the oldest first
+        self._asked: set[socket.socket] = set()  # those whose request is there
         self._guard = threading.Lock()
         self._pace, self._snapshot = Pace(RATE, BURST), b""
         self._made = self._next_poll = -FRESH
@@ -123,7 +124,8 @@ class _Server(ThreadingHTTPServer):
         time.sleep(self._pace.delay())
         with self._guard:
             if len(self._open) >= MOST_OPEN:
-                self._hang_up(next(iter(self._open)))
+                silent = (one for one in self._open if one not in self._asked)
+                self._hang_up(next(silent, next(iter(self._open))))
             self._open[request] = time.monotonic()
         super().process_request(request, client_address)
 
@@ -131,6 +133,7 @@ class _Server(ThreadingHTTPServer):
         """Close a connection."""
         with self._guard:
             self._open.pop(request, None)
+            self._asked.discard(request)
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
@@ -144,8 +147,15 @@ class _Server(ThreadingHTTPServer):
     def _hang_up(self, request: socket.socket) -> None:
         """Let the thread of a connection find it closed; the thread cleans up."""
         self._open.pop(request, None)
+        self._asked.discard(request)
         with suppress(OSError):
             request.shutdown(socket.SHUT_RDWR)
+
+    def has_asked(self, request: socket.socket) -> None:
+        """Keep a connection whose request is there before those that are silent."""
+        with self._guard:
+            if request in self._open:
+                self._asked.add(request)
 
     def state(self) -> tuple[bytes, int]:
         """The state, shared by all who ask within a moment, and the milliseconds after which to ask again."""
@@ -171,6 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer one request."""
+        self.server.has_asked(self.connection)
         if not self._is_addressed():
             self._answer(HTTPStatus.FORBIDDEN, b"This page is served under its own address only.\n", "text/plain")
             return

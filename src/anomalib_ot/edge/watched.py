@@ -71,7 +71,8 @@ def watched_frames(folder: Path, stop: threading.Event, skip: str | None = None)
 
     A file is read once it has not changed for half a second; if it cannot be read yet, again until it has not changed
     for 3 seconds, and then it is a broken frame. A file that changes later is a new frame; one that disappears and
-    comes back as it was is not. A folder that is gone, or cannot be looked into, is a broken frame once.
+    comes back as it was is not, and one that disappears before it was read is a frame when it is back. A folder that is
+    gone, or cannot be looked into, is a broken frame once.
     """
     memory, told = _Memory(), set()
     memory.take_in(scan(folder, skip).files, at_start=True)
@@ -113,9 +114,14 @@ class _Memory:
             yield name
 
     def again(self, name: str) -> bool:
-        """Whether a file that could not be read is read again, since it may still be written."""
+        """Whether a file that could not be read is read again, since it may still be written, or come back."""
         seen, now = self._seen.get(name), time.monotonic()
-        if seen is None or now >= seen.since + PATIENCE:
+        if seen is None:
+            return False
+        if not os.path.exists(name):  # its folder, too, perhaps: a file that was not read is not taken for broken
+            self._seen[name] = seen._replace(taken=False, due=now + SETTLED)
+            return True
+        if now >= seen.since + PATIENCE:
             return False
         self._seen[name] = seen._replace(taken=False, due=min(now + SETTLED, seen.since + PATIENCE))
         return True

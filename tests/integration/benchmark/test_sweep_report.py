@@ -87,6 +87,7 @@ def test_the_report_is_made_of_the_rows_of_all_processes(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_row_that_comes_while_the_report_is_written_is_in_it(tmp_path):
     with SweepRecord(tmp_path, [{}]) as record:
         found = list(rows().items())

@@ -301,6 +301,7 @@ def test_bad_arguments_are_refused(tmp_path):
         boards(tmp_path / "gone").prepare_data()
 
 
+@pytest.mark.slow
 def test_the_command_line_knows_the_short_name(root):
     register_classes()
     words = ["train", "--model", "OTPrototypes", "--model.backbone", "filter_bank", "--model.layers", "[scale1]"]

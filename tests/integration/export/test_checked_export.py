@@ -15,13 +15,14 @@ from lightning.pytorch import seed_everything
 
 import anomalib_ot
 from anomalib_ot import OTADetector, OTPrototypes, SinkhornNMS, SparseMDOD, SyntheticFabric, SyntheticFabricBoxes
+from anomalib_ot.edge.inspector import Inspector
 from anomalib_ot.integration.checks.advanced import nested
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.export import parity
 from anomalib_ot.integration.export.known_scores import summarized_scores
 from anomalib_ot.integration.export.parity import ParityError, measured_parity, synthetic_images
 from anomalib_ot.integration.export.quantization import EvaluationResult, Samples, verdicts_changed
-from anomalib_ot.integration.export.runtime import openvino_predict
+from anomalib_ot.integration.export.runtime import F32, openvino_predict
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("converted_once")]
 
@@ -349,11 +350,26 @@ def test_integers_of_a_detector(detector, boxes, tmp_path):
     check_integers(operations(path), 8)
 
 
-def test_anomalibs_inferencers_know_no_boxes(detector, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["detector", "sparse"])
+def test_anomalibs_inferencers_know_no_boxes_and_the_inspector_does(kind, tmp_path, monkeypatch, request):
+    model = request.getfixturevalue(kind)
+    image = np.random.default_rng(3).integers(0, 256, (64, 72, 3), dtype=np.uint8)
+    given = torch.from_numpy(image / np.float32(255)).permute(2, 0, 1)
+    monkeypatch.chdir(tmp_path)  # the inferencer makes a folder where it stands
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
-    inferencer = TorchInferencer(detector.to_torch(tmp_path), device="cpu")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'pred_boxes'"):  # as docs/howto/export.md says
-        inferencer.predict(torch.rand(3, 64, 72))
+    path = model.to_openvino(tmp_path)
+    theirs = {
+        TorchInferencer(model.to_torch(tmp_path), device="cpu"): given,
+        OpenVINOInferencer(path, "CPU", F32): given.permute(1, 2, 0).numpy(),
+    }
+    for inferencer, taken in theirs.items():
+        with pytest.raises(TypeError, match="unexpected keyword argument 'pred_boxes'"):  # as docs/howto/export.md says
+            inferencer.predict(taken)
+    with Inspector(path, threshold=0.0) as ours, torch.no_grad():
+        found, expected = ours.one(image), model(given[None])
+    assert found.error is None
+    assert found.score == pytest.approx(float(expected.pred_score[0]), abs=1e-3)
+    assert max((box.score for box in found.boxes), default=0.0) == pytest.approx(found.score, abs=1e-6)
 
 
 def test_integers_as_far_as_accuracy_allows(prototypes, cloth, tmp_path):

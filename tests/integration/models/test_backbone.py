@@ -28,7 +28,11 @@ def build(name, **changes):
     return getattr(anomalib_ot, name)(**arguments(name, **changes))
 
 
-@pytest.mark.parametrize(("name", "spelling"), [(name, spelling) for name in MODELS for spelling in NAMES[name]])
+@pytest.mark.parametrize(
+    ("name", "spelling"),
+    [(name, NAMES[name][0]) for name in MODELS]
+    + [pytest.param(name, other, marks=pytest.mark.slow) for name in MODELS for other in NAMES[name][1:]],
+)
 def test_the_host_builds_models_with_its_own_argument(name, spelling):
     register_classes()
     for given in (spelling, {"class_path": name}):

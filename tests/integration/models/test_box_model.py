@@ -63,7 +63,13 @@ def is_equal(model, state):
     return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("names", [["square"], ["square", "bar"], ["bar", "square", "hole"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["square"],
+        *(pytest.param(more, marks=pytest.mark.slow) for more in (["square", "bar"], ["bar", "square", "hole"])),
+    ],
+)
 def test_other_classes_than_the_datas(data, tmp_path, names):
     model = built(OTADetector, **SMALL, class_names=names)
     message = f"^the data have the classes bar, square, the model has {', '.join(names)} .*--model.class_names"

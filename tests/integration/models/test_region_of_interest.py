@@ -173,6 +173,7 @@ def test_what_lies_outside_never_scores(checkpoint, folders, tmp_path):
     assert not any(bool(item.pred_label) for item in found["outside"])
 
 
+@pytest.mark.slow
 def test_maps_are_zero_outside_and_causes_sum_to_the_map(checkpoint, folders, tmp_path):
     for item in predicted(checkpoint, folders["inside"], tmp_path):
         assert item.anomaly_map[ROI].max() > 0.5
@@ -182,6 +183,7 @@ def test_maps_are_zero_outside_and_causes_sum_to_the_map(checkpoint, folders, tm
         assert not item.pred_mask[~ROI].any()
 
 
+@pytest.mark.slow
 def test_another_region_than_that_of_the_checkpoint_is_told(checkpoint, folders, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         items = predicted(checkpoint, folders["good"], tmp_path, roi=[[[0, 0], [1, 0], [1, 1]]])
@@ -189,6 +191,7 @@ def test_another_region_than_that_of_the_checkpoint_is_told(checkpoint, folders,
     assert torch.equal(items[0].roi, ROI)
 
 
+@pytest.mark.slow
 def test_pictures_are_dark_outside(checkpoint, folders, tmp_path):
     (item, *_) = predicted(checkpoint, folders["good"], tmp_path)
     pictures = sorted(tmp_path.rglob("images/**/*.png"))
@@ -206,6 +209,7 @@ def test_pictures_are_dark_outside(checkpoint, folders, tmp_path):
     assert shown[-30:, :30].mean() < 0.75 * whole[-30:, :30].mean()
 
 
+@pytest.mark.slow
 def test_an_export_holds_the_region_and_so_does_the_inspector(checkpoint, folders, tmp_path):
     model = OTPrototypes.load_from_checkpoint(checkpoint)
     path = Path(model.to_openvino(tmp_path, onnx_kwargs={"export_explanation": True}))
@@ -248,6 +252,7 @@ def wide(folder: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_images_of_another_shape_than_the_mask_are_refused(checkpoint, folders, tmp_path, capsys):
     odd = wide(folders["good"], tmp_path / "wide")
     model = OTPrototypes(**MODEL, roi=drawn_mask(tmp_path / "mask.png"), visualizer=False)

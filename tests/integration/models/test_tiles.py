@@ -48,6 +48,7 @@ def test_a_training_leaves_one_set_of_prototypes_and_thresholds(model):
 
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino", "torch"])
+@pytest.mark.slow
 def test_exports_hold_the_tiles(model, engine, tmp_path, kind):
     path = engine.export(model, export_type=kind, export_root=tmp_path)
     expected = model(images(2, seed=1))
