@@ -33,7 +33,7 @@ SMALL = {
 
 
 # Those whose results are still to be made, with `make notebooks`; they have none at all.
-WITHOUT = {"02_ot_prototypes", "03_mvtec_benchmark", "05_maps_to_detector", "06_export_and_inspect"}
+WITHOUT = {"03_mvtec_benchmark", "05_maps_to_detector", "06_export_and_inspect"}
 
 
 def parameters(notebook):
