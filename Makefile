@@ -8,7 +8,6 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 UNFINISHED := $(VENV).unfinished
 JOBS ?= 2
-NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check lint notebooks docs clean distclean
@@ -18,7 +17,7 @@ help:
 	@echo "make test       run every test"
 	@echo "make check      run the quick tests, for daily work"
 	@echo "make lint       check style, format and the direction of imports"
-	@echo "make notebooks  execute the notebooks"
+	@echo "make notebooks  execute the notebooks and keep their results; NOTEBOOKS=FILE for one of them"
 	@echo "make docs       build the user guide in results/site; every link is checked"
 	@echo "make install    only create the environment $(VENV) (the others do that first)"
 	@echo "make clean      remove results, builds and caches;  make distclean: the environment too"
@@ -41,11 +40,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-cache
 
+# Tests fail where the results of a notebook are not those of its code.
 notebooks: $(INSTALLED)
-	@test -n "$(NOTEBOOKS)" || echo "There are no notebooks to execute."
-	@for notebook in $(NOTEBOOKS); do \
-	    echo "$$notebook"; $(BIN)/jupyter-execute --kernel_name=python3 "$$notebook" || exit 1; \
-	done
+	$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
 
 # The variable silences the theme's notice about its own future, nothing else.
 docs: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""The `anomalib` command for the tests, without the seconds that its imports take each time."""
+"""The `anomalib` command for the tests, without the seconds that its imports take each time; the wheel, installed."""
 
 import hashlib
 import json
@@ -15,13 +15,13 @@ import pytest
 
 from anomalib_ot.integration.data.fabric_folder import FabricFolder
 
-# Does what the script `anomalib` does, after the imports once per call: each call is a forked process of its own, with
-# its own arguments, folder and environment. It ends as an interpreter does (exception hook, exit functions, status) but
-# for taking Anomalib's thousands of objects down one by one, which costs as much as the command; for the same reason
-# the collector of garbage leaves alone what is there before the fork.
+# Does what the script `anomalib` does, or another one whose module is named, after the imports once per call: each call
+# is a forked process of its own, with its own arguments, folder and environment. It ends as an interpreter does
+# (exception hook, exit functions, status) but for taking Anomalib's thousands of objects down one by one, which costs
+# as much as the command; for the same reason the collector of garbage leaves alone what is there before the fork.
 SERVER = """
-import atexit, gc, json, multiprocessing, os, sys, threading
-from anomalib.cli.cli import main
+import atexit, gc, importlib, json, multiprocessing, os, sys, threading
+import anomalib.cli.cli
 for process in multiprocessing.active_children():  # an import has left one
     process.join()
 gc.collect()
@@ -38,10 +38,10 @@ for stream, path in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
     os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), stream)
 os.chdir(job["cwd"])
 os.environ.update(job["env"])
-sys.argv = ["anomalib", *job["words"]]
+sys.argv = [job["module"].partition(".")[0].replace("_", "-"), *job["words"]]
 code = 0
 try:
-    main()
+    importlib.import_module(job["module"]).main()
 except SystemExit as end:
     code = end.code or 0
     if not isinstance(code, int):
@@ -77,26 +77,28 @@ class Done:
 class Anomalib:
     """Runs `anomalib` with words as a user would, in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, python: Path = Path(sys.executable), **env: str) -> None:
         """Start nothing yet."""
         self.folder = folder
+        self.python = python
         self.hub = folder / "hub"
         nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(self.hub)}  # nothing listens there
-        self.env = {name: value for name, value in os.environ.items() if name not in NEVER} | ENV | nowhere
+        self.env = {name: value for name, value in os.environ.items() if name not in NEVER} | ENV | nowhere | env
         self._server: subprocess.Popen | None = None
         self._calls = 0
 
-    def __call__(self, *words: object, cwd: Path | None = None, **env: str) -> Done:
+    def __call__(self, *words: object, cwd: Path | None = None, module: str = "anomalib.cli.cli", **env: str) -> Done:
         """Run the command to its end in a process that has Anomalib imported already."""
         if not hasattr(os, "fork"):
-            return self.fresh(*words, cwd=cwd, **env)
+            main = f"import sys; from {module} import main; sys.exit(main())"
+            return self.fresh(*words, cwd=cwd, program=(str(self.python), "-c", main), **env)
         if self._server is None:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            command = [sys.executable, "-c", SERVER]
+            command = [str(self.python), "-c", SERVER]
             self._server = subprocess.Popen(command, cwd=self.folder, env=self.env, text=True, **pipes)
         self._calls += 1
         out, err = (self.folder / f"{self._calls}.{stream}" for stream in ("out", "err"))
-        job = {"words": [str(word) for word in words], "cwd": str(cwd or self.folder), "env": env}
+        job = {"module": module, "words": [str(word) for word in words], "cwd": str(cwd or self.folder), "env": env}
         self._server.stdin.write(json.dumps(job | {"out": str(out), "err": str(err)}) + "\n")
         self._server.stdin.flush()
         return Done(int(self._server.stdout.readline()), out.read_text(), err.read_text())
@@ -191,3 +193,68 @@ def converted_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AnomalibModule, "to_onnx", to_onnx)
         yield
+
+
+# ---- the wheel
+
+ROOT = Path(__file__).parents[2]
+# Of a process that is to see no checkout.
+OUTSIDE = {n: v for n, v in os.environ.items() if n not in {"PYTHONPATH", "PYTHONWARNINGS"}} | {"OMP_NUM_THREADS": "1"}
+
+
+def run(*command: object, cwd: Path, **options: object) -> subprocess.CompletedProcess:
+    """Run a command to its end and show what it said if it fails."""
+    options = {"env": OUTSIDE, **options}
+    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+class Environment:
+    """A virtual environment of its own, in which the packages of the running one can be imported."""
+
+    def __init__(self, folder: Path) -> None:
+        """Create it; ``.pth`` files of the running environment stay without effect in it."""
+        self.folder = folder
+        run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+        self.python = folder / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+        self.site = Path(self.ask("import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+        outer = [path for path in sys.path if Path(path).name in {"site-packages", "dist-packages"}]
+        (self.site / "outer_environment.pth").write_text("\n".join(outer) + "\n")
+
+    def ask(self, code: str, *flags: str, **options: object) -> str:
+        """Run Python code in another folder than the checkout and return what it prints."""
+        return run(self.python, *flags, "-c", code, cwd=self.folder, **options).stdout
+
+    def pip(self, *words: object) -> None:
+        """Let the running pip work on this environment, without a network."""
+        run(sys.executable, "-m", "pip", "--python", self.python, *words, cwd=self.folder)
+
+    def install(self, *what: object) -> None:
+        """Install a wheel, or ``-e`` and a folder, even if the running environment has the package too."""
+        self.pip("install", "--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed", *what)
+
+    def files(self) -> set[Path]:
+        """List every file, apart from compiled ones."""
+        return {path for path in (self.folder / "venv").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+
+    def modules_at_start(self) -> set[str]:
+        """Name the modules that ``python -c pass`` imports."""
+        done = run(self.python, "-X", "importtime", "-c", "pass", cwd=self.folder)
+        return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
+    """An environment with the wheel in it."""
+    environment = Environment(tmp_path_factory.mktemp("installed"))
+    environment.install(wheel)
+    return environment

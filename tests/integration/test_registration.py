@@ -6,12 +6,13 @@ install) of this checkout goes into them, so it does not matter how, or whether,
 
 import json
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from .conftest import OUTSIDE, Environment, run
 
 pytestmark = pytest.mark.slow
 
@@ -33,64 +34,6 @@ OUR_ENTRY_POINTS = {
     },
     "console_scripts": {"anomalib-ot": "anomalib_ot.__main__:main"},
 }
-ENV = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONWARNINGS"}}
-ENV["OMP_NUM_THREADS"] = "1"
-
-
-def run(*command: object, cwd: Path, **options: object) -> subprocess.CompletedProcess:
-    """Run a command to its end and show what it said if it fails."""
-    options = {"env": ENV, **options}
-    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, **options)
-    assert done.returncode == 0, f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-class Environment:
-    """A virtual environment of its own, in which the packages of the running one can be imported."""
-
-    def __init__(self, folder: Path) -> None:
-        """Create it; ``.pth`` files of the running environment stay without effect in it."""
-        self.folder = folder
-        run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
-        self.python = folder / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
-        self.site = Path(self.ask("import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-        outer = [path for path in sys.path if Path(path).name in {"site-packages", "dist-packages"}]
-        (self.site / "outer_environment.pth").write_text("\n".join(outer) + "\n")
-
-    def ask(self, code: str, *flags: str, **options: object) -> str:
-        """Run Python code in another folder than the checkout and return what it prints."""
-        return run(self.python, *flags, "-c", code, cwd=self.folder, **options).stdout
-
-    def pip(self, *words: object) -> None:
-        """Let the running pip work on this environment, without a network."""
-        run(sys.executable, "-m", "pip", "--python", self.python, *words, cwd=self.folder)
-
-    def install(self, *what: object) -> None:
-        """Install a wheel, or ``-e`` and a folder, even if the running environment has the package too."""
-        self.pip("install", "--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed", *what)
-
-    def files(self) -> set[Path]:
-        """List every file, apart from compiled ones."""
-        return {path for path in (self.folder / "venv").rglob("*") if path.is_file() and path.suffix != ".pyc"}
-
-    def modules_at_start(self) -> set[str]:
-        """Name the modules that ``python -c pass`` imports."""
-        done = run(self.python, "-X", "importtime", "-c", "pass", cwd=self.folder)
-        return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
-    return next(folder.glob("*.whl"))
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory, wheel):
-    environment = Environment(tmp_path_factory.mktemp("installed"))
-    environment.install(wheel)
-    return environment
 
 
 # --- packaging and what the hook costs ----------------------------------------------------------------------
@@ -375,7 +318,7 @@ def test_anomalib_command_knows_both_short_names(installed):
 @pytest.mark.cli
 def test_own_command_works_where_the_hook_does_not_run(installed):
     paths = installed.ask("import sys; print(*sys.path, sep='\\n')").split()
-    env = ENV | {"PYTHONPATH": os.pathsep.join(paths)}
+    env = OUTSIDE | {"PYTHONPATH": os.pathsep.join(paths)}
     config = run(installed.python, "-S", "-m", "anomalib_ot", *ARGUMENTS, cwd=installed.folder, env=env).stdout
     assert "\n  class_path: anomalib_ot.OTPrototypes\n" in config
     assert "\n  class_path: anomalib_ot.SyntheticFabric\n" in config
