@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from anomalib_ot.anomaly.fitting import fit_bank
+from anomalib_ot.anomaly.fitting import fit_bank, forget_outliers
 from anomalib_ot.anomaly.members import Member
-from anomalib_ot.anomaly.outliers import drop_outliers
+from anomalib_ot.anomaly.outliers import unlike_others
 from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.anomaly.training_patches import EncodedPatches, Patches
 
@@ -29,8 +29,9 @@ def fitted(embeddings, **arguments):
     bank = PrototypeBank(
         Member(layers=("a",), start="coverage", assignment="nearest", scale="typical", passes=2, **arguments)
     )
-    fit_bank(bank, Patches(embeddings, GRID), seed=0)
-    return bank
+    patches = Patches(embeddings, GRID)
+    fit_bank(bank, patches, seed=0)
+    return bank, forget_outliers([bank], [patches], seed=0)
 
 
 def farthest(bank, embeddings):
@@ -41,10 +42,10 @@ def farthest(bank, embeddings):
 @pytest.mark.parametrize("feature_cost", ["euclidean", "whitened", "cosine"])
 def test_what_defective_training_images_alone_show_is_not_normal(feature_cost):
     mixed = images(BAD)
-    bank = fitted(mixed, feature_cost=feature_cost)
-    kept = fitted(mixed, feature_cost=feature_cost, drop_outliers=False)
-    assert set(BAD) <= set(bank.outliers)
-    assert kept.outliers == []
+    bank, outliers = fitted(mixed, feature_cost=feature_cost)
+    kept, none = fitted(mixed, feature_cost=feature_cost, drop_outliers=False)
+    assert set(BAD) <= set(outliers)
+    assert none == []
     assert bank.num_prototypes < kept.num_prototypes == 12
     good = [number for number in range(IMAGES) if number not in BAD]
     far = farthest(bank, bank.encode(mixed))
@@ -53,32 +54,31 @@ def test_what_defective_training_images_alone_show_is_not_normal(feature_cost):
 
 
 def test_good_images_keep_their_prototypes():
-    bank = fitted(images())
-    assert bank.outliers == []
+    bank, outliers = fitted(images())
+    assert outliers == []
     assert bank.num_prototypes == 12
 
 
 def test_what_several_images_show_is_normal():
     many = (2, 4, 8, 12, 16, 20, 24, 28)  # all of one kind
-    bank = fitted(images(many))
+    bank, _ = fitted(images(many))
     assert farthest(bank, bank.encode(images(many)))[list(many)].max() < 2
 
 
 def test_few_images_say_nothing_of_each_other():
-    assert fitted(images(BAD)[:19]).outliers == []
+    assert fitted(images(BAD)[:19])[1] == []
 
 
 def test_images_all_alike():
-    bank = fitted(torch.ones(IMAGES, 36, WIDTH), num_prototypes=2)
-    assert bank.outliers == []
+    bank, outliers = fitted(torch.ones(IMAGES, 36, WIDTH), num_prototypes=2)
+    assert outliers == []
     assert torch.isfinite(bank.prototypes).all()
 
 
 def test_all_prototypes_of_one_image_each_stay():
     """Where nothing is shared there is nothing that an image could be measured by."""
-    bank = fitted(images(), num_prototypes=12)
+    bank, _ = fitted(images())
     alone = torch.eye(IMAGES) * 9
     bank.prototypes, bank.positions = alone, torch.zeros(IMAGES, 2)
-    found = drop_outliers(bank, EncodedPatches(bank, Patches(alone[:, None].expand(-1, 36, -1), GRID)))
-    assert found.tolist() == []
-    assert len(bank.prototypes) == IMAGES
+    known = EncodedPatches(bank, Patches(alone[:, None].expand(-1, 36, -1), GRID))
+    assert not unlike_others(bank, known).any()

@@ -1,11 +1,12 @@
 """Fitting prototypes: statistics, a start from the data, refinement by transport, measured scales."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from anomalib_ot.anomaly.coverage import measure_coverage
-from anomalib_ot.anomaly.outliers import drop_outliers
+from anomalib_ot.anomaly.outliers import drop_prototypes_of, unlike_others
 from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.anomaly.refinement import Report, refine
 from anomalib_ot.anomaly.scales import measure_calibration, measure_scales, set_statistics
@@ -23,9 +24,8 @@ def fit_bank(
 
     Statistics and start come first (unless `resume`: then the prototypes at hand are refined further), then `passes`
     rounds of assignment: patches go to their nearest prototypes, or those of a few images are assigned to them by one
-    entropic problem, and prototypes move towards the barycenter of what they received. Prototypes that cover are then
-    rid of those that only images unlike all others supply (`drop_outliers`). At last the scales of the metric are
-    measured on all patches.
+    entropic problem, and prototypes move towards the barycenter of what they received. At last the scales of the metric
+    are measured on all patches.
 
     Patches are read a few images at a time, about eight times each: memory depends on the number of prototypes and on
     the size of an image's embeddings, and not on how many images there are.
@@ -55,10 +55,7 @@ def fit_bank(
             start_prototypes(bank, encoded, seed)
             measure_scales(bank, encoded, seed)
         cost = refine(bank, encoded, seed, report)
-        bank.outliers = []
-        if bank.coverage is not None and bank.member.assignment == "nearest" and bank.member.drop_outliers:
-            bank.outliers = drop_outliers(bank, encoded).tolist()
-        if bank.member.passes or bank.outliers:
+        if bank.member.passes:
             measure_scales(bank, encoded, seed)
         if bank.member.passes or not resume:
             measure_calibration(bank, encoded, seed)
@@ -74,3 +71,31 @@ def fit_bank(
             tried,
         )
     return cost
+
+
+def forget_outliers(banks: Sequence[PrototypeBank], patches: Sequence[Patches], seed: int) -> list[int]:
+    """Drop what only images unlike all others have taught members, such as defective ones among the training images.
+
+    Each member finds such images for itself (`unlike_others`). Members take part that cover with nearest assignment,
+    unless their `drop_outliers` is false.
+
+    Args:
+        banks: Fitted members; they are changed.
+        patches: What each was fitted to, the same images in the same order.
+        seed: Seed of the samples that scales are measured on.
+
+    Returns:
+        Numbers of the images that half of these members, or more, find unlike all others, ascending.
+    """
+    votes = []
+    for bank, known in zip(banks, patches, strict=True):
+        if not bank.member.drop_outliers or bank.coverage is None or bank.member.assignment != "nearest":
+            continue
+        encoded = EncodedPatches(bank, known)
+        with full_precision(bank.prototypes):
+            found = unlike_others(bank, encoded)
+            votes.append(found)
+            if found.any() and drop_prototypes_of(bank, encoded, found.nonzero().flatten().tolist()):
+                measure_scales(bank, encoded, seed)
+                measure_calibration(bank, encoded, seed)
+    return (2 * sum(vote.int() for vote in votes) >= len(votes)).nonzero().flatten().tolist() if votes else []

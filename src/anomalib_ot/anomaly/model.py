@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anomalib_ot.anomaly.fitting import fit_bank
+from anomalib_ot.anomaly.fitting import fit_bank, forget_outliers
 from anomalib_ot.anomaly.growth import add_prototype, allow_amounts, costliest_patch
 from anomalib_ot.anomaly.members import Member
 from anomalib_ot.anomaly.prototypes import PatchScores, PrototypeBank, take_saved_shapes
@@ -130,6 +130,7 @@ class PrototypesModel(nn.Module):
         self.register_buffer("is_fitted", torch.tensor(False))
         self.register_buffer("roi", torch.zeros(0, dtype=torch.bool))
         self.roi_share = 1.0
+        self.outliers: list[int] = []  # numbers of the training images that the fit found unlike all others
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         """Take the region of interest of a checkpoint; those from before there were regions have none."""
@@ -309,6 +310,8 @@ class PrototypesModel(nn.Module):
             progress = None if report is None else (lambda done, of, name=name: report(name, done, of))
             known = patches[bank.member.layers, bank.member.pooling]
             costs.append(fit_bank(bank, known, seed + number, resume=resume, report=progress))
+        known = [patches[bank.member.layers, bank.member.pooling] for bank in self.banks]
+        self.outliers = forget_outliers(list(self.banks), known, seed)
         if self.transport_score is not None:
             with full_precision(self.is_fitted):
                 self._fit_transport(patches, size, seed)

@@ -1,6 +1,9 @@
 """Defective images among the training images: what a prototype is worth is seen by how many images supply it."""
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anomalib_ot.anomaly.coverage import comparable, nearest_distance
@@ -12,48 +15,53 @@ SUPPORT = 3.0  # images that make a prototype one of normal patches
 WHISKER = 1.5  # quartile ranges, Tukey's rule
 
 
-def drop_outliers(bank: PrototypeBank, encoded: EncodedPatches) -> Tensor:
-    """Drop the prototypes that only images unlike all others supply, such as defective ones among the training images.
+def supported(bank: PrototypeBank, encoded: EncodedPatches) -> tuple[Tensor, Tensor]:
+    """Say which prototypes several images supply.
 
     With free masses, patches of image `i` send mass `c_ij` to prototype `j`. Its support is the effective number of
-    images, ``(sum_i c_ij)^2 / sum_i c_ij^2``. Each image is scored against the prototypes that at least 3 images
-    support: the mean distance of the hundredth of its patches that is farthest. Images above the upper quartile of
-    these scores by more than 1.5 times the distance of the quartiles are unlike the others; prototypes with a support
-    below 3 that get half of their mass or more from them are dropped.
-
-    Args:
-        bank: The member, whose prototypes move to nearest patches; `prototypes` and `positions` are set.
-        encoded: The patches.
+    images, ``(sum_i c_ij)^2 / sum_i c_ij^2``.
 
     Returns:
-        Numbers of the images that are unlike the others, ascending, int64; none of fewer than 20 images.
-
-    References:
-        Ours; the rule of quartiles is from J. Tukey, "Exploratory data analysis", 1977.
+        Which prototypes have a support of at least 3, bool (K,), and the mass of each, patches (K,); on the CPU.
     """
-    if encoded.num_images < FEWEST_IMAGES:
-        return torch.zeros(0, dtype=torch.long)
-    count = bank.num_prototypes
-    mass, squares = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    mass = torch.zeros(bank.num_prototypes, dtype=torch.float64)
+    squares = torch.zeros_like(mass)
     for block in encoded.blocks():
         sent = _masses(bank, block)
         mass += sent.sum(0)
         squares += sent.square().sum(0)
-    supported = mass.square() >= SUPPORT * squares
-    supported &= mass > 0
-    if not supported.any():
-        return torch.zeros(0, dtype=torch.long)
-    known = comparable(bank.member, bank.prototypes)[supported.to(encoded.device)]
-    farthest = max(encoded.per_image // 100, 1)
-    scores = torch.cat(
-        [_distances(bank, block, known).topk(farthest, dim=1).values.mean(1) for block in encoded.blocks()]
-    )
+    return (mass.square() >= SUPPORT * squares) & (mass > 0), mass
+
+
+def unlike_others(bank: PrototypeBank, encoded: EncodedPatches) -> Tensor:
+    """Say which images a member finds unlike all others, bool (n,).
+
+    Each image is scored against the prototypes that at least 3 images support: by the highest mean distance of 3 x 3
+    neighboring patches. Unlike the others are images whose score lies above the upper quartile by more than
+    1.5 times the distance of the quartiles; of fewer than 20 images none.
+
+    References:
+        J. Tukey, "Exploratory data analysis", 1977 (the rule of quartiles); the score is ours.
+    """
+    several, _ = supported(bank, encoded)
+    if encoded.num_images < FEWEST_IMAGES or not several.any():
+        return torch.zeros(encoded.num_images, dtype=torch.bool)
+    known = comparable(bank.member, bank.prototypes)[several.to(encoded.device)]
+    scores = torch.cat([_highest(bank, encoded, block, known) for block in encoded.blocks()])
     low, high = scores.quantile(torch.tensor([0.25, 0.75], dtype=scores.dtype))
-    outliers = (scores > high + WHISKER * (high - low)).nonzero().squeeze(1)
-    theirs = sum((_masses(bank, encoded.images(image[None])).sum(0) for image in outliers), torch.zeros_like(mass))
-    kept = (supported | (theirs < mass / 2) | (mass == 0)).to(encoded.device)
+    return scores > high + WHISKER * (high - low)
+
+
+def drop_prototypes_of(bank: PrototypeBank, encoded: EncodedPatches, images: Sequence[int]) -> bool:
+    """Drop the prototypes with a support below 3 that get half of their mass or more from these images.
+
+    Scales, radii and positions of the bank must be measured again if it says that any were dropped.
+    """
+    several, mass = supported(bank, encoded)
+    theirs = sum((_masses(bank, encoded.images(torch.tensor([image]))).sum(0) for image in images), 0 * mass)
+    kept = (several | (theirs < mass / 2) | (mass == 0)).to(encoded.device)
     bank.prototypes, bank.positions = bank.prototypes[kept], bank.positions[kept]
-    return outliers
+    return not bool(kept.all())
 
 
 def _masses(bank: PrototypeBank, block: Tensor) -> Tensor:
@@ -63,7 +71,10 @@ def _masses(bank: PrototypeBank, block: Tensor) -> Tensor:
     return torch.stack([torch.bincount(row, minlength=count) for row in number.view(len(block), -1)]).double()
 
 
-def _distances(bank: PrototypeBank, block: Tensor, known: Tensor) -> Tensor:
-    """Return the distance of each patch of a block (k, N, D) to the nearest of the known points, (k, N)."""
+def _highest(bank: PrototypeBank, encoded: EncodedPatches, block: Tensor, known: Tensor) -> Tensor:
+    """Return how far 3 x 3 patches of each image of a block (k, N, D) are from the known points at most, (k,)."""
     squared, _ = nearest_distance(comparable(bank.member, block.flatten(0, 1)), known)
-    return squared.double().sqrt().view(len(block), -1)
+    distances = squared.double().sqrt().view(len(block), -1).to(encoded.device)
+    maps = bank.on_grid(distances).unflatten(1, encoded.patches.grid_size)
+    window = min(3, *maps.shape[1:])
+    return F.avg_pool2d(maps.unsqueeze(1), window, stride=1).flatten(1).amax(1).cpu()

@@ -92,7 +92,6 @@ class PrototypeBank(nn.Module):
         super().__init__()
         self.member = member
         self.coverage: Coverage | None = None  # what the fit measured on held-out images
-        self.outliers: list[int] = []  # numbers of the training images that the fit found unlike all others
         for name in self.SHAPED:
             self.register_buffer(name, torch.zeros(0))
         for name in self.SCALARS:

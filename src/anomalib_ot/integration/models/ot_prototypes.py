@@ -1,7 +1,6 @@
 """OTPrototypes: anomaly detection by optimal transport to prototypes of normal parts, as an Anomalib model."""
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -298,9 +297,8 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         self.model.to(device)
 
     def _tell_outliers(self, names: Sequence[str]) -> None:
-        """Name the training images that half of the members, or more, found unlike all others."""
-        votes: Counter[int] = Counter(number for bank in self.model.banks for number in bank.outliers)
-        found = sorted(number for number, count in votes.items() if 2 * count >= len(self.model.banks))
+        """Name the training images that the fit found unlike all others."""
+        found = self.model.outliers
         if not found:
             return
         shown = ", ".join(names[number] for number in found[:SHOWN]) if names else "no names"
