@@ -42,8 +42,8 @@ class ImageProposals(nn.Module):
 
     One tower, shared by all levels, says of every point whether it shows an object and where its sides are. Of the
     points with no better one within two cells, or beside them on the next finer or coarser level, the best are taken,
-    so that one object does not take all proposals. The dense head learns by `place_loss` alone: from the stages, whose
-    gradients are a hundred times as large, neither boxes nor what the features are made of have any.
+    so that one object does not take all proposals. The dense head learns by `place_loss` alone: neither the boxes nor
+    what the features are made of have a gradient from the stages.
 
     Args:
         strides: Pixels per cell of each level of the pyramid.
