@@ -1,4 +1,4 @@
-"""The sparse head: a few learned proposals, pooled, refined stage by stage, and turned into a mixture or boxes."""
+"""The sparse head: a few proposals, pooled, refined stage by stage, and turned into a mixture or boxes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from anomalib_ot.detection.image_proposals import Begun, ImageProposals
 from anomalib_ot.detection.mixture import Mixture, floor_scales
+from anomalib_ot.vision.boxes import pairwise_iou
 
 CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4  # a box of 224 x 224 pixels belongs to the level of stride 2^4
 SAMPLES = 2  # per bin and axis
@@ -17,6 +19,7 @@ FARTHEST = 1e5  # pixels; a box farther out shows nothing
 MOST_GROWTH = math.log(1e5 / 16)  # logarithm of the factor by which a side may grow
 PRIOR = 0.01  # probability of every class at the start: focal loss needs a small one
 DELTA_UNITS = (0.5, 0.5, 1.0, 1.0)  # of x, y, width, height
+MOST_ATTENTION = 8.0  # to a box that is the same, of the last head at the start, in logits
 
 
 def box_levels(boxes: Tensor, strides: Sequence[int]) -> Tensor:
@@ -133,18 +136,32 @@ class DynamicInteraction(nn.Module):
 
 
 class ProposalAttention(nn.Module):
-    """Let the proposals of one image look at each other, so that they can agree on who answers for what."""
+    """Let the proposals of one image look at each other, so that they can agree on who answers for what.
 
-    def __init__(self, channels: int, num_heads: int) -> None:
+    Learned features know their places; those from the image do not. `by_overlap` therefore raises the attention of each
+    head to the other proposals by a learned weight times the overlap (IoU) of the boxes; the weights begin with 0 to 8.
+
+    References:
+        P. Sun et al., CVPR 2021; the overlaps are ours, after H. Hu et al., "Relation networks for object detection",
+        CVPR 2018.
+    """
+
+    def __init__(self, channels: int, num_heads: int, *, by_overlap: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.inputs = nn.Linear(channels, 3 * channels)
         self.outputs = nn.Linear(channels, channels)
+        self.overlap_weights = nn.Parameter(torch.linspace(0, MOST_ATTENTION, num_heads)) if by_overlap else None
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the attended features (B, K, D)."""
+    def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
+        """Return the attended features (B, K, D) of proposals with boxes (B, K, 4)."""
         heads = self.inputs(features).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(*heads.unbind(0))
+        attention = None
+        if self.overlap_weights is not None:
+            others = 1 - torch.eye(boxes.shape[1], device=boxes.device)
+            overlaps = (pairwise_iou(boxes.float(), boxes.float()) * others).unsqueeze(1)
+            attention = (self.overlap_weights[:, None, None] * overlaps).to(heads.dtype)
+        seen = F.scaled_dot_product_attention(*heads.unbind(0), attn_mask=attention)
         return self.outputs(seen.transpose(1, 2).flatten(2))
 
 
@@ -157,18 +174,27 @@ class SparseStage(nn.Module):
         P. Sun et al., CVPR 2021, and the authors' code.
     """
 
-    def __init__(self, channels: int, dynamic_channels: int, hidden_channels: int, num_heads: int, size: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        dynamic_channels: int,
+        hidden_channels: int,
+        num_heads: int,
+        size: int,
+        *,
+        by_overlap: bool = False,
+    ) -> None:
         super().__init__()
-        self.attention = ProposalAttention(channels, num_heads)
+        self.attention = ProposalAttention(channels, num_heads, by_overlap=by_overlap)
         self.interaction = DynamicInteraction(channels, dynamic_channels, size)
         self.feed_forward = nn.Sequential(
             nn.Linear(channels, hidden_channels), nn.ReLU(), nn.Linear(hidden_channels, channels)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
 
-    def forward(self, features: Tensor, places: Tensor) -> Tensor:
-        """Refine features (B, K, D) that look at places (B, K, size * size, D)."""
-        features = self.norms[0](features + self.attention(features))
+    def forward(self, features: Tensor, places: Tensor, boxes: Tensor) -> Tensor:
+        """Refine features (B, K, D) that look at places (B, K, size * size, D), which are in boxes (B, K, 4)."""
+        features = self.norms[0](features + self.attention(features, boxes))
         features = self.norms[1](features + self.interaction(features, places))
         return self.norms[2](features + self.feed_forward(features))
 
@@ -304,14 +330,15 @@ def decode_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
 
 
 class SparseHead(nn.Module):
-    """Learned proposals, the same for all images, that several stages move towards what an image shows.
+    """Proposals, learned or chosen from the image, that several stages move towards what an image shows.
 
     Each stage looks at the boxes of the one before, with weights of its own. Features pass gradients from stage to
-    stage, boxes do not; the first stage's boxes are learned themselves.
+    stage, boxes do not; learned boxes of the first stage get theirs from it, chosen ones from `place_loss` alone.
 
     Args:
         strides: Pixels per cell of each level of the pyramid; each twice the one before.
-        proposals: Boxes (K, 4) at the start as (x, y, width, height), parts of the image's width and height.
+        proposals: What makes the proposals of each image; or, of learned proposals, the same for all images, the boxes
+            (K, 4) at the start as (x, y, width, height), parts of the image's width and height.
         output: Makes the output layers of a stage.
         num_stages: Stages, at least 1; six as published.
         channels: Channels D of pyramid and features, a multiple of `num_heads`.
@@ -327,7 +354,7 @@ class SparseHead(nn.Module):
     def __init__(
         self,
         strides: Sequence[int],
-        proposals: Tensor,
+        proposals: Tensor | ImageProposals,
         output: Callable[[], MixtureOutput | BoxOutput],
         *,
         num_stages: int = 6,
@@ -340,26 +367,33 @@ class SparseHead(nn.Module):
         super().__init__()
         self.strides = tuple(strides)
         self.size = size
-        self.proposal_boxes = nn.Parameter(proposals.clone())
-        self.proposal_features = nn.Parameter(torch.randn(len(self.proposal_boxes), channels))
-        self.stages = nn.ModuleList(
-            SparseStage(channels, dynamic_channels, hidden_channels, num_heads, size) for _ in range(num_stages)
-        )
+        from_image = isinstance(proposals, ImageProposals)
+        self.image_proposals = proposals if from_image else None
+        self.proposal_boxes = None if from_image else nn.Parameter(proposals.clone())
+        self.proposal_features = None if from_image else nn.Parameter(torch.randn(len(proposals), channels))
+        sizes = (channels, dynamic_channels, hidden_channels, num_heads, size)
+        self.stages = nn.ModuleList(SparseStage(*sizes, by_overlap=from_image) for _ in range(num_stages))
         start_weights(self.stages)
         self.outputs = nn.ModuleList(output() for _ in range(num_stages))
 
-    def forward(self, levels: Sequence[Tensor], image_size: tuple[int, int]) -> list[Mixture] | list[BoxSet]:
-        """Propose in images of this (height, width), pixels, from levels (B, D, h, w), stage by stage."""
+    def begin(self, levels: Sequence[Tensor], image_size: tuple[int, int]) -> Begun:
+        """Return the proposals of the first stage in images of this (height, width), pixels."""
+        if self.image_proposals is not None:
+            return self.image_proposals(levels)
         count = levels[0].shape[0]
         height, width = image_size
         boxes_cxcywh = self.proposal_boxes.float() * self.proposal_boxes.new_tensor([width, height, width, height])
         centers, halves = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
         boxes = torch.cat([centers - halves, centers + halves], dim=-1).expand(count, -1, -1)
-        features = self.proposal_features.expand(count, -1, -1)
+        return Begun(boxes, self.proposal_features.expand(count, -1, -1))
+
+    def forward(self, levels: Sequence[Tensor], begun: Begun) -> list[Mixture] | list[BoxSet]:
+        """Move proposals to what levels (B, D, h, w) show, stage by stage; each stage's output."""
+        boxes, features = begun.boxes, begun.features
         pooling = BoxPooling(levels, self.strides, self.size)
         found = []
         for stage, output in zip(self.stages, self.outputs, strict=True):
-            features = stage(features, pooling(boxes))
+            features = stage(features, pooling(boxes), boxes.detach())
             found.append(output(features, boxes))
             boxes = output.boxes(found[-1]).detach()
         return found

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_ot.detection.detector import Detector, Suppress
+from anomalib_ot.detection.image_proposals import DensePlaces
 from anomalib_ot.detection.mixture import Mixture
 from anomalib_ot.detection.sparse_head import BoxSet, Proposed, SparseHead
 from anomalib_ot.vision.boxes import clip_boxes
@@ -59,7 +60,7 @@ class SparseDecoding:
 
 
 class SparseDetector(Detector):
-    """A detector of a few learned proposals; it needs neither points nor, as a mixture, any matching.
+    """A detector of a few proposals; as a mixture it needs no matching, with learned proposals no points either.
 
     Arguments as for `DenseDetector`; `channels` and strides are those of the `head`.
 
@@ -85,7 +86,13 @@ class SparseDetector(Detector):
 
     def stages(self, images: Tensor) -> list[Mixture] | list[BoxSet]:
         """Return what each stage of the head says of normalized images (B, 3, H, W)."""
-        return self.head(self.levels(images), images.shape[-2:])
+        return self.stages_and_places(images)[0]
+
+    def stages_and_places(self, images: Tensor) -> tuple[list[Mixture] | list[BoxSet], DensePlaces | None]:
+        """Return what each stage says, and what proposals were chosen from; None where they are learned."""
+        levels = self.levels(images)
+        begun = self.head.begin(levels, images.shape[-2:])
+        return self.head(levels, begun), begun.dense
 
     def detect(self, images: Tensor) -> Detections:
         """Detect in normalized images of at most a tile's size."""

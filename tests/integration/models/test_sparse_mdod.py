@@ -142,6 +142,28 @@ def test_exported_boxes_equal_torch(trained, shapes, tmp_path):
             np.testing.assert_allclose(found[name], value.numpy(), atol=1e-2, rtol=1e-3)
 
 
+@pytest.mark.parametrize("objective", ["mixture", "hungarian"])
+def test_proposals_from_the_image(shapes, tmp_path, objective):
+    few = {name: value for name, value in SMALL.items() if name not in ("num_stages", "proposals")}
+    model = built(SparseMDOD, **few | {"proposals": "image", "objective": objective, "score_threshold": 0.0})
+    runner = engine(tmp_path, max_epochs=1)
+    runner.fit(model, datamodule=data(shapes))
+    assert runner.trainer.callback_metrics["train_place_loss"] > 0
+    assert len(model.model.head.stages) == 3  # fewer than learned ones need
+    assert model.model.head.proposal_boxes is None
+    path = runner.trainer.checkpoint_callback.best_model_path
+    loaded = SparseMDOD.load_from_checkpoint(path, evaluator=False, visualizer=False).eval()
+    other = built(SparseMDOD, **SMALL | {"score_threshold": 0.0})  # learned, until it becomes what was trained
+    (batch,) = engine(tmp_path).predict(other, datamodule=data(shapes, eval_batch_size=8), ckpt_path=path)
+    assert other.arguments["proposals"] == "image"
+    images = torch.rand(2, 3, 100, 130)
+    with torch.no_grad():
+        for one, two, three in zip(model.eval()(images), loaded(images), other.eval()(images), strict=True):
+            assert one is two is three is None or torch.equal(one, two)
+            assert one is None or torch.equal(one, three)
+    assert (batch.pred_box_labels >= 0).any()
+
+
 @pytest.mark.parametrize("objective", ["mixture", *MATCHERS])
 @pytest.mark.parametrize("preset", SPARSE_PRESETS)
 def test_every_objective_and_preset_trains(shapes, tmp_path, objective, preset):
@@ -266,6 +288,7 @@ def test_poisoned_weights_predict_nothing(trained, shapes, tmp_path):
         ),
         ({"proposals": (3,)}, r"proposals is \[3\]; expected the rows and columns of a grid"),
         ({"proposals": (0, 3)}, r"proposals is \[0, 3\]"),
+        ({"proposals": "images"}, "proposals is 'images'; expected the rows and columns .* or 'image'"),
         ({"num_stages": 0}, "num_stages is 0; expected a whole number of at least 1"),
         ({"channels": 20}, "channels is 20; expected a multiple of 8"),
         ({"coord_unit": 0.0}, "coord_unit is 0.0; expected a finite number above 0"),

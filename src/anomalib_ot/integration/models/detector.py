@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from anomalib_ot.integration.callbacks.result_writer import ResultWriter
+from anomalib_ot.integration.callbacks.still_rising import StillRising
 from anomalib_ot.integration.checks.advanced import flat, nested
 from anomalib_ot.integration.checks.checkpoints import (
     check_own_checkpoint,
@@ -175,8 +176,8 @@ class BoxModel(BoxTraining, CheckedExport):
             self.build(names)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the pre-processor, the evaluator, the visualizer, the guard of all input, and the table."""
-        return [*super().configure_callbacks(), BoxGuard(), ScoreKeeper(), ResultWriter()]
+        """Return the pre-processor, the evaluator, the visualizer, the guard of all input, the table, and a remark."""
+        return [*super().configure_callbacks(), BoxGuard(), ScoreKeeper(), ResultWriter(), StillRising()]
 
     def train_dataloader(self) -> NoReturn:
         """Say that there is no data to train on; Lightning asks the model only if nothing else was given."""

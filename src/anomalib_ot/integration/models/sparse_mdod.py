@@ -14,6 +14,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from torch import Tensor
 
+from anomalib_ot.detection.image_proposals import place_loss
 from anomalib_ot.detection.mixture import linear_ramp, mixture_losses
 from anomalib_ot.detection.set_loss import MATCHERS, set_losses
 from anomalib_ot.detection.sparse_mdod import SparseDetector
@@ -22,13 +23,13 @@ from anomalib_ot.integration.checks.console import quiet_console
 from anomalib_ot.integration.checks.errors import install_short_errors
 from anomalib_ot.integration.models.backbone import checked_weights
 from anomalib_ot.integration.models.detector import BoxModel
-from anomalib_ot.integration.models.detector_options import Rate, Suppression, chosen
+from anomalib_ot.integration.models.detector_options import Rate, Suppression
 from anomalib_ot.integration.models.sparse_options import (
     MIXTURE,
-    SPARSE_PRESETS,
     TRAINED_BY,
     SparseOptions,
     build_sparse_detector,
+    chosen_sparse,
 )
 from anomalib_ot.integration.processing.box_processors import BoxPreProcessor
 from anomalib_ot.ranges import Fraction, Range
@@ -80,7 +81,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
         model", ICML 2023 (arXiv 2205.08714, first called Sparse MDOD).
     """
 
-    own_entry = "model.head.proposal_boxes"
+    own_entry = "model.head.stages.0.interaction.filters.weight"
     integer_rooms = ("model.feature_extractor", "model.pyramid")  # attention and filters per proposal keep floats
     trained_by = TRAINED_BY
     options = SparseOptions
@@ -124,7 +125,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
 
     def new_network(self, num_classes: int) -> SparseDetector:
         """Build an untrained network; the arguments may have come from a checkpoint."""
-        self.preset = chosen(SPARSE_PRESETS, self.arguments)
+        self.preset = chosen_sparse(self.arguments)
         names = ("backbone", "layers", "image_size", "tile_size", "tile_overlap")
         arguments = {name: self.hparams[name] for name in names} | self.suppression()
         with torch.random.fork_rng(devices=[]):
@@ -136,8 +137,11 @@ class SparseMDOD(BoxModel, AnomalibModule):
     def training_step(self, batch: Batch, *args: object) -> Tensor:
         """Return the loss of a batch."""
         del args
-        stages = self.model.stages(batch.image)
+        stages, places = self.model.stages_and_places(batch.image)
         loss, named = self._losses(stages, batch)
+        if places is not None:
+            named["place_loss"] = place_loss(places, batch.gt_boxes, over_devices=self.mean_over_devices)
+            loss = loss + self.preset.place_weight * named["place_loss"]
         image_size = batch.image.shape[-2:]
         against = self.duplicate_losses(
             lambda: self.model.decoding.candidates(self.model.head.propose(stages[-1]), image_size), batch

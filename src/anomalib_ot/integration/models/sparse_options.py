@@ -1,19 +1,28 @@
 """From the arguments of SparseMDOD to its network and its recipe, each checked where it enters."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
+from torch import Tensor
+
+from anomalib_ot.detection.image_proposals import ImageProposals
 from anomalib_ot.detection.sparse_head import BoxOutput, MixtureOutput, SparseHead, grid_proposals, whole_proposals
 from anomalib_ot.detection.sparse_mdod import SparseDecoding, SparseDetector
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.models.backbone import build_pyramid_extractor
-from anomalib_ot.integration.models.detector_options import DetectorOptions, Rate, build_suppression, check_view
+from anomalib_ot.integration.models.detector_options import (
+    DetectorOptions,
+    Rate,
+    build_suppression,
+    check_view,
+    chosen,
+)
 from anomalib_ot.ranges import Fraction, Positive, Weight, Whole
 from anomalib_ot.vision.tiling import Tiling
 
-MIXTURE = "mixture"
+MIXTURE, FROM_IMAGE = "mixture", "image"
 
 # What a checkpoint decides about: its weights and its numbers belong to these values and to no others.
 TRAINED_BY = ("backbone", "layers", "preset", "objective", "image_size", "channels", "num_stages", "proposals")
@@ -26,8 +35,9 @@ class SparseOptions(DetectorOptions):
 
     Args:
         objective: "mixture"; or Sparse R-CNN's loss on the same head, objects matched by "hungarian" or "sinkhorn".
-        num_stages: Stages that refine the proposals.
-        proposals: Rows and columns of the grid that the proposals begin on; their product is the number of proposals.
+        num_stages: Stages that refine the proposals; where they are from the image, three.
+        proposals: Rows and columns of the grid that learned proposals begin on, whose product is their number; or
+            "image": the 100 best places of a small dense head on the pyramid, which is trained along.
         coord_unit: Pixels per unit of the box outputs; 1 as published, which takes long trainings; for "mixture".
         mcm_weight: Weight of the loss that leaves one proposal per object, 0 to 1; for "mixture".
         mcm_rise: Parts of the training, 0 to 1, between which that weight rises from 0 to the whole; [0, 0], as
@@ -38,7 +48,7 @@ class SparseOptions(DetectorOptions):
 
     objective: Literal["mixture", "hungarian", "sinkhorn"] = "mixture"
     num_stages: Whole | None = None
-    proposals: Sequence[int] | None = None
+    proposals: Literal["image"] | Sequence[int] | None = None
     coord_unit: Positive | None = None
     mcm_weight: Fraction | None = None
     mcm_rise: Sequence[float] | None = None
@@ -53,7 +63,10 @@ class SparsePreset(SparseOptions):
         dynamic_channels: Channels between the two dynamic convolutions.
         hidden_channels: Width of the feed-forward layers.
         num_heads: Attention heads.
-        proposal_size: Sides of the proposals at the start, parts of the image's.
+        proposal_size: Sides of learned proposals at the start, parts of the image's.
+        num_image_proposals: Proposals where they are from the image.
+        image_stages: Stages then.
+        place_weight: Weight of the loss of the dense head that they are from.
         prior: Presence of every proposal at the start.
         domain: How the likelihood is computed, "log" or "linear".
         optimizer: "adamw" with one cycle, or "adamw_steps" with warm-up and two steps.
@@ -66,6 +79,9 @@ class SparsePreset(SparseOptions):
     hidden_channels: int = 512
     num_heads: int = 8
     proposal_size: float = 0.5
+    num_image_proposals: int = 100
+    image_stages: int = 3
+    place_weight: float = 10.0
     prior: float = 0.01
     domain: str = "log"
     optimizer: str = "adamw"
@@ -111,13 +127,22 @@ SPARSE_PRESETS = {
 }
 
 
+def chosen_sparse(arguments: Mapping[str, Any]) -> SparsePreset:
+    """Return the preset of a model with what its user said instead; proposals from the image need fewer stages."""
+    preset = chosen(SPARSE_PRESETS, arguments)
+    if preset.proposals == FROM_IMAGE and arguments.get("num_stages") is None:
+        return replace(preset, num_stages=preset.image_stages)
+    return preset
+
+
 def _check_together(preset: SparsePreset) -> None:
     """Check what types cannot: pairs, and what must suit the head."""
     if preset.channels % preset.num_heads:
         msg = f"channels is {preset.channels}; expected a multiple of {preset.num_heads}, the number of attention heads"
         raise InputError(msg)
-    if len(preset.proposals) != 2 or min(preset.proposals) < 1:
-        msg = f"proposals is {list(preset.proposals)}; expected the rows and columns of a grid, such as [10, 10]"
+    given = preset.proposals if isinstance(preset.proposals, str) else list(preset.proposals)
+    if given != FROM_IMAGE and (isinstance(given, str) or len(given) != 2 or min(given) < 1):
+        msg = f"proposals is {given!r}; expected the rows and columns of a grid, such as [10, 10], or {FROM_IMAGE!r}"
         raise InputError(msg)
     if len(preset.mcm_rise) != 2 or not 0 <= preset.mcm_rise[0] <= preset.mcm_rise[1] <= 1:
         msg = (
@@ -125,6 +150,16 @@ def _check_together(preset: SparsePreset) -> None:
             "such as [0.3, 0.7]"
         )
         raise InputError(msg)
+
+
+def _start(preset: SparsePreset, strides: Sequence[int]) -> Tensor | ImageProposals:
+    """Return the boxes that learned proposals begin with, or what chooses proposals from the image."""
+    if preset.proposals == FROM_IMAGE:
+        return ImageProposals(strides, preset.channels, preset.num_image_proposals)
+    rows, columns = preset.proposals
+    if preset.objective == MIXTURE:
+        return grid_proposals(rows, columns, preset.proposal_size)
+    return whole_proposals(rows * columns)
 
 
 def build_sparse_detector(
@@ -160,17 +195,15 @@ def build_sparse_detector(
     extractor, channels, reductions = build_pyramid_extractor(
         backbone, layers, frozen_stages=preset.frozen_stages, frozen_norm=preset.frozen_norm
     )
-    rows, columns = preset.proposals
+    strides = [*reductions, *(reductions[-1] * 2 ** (extra + 1) for extra in range(preset.num_extra))]
     output: Callable[[], MixtureOutput | BoxOutput]
     if preset.objective == MIXTURE:
-        proposals = grid_proposals(rows, columns, preset.proposal_size)
         output = partial(MixtureOutput, num_classes, preset.channels, preset.coord_unit, preset.prior)
     else:
-        proposals = whole_proposals(rows * columns)
         output = partial(BoxOutput, num_classes, preset.channels)
     head = SparseHead(
-        [*reductions, *(reductions[-1] * 2 ** (extra + 1) for extra in range(preset.num_extra))],
-        proposals,
+        strides,
+        _start(preset, strides),
         output,
         num_stages=preset.num_stages,
         channels=preset.channels,
