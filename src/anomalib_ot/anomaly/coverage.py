@@ -141,7 +141,7 @@ def measure_coverage(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
     for count in counts:
         step = Barycenters(chosen[:count], 2.0)
         step.add(points)
-        distance = _metric(member, nearest_distance(held_out, comparable(member, step.moved()))[0])
+        distance = metric_of(member, nearest_distance(held_out, comparable(member, step.moved()))[0])
         radii.append((count, float(distance.mean()), float(distance.quantile(0.99))))
         if len(radii) > 1 and radii[-1][1] > (1 - LEAST_GAIN) * radii[-2][1]:
             radii.pop()
@@ -170,7 +170,7 @@ def _sample(bank: PrototypeBank, encoded: EncodedPatches, images: Tensor, bound:
     return comparable(bank.member, encoded.rows(numbers))
 
 
-def _metric(member: Member, squared: Tensor) -> Tensor:
+def metric_of(member: Member, squared: Tensor) -> Tensor:
     """Return the member's feature distance for a squared distance of comparable vectors."""
     return squared / 2 if member.feature_cost == "cosine" else squared.sqrt()
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anomalib_ot.anomaly.coverage import comparable, nearest_distance
+from anomalib_ot.anomaly.coverage import comparable, metric_of, nearest_distance
 from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.anomaly.training_patches import EncodedPatches
 
@@ -48,7 +48,7 @@ def unlike_others(bank: PrototypeBank, encoded: EncodedPatches) -> Tensor:
         return torch.zeros(encoded.num_images, dtype=torch.bool)
     known = comparable(bank.member, bank.prototypes)[several.to(encoded.device)]
     scores = torch.cat([_highest(bank, encoded, block, known) for block in encoded.blocks()])
-    low, high = scores.quantile(torch.tensor([0.25, 0.75], dtype=scores.dtype))
+    low, high = scores.quantile(torch.tensor([0.25, 0.75]))
     return scores > high + WHISKER * (high - low)
 
 
@@ -74,7 +74,7 @@ def _masses(bank: PrototypeBank, block: Tensor) -> Tensor:
 def _highest(bank: PrototypeBank, encoded: EncodedPatches, block: Tensor, known: Tensor) -> Tensor:
     """Return how far 3 x 3 patches of each image of a block (k, N, D) are from the known points at most, (k,)."""
     squared, _ = nearest_distance(comparable(bank.member, block.flatten(0, 1)), known)
-    distances = squared.double().sqrt().view(len(block), -1).to(encoded.device)
+    distances = metric_of(bank.member, squared).view(len(block), -1).to(encoded.device)
     maps = bank.on_grid(distances).unflatten(1, encoded.patches.grid_size)
     window = min(3, *maps.shape[1:])
     return F.avg_pool2d(maps.unsqueeze(1), window, stride=1).flatten(1).amax(1).cpu()

@@ -13,6 +13,7 @@ import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.models import Padim
+from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
@@ -463,3 +464,27 @@ def test_patchcore_style_use_with_worker_processes(fabric, tmp_path, engine):
         used, trained = engine(), model()
         used.train(model=trained, datamodule=datamodule)
     assert not math.isnan(float(trained.post_processor.image_threshold))
+
+
+# ---- defective images among the good ones
+
+
+def test_images_unlike_all_others_are_named(fit, tmp_path, caplog):
+    generator = torch.Generator().manual_seed(0)
+    kinds = {"good": range(24), "fine": range(24, 26), "bad": range(26, 28)}
+    for kind, numbers in kinds.items():
+        (tmp_path / "parts" / kind).mkdir(parents=True)
+        for number in numbers:
+            pixels = (110 + 20 * torch.rand(*SIZE, 3, generator=generator)).to(torch.uint8)
+            if number in (5, 11) or kind == "bad":
+                pixels[24:40, 24:40] = torch.tensor([250, 8 * number, 0], dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(tmp_path / "parts" / kind / f"{number:02}.png")
+    folders = {"normal_dir": "good", "normal_test_dir": "fine", "abnormal_dir": "bad"}
+    datamodule = Folder(name="parts", root=tmp_path / "parts", **folders, num_workers=0, val_split_mode="same_as_test")
+    trained = OTPrototypes(backbone="resnet18", layers=["layer1", "layer2"], image_size=SIZE, pre_trained=False)
+    with caplog.at_level("WARNING"):
+        fit(trained, datamodule)
+    (message,) = [record.getMessage() for record in caplog.records if "look unlike all others" in record.getMessage()]
+    assert message.startswith("2 of 24 training images look unlike all others")
+    assert "05.png" in message
+    assert "11.png" in message
