@@ -162,7 +162,7 @@ class ProposalAttention(nn.Module):
             overlaps = (pairwise_iou(boxes.float(), boxes.float()) * others).unsqueeze(1)
             attention = (self.overlap_weights[:, None, None] * overlaps).to(heads.dtype)
         seen = F.scaled_dot_product_attention(*heads.unbind(0), attn_mask=attention)
-        return self.outputs(seen.transpose(1, 2).flatten(2))
+        return self.outputs(torch.cat(seen.unbind(1), dim=-1))  # a view would need one layout on every exporter
 
 
 class SparseStage(nn.Module):
