@@ -12,7 +12,7 @@ from anomalib_ot.anomaly.training_patches import EncodedPatches
 
 FEWEST_IMAGES = 20  # with fewer, nothing can be said of an image by the others
 SUPPORT = 3.0  # images that make a prototype one of normal patches
-WHISKER = 1.5  # quartile ranges, Tukey's rule
+WHISKER = 2.2  # distances of the quartiles; with 1.5 small samples have outliers by chance
 
 
 def supported(bank: PrototypeBank, encoded: EncodedPatches) -> tuple[Tensor, Tensor]:
@@ -38,10 +38,11 @@ def unlike_others(bank: PrototypeBank, encoded: EncodedPatches) -> Tensor:
 
     Each image is scored against the prototypes that at least 3 images support: by the highest mean distance of 3 x 3
     neighboring patches. Unlike the others are images whose score lies above the upper quartile by more than
-    1.5 times the distance of the quartiles; of fewer than 20 images none.
+    2.2 times the distance of the quartiles; of fewer than 20 images none.
 
     References:
-        J. Tukey, "Exploratory data analysis", 1977 (the rule of quartiles); the score is ours.
+        D. Hoaglin, B. Iglewicz, "Fine-tuning some resistant rules for outlier labeling", 1987 (the rule of quartiles,
+        with 2.2 for Tukey's 1.5); the score is ours.
     """
     several, _ = supported(bank, encoded)
     if encoded.num_images < FEWEST_IMAGES or not several.any():
