@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from anomalib_ot import Inspector
+from anomalib_ot.edge import inspector
 from anomalib_ot.edge.drawing import draw_view
 from anomalib_ot.edge.drift import Drift
 from anomalib_ot.edge.frames import Frame, InspectError
@@ -111,6 +113,28 @@ def test_what_the_graph_refuses_is_an_error_of_that_frame_alone(tmp_path):
         found = list(inspector.stream(frames * 3))
     assert [one.verdict for one in found] == ["good", "error", "good"] * 3
     assert "cannot be computed by the model" in found[1].error
+
+
+def test_a_watched_file_that_changes_while_it_is_read_is_read_again(bright, tmp_path, monkeypatch):
+    path, read = tmp_path / "a.png", inspector.read_pixels
+    Image.fromarray(frame(0)).save(path)
+
+    def late(image, *args):
+        pixels = read(image, *args)
+        os.utime(path, (1, 1))
+        return pixels
+
+    monkeypatch.setattr(inspector, "read_pixels", late)
+    asked = []
+    with Inspector(bright) as own:
+        watched = Frame("a.png", path, retry=lambda: asked.append(1) or True)
+        assert list(own.stream([watched])) == []
+        os.utime(path)
+        (result,) = own.stream([Frame("a.png", path)])  # nobody watches: it is taken as it is
+        assert (len(asked), result.verdict) == (1, "good")
+        os.utime(path)
+        (result,) = own.stream([Frame("a.png", path, retry=lambda: False)])
+    assert result.error == "a.png was changed while it was read"
 
 
 def test_a_problem_of_the_source_is_a_result_in_its_place(bright):

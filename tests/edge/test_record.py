@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from anomalib_ot.edge.command import run
-from anomalib_ot.edge.frames import Frame, InspectError
+from anomalib_ot.edge.frames import Frame, InspectError, changed_at
 from anomalib_ot.edge.output_file import OutputFile
 from anomalib_ot.edge.record import Record
 from anomalib_ot.edge.results import Result
@@ -248,6 +249,19 @@ def test_one_file_has_one_key_whatever_it_is_called(tmp_path, monkeypatch):
         assert all(record.has(Frame(name, name)) for name in others)
         assert not record.has(Frame("a.png", "a.png"))
         assert not record.has(Frame("in/b.png", "in/b.png"))
+
+
+def test_a_watched_file_that_was_read_before_its_change_was_seen_has_its_line(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"x")
+    watched, named = (Frame(str(path), path, retry=retry) for retry in (lambda: False, None))
+    with Record(tmp_path / "lines.jsonl") as record:
+        assert not record.has(watched)
+        record.write(replace(result(str(path)), changed=changed_at(path)))
+        assert record.has(watched)
+        assert not record.has(named)  # who names a file twice gets two lines
+        os.utime(path, (1, 1))
+        assert not record.has(watched)
 
 
 def test_a_file_that_was_mended_or_replaced_is_inspected_when_resumed(bright, tmp_path, capsys):

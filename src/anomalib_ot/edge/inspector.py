@@ -218,6 +218,8 @@ class Inspector:
         if problem is None:
             try:
                 pixels = read_pixels(frame.image, self._max_pixels)
+                if frame.retry is not None and changed_at(frame.image) != made.changed:
+                    raise FrameError("was changed while it was read")
                 problem = None if self.expected is None else self.expected.problem(pixels)
                 if problem is None:
                     made.values = network_input(pixels, self._size)

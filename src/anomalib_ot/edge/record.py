@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from anomalib_ot.edge.frames import Frame, InspectError, changed_at
 from anomalib_ot.edge.output_file import OutputFile, whole_bytes, write_all
 from anomalib_ot.edge.results import Result, broken
+
+RECENT = 1000  # frames
 
 
 class Record:
@@ -39,6 +42,7 @@ class Record:
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._done: dict[str, str | None] = {}
+        self._written: OrderedDict[str, str] = OrderedDict()  # the last ones of this run, and when each was changed
         self.cut, self.damaged = False, 0
         self._path = None if path is None else Path(path)
         self._file: OutputFile | None = None
@@ -67,8 +71,13 @@ class Record:
         return len(self._done)
 
     def has(self, frame: Frame) -> bool:
-        """Whether a frame has a line already. A file that was changed since then is another frame."""
+        """Whether a frame has a line already. A file that was changed since then is another frame.
+
+        A watched file may be read just before the folder is looked at again: what seems changed then has a line.
+        """
         key = _key(frame.name)
+        if frame.retry is not None and key in self._written and self._written[key] == changed_at(frame.image):
+            return True
         if key not in self._done:
             return False
         known, now = self._done[key], changed_at(frame.image)
@@ -106,6 +115,10 @@ class Record:
             raise
         except OSError as error:
             raise self._refusal(error) from error
+        if result.changed is not None:
+            self._written[_key(result.name)] = result.changed
+            if len(self._written) > RECENT:
+                self._written.popitem(last=False)
         return line
 
     def _refusal(self, error: OSError) -> InspectError:
