@@ -31,6 +31,7 @@ BACKBONES = {
 # per problem, and 50 passes take hours on 2 cores: one grid and 10 passes are what fits a small machine.
 MODELS = {
     "OTPrototypes": {},
+    "OTPrototypes, outliers dropped": {"advanced": {"drop_outliers": True}},
     "OTPrototypes, the map alone": {"advanced": {"transport_score": False}},
     "OTPrototypes, preset paper (1 grid, 10 passes)": {"preset": "paper", "num_global": 1, "passes": 10},
     "Patchcore": {},

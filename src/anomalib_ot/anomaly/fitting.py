@@ -74,13 +74,13 @@ def fit_bank(
 
 
 def forget_outliers(banks: Sequence[PrototypeBank], patches: Sequence[Patches], seed: int) -> list[int]:
-    """Drop what only images unlike all others have taught members, such as defective ones among the training images.
+    """Find training images unlike all others, such as defective ones, and drop what they alone have taught members.
 
-    Each member finds such images for itself (`unlike_others`). Members take part that cover with nearest assignment,
-    unless their `drop_outliers` is false.
+    Each member that covers with nearest assignment finds such images for itself (`unlike_others`), and those with
+    `drop_outliers` drop the prototypes.
 
     Args:
-        banks: Fitted members; they are changed.
+        banks: Fitted members.
         patches: What each was fitted to, the same images in the same order.
         seed: Seed of the samples that scales are measured on.
 
@@ -89,13 +89,14 @@ def forget_outliers(banks: Sequence[PrototypeBank], patches: Sequence[Patches], 
     """
     votes = []
     for bank, known in zip(banks, patches, strict=True):
-        if not bank.member.drop_outliers or bank.coverage is None or bank.member.assignment != "nearest":
+        if bank.coverage is None or bank.member.assignment != "nearest":
             continue
         encoded = EncodedPatches(bank, known)
         with full_precision(bank.prototypes):
             found = unlike_others(bank, encoded)
-            votes.append(found)
-            if found.any() and drop_prototypes_of(bank, encoded, found.nonzero().flatten().tolist()):
+            votes.append(found.int())
+            images = found.nonzero().flatten().tolist() if bank.member.drop_outliers else []
+            if images and drop_prototypes_of(bank, encoded, images):
                 measure_scales(bank, encoded, seed)
                 measure_calibration(bank, encoded, seed)
-    return (2 * sum(vote.int() for vote in votes) >= len(votes)).nonzero().flatten().tolist() if votes else []
+    return (2 * sum(votes) >= len(votes)).nonzero().flatten().tolist() if votes else []

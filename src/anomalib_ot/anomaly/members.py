@@ -73,7 +73,7 @@ class Member:
             keeps the last ones. Start and scales are taken from all images.
         drop_last: Leave the last assignment problem of a pass out if it has fewer images than the others, as published.
         drop_outliers: With `start="coverage"` and nearest assignment: whether prototypes are dropped that only training
-            images unlike all others supply, such as defective ones that nobody has noticed.
+            images unlike all others supply, for training sets with defective images in them.
     """
 
     layers: tuple[str, ...]
@@ -108,7 +108,7 @@ class Member:
     weight: Positive | Literal["prototypes"] = 1.0
     validation_split: Part = 0.0
     drop_last: bool = False
-    drop_outliers: bool = True
+    drop_outliers: bool = False
 
     def __post_init__(self) -> None:
         """Check every value by its type, and which values go together."""

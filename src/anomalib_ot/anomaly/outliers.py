@@ -12,7 +12,7 @@ from anomalib_ot.anomaly.training_patches import EncodedPatches
 
 FEWEST_IMAGES = 20  # with fewer, nothing can be said of an image by the others
 SUPPORT = 3.0  # images that make a prototype one of normal patches
-WHISKER = 2.2  # distances of the quartiles; with 1.5 small samples have outliers by chance
+WHISKER = 2.2  # distances of the quartiles
 
 
 def supported(bank: PrototypeBank, encoded: EncodedPatches) -> tuple[Tensor, Tensor]:

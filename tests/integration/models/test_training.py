@@ -488,3 +488,14 @@ def test_images_unlike_all_others_are_named(fit, tmp_path, caplog):
     assert message.startswith("2 of 24 training images look unlike all others")
     assert "05.png" in message
     assert "11.png" in message
+    kept = trained.model.banks[0].num_prototypes
+    trained = OTPrototypes(
+        backbone="resnet18",
+        layers=["layer1", "layer2"],
+        image_size=SIZE,
+        pre_trained=False,
+        advanced={"drop_outliers": True},
+    )
+    with caplog.at_level("WARNING"):
+        fit(trained, datamodule)
+    assert trained.model.banks[0].num_prototypes < kept

@@ -302,14 +302,17 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         if not found:
             return
         shown = ", ".join(names[number] for number in found[:SHOWN]) if names else "no names"
+        dropped = any(bank.member.drop_outliers for bank in self.model.banks)
         logger.warning(
-            "%d of %d training %s look unlike all others, as defective ones would, and what they alone show is not "
-            "taken for normal: %s%s",
+            "%d of %d training %s look unlike all others, as defective ones would: %s%s; %s",
             len(found),
             len(names),
             self._cache.unit,
             shown,
             f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "",
+            "what they alone show is not taken for normal"
+            if dropped
+            else "take out what is defective, or leave it to --model.advanced.drop_outliers true",
         )
 
     def forget_collected(self) -> None:

@@ -34,6 +34,8 @@ class PrototypesOptions:
         transport_score: Whether amounts count (something missing, one too many): in the score, and where a part has a
             fixed place on the map, too; None leaves the preset's, which is True but for "paper".
         num_groups: Kinds of patches per member that the transport score counts.
+        drop_outliers: Whether what training images unlike all others show, and no others, is not taken for normal: for
+            training sets with defective images in them. A training names such images in any case.
         export_explanation: Whether exported models have the outputs `feature_map`, `position_map`, `missing_map`,
             `matched_position` and `transport_score`, which `anomalib-ot inspect` names causes by; with them Anomalib's
             own `OpenVINOInferencer` and `TorchInferencer` do not read the export.
@@ -52,6 +54,7 @@ class PrototypesOptions:
     smoothing: Annotated[float, Range(least=0, below=100)] | None = None
     transport_score: bool | None = None
     num_groups: Annotated[int, Range(least=2)] = 16
+    drop_outliers: bool = False
     export_explanation: bool = False
     epochs: Whole = 1
     max_cached_gb: Annotated[float, Range(above=0, finite=False)] = 4.0
@@ -102,7 +105,8 @@ def build_model(
         members = compact_members(layers)
     try:
         plain = None if members is None else [dict(member) for member in members]
-        built = make_members(preset, layers, plain, alpha=alpha, num_prototypes=num_prototypes, num_global=num_global)
+        given = {"alpha": alpha, "num_prototypes": num_prototypes, "num_global": num_global}
+        built = make_members(preset, layers, plain, **given, drop_outliers=options.drop_outliers or None)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
     return PrototypesModel(
