@@ -23,6 +23,7 @@ import warnings
 from pathlib import Path
 
 WEIGHTS = "resnet18_imagenet_layer123.safetensors"
+LEARNED = {"proposals": [10, 10]}
 MODELS = {
     "OTADetector": {"assigner": "ota"},
     "OTADetector, end to end": {"assigner": "ota", "end_to_end": True},
@@ -32,13 +33,18 @@ MODELS = {
     "OTADetector, losses against duplicates": {"sinkhorn": {"train_weight": 1.0}},
     "torchvision FCOS": None,
     "SparseMDOD": {"objective": "mixture"},
-    "SparseMDOD, MCM from the start": {"objective": "mixture", "mcm_rise": (0.0, 0.0)},
-    "SparseMDOD, MCM of weight 1, earlier": {"objective": "mixture", "mcm_weight": 1.0, "mcm_rise": (0.2, 0.6)},
-    "SparseMDOD, without MCM": {"objective": "mixture", "mcm_weight": 0.0},
-    "SparseMDOD, proposals from the image": {"objective": "mixture", "proposals": "image"},
-    "SparseMDOD, set loss": {"objective": "hungarian"},
-    "SparseMDOD, set loss by transport": {"objective": "sinkhorn"},
-    "SparseMDOD, nothing from good images": {"objective": "mixture", "presence_weight": 0.0},
+    "SparseMDOD, learned proposals": {"objective": "mixture", **LEARNED},
+    "SparseMDOD, MCM from the start": {"objective": "mixture", "mcm_rise": (0.0, 0.0), **LEARNED},
+    "SparseMDOD, MCM of weight 1, earlier": {
+        "objective": "mixture",
+        "mcm_weight": 1.0,
+        "mcm_rise": (0.2, 0.6),
+        **LEARNED,
+    },
+    "SparseMDOD, without MCM": {"objective": "mixture", "mcm_weight": 0.0, **LEARNED},
+    "SparseMDOD, set loss": {"objective": "hungarian", **LEARNED},
+    "SparseMDOD, set loss by transport": {"objective": "sinkhorn", **LEARNED},
+    "SparseMDOD, nothing from good images": {"objective": "mixture", "presence_weight": 0.0, **LEARNED},
 }
 GOOD_BOARDS = "deeppcb_with_good_boards"
 DEFAULT_RUNS = [
@@ -52,7 +58,7 @@ DEFAULT_RUNS = [
     ("neu_det", "OTADetector"),
     ("magnetic_tile", "OTADetector"),
     ("deeppcb", "SparseMDOD"),
-    ("deeppcb", "SparseMDOD, proposals from the image"),
+    ("deeppcb", "SparseMDOD, learned proposals"),
     ("deeppcb", "SparseMDOD, set loss"),
     ("deeppcb", "SparseMDOD, MCM from the start"),
     ("deeppcb", "SparseMDOD, MCM of weight 1, earlier"),

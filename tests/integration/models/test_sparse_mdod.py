@@ -15,10 +15,10 @@ from torchvision.transforms.v2 import Identity
 from anomalib_ot import CocoBoxes, SinkhornNMS, SparseMDOD
 from anomalib_ot.detection.mixture import mixture_losses
 from anomalib_ot.detection.set_loss import MATCHERS
-from anomalib_ot.integration.checks.advanced import nested
+from anomalib_ot.integration.checks.advanced import flat, nested
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import write_coco
-from anomalib_ot.integration.models.sparse_options import SPARSE_PRESETS
+from anomalib_ot.integration.models.sparse_options import LEARNED, SPARSE_PRESETS
 
 pytestmark = pytest.mark.slow
 
@@ -162,6 +162,24 @@ def test_proposals_from_the_image(shapes, tmp_path, objective):
             assert one is two is three is None or torch.equal(one, two)
             assert one is None or torch.equal(one, three)
     assert (batch.pred_box_labels >= 0).any()
+
+
+def test_a_checkpoint_that_does_not_say_that_its_proposals_are_learned(shapes, tmp_path):
+    """In version 0.1 they were, six stages long, and checkpoints kept None."""
+    few = {name: value for name, value in SMALL.items() if name not in ("num_stages", "proposals")}
+    model = built(SparseMDOD, **few | LEARNED)
+    runner = engine(tmp_path, max_epochs=1)
+    runner.fit(model, datamodule=data(shapes))
+    path = runner.trainer.checkpoint_callback.best_model_path
+    checkpoint = torch.load(path, weights_only=False)
+    silent = flat(checkpoint["hyper_parameters"]) | {"proposals": None, "num_stages": None}
+    checkpoint["hyper_parameters"] = silent
+    torch.save(checkpoint, path)
+    loaded = SparseMDOD.load_from_checkpoint(path, evaluator=False, visualizer=False).eval()
+    assert (loaded.arguments["proposals"], len(loaded.model.head.stages)) == ([10, 10], 6)
+    images = torch.rand(1, 3, 100, 130)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images).pred_box_scores, loaded(images).pred_box_scores)
 
 
 @pytest.mark.parametrize("objective", ["mixture", *MATCHERS])

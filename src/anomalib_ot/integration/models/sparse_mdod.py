@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from anomalib.data import Batch
@@ -18,13 +18,15 @@ from anomalib_ot.detection.image_proposals import place_loss
 from anomalib_ot.detection.mixture import linear_ramp, mixture_losses
 from anomalib_ot.detection.set_loss import MATCHERS, set_losses
 from anomalib_ot.detection.sparse_mdod import SparseDetector
-from anomalib_ot.integration.checks.advanced import checked_options
+from anomalib_ot.integration.checks.advanced import checked_options, flat, nested
+from anomalib_ot.integration.checks.checkpoints import plain
 from anomalib_ot.integration.checks.console import quiet_console
 from anomalib_ot.integration.checks.errors import install_short_errors
 from anomalib_ot.integration.models.backbone import checked_weights
 from anomalib_ot.integration.models.detector import BoxModel
 from anomalib_ot.integration.models.detector_options import Rate, Suppression
 from anomalib_ot.integration.models.sparse_options import (
+    LEARNED,
     MIXTURE,
     TRAINED_BY,
     SparseOptions,
@@ -126,11 +128,23 @@ class SparseMDOD(BoxModel, AnomalibModule):
     def new_network(self, num_classes: int) -> SparseDetector:
         """Build an untrained network; the arguments may have come from a checkpoint."""
         self.preset = chosen_sparse(self.arguments)
+        # Checkpoints say it, whatever the preset becomes.
+        said = {"proposals": plain(self.preset.proposals), "num_stages": self.preset.num_stages}
+        self.hparams.update(nested(self.arguments | said, self.options))
         names = ("backbone", "layers", "image_size", "tile_size", "tile_overlap")
         arguments = {name: self.hparams[name] for name in names} | self.suppression()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return build_sparse_detector(self.preset, num_classes=num_classes, **arguments)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Become the model that was trained; those of 0.1 have learned proposals, and do not say so."""
+        if "model.head.proposal_boxes" in checkpoint["state_dict"]:
+            saved = flat(checkpoint["hyper_parameters"])
+            if saved.get("preset", "default") == "default":
+                saved |= {name: value for name, value in LEARNED.items() if saved.get(name) is None}
+            checkpoint["hyper_parameters"] = nested(saved, self.options)
+        super().on_load_checkpoint(checkpoint)
 
     # ---- training
 

@@ -23,6 +23,7 @@ from anomalib_ot.ranges import Fraction, Positive, Weight, Whole
 from anomalib_ot.vision.tiling import Tiling
 
 MIXTURE, FROM_IMAGE = "mixture", "image"
+LEARNED = {"proposals": [10, 10], "num_stages": 6}  # of the default before proposals came from the image
 
 # What a checkpoint decides about: its weights and its numbers belong to these values and to no others.
 TRAINED_BY = ("backbone", "layers", "preset", "objective", "image_size", "channels", "num_stages", "proposals")
@@ -35,9 +36,9 @@ class SparseOptions(DetectorOptions):
 
     Args:
         objective: "mixture"; or Sparse R-CNN's loss on the same head, objects matched by "hungarian" or "sinkhorn".
-        num_stages: Stages that refine the proposals; where they are from the image, three.
-        proposals: Rows and columns of the grid that learned proposals begin on, whose product is their number; or
-            "image": the 100 best places of a small dense head on the pyramid, which is trained along.
+        num_stages: Stages that refine the proposals; three where they are from the image, else six.
+        proposals: "image", the 100 best places of a small dense head on the pyramid, which is trained along; or rows
+            and columns of the grid that learned proposals begin on, whose product is their number, as published.
         coord_unit: Pixels per unit of the box outputs; 1 as published, which takes long trainings; for "mixture".
         mcm_weight: Weight of the loss that leaves one proposal per object, 0 to 1; for "mixture".
         mcm_rise: Parts of the training, 0 to 1, between which that weight rises from 0 to the whole; [0, 0], as
@@ -94,7 +95,7 @@ SPARSE_PRESETS = {
     "default": SparsePreset(
         channels=128,
         num_stages=6,
-        proposals=(10, 10),
+        proposals=FROM_IMAGE,
         num_extra=1,
         frozen_stages=1,
         frozen_norm=False,
