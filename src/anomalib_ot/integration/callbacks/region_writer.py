@@ -65,7 +65,7 @@ class RegionWriter(FileWriter):
         >>> RegionWriter("candidates.json", extent=2.0)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        anomalib_ot.integration.checks.errors.InputError: extent is 2.0; expected a number between 0 and 1...
+        anomalib_ot.integration.checks.errors.InputError: extent is 2.0; expected a number above 0 and below 1
     """
 
     def __init__(
