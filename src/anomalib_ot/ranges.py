@@ -16,6 +16,7 @@ __all__ = [
     "Part",
     "Positive",
     "Range",
+    "Unbounded",
     "Weight",
     "Whole",
     "built",
@@ -75,6 +76,7 @@ Between = Annotated[float, Range(above=0, below=1)]
 Part = Annotated[float, Range(least=0, below=1)]
 Positive = Annotated[float, Range(above=0)]
 Weight = Annotated[float, Range(least=0)]
+Unbounded = Annotated[float, Range(least=0, finite=False)]
 Whole = Annotated[int, Range(least=1)]
 Count = Annotated[int, Range(least=0)]
 

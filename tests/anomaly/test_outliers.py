@@ -5,7 +5,7 @@ import torch
 
 from anomalib_ot.anomaly.fitting import fit_bank, forget_outliers
 from anomalib_ot.anomaly.members import Member
-from anomalib_ot.anomaly.outliers import unlike_others
+from anomalib_ot.anomaly.outliers import supported, unlike_others
 from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.anomaly.training_patches import EncodedPatches, Patches
 
@@ -80,4 +80,4 @@ def test_all_prototypes_of_one_image_each_stay():
     alone = torch.eye(IMAGES) * 9
     bank.prototypes, bank.positions = alone, torch.zeros(IMAGES, 2)
     known = EncodedPatches(bank, Patches(alone[:, None].expand(-1, 36, -1), GRID))
-    assert not unlike_others(bank, known).any()
+    assert not unlike_others(bank, known, supported(bank, known)[0]).any()

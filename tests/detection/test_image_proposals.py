@@ -3,7 +3,6 @@
 import math
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,22 +15,11 @@ from anomalib_ot.detection.sparse_mdod import SparseDecoding, SparseDetector
 from anomalib_ot.vision.boxes import grid_points
 from anomalib_ot.vision.suppression import suppress_duplicates
 
+from .conftest import TwoScales, onnx_equals_eager
+
 STRIDES = (4, 8, 16)
 BOXES = [torch.tensor([[8.0, 8, 30, 40], [40, 10, 60, 30]]), torch.tensor([[20.0, 20, 50, 44]])]
 LABELS = [torch.tensor([0, 2]), torch.tensor([1])]
-
-
-class TwoScales(nn.Module):
-    """A backbone of two maps, of strides 4 and 8."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU())
-        self.stage = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU())
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        stem = self.stem(images)
-        return {"stem": stem, "stage": self.stage(stem)}
 
 
 def detector(kind=MixtureOutput, count=12, **arguments) -> SparseDetector:
@@ -236,20 +224,7 @@ def test_poisoned_weights_never_crash(where, number):
 
 @pytest.mark.slow
 def test_openvino_reads_the_onnx_graph(tmp_path):
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     model = detector(decoding=SparseDecoding(suppress_duplicates, max_detections=20))
-    path = tmp_path / "model.onnx"
-    dynamic = ({0: torch.export.Dim("batch", min=1, max=8)},)
-    torch.onnx.export(
-        model, (images(),), path, dynamo=True, dynamic_shapes=dynamic, opset_version=18, verbose=False,
-        output_names=["boxes", "scores", "labels", "scales"],
-    )  # fmt: skip
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    for count in (1, 3):
-        pictures = images(count, seed=count)
-        with torch.no_grad():
-            expected = model(pictures)
-        found = compiled(pictures.numpy())
+    for expected in onnx_equals_eager(model, images, tmp_path / "model.onnx"):
         assert expected.valid.any()
-        for name, value in expected._asdict().items():
-            np.testing.assert_allclose(found[name], value.numpy(), atol=5e-3, rtol=1e-3)

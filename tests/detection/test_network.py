@@ -15,18 +15,7 @@ from anomalib_ot.vision.boxes import decode_ltrb, grid_points
 from anomalib_ot.vision.suppression import keep_all
 from anomalib_ot.vision.tiling import Tiling
 
-
-class TwoScales(nn.Module):
-    """A backbone of two maps, of strides 4 and 8."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU())
-        self.stage = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU())
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        stem = self.stem(images)
-        return {"stem": stem, "stage": self.stage(stem)}
+from .conftest import TwoScales
 
 
 def detector(seed: int = 0, **arguments: object) -> DenseDetector:

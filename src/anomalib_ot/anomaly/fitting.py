@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from anomalib_ot.anomaly.coverage import measure_coverage
-from anomalib_ot.anomaly.outliers import drop_prototypes_of, unlike_others
+from anomalib_ot.anomaly.outliers import drop_prototypes_of, supported, unlike_others
 from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.anomaly.refinement import Report, refine
 from anomalib_ot.anomaly.scales import measure_calibration, measure_scales, set_statistics
@@ -93,10 +93,11 @@ def forget_outliers(banks: Sequence[PrototypeBank], patches: Sequence[Patches], 
             continue
         encoded = EncodedPatches(bank, known)
         with full_precision(bank.prototypes):
-            found = unlike_others(bank, encoded)
+            several, mass = supported(bank, encoded)
+            found = unlike_others(bank, encoded, several)
             votes.append(found.int())
             images = found.nonzero().flatten().tolist() if bank.member.drop_outliers else []
-            if images and drop_prototypes_of(bank, encoded, images):
+            if images and drop_prototypes_of(bank, encoded, images, several, mass):
                 measure_scales(bank, encoded, seed)
                 measure_calibration(bank, encoded, seed)
     return (2 * sum(votes) >= len(votes)).nonzero().flatten().tolist() if votes else []

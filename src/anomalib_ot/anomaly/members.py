@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
-from anomalib_ot.ranges import Count, Fraction, Part, Positive, Range, Whole, built, check, check_fields
+from anomalib_ot.ranges import Count, Fraction, Part, Positive, Range, Unbounded, Whole, built, check, check_fields
 
 Preset = Literal["default", "paper"]
-Unbounded = Annotated[float, Range(least=0, finite=False)]
 # "auto": as many prototypes as make this many numbers, within bounds. Narrow features need, and afford, more of them.
 PROTOTYPE_NUMBERS, FEWEST, MOST = 19_200, 80, 256
 

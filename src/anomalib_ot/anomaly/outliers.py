@@ -33,8 +33,8 @@ def supported(bank: PrototypeBank, encoded: EncodedPatches) -> tuple[Tensor, Ten
     return (mass.square() >= SUPPORT * squares) & (mass > 0), mass
 
 
-def unlike_others(bank: PrototypeBank, encoded: EncodedPatches) -> Tensor:
-    """Say which images a member finds unlike all others, bool (n,).
+def unlike_others(bank: PrototypeBank, encoded: EncodedPatches, several: Tensor) -> Tensor:
+    """Say which images a member finds unlike all others, bool (n,); `several` are the `supported` prototypes.
 
     Each image is scored against the prototypes that at least 3 images support: by the highest mean distance of 3 x 3
     neighboring patches. Unlike the others are images whose score lies above the upper quartile by more than
@@ -44,7 +44,6 @@ def unlike_others(bank: PrototypeBank, encoded: EncodedPatches) -> Tensor:
         D. Hoaglin, B. Iglewicz, "Fine-tuning some resistant rules for outlier labeling", 1987 (the rule of quartiles,
         with 2.2 for Tukey's 1.5); the score is ours.
     """
-    several, _ = supported(bank, encoded)
     if encoded.num_images < FEWEST_IMAGES or not several.any():
         return torch.zeros(encoded.num_images, dtype=torch.bool)
     known = comparable(bank.member, bank.prototypes)[several.to(encoded.device)]
@@ -53,12 +52,14 @@ def unlike_others(bank: PrototypeBank, encoded: EncodedPatches) -> Tensor:
     return scores > high + WHISKER * (high - low)
 
 
-def drop_prototypes_of(bank: PrototypeBank, encoded: EncodedPatches, images: Sequence[int]) -> bool:
+def drop_prototypes_of(
+    bank: PrototypeBank, encoded: EncodedPatches, images: Sequence[int], several: Tensor, mass: Tensor
+) -> bool:
     """Drop the prototypes with a support below 3 that get half of their mass or more from these images.
 
-    Scales, radii and positions of the bank must be measured again if it says that any were dropped.
+    `several` and `mass` are what `supported` returns. Scales, radii and positions of the bank must be measured again if
+    it says that any were dropped.
     """
-    several, mass = supported(bank, encoded)
     theirs = sum((_masses(bank, encoded.images(torch.tensor([image]))).sum(0) for image in images), 0 * mass)
     kept = (several | (theirs < mass / 2) | (mass == 0)).to(encoded.device)
     bank.prototypes, bank.positions = bank.prototypes[kept], bank.positions[kept]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomalib_ot.ot.precision import widen
-from anomalib_ot.ranges import Between, Fraction, Positive, Range, Weight, Whole, check_fields
+from anomalib_ot.ranges import Between, Fraction, Positive, Range, Unbounded, Weight, Whole, check_fields
 from anomalib_ot.vision.detections import Detections
 from anomalib_ot.vision.suppression import top_detections
 
@@ -80,7 +80,7 @@ class SinkhornNMSSettings:
     class_weight: Weight = 4.0
     slack_cost: Annotated[float, Range()] = 0.8
     epsilon: Positive = 0.05
-    rho: Annotated[float, Range(least=0, finite=False)] = 1.0
+    rho: Unbounded = 1.0
     num_iters: Whole = 20
     entropy: Weight | None = 1.0
 

@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from anomalib_ot.ranges import Between, Count, Range, Whole, check_fields
+from anomalib_ot.ranges import Between, Count, Range, Unbounded, Whole, check_fields
 from anomalib_ot.vision.detections import Detections, stack_detections
 
 DEFECT = 0
@@ -48,7 +48,7 @@ class RegionSettings:
     edge: Between = 0.7
     reach: Count = 28
     min_area: Whole = 16
-    gap: Annotated[float, Range(least=0, finite=False)] = 0
+    gap: Unbounded = 0
     max_boxes: Whole = 20
     score: Literal["peak", "mean"] = "peak"
 

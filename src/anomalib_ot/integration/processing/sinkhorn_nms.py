@@ -97,10 +97,9 @@ class SinkhornNMS(PostProcessor):
         if own:
             msg = f"settings has {own[0]!r}; expected none of the other arguments: give it as {OWN[own[0]]} alone"
             raise InputError(msg)
+        known = [field.name for field in fields(SinkhornNMSSettings) if field.name not in OWN]
         for name in given["settings"]:
-            check_known(
-                "settings", name, [field.name for field in fields(SinkhornNMSSettings) if field.name not in OWN]
-            )
+            check_known("settings", name, known)
         settings = {name: given[own] for name, own in OWN.items()} | given["settings"]
         try:
             check(given, hints_of(type(self).__init__))
