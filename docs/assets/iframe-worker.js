@@ -27,7 +27,8 @@ if (location.protocol === "file:") {
       if (this.waiting) {
         this.waiting.push(data);
       } else {
-        this.frame.contentWindow.postMessage(data, "*");
+        // Not by its postMessage, which answers us: a frame made by a page has that page's origin.
+        this.frame.contentWindow.dispatchEvent(new MessageEvent("message", { data }));
       }
     }
   };
