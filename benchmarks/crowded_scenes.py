@@ -55,9 +55,7 @@ def boards(root: Path, part: str) -> Iterator[Annotated]:
     content = json.loads((root / "annotations" / f"instances_{part}.json").read_text())
     for image in content["images"]:
         own = [entry for entry in content["annotations"] if entry["image_id"] == image["id"]]
-        boxes = [
-            (round(x), round(y), round(x + w), round(y + h)) for x, y, w, h in (entry["bbox"] for entry in own)
-        ]
+        boxes = [(round(x), round(y), round(x + w), round(y + h)) for x, y, w, h in (entry["bbox"] for entry in own)]
         faultless, shown = (
             np.asarray(Image.open(root / folder / Path(name).name).convert("L"))
             for folder, name in (("templates", image["template"]), ("images", image["file_name"]))

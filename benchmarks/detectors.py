@@ -4,10 +4,10 @@
 
 All runs share the backbone with its ImageNet weights, the pyramid, image size, augmentation, batches, steps, optimizer
 and schedule; they differ in head, assigner, losses and decoding. "Published recipe" is that of the papers instead: SGD
-with two steps, frozen batch norm and stages, 256 channels, four convolutions per tower. Every run is a process of its own. Results go to
-OUT/runs.jsonl as they come; runs that are there already are not repeated. At the end: a table of all runs, also in
-OUT/table.md, and the learning curves in OUT/curves.png. An OTADetector with a one-to-one branch is tested three times:
-as it is, with greedy suppression after it, and by its one-to-many branch with greedy suppression.
+with two steps, frozen batch norm and stages, 256 channels, four convolutions per tower. Every run is a process of its
+own. Results go to OUT/runs.jsonl as they come; runs that are there already are not repeated. At the end: a table of all
+runs, also in OUT/table.md, and the learning curves in OUT/curves.png. An OTADetector with a one-to-one branch is tested
+three times: as it is, with greedy suppression after it, and by its one-to-many branch with greedy suppression.
 
 Convolutions are trained in bf16 where the processor has instructions for it; elsewhere bf16 takes 2.6 times as long as
 float32, which is trained then. The first line says which, unless --precision does.

@@ -233,8 +233,8 @@ def table(runs: list[dict]) -> str:
         pixel = "-" if run["pixel_AUROC"] is None else f"{run['pixel_AUROC']:.3f}"
         name = label(run)
         lines.append(
-            f"| {run['set']} | {run['backbone']} | {name} | {run['image_AUROC']:.3f} | {pixel} | {run['fit_cpu_s']:.1f} "
-            f"| {run['state_kB']:.0f} | {run['peak_MB']:.0f} |"
+            f"| {run['set']} | {run['backbone']} | {name} | {run['image_AUROC']:.3f} | {pixel} "
+            f"| {run['fit_cpu_s']:.1f} | {run['state_kB']:.0f} | {run['peak_MB']:.0f} |"
         )
     lines += ["", "| backbone | model | sets | mean image AUROC | mean pixel AUROC |", "|---|---|---|---|---|"]
     groups: dict[tuple, list[dict]] = {}
