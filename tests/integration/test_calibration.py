@@ -1,6 +1,7 @@
 """A threshold from good images: into a checkpoint, an export, a training; and no verdict where there is none."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -105,10 +106,14 @@ def test_a_test_of_a_calibrated_checkpoint_counts_by_its_threshold(checkpoint, f
     datamodule = data(folders, **held_out, test_split_mode="from_dir", val_split_mode="same_as_test")
     engine(tmp_path).test(OTPrototypes(**MODEL, visualizer=False), datamodule=datamodule, ckpt_path=checkpoint)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "false alarms: " in line]
-    escapes = OTPrototypes.load_from_checkpoint(checkpoint).calibration["escapes"]
+    calibrated = OTPrototypes.load_from_checkpoint(checkpoint)
+    escapes = calibrated.calibration["escapes"]
+    assert calibrated.known_scores["good"]["count"] == 12  # p-values and drift compare with them
+    (report,) = (tmp_path / "OTPrototypes").rglob("report.html")
+    assert "The threshold is from 12 good images, for at most 0.5 false alarms per good image" in report.read_text()
     assert line == (
-        f"false alarms: 5 of 12 good (41.7%), escapes: {escapes} of 2 defective ({escapes / 2:.1%}); "
-        f"checkpoint: {checkpoint.resolve()}"
+        f"false alarms: 5 of 12 good (41.7%), escapes: {escapes} of 2 defective ({escapes / 2:.1%}), "
+        f"threshold from 12 good images; checkpoint: {checkpoint.resolve()}"
     )
 
 
@@ -118,6 +123,19 @@ def test_good_images_of_the_training_are_refused_for_the_threshold(folders, tmp_
     model = OTPrototypes(**MODEL, visualizer=False, max_false_alarms=RATE)
     with pytest.raises(InputError, match=r"max_false_alarms is 0\.1, and 12 good validation images .* training images"):
         engine(tmp_path).fit(model, datamodule=datamodule)
+
+
+def test_training_images_set_no_threshold(checkpoint, folders, tmp_path, capsys):
+    before = checkpoint.read_bytes()
+    assert run([str(checkpoint), "--good", str(folders["train"]), "--max-false-alarms", "0.5"]) == 2
+    found = re.search(r"(\d) of its 8 images \(first (.+)\) are training images", capsys.readouterr().err)
+    assert int(found[1]) >= 7  # one may be the datamodule's share for the test
+    mixed = Path(shutil.copytree(folders["good"], tmp_path / "mixed"))
+    shutil.copy(found[2], mixed / "another_name.png")
+    assert run([str(checkpoint), "--good", str(mixed), "--max-false-alarms", "0.5"]) == 2
+    said = capsys.readouterr().err
+    assert f"--good is '{mixed}', and 1 of its 13 images (first {mixed / 'another_name.png'}) are training" in said
+    assert checkpoint.read_bytes() == before
 
 
 @pytest.mark.slow

@@ -92,6 +92,7 @@ def test_false_alarms_are_below_the_threshold_after_they_were_learned(checkpoint
     assert all((after[name] <= before[name] + 1e-5).all() for name in after)
     assert ((after["bad"] > threshold) == (before["bad"] > threshold)).all()
     updated = OTPrototypes.load_from_checkpoint(checkpoint)
+    assert len(updated.training_images) == len(model.training_images) + 3  # they set no threshold from now on
     assert updated.calibration == model.calibration
     assert updated.post_processor.image_threshold == model.post_processor.image_threshold
 

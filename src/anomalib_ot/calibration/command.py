@@ -65,9 +65,16 @@ def _calibrate(options: argparse.Namespace) -> None:
     if len(good_files) < needed:
         raise InputError(
             f"--good is '{options.good}' with {len(good_files)} images, which promise a false-alarm rate of "
-            f"{1 / (len(good_files) + 1):.3g} at best; {rate:g} needs at least {needed}: add images or raise it"
+            f"{1 / (len(good_files) + 1):.3g} at best; {rate:g} needs at least {needed}: add images, or ask "
+            "for a higher rate"
         )
     model = _model(options.model)
+    learned = model.trained_on(good_files)
+    if learned:
+        raise InputError(
+            f"--good is '{options.good}', and {len(learned)} of its {len(good_files)} images (first {learned[0]}) are "
+            "training images of the model, whose scores say nothing of future ones; name a folder of other good images"
+        )
     good = model.scores(good_files, "good images")
     bad = model.scores(bad_files, "bad images") if bad_files else []
     try:

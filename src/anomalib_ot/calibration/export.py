@@ -33,6 +33,11 @@ class CalibratedExport:
             msg = f"there is no {self._file}, where the threshold is to be written; export the model with anomalib-ot"
             raise InspectError(msg)
 
+    def trained_on(self, files: Sequence[str]) -> list[str]:
+        """Return none: an export does not say which images it was trained on."""
+        del files
+        return []
+
     def scores(self, files: Sequence[str], description: str) -> list[float]:
         """Return the image score of each file, as the graph gives it; an `InspectError` if files cannot be read."""
         results = list(self._inspector.stream(files))

@@ -77,11 +77,11 @@ class Manifest:
         if self.kind == "boxes" and self.class_names is None:
             notes.append("names of classes are not known: boxes are numbered")
         if self.good_quantiles is None:
-            notes.append("scores of good validation images are not known: drift cannot be told")
+            notes.append("scores of good validation images are not known: drift is not measured")
         elif self.good_count < LEAST:
             notes.append(
-                f"scores of {self.good_count} good validation images are known, drift cannot be told from fewer than "
-                f"{LEAST}: validate with more, and export again"
+                f"scores of {self.good_count} good validation images are known, and drift is measured from {LEAST} on: "
+                "validate with more, and export again"
             )
         return notes
 

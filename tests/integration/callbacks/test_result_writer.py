@@ -78,7 +78,7 @@ def rows_in(folder: Path) -> list[dict]:
 
 def test_a_test_writes_a_row_per_image_and_a_report(checkpoint, fabric, tmp_path):
     runner = engine(tmp_path)
-    figures = runner.test(model(), datamodule=data(fabric), ckpt_path=checkpoint)[0]
+    figures = runner.test(model(pre_trained=False), datamodule=data(fabric), ckpt_path=checkpoint)[0]
     folder = Path(runner.trainer.default_root_dir)
     assert (folder / "images").is_dir(), "the table is not beside the pictures"
     rows = rows_in(folder)
@@ -95,10 +95,20 @@ def test_a_test_writes_a_row_per_image_and_a_report(checkpoint, fabric, tmp_path
     assert figures["image_F1Score"] == pytest.approx(2 * hits / (2 * hits + wrong))
     run = json.loads((folder / "run.json").read_text())
     assert (run["model"], run["stage"], run["settings"]["num_prototypes"]) == ("OTPrototypes", "test", 8)
+    assert run["settings"]["pre_trained"] is True  # as it was trained, whatever the test is told
     assert run["checkpoint"] == str(Path(checkpoint).resolve())
     assert len(run["checkpoint_sha256"]) == 64
     assert {"anomalib-ot", "anomalib", "torch", "python"} <= set(run["versions"])
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_test_before_any_training_leaves_room_for_one(checkpoint, fabric, tmp_path):
+    engine(tmp_path).test(model(), datamodule=data(fabric), ckpt_path=checkpoint)
+    (latest,) = tmp_path.glob("OTPrototypes/*/latest")
+    assert (latest.resolve().name, (latest / "report.html").is_file()) == ("v0", True)
+    engine(tmp_path).fit(model(), datamodule=data(fabric))
+    assert latest.resolve().name == "v1"
+    assert (latest.with_name("v0") / "report.html").is_file()
 
 
 def test_rows_of_several_batches_keep_every_path_and_what_was_predicted(checkpoint, pictures, tmp_path):

@@ -134,6 +134,9 @@ class VerdictReport(Callback):
         (good, bad), unknown = sum(share[0] for share in shares).tolist(), sum(share[1] for share in shares)
         parts = [_part("false alarms", good[1], sum(good), "good"), _part("escapes", bad[0], sum(bad), "defective")]
         parts += [f"{unknown} without a verdict"] if unknown else []
+        calibration = getattr(pl_module, "calibration", None)
+        if calibration:
+            parts.append(f"threshold from {calibration['good_images']} good images")
         path = trainer.ckpt_path or getattr(trainer.checkpoint_callback, "best_model_path", "")
         self._line = f"{', '.join(parts)}; checkpoint: {Path(path).resolve() if path else 'none was written or read'}"
 

@@ -37,7 +37,7 @@ class Candidates(NamedTuple):
 
 
 class RegionWriter(FileWriter):
-    """Write the odd regions of tested or predicted images as boxes to one COCO file.
+    """Write the anomalous regions of tested or predicted images as boxes to one COCO file.
 
     Works with the anomaly maps of any Anomalib model, and leaves the model's results as they are. All boxes have one
     category, "defect"; images without boxes are listed too. The file is written at the end of a test or prediction,

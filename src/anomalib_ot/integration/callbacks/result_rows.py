@@ -97,7 +97,7 @@ class ResultRows:
         }
 
     def _regions(self, item: ImageItem, file_size: tuple[int, int] | None) -> dict[str, Any]:
-        """The odd regions as boxes, with the causes inside each; in pixels of the file, or of the map without one."""
+        """The anomalous regions as boxes, with the causes in each; in pixels of the file, or of the map without one."""
         if item.anomaly_map is None:
             return {"regions": None, "size": None if file_size is None else list(file_size)}
         anomaly, feature, position, _, missing, roi = (_array(getattr(item, name, None)) for name in MAPS)

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import platform
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -66,6 +67,8 @@ class ResultWriter(Callback):
         self._path = _draft_path(folder, trainer.global_rank)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if trainer.is_global_zero:
+                _make_version(folder)
             self._draft = self._path.open("wb")
         except OSError as error:
             raise _unwritable(folder, error) from error
@@ -132,6 +135,20 @@ class ResultWriter(Callback):
             self._path.unlink(missing_ok=True)
 
 
+def _make_version(folder: Path) -> None:
+    """Turn a folder `latest`, which is none of a training, into a version with a link to it.
+
+    Anomalib writes there where a test has no training before it, and its next training stops at such a folder.
+    """
+    if folder.name != "latest" or folder.is_symlink():
+        return
+    numbers = [int(one.name[1:]) for one in folder.parent.glob("v*") if one.name[1:].isdecimal()]
+    version = folder.with_name(f"v{max(numbers, default=-1) + 1}")
+    with suppress(OSError):  # a system without links: the folder stays
+        folder.rename(version)
+        folder.symlink_to(version, target_is_directory=True)
+
+
 def _draft_path(folder: Path, rank: int) -> Path:
     return folder / f".{LINES}-{rank}"
 
@@ -196,6 +213,7 @@ def _run_of(trainer: "Trainer", pl_module: "AnomalibModule") -> dict[str, Any]:
         "data": getattr(trainer.datamodule, "name", None),
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "checkpoint_sha256": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest() if hashed else None,
+        "calibration": getattr(pl_module, "calibration", None),
         "settings": settings,
         "versions": _versions(),
     }

@@ -1,5 +1,6 @@
 """Decode every image once before the model sees any: find the broken ones, and those that 8 bits cannot hold."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from anomalib_ot.integration.checks.errors import InputError
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 2
+DIGEST = 16  # letters of a checksum
 ORIENTATION = 0x0112  # EXIF
 ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
@@ -54,6 +56,15 @@ class _Finding:
 
 
 _findings: dict[tuple[str, int, int], _Finding] = {}
+
+
+def digests_of(files: Iterable[str | Path]) -> list[str]:
+    """Return a checksum (16 letters) of the content of each file, in order; files that cannot be read are left out."""
+    found = []
+    for file in files:
+        with suppress(OSError):
+            found.append(hashlib.sha256(Path(file).read_bytes()).hexdigest()[:DIGEST])
+    return found
 
 
 def check_images(paths: Iterable[str | Path], description: str) -> ImageReport:

@@ -94,8 +94,10 @@ class CheckedExport:
         checkpoint[SCORES], checkpoint[CALIBRATION] = self.known_scores, self.calibration
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore both; older checkpoints have neither."""
+        """Restore both; older checkpoints have neither. Also tell where the backbone's weights were from."""
         super().on_load_checkpoint(checkpoint)
+        trained = checkpoint.get("hyper_parameters", {})
+        self.hparams.update({name: trained[name] for name in ("pre_trained", "backbone_weights") if name in trained})
         self.known_scores, self.calibration = checkpoint.get(SCORES), checkpoint.get(CALIBRATION)
 
     @classmethod

@@ -12,11 +12,12 @@ from anomalib_ot.integration.checks.atomic_write import write_whole
 from anomalib_ot.integration.checks.checked_checkpoint_io import AnomalibCheckpointIO
 from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, checked_reading
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.checks.images import check_images
+from anomalib_ot.integration.checks.images import check_images, digests_of
 from anomalib_ot.integration.data.deep_images import read_image_deep
 from anomalib_ot.integration.data.region_of_interest import check_shape
-from anomalib_ot.integration.export.export import CALIBRATION
-from anomalib_ot.integration.models.ot_prototypes import OTPrototypes
+from anomalib_ot.integration.export.export import CALIBRATION, SCORES
+from anomalib_ot.integration.export.known_scores import summarized_scores
+from anomalib_ot.integration.models.ot_prototypes import TRAINING_IMAGES, OTPrototypes
 
 __all__ = ["CalibratedCheckpoint"]
 
@@ -48,6 +49,11 @@ class CalibratedCheckpoint:
             )
             raise InputError(msg)
 
+    def trained_on(self, files: Sequence[str]) -> list[str]:
+        """Return those files that the training, or an update, has learned; none for checkpoints that do not say."""
+        known = set(self._content.get(TRAINING_IMAGES) or ())
+        return [file for file in files if known and known.issuperset(digests_of([file]))]
+
     def scores(self, files: Sequence[str], description: str) -> list[float]:
         """Return the raw image score of each file, as the model gives it before any post-processing.
 
@@ -64,7 +70,8 @@ class CalibratedCheckpoint:
 
         Args:
             calibration: What the threshold is and where it comes from, plain data.
-            good: Scores of the good images: what scores are put to scale by where no validation has set a scale.
+            good: Raw scores of the good images: what p-values compare with from now on, and what puts scores to scale
+                where no validation has set a scale.
 
         Raises:
             InputError: If the file cannot be written; it is then as it was.
@@ -86,6 +93,9 @@ class CalibratedCheckpoint:
         config = self._content.setdefault(CONFIG, {})
         config["image_sensitivity"] = 0.5  # the threshold itself decides
         self._content[CALIBRATION] = dict(calibration)
+        # What p-values and drift compare with: the scores of good images that nobody has seen.
+        known, own = self._content.get(SCORES), summarized_scores(torch.tensor(good))
+        self._content[SCORES] = (known or own) | {"good": {name: own[name] for name in ("count", "quantiles")}}
         self._save(self.path)
 
     def _image(self, file: str) -> torch.Tensor:

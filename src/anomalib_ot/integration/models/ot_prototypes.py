@@ -27,8 +27,9 @@ from anomalib_ot.integration.checks.advanced import checked_options, flat, neste
 from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, is_reading, trained_arguments
 from anomalib_ot.integration.checks.console import quiet_console
 from anomalib_ot.integration.checks.errors import InputError, install_short_errors
+from anomalib_ot.integration.checks.images import digests_of
 from anomalib_ot.integration.data.batches import ExplainedBatch
-from anomalib_ot.integration.data.datamodule_checks import check_datamodule
+from anomalib_ot.integration.data.datamodule_checks import check_datamodule, dataset_image_paths
 from anomalib_ot.integration.data.region_of_interest import read_region
 from anomalib_ot.integration.export.explained_export import ExplainedExport
 from anomalib_ot.integration.export.known_scores import ScoreKeeper
@@ -60,6 +61,7 @@ DEFAULTS = PrototypesOptions()
 SHOWN = 5  # names of images in a message
 WITHOUT_FLOAT64 = ("mps",)  # the fit sums in float64; it runs on the CPU there
 ADDITIONS, ROI_SIZE = "anomalib_ot_additions", "anomalib_ot_roi_size"
+TRAINING_IMAGES = "anomalib_ot_training_images"
 NO_DATA = "no data to {}; name a data set (--data Folder --data.root ..., in Python datamodule=...)"
 
 
@@ -110,6 +112,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
     options = PrototypesOptions
     model: PrototypesModel
     additions: list[dict[str, Any]] | None = None  # what `anomalib-ot update` has added since the training
+    training_images: list[str] | None = None  # checksums of the images that it has learned from
 
     def __init__(
         self,
@@ -201,6 +204,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
     def on_fit_start(self) -> None:
         """Limit the passes; get the backbone's weights, unless the model or the checkpoint to resume from has them."""
         self._cache.check_folder()
+        self.training_images = None
         if self.trainer.max_epochs in UNLIMITED_EPOCHS:
             self.trainer.fit_loop.max_epochs = self.epochs
         if not self.model.is_fitted:
@@ -310,9 +314,9 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
             self._cache.unit,
             shown,
             f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "",
-            "what they alone show is not taken for normal"
+            "what they alone show was dropped"
             if dropped
-            else "take out what is defective, or leave it to --model.advanced.drop_outliers true",
+            else "remove defective ones, or set --model.advanced.drop_outliers true",
         )
 
     def forget_collected(self) -> None:
@@ -348,9 +352,13 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         return as_trained(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the record of what was added since the training."""
+        """Keep the record of what was added since the training, and which images that was by."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[ADDITIONS], checkpoint[ROI_SIZE] = self.additions, self.roi_size
+        if self.training_images is None and self._trainer is not None:
+            files = dataset_image_paths(getattr(self.trainer.datamodule, "train_data", None))
+            self.training_images = sorted(digests_of(files))
+        checkpoint[TRAINING_IMAGES] = self.training_images
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that was trained, whatever the arguments: its prototypes belong to no other."""
@@ -362,7 +370,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
             options = checked_options(self.options, self.hparams["advanced"])
             self.model = build_model(**{name: self.hparams[name] for name in EVERYDAY}, options=options)
         self._take_region(checkpoint)
-        self.additions = checkpoint.get(ADDITIONS)
+        self.additions, self.training_images = checkpoint.get(ADDITIONS), checkpoint.get(TRAINING_IMAGES)
         super().on_load_checkpoint(checkpoint)
         if self._trainer is not None and isinstance(self._trainer.datamodule, AnomalibDataModule):
             self._trainer.datamodule.setup(self._trainer.state.fn)  # its data sets take over the restored resize

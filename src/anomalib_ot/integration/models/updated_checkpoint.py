@@ -6,8 +6,9 @@ from typing import Any
 
 from anomalib_ot.anomaly.model import Growth
 from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.images import digests_of
 from anomalib_ot.integration.models.calibrated_checkpoint import CalibratedCheckpoint
-from anomalib_ot.integration.models.ot_prototypes import ADDITIONS
+from anomalib_ot.integration.models.ot_prototypes import ADDITIONS, TRAINING_IMAGES
 from anomalib_ot.integration.processing.pre_post import raw_threshold
 
 __all__ = ["UpdatedCheckpoint"]
@@ -78,6 +79,9 @@ class UpdatedCheckpoint(CalibratedCheckpoint):
             except ValueError as error:
                 raise InputError(f"{description}: {file}: {error}") from error
             learned[file] = grown._replace(score=before[file])
+        taken = [file for file, growth in learned.items() if any(growth.prototypes) or growth.amounts]
+        if known := self._content.get(TRAINING_IMAGES):
+            self._content[TRAINING_IMAGES] = sorted({*known, *digests_of(taken)})
         after = self.scores(list(learned), description)
         return {file: (grown, score) for (file, grown), score in zip(learned.items(), after, strict=True)}
 

@@ -75,6 +75,7 @@ def report_page(lines: Path) -> tuple[str, Summary]:
         cards=[_card(row, lines.parent / THUMBNAILS) for row in summary.shown],
         has_causes=any(row.get("causes") for row in summary.shown),
         has_maps=any(row.get("regions") is not None for row in summary.shown),
+        threshold_said=_threshold_said(run.get("calibration")),
         settings=_rows_of(run.get("settings")),
         versions=_rows_of(run.get("versions")),
     )
@@ -95,6 +96,19 @@ def write_report(lines: Path) -> Path:
         msg = f"the report {path} cannot be written ({error.strerror}); copy the run to a folder of your own"
         raise InputError(msg) from error
     return path
+
+
+def _threshold_said(calibration: Mapping[str, Any] | None) -> str:
+    """Say where the threshold comes from; nothing where no false-alarm rate was asked for."""
+    if not calibration:
+        return ""
+    low, high = calibration["interval"]
+    return (
+        f"The threshold is from {calibration['good_images']} good images, for at most "
+        f"{calibration['max_false_alarms']:.3g} false alarms per good image; to expect are "
+        f"{calibration['false_alarm_rate']:.3g} ({calibration['confidence']:.0%} interval {low:.3g} to {high:.3g}). "
+        "Where those images are among the ones below, they do not test it."
+    )
 
 
 def _title(run: Mapping[str, Any], lines: Path) -> str:
@@ -144,7 +158,7 @@ def _card(row: Mapping[str, Any], thumbnails: Path) -> dict[str, Any]:
         "words": _words(row),
         "picture": picture,
         "boxes": f"{_number(len(boxes), 'box', 'boxes')}: {kinds}" if boxes else "",
-        "regions": _number(len(regions), "odd region", "odd regions") if regions else "",
+        "regions": _number(len(regions), "anomalous region", "anomalous regions") if regions else "",
         "error": row.get("error"),
     }
 

@@ -251,7 +251,7 @@ def _position_panel(
     if unlike is not None:
         position_map = np.where(position_map >= unlike, position_map, 0.0)
     chosen = arrows(position_map, matched_position, max_arrows=max_arrows, min_strength=least)
-    caption = "arrow: from where it is to where it belongs" if chosen else "nothing clearly belongs elsewhere"
+    caption = "arrow: from where it is to where it belongs" if chosen else "no patch clearly belongs elsewhere"
     return Panel(title, caption, draw_arrows(drawn, chosen))
 
 
