@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -202,6 +203,25 @@ def test_lines_of_the_inspector_have_a_report_too(tmp_path):
     assert "3 images 1 defective 1 good 1 error" in words
     assert "looks wrong 60 % wrong place 40 %" in words
     assert "c.png is no image" in words
+
+
+def test_pictures_of_an_inspection_are_put_in(tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (640, 480), (200, 40, 40)).save(pictures / "a.jpg")
+    inspected = [
+        {"name": "a.png", "verdict": "defect", "score": 0.75, "overlay": "a.jpg"},
+        {"name": "b.png", "verdict": "good", "score": 0.2},
+    ]
+    path = written(tmp_path, inspected, "line.jsonl")
+    assert run([str(path), "--overlays", str(pictures)]) == 0
+    page = path.with_suffix(".html").read_text(encoding="utf-8")
+    (shown,) = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert Image.open(io.BytesIO(base64.b64decode(shown))).size == (320, 240)
+    assert page.count("no picture kept") == 1
+    capsys.readouterr()
+    (pictures / "a.jpg").write_bytes(b"no picture")
+    assert f"--overlays: {pictures / 'a.jpg'} cannot be read" in refusal(capsys, path, "--overlays", pictures)
 
 
 def refusal(capsys, *words) -> str:

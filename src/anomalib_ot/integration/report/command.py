@@ -24,9 +24,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         type=Path,
         help=f"folder of a run of anomalib test or predict, with {LINES}; or a file that anomalib-ot inspect wrote",
     )
+    parser.add_argument(
+        "--overlays", metavar="FOLDER", type=Path, help="pictures that anomalib-ot inspect --overlays FOLDER wrote"
+    )
     options = parser.parse_args(arguments)
     try:
-        print(write_report(_table(options.run)))
+        print(write_report(_table(options.run), options.overlays))
     except InputError as error:
         print(f"anomalib-ot report: error: {error}", file=sys.stderr, flush=True)
         return REFUSED

@@ -1,11 +1,14 @@
 """The report of a run: one HTML file that needs nothing else, no network and no other file."""
 
 import base64
+import io
 import json
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from anomalib_ot.imaging.causes import CauseShares
 from anomalib_ot.integration.checks.atomic_write import write_whole
@@ -28,6 +31,7 @@ from anomalib_ot.integration.report.table import (
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 260, 46, 44, 30  # of the histogram, in units of its view box
 NEEDED = ("made", "stage", "model", "data", "checkpoint", "checkpoint_sha256")
 NAMED = 3  # classes of boxes on a card
+SIDE = 320  # pixels, of a picture on a card
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -46,13 +50,13 @@ def read_run(path: Path) -> dict[str, Any]:
     return run
 
 
-def report_page(lines: Path) -> tuple[str, Summary]:
+def report_page(lines: Path, overlays: Path | None = None) -> tuple[str, Summary]:
     """Make the report of a table; what is beside it (`run.json`, `thumbnails`) is put in; and what it says in numbers.
 
-    `lines` are `predictions.jsonl` of a run, or those of `anomalib-ot inspect`.
+    `lines` are `predictions.jsonl` of a run, or those of `anomalib-ot inspect`, whose pictures are in `overlays`.
 
     Raises:
-        InputError: If a file is damaged, or there is no row.
+        InputError: If a file or a picture is damaged, or there is no row.
     """
     # Imported here: models import this module, and should be cheap to import.
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -72,7 +76,7 @@ def report_page(lines: Path) -> tuple[str, Summary]:
         tiles=_tiles(summary),
         verdicts=[word for word in (GOOD, DEFECTIVE, UNKNOWN, ERROR) if summary.verdicts[word]] or [GOOD],
         chart=_chart(histogram(summary)),
-        cards=[_card(row, lines.parent / THUMBNAILS) for row in summary.shown],
+        cards=[_card(row, _picture(row, lines.parent / THUMBNAILS, overlays)) for row in summary.shown],
         has_causes=any(row.get("causes") for row in summary.shown),
         has_maps=any(row.get("regions") is not None for row in summary.shown),
         threshold_said=_threshold_said(run.get("calibration")),
@@ -82,14 +86,16 @@ def report_page(lines: Path) -> tuple[str, Summary]:
     return page.encode(errors="backslashreplace").decode(), summary
 
 
-def write_report(lines: Path) -> Path:
+def write_report(lines: Path, overlays: Path | None = None) -> Path:
     """Write the report of a table beside it, whole or not at all: `report.html`, or by the name of another file's.
+
+    Arguments as for `report_page`.
 
     Raises:
         InputError: If the table is damaged or empty, or the report cannot be written.
     """
     path = lines.with_name(REPORT) if lines.name == LINES else lines.with_suffix(".html")
-    page, _ = report_page(lines)
+    page, _ = report_page(lines, overlays)
     try:
         write_whole(path, page.encode())
     except OSError as error:
@@ -137,10 +143,26 @@ def _rows_of(values: Any) -> list[tuple[str, str]]:
     ]
 
 
-def _card(row: Mapping[str, Any], thumbnails: Path) -> dict[str, Any]:
-    """What is shown of an image."""
+def _picture(row: Mapping[str, Any], thumbnails: Path, overlays: Path | None) -> str | None:
+    """Return the picture of an image as base64, a JPEG: its thumbnail, or its overlay made small; None without one."""
     file = thumbnails / thumbnail_name(row["path"])
-    picture = base64.b64encode(file.read_bytes()).decode() if file.is_file() else None
+    if file.is_file():
+        return base64.b64encode(file.read_bytes()).decode()
+    if overlays is None or not row.get("overlay"):
+        return None
+    file, small = overlays / Path(row["overlay"]).name, io.BytesIO()
+    try:
+        with Image.open(file) as picture:
+            picture.thumbnail((SIDE, SIDE))
+            picture.convert("RGB").save(small, "JPEG")
+    except OSError as error:
+        msg = f"--overlays: {file} cannot be read ({error.strerror or error}); name the folder of that inspection"
+        raise InputError(msg) from error
+    return base64.b64encode(small.getvalue()).decode()
+
+
+def _card(row: Mapping[str, Any], picture: str | None) -> dict[str, Any]:
+    """What is shown of an image."""
     boxes = row.get("boxes") or []
     names = list(dict.fromkeys(str(box.get("class", box.get("label", "box"))) for box in boxes))
     kinds = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
