@@ -152,10 +152,11 @@ def test_an_image_alone_and_in_a_batch(either):
     together = either(images)
     for i in range(len(images)):
         alone = either(images[i : i + 1])
-        for name in ("anomaly_map", "feature_map", "position_map", "matched_position"):
+        for name in ("feature_map", "position_map", "matched_position"):
             whole, own = getattr(together, name)[i : i + 1], getattr(alone, name)
             torch.testing.assert_close(whole, own, rtol=1e-5, atol=1e-5 * own.max().item(), msg=name)
-        for name in ("pred_score", "transport_score"):
+        # Amounts are sums of a steep softmax of distances: they, and the missing map, multiply rounding.
+        for name in ("anomaly_map", "pred_score", "transport_score"):
             whole, own = getattr(together, name)[i : i + 1], getattr(alone, name)
             torch.testing.assert_close(whole, own, rtol=1e-4, atol=1e-4, msg=name)
 

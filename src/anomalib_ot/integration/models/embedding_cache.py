@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.models.embedding_files import EmbeddingFiles, make_folder, mapped_patches
 
 logger = logging.getLogger(__name__)
+LEAST_MAPPED = 2**17  # bytes
 
 
 class EmbeddingCache:
@@ -93,10 +95,7 @@ class EmbeddingCache:
         self._grids = grids
         for i, key in enumerate(keys):
             self._seen.add(str(key))
-            self._images[str(key)] = {
-                source: embeddings[i].detach().to("cpu", torch.float32, copy=True)
-                for source, (embeddings, _) in embedded.items()
-            }
+            self._images[str(key)] = {source: _kept(embeddings[i]) for source, (embeddings, _) in embedded.items()}
         if self._files is not None or (self.cache_dir is not None and len(self._images) > self._capacity()):
             self._move_to_files()
         self._shrink()
@@ -186,3 +185,15 @@ class EmbeddingCache:
         if not keep:
             self.clear()
         return patches
+
+
+def _kept(embedding: Tensor) -> Tensor:
+    """Copy an embedding to the CPU, float32, into memory that the system gets back as soon as it is let go.
+
+    What `malloc` has given out in thousands of pieces mostly stays with the process, and bringing all images together
+    would then take twice their memory.
+    """
+    kept = embedding.detach().to("cpu", torch.float32, copy=True)
+    if kept.nbytes < LEAST_MAPPED:
+        return kept
+    return torch.frombuffer(mmap.mmap(-1, kept.nbytes), dtype=torch.float32).view(kept.shape).copy_(kept)
