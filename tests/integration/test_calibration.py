@@ -91,7 +91,9 @@ def test_a_checkpoint_decides_by_its_calibration(checkpoint, folders, tmp_path, 
     assert picture.read_bytes().startswith(b"\x89PNG")
     model = OTPrototypes.load_from_checkpoint(checkpoint)
     assert model.calibration["good_images"] == 12
-    assert float(model.post_processor.image_threshold) == pytest.approx(model.calibration["threshold"])
+    post, lowest = model.post_processor, model.known_scores["good"]["quantiles"][0]
+    assert float(post.image_threshold) == pytest.approx(model.calibration["threshold"])
+    assert 0.5 + (lowest - float(post.image_threshold)) / float(post.image_max - post.image_min) > -1e-5  # not cut off
     assert sum(predicted(checkpoint, folders["good"], tmp_path)) <= 1  # one of the thirteen may be above
     bad = predicted(checkpoint, folders["bad"], tmp_path)
     assert bad.count(False) == model.calibration["escapes"]
@@ -110,7 +112,8 @@ def test_a_test_of_a_calibrated_checkpoint_counts_by_its_threshold(checkpoint, f
     escapes = calibrated.calibration["escapes"]
     assert calibrated.known_scores["good"]["count"] == 12  # p-values and drift compare with them
     (report,) = (tmp_path / "OTPrototypes").rglob("report.html")
-    assert "The threshold is from 12 good images, for at most 0.5 false alarms per good image" in report.read_text()
+    said = "The threshold was set by 12 good images, for at most 0.5 of good images called defective."
+    assert said in report.read_text()
     assert line == (
         f"false alarms: 5 of 12 good (41.7%), escapes: {escapes} of 2 defective ({escapes / 2:.1%}), "
         f"threshold from 12 good images; checkpoint: {checkpoint.resolve()}"

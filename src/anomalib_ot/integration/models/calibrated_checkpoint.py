@@ -70,8 +70,8 @@ class CalibratedCheckpoint:
 
         Args:
             calibration: What the threshold is and where it comes from, plain data.
-            good: Raw scores of the good images: what p-values compare with from now on, and what puts scores to scale
-                where no validation has set a scale.
+            good: Raw scores of the good images: what p-values compare with from now on, and what the scale of scores
+                reaches down to.
 
         Raises:
             InputError: If the file cannot be written; it is then as it was.
@@ -80,10 +80,11 @@ class CalibratedCheckpoint:
         names = ("_image_threshold", "image_min", "image_max")
         values = [state[f"post_processor.{name}"] for name in names]
         values[0] = torch.full_like(values[0], calibration["threshold"])
-        if not (values[2] > values[1]):  # NaN, too
-            low = min(good)
-            span = max(max(good) - low, abs(low) * 1e-3, 1e-6)
-            values[1:] = torch.full_like(values[1], low), torch.full_like(values[2], low + span)
+        # Wide enough that no good image is cut off at 0: a score is 0.5 + (raw - threshold) / (image_max - image_min).
+        known = [float(value) for value in values[1:]] if values[2] > values[1] else []  # NaN, too
+        low = min([*good, *known])
+        span = max([2 * (calibration["threshold"] - low), max([*good, *known]) - low, abs(low) * 1e-3, 1e-6])
+        values[1:] = torch.full_like(values[1], low), torch.full_like(values[2], low + span)
         # The post-processor is a callback, too, whose state Lightning restores last.
         as_callback = self._content.get("callbacks", {}).get(post.state_key, {})
         for name, value in zip(names, values, strict=True):

@@ -110,10 +110,10 @@ def _threshold_said(calibration: Mapping[str, Any] | None) -> str:
         return ""
     low, high = calibration["interval"]
     return (
-        f"The threshold is from {calibration['good_images']} good images, for at most "
-        f"{calibration['max_false_alarms']:.3g} false alarms per good image; to expect are "
+        f"The threshold was set by {calibration['good_images']} good images, for at most "
+        f"{calibration['max_false_alarms']:.3g} of good images called defective. Expected: "
         f"{calibration['false_alarm_rate']:.3g} ({calibration['confidence']:.0%} interval {low:.3g} to {high:.3g}). "
-        "Where those images are among the ones below, they do not test it."
+        "Images that set the threshold do not test it."
     )
 
 
