@@ -149,6 +149,16 @@ class PrototypeBank(nn.Module):
         """Return D_s = |y - z| (..., K), in image sides, of patch positions (..., 2)."""
         return (positions.unsqueeze(-2) - self.positions).square().sum(-1).sqrt()
 
+    def costs(self, embeddings: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return both weighted parts of the cost: feature (B, N, K) and position (N, K), uncalibrated."""
+        return self._feature_part(embeddings), self._position_part(grid_size)
+
+    def _feature_part(self, embeddings: Tensor) -> Tensor:
+        return (1 - self.member.alpha) * self.feature_cost(self.encode(embeddings.float()))
+
+    def _position_part(self, grid_size: tuple[int, int]) -> Tensor:
+        return self.member.alpha * self.position_cost(self.patch_positions(grid_size))
+
     def patch_positions(self, grid_size: tuple[int, int]) -> Tensor:
         """Return the positions (N, 2) of the patches of a grid (h, w) that count, on the device of the buffers."""
         positions = grid_positions(grid_size, self.positions.device)
@@ -168,16 +178,15 @@ class PrototypeBank(nn.Module):
         Returns:
             The two calibrated parts of the cost, and the position of the prototype that the patch looks like most.
         """
-        position = self.member.alpha * self.position_cost(self.patch_positions(grid_size))
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         whole = traced or embeddings.device.type != "cpu"
         parts = [embeddings] if whole else embeddings.split(1)  # there a batch needs no more memory than an image
-        found = zip(*(self._matched(part, position) for part in parts), strict=True)
+        position = self._position_part(grid_size)
+        found = zip(*(self._matched(self._feature_part(part), position) for part in parts), strict=True)
         return PatchScores(*(self.on_grid(torch.cat(values)) for values in found))
 
-    def _matched(self, embeddings: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Score patches (B, N, D) whose places cost `position` (N, K); see `forward`."""
-        feature = (1 - self.member.alpha) * self.feature_cost(self.encode(embeddings.float()))
+    def _matched(self, feature: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score patches by both weighted parts of the cost, (B, N, K) and (N, K); see `forward`."""
         looks, index = cheapest(feature)
         added = ((feature + position).amin(-1) - looks).clamp(min=0.0)
         return looks / self.calibration, added / self.calibration, self.positions[index]

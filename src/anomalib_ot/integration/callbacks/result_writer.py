@@ -67,7 +67,7 @@ class ResultWriter(Callback):
         self._path = _draft_path(folder, trainer.global_rank)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and trainer.datamodule is not None:  # others are not named as a training is
                 _make_version(folder)
             self._draft = self._path.open("wb")
         except OSError as error:
@@ -144,9 +144,11 @@ def _make_version(folder: Path) -> None:
         return
     numbers = [int(one.name[1:]) for one in folder.parent.glob("v*") if one.name[1:].isdecimal()]
     version = folder.with_name(f"v{max(numbers, default=-1) + 1}")
+    link = folder.with_name(".latest")
     with suppress(OSError):  # a system without links: the folder stays
+        link.symlink_to(version, target_is_directory=True)
         folder.rename(version)
-        folder.symlink_to(version, target_is_directory=True)
+        link.rename(folder)
 
 
 def _draft_path(folder: Path, rank: int) -> Path:

@@ -97,7 +97,8 @@ class CheckedExport:
         """Restore both; older checkpoints have neither. Also tell where the backbone's weights were from."""
         super().on_load_checkpoint(checkpoint)
         trained = checkpoint.get("hyper_parameters", {})
-        self.hparams.update({name: trained[name] for name in ("pre_trained", "backbone_weights") if name in trained})
+        if trained.get("backbone_weights") != "random":  # version 0.1 called pre_trained=False so
+            self.hparams.update({key: trained[key] for key in ("pre_trained", "backbone_weights") if key in trained})
         self.known_scores, self.calibration = checkpoint.get(SCORES), checkpoint.get(CALIBRATION)
 
     @classmethod

@@ -70,8 +70,8 @@ class CalibratedCheckpoint:
 
         Args:
             calibration: What the threshold is and where it comes from, plain data.
-            good: Raw scores of the good images: what p-values compare with from now on, and what the scale of scores
-                reaches down to.
+            good: Raw scores of the good images, which the scale of scores reaches down to; p-values compare with them
+                where they are more than those of the validation.
 
         Raises:
             InputError: If the file cannot be written; it is then as it was.
@@ -94,9 +94,11 @@ class CalibratedCheckpoint:
         config = self._content.setdefault(CONFIG, {})
         config["image_sensitivity"] = 0.5  # the threshold itself decides
         self._content[CALIBRATION] = dict(calibration)
-        # What p-values and drift compare with: the scores of good images that nobody has seen.
-        known, own = self._content.get(SCORES), summarized_scores(torch.tensor(good))
-        self._content[SCORES] = (known or own) | {"good": {name: own[name] for name in ("count", "quantiles")}}
+        # P-values and drift compare with good images that the training has not seen; the more of them the better.
+        own = summarized_scores(torch.tensor(good))
+        scores = self._content.get(SCORES) or own
+        if (scores.get("good") or {"count": 0})["count"] < own["count"]:
+            self._content[SCORES] = scores | {"good": {name: own[name] for name in ("count", "quantiles")}}
         self._save(self.path)
 
     def _image(self, file: str) -> torch.Tensor:

@@ -193,7 +193,7 @@ def _kept(embedding: Tensor) -> Tensor:
     What `malloc` has given out in thousands of pieces mostly stays with the process, and bringing all images together
     would then take twice their memory.
     """
-    kept = embedding.detach().to("cpu", torch.float32, copy=True)
-    if kept.nbytes < LEAST_MAPPED:
-        return kept
-    return torch.frombuffer(mmap.mmap(-1, kept.nbytes), dtype=torch.float32).view(kept.shape).copy_(kept)
+    size = 4 * embedding.numel()
+    if size < LEAST_MAPPED:
+        return embedding.detach().to("cpu", torch.float32, copy=True)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.float32).view(embedding.shape).copy_(embedding.detach())
