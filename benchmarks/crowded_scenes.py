@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from anomalib_ot.integration.data.coco_json import write_coco
 from anomalib_ot.synthetic.fabric import render_fabric
 
 OVERLAPS = (0.5, 0.75)  # intersection over union of the boxes of a pair
@@ -31,9 +32,9 @@ def beside(box: tuple[int, int, int, int], rng: np.random.Generator) -> tuple[in
     return (step, 0) if axis == 0 else (0, step)
 
 
-def with_twins(image: np.ndarray, faultless: np.ndarray, content: Annotated, rng: np.random.Generator) -> Annotated:
+def with_twins(content: Annotated, faultless: np.ndarray, rng: np.random.Generator) -> Annotated:
     """Copy defects of a PCB, what differs from the faultless one, to a place beside them."""
-    _, boxes, labels = content
+    image, boxes, labels = content
     drawn, all_boxes, all_labels = image.copy(), list(boxes), list(labels)
     differs = np.abs(image.astype(int) - faultless) > CONTRAST
     for box, label in zip(boxes, labels, strict=True):
@@ -60,8 +61,8 @@ def boards(root: Path, part: str) -> Iterator[Annotated]:
             np.asarray(Image.open(root / folder / Path(name).name).convert("L"))
             for folder, name in (("templates", image["template"]), ("images", image["file_name"]))
         )
-        labels = [entry["category_id"] for entry in own]
-        yield with_twins(shown, faultless, (shown, boxes, labels), np.random.default_rng(image["id"]))
+        labels = [entry["category_id"] - 1 for entry in own]
+        yield with_twins((shown, boxes, labels), faultless, np.random.default_rng(image["id"]))
 
 
 def fabric(part: str) -> Iterator[Annotated]:
@@ -88,7 +89,7 @@ def fabric(part: str) -> Iterator[Annotated]:
                 target = np.s_[box[1] : box[3], box[0] : box[2]]
                 image[target][mask] = picture[mask]
                 boxes.append(box)
-                labels.append(int(label) + 1)
+                labels.append(int(label))
                 dx, dy = beside(box, rng)
                 left, top = left + dx, top + dy
         yield image, boxes, labels
@@ -104,19 +105,13 @@ def write_scenes(kind: str, data: Path, folder: Path) -> list[str]:
         return [str(path.resolve()) for path in paths]
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for part, path in zip(FABRIC_IMAGES, paths, strict=True):
-        images, annotations, classes = [], [], set()
-        scenes = boards(data / "deeppcb", part) if kind == "boards" else fabric(part)
-        for number, (pixels, boxes, labels) in enumerate(scenes, start=1):
-            name = f"{part}_{number:03d}.png"
-            Image.fromarray(pixels).save(folder / "images" / name)
-            images.append({"id": number, "file_name": name, "width": pixels.shape[1], "height": pixels.shape[0]})
-            for (left, top, right, bottom), label in zip(boxes, labels, strict=True):
-                size = (right - left, bottom - top)
-                annotations.append(
-                    {"id": len(annotations) + 1, "image_id": number, "category_id": label, "iscrowd": 0}
-                    | {"bbox": [left, top, *size], "area": size[0] * size[1]}
-                )
-            classes |= set(labels)
-        categories = [{"id": label, "name": f"kind {label}"} for label in sorted(classes)]
-        path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+        images, boxes, labels = [], [], []
+        for number, scene in enumerate(boards(data / "deeppcb", part) if kind == "boards" else fabric(part), start=1):
+            name, (height, width) = f"{part}_{number:03d}.png", scene[0].shape[:2]
+            Image.fromarray(scene[0]).save(folder / "images" / name)
+            images.append((name, width, height))
+            boxes.append(scene[1])
+            labels.append(scene[2])
+        names = [f"kind {number}" for number in range(1, max(map(max, filter(None, labels))) + 2)]
+        write_coco(path, images, boxes, labels, None, names)
     return [str(path.resolve()) for path in paths]

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from functools import cache
@@ -22,7 +21,6 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FENCE = re.compile(r"```bash\n(.*?)```", re.DOTALL)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ENTRY = re.compile(r"^### `(.+)`$", re.MULTILINE)
 
 pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="this is not a checkout: no docs/ here")
@@ -174,12 +172,10 @@ def test_search_works_in_pages_opened_as_files(site):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
-def test_a_browser_searches_in_a_page_opened_as_a_file(site, tmp_path):
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
-    options += ["--virtual-time-budget=20000", "--dump-dom"]
+def test_a_browser_searches_in_a_page_opened_as_a_file(site, browser):
+    command = [*browser, "--virtual-time-budget=20000", "--dump-dom"]
     address = (site / "howto" / "train.html").as_uri() + "?q=false+alarms"
-    done = subprocess.run([CHROMIUM, *options, address], check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, address], check=True, capture_output=True, text=True, timeout=120)
     assert re.search(r"[1-9]\d* matching documents", done.stdout)
 
 

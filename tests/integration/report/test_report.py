@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -23,7 +22,6 @@ from anomalib_ot.integration.report.page import report_page
 from anomalib_ot.integration.report.summary import MOST_SHOWN, Selection, histogram, summarized
 from anomalib_ot.integration.report.table import as_line, read_rows, thumbnail_name
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NASTY = "/data/bad/<script>document.title='taken'</script> & \"Tür\".png"
 
 
@@ -282,14 +280,11 @@ def test_the_template_is_in_the_package():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 @pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_shows_it(lines, tmp_path, width):
+def test_a_browser_shows_it(lines, tmp_path, browser, width):
     assert run([str(lines.parent)]) == 0
     shot, report = tmp_path / "shot.png", lines.with_name("report.html")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1600"]
-    command = [CHROMIUM, *options, f"--screenshot={shot}", report.as_uri()]
+    command = [*browser, "--hide-scrollbars", f"--window-size={width},1600", f"--screenshot={shot}", report.as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     assert (np.abs(pixels - (200, 40, 40)).max(axis=2) < 12).sum() > 500, "the thumbnail is not to be seen"

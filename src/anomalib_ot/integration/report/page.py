@@ -1,7 +1,6 @@
 """The report of a run: one HTML file that needs nothing else, no network and no other file."""
 
 import base64
-import io
 import json
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -11,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from anomalib_ot.imaging.causes import CauseShares
+from anomalib_ot.imaging.small_jpeg import SIDE, small_jpeg
 from anomalib_ot.integration.checks.atomic_write import write_whole
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.report.summary import KNOWN, Histogram, Summary, histogram, summarized
@@ -31,7 +31,6 @@ from anomalib_ot.integration.report.table import (
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 260, 46, 44, 30  # of the histogram, in units of its view box
 NEEDED = ("made", "stage", "model", "data", "checkpoint", "checkpoint_sha256")
 NAMED = 3  # classes of boxes on a card
-SIDE = 320  # pixels, of a picture on a card
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -150,15 +149,15 @@ def _picture(row: Mapping[str, Any], thumbnails: Path, overlays: Path | None) ->
         return base64.b64encode(file.read_bytes()).decode()
     if overlays is None or not row.get("overlay"):
         return None
-    file, small = overlays / Path(row["overlay"]).name, io.BytesIO()
+    file = overlays / Path(row["overlay"]).name
     try:
         with Image.open(file) as picture:
             picture.thumbnail((SIDE, SIDE))
-            picture.convert("RGB").save(small, "JPEG")
+            small = small_jpeg(picture.convert("RGB"))
     except OSError as error:
         msg = f"--overlays: {file} cannot be read ({error.strerror or error}); name the folder of that inspection"
         raise InputError(msg) from error
-    return base64.b64encode(small.getvalue()).decode()
+    return base64.b64encode(small).decode()
 
 
 def _card(row: Mapping[str, Any], picture: str | None) -> dict[str, Any]:

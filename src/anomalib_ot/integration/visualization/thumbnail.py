@@ -1,6 +1,5 @@
 """A small picture of one part for reports: the part with its anomaly map or its boxes, as JPEG of bounded size."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +9,9 @@ from PIL import Image, ImageDraw
 
 from anomalib_ot.imaging.box_drawing import class_color
 from anomalib_ot.imaging.heat import dim_outside, draw_outline, overlay
+from anomalib_ot.imaging.small_jpeg import SIDE, small_jpeg
 from anomalib_ot.integration.visualization.visualizer import shown_image
 
-SIDE, MOST_BYTES, QUALITIES = 320, 40_000, (85, 70, 50, 30, 10)
 OUTLINE, DARK = (255, 255, 255), (16, 18, 24)
 
 
@@ -40,12 +39,7 @@ def thumbnail(
         image = overlay(image, _plane(item.anomaly_map))
         if item.pred_mask is not None and bool(item.pred_mask.any()):
             image = draw_outline(image, _plane(item.pred_mask) > 0, OUTLINE)
-    for quality in QUALITIES:
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=quality, optimize=True)
-        if file.tell() <= MOST_BYTES:
-            break
-    return file.getvalue()
+    return small_jpeg(image)
 
 
 def _plane(values: Any) -> np.ndarray:
