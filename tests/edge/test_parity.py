@@ -7,7 +7,7 @@ from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_ot import Inspector, OTPrototypes
-from anomalib_ot.integration.data.fabric_folder import FabricFolder
+from anomalib_ot.integration.data.synthetic_fabric import FabricFolder
 
 pytestmark = pytest.mark.slow
 

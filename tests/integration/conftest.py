@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from anomalib_ot.integration.data.fabric_folder import FabricFolder
+from anomalib_ot.integration.data.synthetic_fabric import FabricFolder
 
 # Does what the script `anomalib` does, or another one whose module is named, after the imports once per call: each call
 # is a forked process of its own, with its own arguments, folder and environment. It ends as an interpreter does

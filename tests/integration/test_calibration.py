@@ -15,7 +15,7 @@ from anomalib_ot import Inspector, OTPrototypes
 from anomalib_ot.calibration.command import run
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.batches import ExplainedBatch
-from anomalib_ot.integration.data.fabric_folder import FabricFolder
+from anomalib_ot.integration.data.synthetic_fabric import FabricFolder
 from anomalib_ot.integration.processing.pre_post import ExplainedPostProcessor
 
 RATE = 0.1  # needs nine good images

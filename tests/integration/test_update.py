@@ -17,7 +17,7 @@ from anomalib_ot import __main__ as script
 from anomalib_ot.calibration.command import run as calibrate
 from anomalib_ot.calibration.update import run
 from anomalib_ot.integration.data.deep_images import read_image_deep
-from anomalib_ot.integration.data.fabric_folder import FabricFolder
+from anomalib_ot.integration.data.synthetic_fabric import FabricFolder
 
 MODEL = {"backbone": "filter_bank", "layers": ["scale1", "scale2"], "image_size": [64, 64], "num_prototypes": 8}
 

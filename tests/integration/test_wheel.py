@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from anomalib_ot.integration.data.fabric_folder import FabricFolder
+from anomalib_ot.integration.data.synthetic_fabric import FabricFolder
 
 from .conftest import ROOT, Anomalib, run
 

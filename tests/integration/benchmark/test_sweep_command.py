@@ -20,7 +20,7 @@ from anomalib_ot.integration.benchmark import command as sweep_command
 from anomalib_ot.integration.benchmark.command import run
 from anomalib_ot.integration.benchmark.config import SweepJob, read_configs, sweep_jobs
 from anomalib_ot.integration.benchmark.report import markdown, read_sweep
-from anomalib_ot.integration.data.fabric_folder import FabricFolder
+from anomalib_ot.integration.data.synthetic_fabric import FabricFolder
 
 pytestmark = pytest.mark.slow
 

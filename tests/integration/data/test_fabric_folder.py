@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_ot.integration.data.fabric_folder import FabricFolder
+from anomalib_ot.integration.data.synthetic_fabric import FabricFolder
 from anomalib_ot.synthetic.fabric import DEFECTS, render_fabric
 from anomalib_ot.synthetic.picture import tight_boxes
 
@@ -144,7 +144,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, failure):
 
 
 DRAW = (
-    "import sys; from pathlib import Path; from anomalib_ot.integration.data.fabric_folder import FabricFolder\n"
+    "import sys; from pathlib import Path; from anomalib_ot.integration.data.synthetic_fabric import FabricFolder\n"
     "FabricFolder(num_train=int(sys.argv[2]), num_test_good=2, num_per_defect=2, image_size=(64, 72))"
     ".ensure(Path(sys.argv[1]))"
 )

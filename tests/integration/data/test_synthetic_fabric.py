@@ -11,8 +11,7 @@ from anomalib.data import AnomalibDataModule
 from PIL import Image
 from torchvision.transforms.v2 import Resize
 
-from anomalib_ot.integration.data.fabric_folder import FabricFolder
-from anomalib_ot.integration.data.synthetic_fabric import SyntheticFabric
+from anomalib_ot.integration.data.synthetic_fabric import FabricFolder, SyntheticFabric
 from anomalib_ot.synthetic.fabric import DEFECTS
 
 SMALL = {"num_train": 5, "num_test_good": 4, "num_per_defect": 2, "image_size": (64, 72)}

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from anomalib_ot import SyntheticFabricBoxes
-from anomalib_ot.integration.data.fabric_folder import FabricFolder
+from anomalib_ot.integration.data.synthetic_fabric import FabricFolder
 from anomalib_ot.synthetic.fabric import DEFECTS
 from anomalib_ot.synthetic.picture import tight_boxes
 

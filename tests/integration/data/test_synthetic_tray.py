@@ -9,7 +9,7 @@ import pytest
 from anomalib.data import AnomalibDataModule
 from PIL import Image
 
-from anomalib_ot.integration.data.fabric_folder import FabricFolder
+from anomalib_ot.integration.data.synthetic_fabric import FabricFolder
 from anomalib_ot.integration.data.synthetic_tray import SyntheticTray, TrayFolder
 from anomalib_ot.synthetic.tray import DEFECTS, render_tray
 

@@ -17,8 +17,8 @@ from anomalib_ot.calibration.command import run as calibrate
 from anomalib_ot.edge.drawing import draw_view
 from anomalib_ot.imaging.heat import dim_outside
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.data.fabric_folder import FabricFolder
 from anomalib_ot.integration.data.region_of_interest import read_region
+from anomalib_ot.integration.data.synthetic_fabric import FabricFolder
 from anomalib_ot.integration.visualization.thumbnail import thumbnail
 
 SIDE = 64

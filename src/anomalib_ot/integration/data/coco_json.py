@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -62,7 +61,7 @@ def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
     """
     path = Path(path)
     findings = Findings() if findings is None else findings
-    content = load_lists(path)
+    content = _load_lists(path)
     names, label_of = _categories(path, content["categories"], findings)
     image_of = _images(path, content["images"], findings)
     seen: dict[Any, tuple] = {}
@@ -70,8 +69,8 @@ def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
         _read_annotation(path, index, annotation, image_of, label_of, seen, findings)
     of_boxes = [image_of[annotation["image_id"]] for annotation in content["annotations"]]
     bboxes = [_numbers(annotation.get("bbox")) for annotation in content["annotations"]]
-    check_no_fractions(path, bboxes)
-    check_no_corners(path, bboxes, [(image.width, image.height) for image in of_boxes])
+    _check_no_fractions(path, bboxes)
+    _check_no_corners(path, bboxes, [(image.width, image.height) for image in of_boxes])
     images = {id(image): image for image in image_of.values()}.values()
     for image in images:
         if image.dropped and not image.boxes:
@@ -82,25 +81,23 @@ def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
 
 def _categories(path: Path, entries: list[Mapping], findings: Findings) -> tuple[list[str], dict[Any, int]]:
     """Order the categories by id; two of one name are one class."""
+    name_of: dict[Any, str] = {}
     for index, entry in enumerate(entries):
-        if not _is_id(entry.get("id")) or not isinstance(entry.get("name"), str):
+        key, name = entry.get("id"), entry.get("name")
+        if not _is_id(key) or not isinstance(name, str):
             msg = f"annotations {path}: category {index} is {dict(entry)}; expected a number 'id' and a text 'name'"
             raise InputError(msg)
-    doubles = [key for key, count in Counter(entry["id"] for entry in entries).items() if count > 1]
-    names_of = {key: {entry["name"] for entry in entries if entry["id"] == key} for key in doubles}
-    for key, names in names_of.items():
-        if len(names) > 1:
-            msg = f"annotations {path}: category id {key} has the names {sorted(names)}; expected one name for each id"
+        if name_of.setdefault(key, name) != name:
+            both = sorted((name_of[key], name))
+            msg = f"annotations {path}: category id {key} has the names {both}; expected one name for each id"
             raise InputError(msg)
-    label_of: dict[Any, int] = {}
     names: list[str] = []
-    for entry in sorted(entries, key=lambda entry: entry["id"]):
-        if entry["name"] not in names:
-            names.append(entry["name"])
-        elif entry["id"] not in label_of:
-            findings.add("category", "of a name that another one has merged with it", f"{path}, {entry['name']!r}")
-        label_of[entry["id"]] = names.index(entry["name"])
-    return names, label_of
+    for _, name in sorted(name_of.items()):
+        if name in names:
+            findings.add("category", "of a name that another one has merged with it", f"{path}, {name!r}")
+        else:
+            names.append(name)
+    return names, {key: names.index(name) for key, name in name_of.items()}
 
 
 def _is_id(value: object) -> bool:
@@ -188,21 +185,19 @@ def _read_annotation(
         if key in seen:
             findings.add("annotation", "with an id that another one has kept", where)
         seen[key] = content
+    x, y, w, h = _numbers(bbox)
+    box = None
     if entry.get("iscrowd"):
         findings.add("box", "marked iscrowd (a region of many objects) dropped", where)
-        image.dropped += 1
-        return
-    x, y, w, h = _numbers(bbox)
-    if are_fractions([(x, y, w, h)])[0]:
+    elif _are_fractions([(x, y, w, h)])[0]:
         findings.add("box", "in fractions of the image, not pixels, dropped", where)
-        image.dropped += 1
-        return
-    box = clean_box((x, y, x + w, y + h), (image.width, image.height), findings, where)
+    else:
+        box = clean_box((x, y, x + w, y + h), (image.width, image.height), findings, where)
     if box is None:
         image.dropped += 1
-        return
-    image.boxes.append(box)
-    image.labels.append(label_of[category])
+    else:
+        image.boxes.append(box)
+        image.labels.append(label_of[category])
 
 
 def _cure_of_type(key: object, known: Mapping[Any, object]) -> str | None:
@@ -277,16 +272,12 @@ def write_coco(
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def check_no_corners(path: Path, boxes: Iterable[Sequence[float]], sizes: Iterable[tuple[int, int]]) -> None:
-    """Check that the boxes of a file are not (left, top, right, bottom): such would be clipped to wrong ones.
+def _check_no_corners(path: Path, boxes: Sequence[Sequence[float]], sizes: Sequence[tuple[int, int]]) -> None:
+    """Refuse boxes that are (left, top, right, bottom), not (left, top, width, height): they would be clipped.
 
-    They look so if most reach over the border of their image (width, height) as (x, y, width, height), and none does as
-    corners; boxes that are not finite do not count.
-
-    Raises:
-        InputError: If they look like corners.
+    They look so if most reach over the border of their image (width, height) as the latter, and none as the former.
     """
-    values, limits = np.asarray(list(boxes), dtype=float).reshape(-1, 4), np.asarray(list(sizes), dtype=float)
+    values, limits = np.asarray(boxes, dtype=float).reshape(-1, 4), np.asarray(sizes, dtype=float)
     finite = np.isfinite(values).all(axis=1)
     values, limits = values[finite], limits.reshape(-1, 2)[finite] + BORDER
     first, second = values[:, :2], values[:, 2:]
@@ -300,20 +291,19 @@ def check_no_corners(path: Path, boxes: Iterable[Sequence[float]], sizes: Iterab
         )
 
 
-def are_fractions(boxes: Iterable[Sequence[float]]) -> np.ndarray:
+def _are_fractions(boxes: Sequence[Sequence[float]]) -> np.ndarray:
     """Tell which boxes (N,) lie within the first pixel of their image: they can only be meant as parts of the image.
 
-    >>> are_fractions([(0.5, 0.25, 0.1, 0.2), (0, 0, 2, 1)]).tolist()
+    >>> _are_fractions([(0.5, 0.25, 0.1, 0.2), (0, 0, 2, 1)]).tolist()
     [True, False]
     """
-    values = np.asarray(list(boxes), dtype=float).reshape(-1, 4)
-    inside = ((values >= -ROUNDING) & (values <= 1 + ROUNDING)).all(axis=1)
-    return inside & (values[:, 2:] > 0).all(axis=1)
+    values = np.asarray(boxes, dtype=float).reshape(-1, 4)
+    return ((values >= -ROUNDING) & (values <= 1 + ROUNDING)).all(axis=1) & (values[:, 2:] > 0).all(axis=1)
 
 
-def check_no_fractions(path: Path, boxes: Sequence[Sequence[float]]) -> None:
-    """Check that not more than half of the boxes of a file are fractions of the image; an `InputError` if so."""
-    found = int(are_fractions(boxes).sum())
+def _check_no_fractions(path: Path, boxes: Sequence[Sequence[float]]) -> None:
+    """Refuse a file of which more than half of the boxes are fractions of the image."""
+    found = int(_are_fractions(boxes).sum())
     usable = int(np.isfinite(np.asarray(boxes, dtype=float).reshape(-1, 4)).all(axis=1).sum())
     if 2 * found > usable:
         raise InputError(
@@ -322,12 +312,8 @@ def check_no_fractions(path: Path, boxes: Sequence[Sequence[float]]) -> None:
         )
 
 
-def load_lists(path: Path) -> dict[str, list]:
-    """Load a COCO file; its lists hold objects, and there is an image and a category.
-
-    Raises:
-        InputError: If there is no such file, or it is not JSON in UTF-8 or not COCO.
-    """
+def _load_lists(path: Path) -> dict[str, list]:
+    """Load a COCO file; its lists hold objects, and there is an image and a category."""
     if not path.is_file():
         near = sorted(path.parent.glob("*.json")) if path.parent.is_dir() else []
         there = f", where there is {', '.join(entry.name for entry in near[:5])}" if near else ""

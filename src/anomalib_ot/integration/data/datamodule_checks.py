@@ -5,7 +5,8 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -15,16 +16,18 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from anomalib.data.datamodules.base.image import AnomalibDataModule
+from anomalib.data.datamodules.image.folder import Folder
 from anomalib.data.datasets.image.folder import FolderDataset
 from anomalib.data.errors import MisMatchError
+from anomalib.data.utils.path import resolve_path
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_ot.imaging.samples import FORMATS
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.paths import allow_all_letters
-from anomalib_ot.integration.data.folder_checks import check_folder_pairs, explain_folder_failure
 from anomalib_ot.integration.data.mask_regions import mask_oddity, read_mask
 from anomalib_ot.integration.data.records import Findings
 
@@ -34,7 +37,6 @@ allow_all_letters()  # now: Anomalib reads data before any model of ours is aske
 MIN_TRAINING_IMAGES = 2
 ASPECT_TOLERANCE = 0.02  # relative; a mask at another resolution is off by rounding only
 
-_warned: "WeakSet[AnomalibDataModule]" = WeakSet()
 _looked_at: "WeakSet[AnomalibDataModule]" = WeakSet()
 
 ALIKE = 0.5  # common pixels over all pixels of two readings
@@ -82,21 +84,31 @@ def check_datamodule(datamodule: object, stage: str | None = None) -> DataPaths:
 
     images = {name: tuple(dataset_image_paths(dataset)) for name, dataset in subsets.items()}
     pairs = {name: _mask_pairs(dataset) for name, dataset in subsets.items()}
-    check_folder_pairs([p for name, ds in subsets.items() if isinstance(ds, FolderDataset) for p in pairs[name]])
+    _check_folder_pairs([p for name, ds in subsets.items() if isinstance(ds, FolderDataset) for p in pairs[name]])
     for image, mask in dict.fromkeys(pair for found in pairs.values() for pair in found):
         _check_mask_shape(image, mask)
     if stage == "fit" and "train" in images:
         _check_training_images(datamodule, images["train"], is_split)
-    if is_split and stage in {"fit", "validate", "test"}:
-        _warn_without_abnormal(datamodule, subsets.get("test"))
     masks = dict.fromkeys(mask for found in pairs.values() for _, mask in found)
     if is_split and stage in {"fit", "validate", "test"} and datamodule not in _looked_at:
         _looked_at.add(datamodule)
+        if not getattr(subsets.get("test"), "has_anomalous", True):
+            logger.warning(
+                "data %s: the test images hold no abnormal one, so that metrics such as AUROC mean nothing (Anomalib "
+                "reports 0.0); name a folder of abnormal images to have them measured",
+                datamodule.name,
+            )
         findings = Findings()
-        count_odd_masks(masks, findings)
+        _count_odd_masks(masks, findings)
         rank_zero_only(findings.log)(f"data {datamodule.name}")
         if stage == "fit" and not images.get("val"):
-            _warn_without_validation(datamodule, len(images.get("train", ())))
+            logger.warning(
+                "data %s: no validation image is left beside the %d to train on, so that no threshold is found: scores "
+                "are not put to scale, and verdicts (pred_label, pred_mask) mean nothing; add images, name a folder of "
+                "abnormal ones, or set --data.val_split_mode same_as_test",
+                datamodule.name,
+                len(images.get("train", ())),
+            )
     return DataPaths(**images, masks=tuple(masks))
 
 
@@ -119,7 +131,7 @@ def _discovered(datamodule: AnomalibDataModule, stage: str | None) -> AnomalibDa
         with _random_state_kept():
             probe._setup(stage)
     except (OSError, ValueError, RuntimeError, MisMatchError) as error:
-        raise explain_folder_failure(datamodule, error) from error
+        raise _explain_folder_failure(datamodule, error) from error
     return probe
 
 
@@ -143,12 +155,8 @@ def _mask_pairs(dataset: Dataset) -> list[tuple[str, str]]:
     return [(str(image), mask) for image, mask in rows if isinstance(mask, str) and mask]
 
 
-def _header_size(path: str) -> tuple[int, int]:
-    return _header_size_at(path, os.stat(path).st_mtime_ns)
-
-
 @cache
-def _header_size_at(path: str, _mtime: int) -> tuple[int, int]:
+def _header_size(path: str, _mtime: int) -> tuple[int, int]:
     with Image.open(path, formats=FORMATS) as image:
         return image.size
 
@@ -157,11 +165,11 @@ def _check_mask_shape(image: str, mask: str) -> None:
     if not Path(mask).exists():
         raise InputError(f"mask {mask} of image {image} does not exist; add it, or correct its path")
     try:
-        width, height = _header_size(image)
+        width, height = _header_size(image, os.stat(image).st_mtime_ns)
     except (OSError, Image.DecompressionBombError):
         return  # check_images names broken images, with their cause
     try:
-        mask_width, mask_height = _header_size(mask)
+        mask_width, mask_height = _header_size(mask, os.stat(mask).st_mtime_ns)
     except (OSError, Image.DecompressionBombError) as error:
         raise InputError(f"mask {mask} of image {image} cannot be read as an image ({error}); save it again") from error
     if not math.isclose(width * mask_height, height * mask_width, rel_tol=ASPECT_TOLERANCE):
@@ -183,33 +191,8 @@ def _check_training_images(datamodule: AnomalibDataModule, train: tuple[str, ...
     )
 
 
-def _warn_without_validation(datamodule: AnomalibDataModule, count: int) -> None:
-    logger.warning(
-        "data %s: no validation image is left beside the %d to train on, so that no threshold is found: scores are not "
-        "put to scale, and verdicts (pred_label, pred_mask) mean nothing; add images, name a folder of abnormal ones, "
-        "or set --data.val_split_mode same_as_test",
-        datamodule.name,
-        count,
-    )
-
-
-def _warn_without_abnormal(datamodule: AnomalibDataModule, test: Dataset | None) -> None:
-    if test is None or datamodule in _warned or getattr(test, "has_anomalous", True):
-        return
-    _warned.add(datamodule)
-    logger.warning(
-        "data %s: the test images hold no abnormal one, so that metrics such as AUROC mean nothing (Anomalib reports "
-        "0.0); name a folder of abnormal images to have them measured",
-        datamodule.name,
-    )
-
-
-def count_odd_masks(masks: Iterable[str], findings: Findings) -> None:
-    """Count masks that are empty, full or inverted for Anomalib, or of other objects than for this package.
-
-    Anomalib takes every gray value above 0 as a defect; what that makes of noise, of transparency and of palettes is
-    not what `read_mask` makes of them. Masks are read once per process; an `InputError` if one cannot be.
-    """
+def _count_odd_masks(masks: Iterable[str], findings: Findings) -> None:
+    """Count masks that are odd as Anomalib reads them, or show it other objects than `read_mask`; each is read once."""
     for mask in dict.fromkeys(masks):
         for what in _oddities(mask, os.stat(mask).st_mtime_ns):
             findings.add("mask", what, mask)
@@ -227,3 +210,137 @@ def _oddities(path: str, _mtime: int) -> tuple[str, ...]:
     if (own & theirs).sum() < ALIKE * (own | theirs).sum():
         found.append("with other objects than Anomalib measures with (gray values above 0): save masks as 0 and 255")
     return tuple(found)
+
+
+def _check_folder_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """Check that each image of a ``Folder`` dataset was given its own mask, among (image path, mask path).
+
+    Anomalib pairs the sorted images with the sorted masks and only asks that the image's stem occurs somewhere in the
+    mask's stem, so that image ``1.png`` silently accepts mask ``12.png``. Here a mask belongs to an image if the stems
+    are equal, or if the image's stem is a word of the mask's (``000`` in ``000_mask``) and no other image has the
+    mask's stem.
+
+    Raises:
+        InputError: If an image has no mask, a mask has no image, or the sorted order gave an image a foreign mask.
+    """
+    pairs = list(dict.fromkeys(pairs))
+    images, masks = [Path(image) for image, _ in pairs], [Path(mask) for _, mask in pairs]
+    belongs = _Belonging(images, masks)
+    if not all(belongs(image, mask) for image, mask in zip(images, masks, strict=True)):
+        raise _mask_error(images, masks)
+
+
+def _explain_folder_failure(datamodule: AnomalibDataModule, error: Exception) -> InputError:
+    """Return what a failed set-up of a datamodule means; of a ``Folder`` the folder at fault is looked up."""
+    if isinstance(datamodule, Folder):
+        found = _folder_error(datamodule)
+        if found is not None:
+            return found
+    root = getattr(datamodule, "root", None)
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return InputError(f"data {datamodule.name}: {reason}; check the folders and files of its root {root}")
+
+
+def _folder_error(datamodule: Folder) -> InputError | None:
+    """Find the first thing wrong with the arguments of a ``Folder``, in the order in which Anomalib reads them."""
+    extensions = IMG_EXTENSIONS if datamodule.extensions is None else datamodule.extensions
+    if isinstance(extensions, str) or not all(extension.startswith(".") for extension in extensions):
+        return InputError(f"--data.extensions is {extensions!r}; expected a list such as ['.png', '.jpg']")
+    files: dict[str, list[Path]] = {}
+    for argument in ("normal_dir", "abnormal_dir", "normal_test_dir", "mask_dir"):
+        files[argument] = []
+        for folder in _folders(datamodule, argument):
+            if not folder.is_dir():
+                what = "is a file, not a folder" if folder.exists() else "does not exist"
+                return InputError(
+                    f"--data.{argument}: {folder} {what}; expected a folder of images, "
+                    f"check --data.root ({datamodule.root}) and --data.{argument}"
+                )
+            found = _images_in(folder, extensions)
+            if not found:
+                return InputError(
+                    f"--data.{argument}: no image in {folder} or below; expected files with one of the extensions "
+                    f"{', '.join(extensions)} (--data.extensions sets others)"
+                )
+            files[argument] += found
+    images, masks = files["abnormal_dir"], files["mask_dir"]
+    if not images or not masks:
+        return None
+    shared = sorted(set(images) & set(masks))
+    if shared:
+        return InputError(
+            f"--data.mask_dir: {shared[0]} counts as an abnormal image and as a mask, because --data.abnormal_dir is "
+            "searched with its subfolders; move the masks out of it"
+        )
+    return _mask_error(sorted(images), sorted(masks))
+
+
+def _folders(datamodule: Folder, argument: str) -> list[Path]:
+    value = getattr(datamodule, argument)
+    if value is None:
+        return []
+    values = [value] if isinstance(value, str | Path) else value
+    return [resolve_path(folder, datamodule.root) for folder in values]
+
+
+def _images_in(folder: Path, extensions: Sequence[str]) -> list[Path]:
+    lower = {extension.lower() for extension in extensions}
+    return [path for path in folder.glob("**/*") if path.suffix.lower() in lower and not path.is_dir()]
+
+
+class _Belonging:
+    """Tells whether a mask can belong to an image, by their names."""
+
+    def __init__(self, images: Sequence[Path], masks: Sequence[Path]) -> None:
+        self.stems = {image.stem for image in images}
+        # bad/hole/000.png and bad/scratch/000.png: where both sides have the same subfolders, these must agree too.
+        folders, mask_folders = ({path.parent.name for path in paths} for paths in (images, masks))
+        self.by_folder = len(folders) > 1 and folders == mask_folders
+
+    def __call__(self, image: Path, mask: Path) -> bool:
+        if self.by_folder and image.parent.name != mask.parent.name:
+            return False
+        return image.stem == mask.stem or (mask.stem not in self.stems and _is_word(image.stem, mask.stem))
+
+
+def _is_word(stem: str, text: str) -> bool:
+    """Tell whether ``stem`` stands in ``text`` without cutting a number or a word in two."""
+    for found in re.finditer(re.escape(stem), text):
+        before, after = text[: found.start()][-1:], text[found.end() :][:1]
+        if not _same_kind(before, stem[:1]) and not _same_kind(stem[-1:], after):
+            return True
+    return False
+
+
+def _same_kind(left: str, right: str) -> bool:
+    return (left.isdigit() and right.isdigit()) or (left.isalpha() and right.isalpha())
+
+
+def _mask_error(images: Sequence[Path], masks: Sequence[Path]) -> InputError | None:
+    """Name the first image without a mask, else the first mask without an image, else the first foreign pair."""
+    belongs = _Belonging(images, masks)
+    lone = [image for image in images if not any(belongs(image, mask) for mask in masks)]
+    if lone:
+        more = f" ({len(lone) - 1} more images lack theirs)" if len(lone) > 1 else ""
+        return InputError(
+            f"--data.mask_dir: no mask for the abnormal image {lone[0]}{more}; expected a file with the same stem, "
+            f"such as {masks[0].parent / (lone[0].stem + masks[0].suffix)}: add it or name it so"
+        )
+    stray = [mask for mask in masks if not any(belongs(image, mask) for image in images)]
+    if stray:
+        return InputError(
+            f"--data.mask_dir: the mask {stray[0]} belongs to no abnormal image; expected one mask for each image, "
+            "named like it: remove or rename it"
+        )
+    if len(images) != len(masks):
+        return InputError(
+            f"--data.mask_dir: {len(masks)} masks for {len(images)} abnormal images; expected one for each, "
+            f"named like its image (the first image is {images[0]}): remove the doubles"
+        )
+    for image, mask in zip(images, masks, strict=True):
+        if not belongs(image, mask):
+            return InputError(
+                f"--data.mask_dir: Anomalib pairs images and masks in sorted order, which gives {image} the mask "
+                f"{mask}; name each mask exactly like its image, so that both sort alike"
+            )
+    return None

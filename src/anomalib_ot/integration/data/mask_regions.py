@@ -1,11 +1,12 @@
 """Masks of defects as boxes: which pixels are one object, and where it lies."""
 
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from anomalib_ot.imaging.samples import FORMATS, UNREADABLE, out_of_scale, read_samples, sample_format
 from anomalib_ot.integration.checks.errors import InputError
@@ -35,17 +36,14 @@ def mask_boxes(mask: np.ndarray, min_area: int = 1, gap: int = 0) -> list[tuple[
         # Every pixel grows by `gap` down and to the right: what then touches had at most `gap` pixels between.
         reach = np.ones((gap + 1, gap + 1), np.uint8)
         grown = cv2.dilate(grown, reach, anchor=(gap, gap), borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    _, labels = cv2.connectedComponents(grown, connectivity=8)
-    rows, columns = np.nonzero(inside)
-    objects = labels[rows, columns]
-    boxes = []
-    order = np.argsort(objects, kind="stable")
-    edges = np.flatnonzero(np.diff(objects[order], prepend=-1, append=-1))
-    for start, stop in pairwise(edges):
-        part = order[start:stop]
-        if len(part) >= min_area:
-            left, top = columns[part].min(), rows[part].min()
-            boxes.append((float(left), float(top), float(columns[part].max() + 1), float(rows[part].max() + 1)))
+    height, width = inside.shape
+    labels = np.where(inside, cv2.connectedComponents(grown, connectivity=8)[1][:height, :width], 0)
+    areas = np.bincount(labels.ravel())
+    boxes = [
+        (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
+        for area, (rows, columns) in zip(areas[1:], ndimage.find_objects(labels), strict=True)
+        if area >= min_area
+    ]
     return sorted(boxes, key=lambda box: (box[1], box[0]))
 
 

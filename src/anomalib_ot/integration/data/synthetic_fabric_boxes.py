@@ -7,8 +7,8 @@ from typing import Any
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import CocoImage, read_coco
 from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule
-from anomalib_ot.integration.data.fabric_folder import FabricFolder
 from anomalib_ot.integration.data.records import Findings, LabeledImage
+from anomalib_ot.integration.data.synthetic_fabric import FabricFolder
 from anomalib_ot.integration.data.synthetic_folder import ANNOTATIONS
 from anomalib_ot.synthetic.fabric import DEFECTS
 
