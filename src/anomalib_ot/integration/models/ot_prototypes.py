@@ -86,7 +86,6 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         tile_size: Height and width of tiles that resized images are cut into, in training, prediction and exports,
             pixels; their maps are put together. Places and amounts then do not count: `alpha` is 0, `transport_score`
             False. None: images are not cut.
-        tile_overlap: Part of a tile that it shares with its neighbor, 0 to 0.9.
         roi: The region of interest, in which alone defects are looked for: path of a mask image (not 0 inside), or a
             list of polygons, each a list of points [x, y] from 0 to 1, from the left and from the top. The checkpoint
             keeps it. None: everything.
@@ -124,7 +123,6 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         image_size: Sequence[int] = (256, 256),
         num_prototypes: int | None = None,
         tile_size: Sequence[int] | None = None,
-        tile_overlap: float = 0.2,
         roi: list[list[list[float]]] | str | Path | None = None,
         seed: int = 0,
         max_false_alarms: float | None = None,
@@ -146,7 +144,6 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
             image_size=image_size,
             num_prototypes=num_prototypes,
             tile_size=tile_size,
-            tile_overlap=tile_overlap,
             options=options,
         )
         if roi is not None and tile_size is not None:
