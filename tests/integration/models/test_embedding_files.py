@@ -13,9 +13,8 @@ from torch import distributed as dist
 from anomalib_ot.anomaly.members import make_members
 from anomalib_ot.anomaly.model import PrototypesModel
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.models import embedding_files
-from anomalib_ot.integration.models.embedding_cache import EmbeddingCache
-from anomalib_ot.integration.models.embedding_files import EmbeddingFiles, Manifest, mapped_patches
+from anomalib_ot.integration.models import embedding_cache
+from anomalib_ot.integration.models.embedding_cache import EmbeddingCache, EmbeddingFiles, Manifest, mapped_patches
 
 FINE, COARSE = (("fine",), 3), (("coarse",), 3)
 GRIDS = {FINE: (4, 3), COARSE: (2, 2)}
@@ -171,7 +170,7 @@ def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(embedding_files.tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setattr(embedding_cache.tempfile, "TemporaryDirectory", refuse)
     with pytest.raises(InputError, match=r"cache_dir .* cannot be written to \(Permission denied\); name a folder"):
         EmbeddingCache(1e9, 0, tmp_path).check_folder()
 
@@ -241,4 +240,4 @@ class Sized:
 )
 def test_images_to_come(loader, batches, expected):
     trainer = type("Trainer", (), {"train_dataloader": loader, "num_training_batches": batches})
-    assert embedding_files.images_to_come(trainer) == expected
+    assert embedding_cache.images_to_come(trainer) == expected

@@ -15,7 +15,7 @@ from anomalib_ot.integration.models.updated_checkpoint import UpdatedCheckpoint
 
 MODEL = {
     "backbone": "filter_bank", "layers": ["scale1", "scale2"], "image_size": [96, 160], "tile_size": [64, 64],
-    "tile_overlap": 0.25, "num_prototypes": 16, "visualizer": False,
+    "num_prototypes": 16, "visualizer": False, "advanced": {"tile_overlap": 0.25},
 }  # fmt: skip
 
 
@@ -72,6 +72,21 @@ def test_a_checkpoint_brings_its_tiles_and_takes_in_no_more_images(model, engine
         UpdatedCheckpoint(tmp_path / "model.ckpt")
 
 
+def test_a_checkpoint_with_the_overlap_beside_the_other_arguments_loads(model, engine, tmp_path):
+    engine.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    content = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    arguments = content["hyper_parameters"]
+    arguments["tile_overlap"] = arguments["advanced"].pop("tile_overlap")
+    torch.save(content, tmp_path / "flat.ckpt")
+    other = OTPrototypes.load_from_checkpoint(tmp_path / "flat.ckpt")
+    assert other.model.tiling == model.model.tiling
+    assert other.hparams["advanced"]["tile_overlap"] == 0.25
+    assert "tile_overlap" not in other.hparams
+    resumed = OTPrototypes(backbone="filter_bank", layers=["scale1", "scale2"], visualizer=False)
+    engine.test(resumed, datamodule=engine.trainer.datamodule, ckpt_path=tmp_path / "flat.ckpt")
+    assert resumed.model.tiling == model.model.tiling
+
+
 def test_a_checkpoint_from_before_there_were_tiles_has_none():
     saved = as_trained({"hyper_parameters": {"preset": "default"}, "state_dict": {"model.banks.0.weight": 1}})
     assert saved["tile_size"] is None
@@ -83,7 +98,8 @@ def test_a_checkpoint_from_before_there_were_tiles_has_none():
         ({"tile_size": [200, 64]}, r"tile_size is \[200, 64\]; .* at most those of image_size, \[96, 160\]"),
         ({"tile_size": [16, 64]}, r"tile_size is \[16, 64\]; .* at least 32 pixels each"),
         ({"tile_size": [64]}, r"tile_size is \[64\]; expected height and width"),
-        ({"tile_overlap": 1.0}, r"tile_overlap is 1.0; expected a part of the tile from 0 to 0.9"),
+        ({"advanced": {"tile_overlap": 1.0}}, r"advanced.tile_overlap is 1.0; expected a number from 0 to 0.9"),
+        ({"tile_overlap": 0.3}, r"expected it in advanced: .* --model.advanced.tile_overlap"),
         ({"advanced": {"alpha": 0.3}}, r"alpha is 0.3, and tile_size is given: it needs places"),
         ({"advanced": {"transport_score": True}}, r"transport_score is True, and tile_size is given"),
         ({"preset": "paper", "num_prototypes": None}, r"preset is 'paper', and tile_size is given"),

@@ -8,9 +8,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 VERBOSE_SWITCH = "ANOMALIB_OT_VERBOSE"
 PATIENCE = 1.0  # seconds of silence before a progress bar
@@ -71,10 +72,42 @@ class _Habitual(logging.Filter):
 
 
 @contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar on standard error once something takes longer than a second; yields what counts one step."""
+def progress_bars(other: Progress | None = None) -> Iterator[Callable[[str, int, int], None]]:
+    """Show bars on standard error once something has taken a second; a log file gets none.
+
+    Args:
+        other: A bar that may be running, such as Lightning's; it is paused, as a terminal shows one at a time.
+
+    Yields:
+        A function to call with (what is done, steps done, steps in all).
+    """
     console, start = Console(stderr=True), time.monotonic()
-    is_silent = not (console.is_terminal or console.is_jupyter)  # a log file wants no bar
-    with Progress(console=console, transient=True, disable=is_silent) as bar:
-        task = bar.add_task(description, total=total, visible=False)
-        yield lambda: bar.update(task, advance=1, visible=time.monotonic() - start > PATIENCE)
+    bars = Progress(console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter))
+    tasks: dict[str, TaskID] = {}
+
+    def report(what: str, done: int, of: int) -> None:
+        if time.monotonic() - start < PATIENCE:
+            return
+        if not tasks:
+            if other is not None:
+                other.stop()
+            bars.start()
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=of)
+        bars.update(tasks[what], completed=done)
+
+    try:
+        yield report
+    finally:
+        if tasks:
+            bars.stop()
+            if other is not None:
+                other.start()
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show one such bar; yields what counts one step."""
+    steps = count(1)
+    with progress_bars() as report:
+        yield lambda: report(description, next(steps), total)

@@ -2,18 +2,19 @@
 
 import difflib
 from collections.abc import Collection, Sequence
-from numbers import Real
 
 from lightning.pytorch import LightningModule
 
 from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.ranges import Fraction, check
 
 
 def check_fraction(name: str, value: float) -> None:
     """Check that an argument lies in [0, 1]; an `InputError` if not."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1:
-        raise InputError(f"{name} is {value!r}; expected a number from 0 to 1")
+    try:
+        check({name: value}, {name: Fraction})
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def check_known(name: str, value: str, known: Collection[str]) -> None:
@@ -24,12 +25,6 @@ def check_known(name: str, value: str, known: Collection[str]) -> None:
     suggestion = f" (did you mean {near[0]!r}?)" if near else ""
     msg = f"{name} is {value!r}, which is not known{suggestion}; expected one of: {', '.join(map(str, known))}"
     raise InputError(msg)
-
-
-def check_least(name: str, value: int, least: int) -> None:
-    """Check that an argument is at least `least`; an `InputError` if not."""
-    if not value >= least:
-        raise InputError(f"{name} is {value!r}; expected at least {least}")
 
 
 def check_size(name: str, size: Sequence[int], least: int) -> None:

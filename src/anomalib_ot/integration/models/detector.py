@@ -11,7 +11,6 @@ from anomalib.data import AnomalibDataModule, Batch
 from anomalib.metrics import Evaluator
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from anomalib_ot.integration.callbacks.result_writer import ResultWriter
@@ -27,8 +26,8 @@ from anomalib_ot.integration.data.box_batch import BoxBatch
 from anomalib_ot.integration.export.export import CheckedExport
 from anomalib_ot.integration.export.known_scores import ScoreKeeper
 from anomalib_ot.integration.metrics.evaluator import default_evaluator
-from anomalib_ot.integration.models.box_guard import BoxGuard
 from anomalib_ot.integration.models.box_training import BoxTraining
+from anomalib_ot.integration.models.guard import BoxGuard
 from anomalib_ot.integration.processing.box_processors import BoxPreProcessor
 from anomalib_ot.integration.processing.sinkhorn_nms import CHECKPOINT_KEY, SinkhornNMS, sinkhorn_nms_of
 from anomalib_ot.integration.visualization.box_visualizer import BoxVisualizer
@@ -189,11 +188,15 @@ class BoxModel(BoxTraining, CheckedExport):
 
     # ---- validation, test, prediction
 
-    def _predict(self, batch: Batch) -> BoxBatch:
+    def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> BoxBatch:
+        """Predict a batch."""
+        del args, kwargs
         batch = BoxBatch.adopt(batch)
         factors = batch.original_size.flip(-1) / torch.tensor(batch.image.shape[:-3:-1], device=batch.image.device)
         predictions = self._predictions(self.detect(batch.image), factors)
         return batch.update(**predictions._asdict())
+
+    test_step = predict_step = validation_step
 
     def _predictions(self, found: Detections, factors: Tensor) -> BoxPredictions:
         """Scale detections to pixels of the image handed in, by `factors` for x and y, and judge the image."""
@@ -214,21 +217,6 @@ class BoxModel(BoxTraining, CheckedExport):
         predictions = self._predictions(self.detect(images), factors)
         own = self.post_processor is None or isinstance(self.post_processor, SinkhornNMS)
         return predictions if own else self.post_processor(predictions)
-
-    def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
-        """Predict a batch."""
-        del args, kwargs
-        return self._predict(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int, *args: object, **kwargs: object) -> STEP_OUTPUT:
-        """Predict a batch."""
-        del args, kwargs, batch_idx
-        return self._predict(batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
-        """Predict a batch."""
-        del batch_idx, dataloader_idx
-        return self._predict(batch)
 
     # ---- exports
 

@@ -1,24 +1,31 @@
 """The embeddings of one pass over the training images, the same whoever saw which image when."""
 
+import errno
 import hashlib
 import logging
 import math
 import mmap
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch import distributed as dist
 
 from anomalib_ot.anomaly.model import Embedded, Source
-from anomalib_ot.anomaly.training_patches import Patches
+from anomalib_ot.anomaly.training_patches import Patches, ShardedEmbeddings
 from anomalib_ot.integration.callbacks.processes import from_all
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.models.embedding_files import EmbeddingFiles, make_folder, mapped_patches
+
+__all__ = ["EmbeddingCache", "images_to_come"]
 
 logger = logging.getLogger(__name__)
 LEAST_MAPPED = 2**17  # bytes
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class EmbeddingCache:
@@ -44,11 +51,7 @@ class EmbeddingCache:
         self.clear()
 
     def check_folder(self) -> None:
-        """Check that the folder can be written to, before the images come.
-
-        Raises:
-            InputError: If it cannot.
-        """
+        """Check that the folder can be written to, before the images come; an `InputError` if not."""
         if self.cache_dir is not None:
             make_folder(self.cache_dir).cleanup()
 
@@ -72,12 +75,8 @@ class EmbeddingCache:
     def add(self, embedded: Embedded, keys: Sequence[str] | None) -> None:
         """Keep the embeddings (B, N, D) of a batch.
 
-        Args:
-            embedded: Embeddings and grid size per source.
-            keys: A name for each image, its path; None numbers them as they come to this process.
-
-        Raises:
-            InputError: If the images have another size than those before, or files cannot be written.
+        `keys` are the paths of the images; None numbers them as they come to this process. An `InputError` if the
+        images have another size than those before, or files cannot be written.
         """
         batch_size = len(next(iter(embedded.values()))[0])
         if keys is None:
@@ -128,14 +127,9 @@ class EmbeddingCache:
     def patches(self, *, keep: bool = False) -> dict[Source, Patches]:
         """Hand out what was kept, of all processes together, images in the order of their keys.
 
-        With several processes this is a collective call, and every process gets the whole: what is in memory is sent
-        around, of files only what is where. Files are there until `clear`, which must come after their last use.
-
-        Args:
-            keep: Leave what is in memory as it is, at twice the memory; else it is gone afterwards.
-
-        Raises:
-            InputError: If files cannot be written, or those of another process cannot be seen.
+        A collective call: every process gets the whole. Files are there until `clear`, which must come after their last
+        use. `keep` leaves what is in memory as it is, at twice the memory. An `InputError` if files cannot be written,
+        or those of another process cannot be seen.
         """
         if self.cache_dir is not None:
             states = from_all((self._files is not None, len(self._images), self._capacity()))
@@ -197,3 +191,131 @@ def _kept(embedding: Tensor) -> Tensor:
     if size < LEAST_MAPPED:
         return embedding.detach().to("cpu", torch.float32, copy=True)
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.float32).view(embedding.shape).copy_(embedding.detach())
+
+
+class Manifest(NamedTuple):
+    """What another process needs to read files: their folder, the row of each image by key, (N, D) per source."""
+
+    folder: str
+    rows: dict[str, int]
+    shapes: dict[Source, tuple[int, ...]]
+
+    def path(self, source: Source) -> Path:
+        """The file of a source: float32, image after image."""
+        return Path(self.folder) / f"source_{list(self.shapes).index(source)}.f32"
+
+
+class EmbeddingFiles:
+    """The embeddings that one process has written: a file per source in a temporary folder of its own.
+
+    `images` is the number of images to come to this process, None if it is not known; `shapes` has patches and channels
+    (N, D) of an image, per source. An `InputError` without space for these images.
+    """
+
+    def __init__(self, cache_dir: Path, images: int | None, shapes: Mapping[Source, Sequence[int]]) -> None:
+        self.cache_dir, self.images = cache_dir, images
+        self._folder = make_folder(cache_dir)
+        self._manifest = Manifest(self._folder.name, {}, {source: tuple(shape) for source, shape in shapes.items()})
+        self._image_bytes = sum(4 * rows * width for rows, width in self._manifest.shapes.values())
+        self._files: dict[Source, BinaryIO] = {}
+        if images is not None and shutil.disk_usage(cache_dir).free < images * self._image_bytes:
+            self.remove()
+            raise self._no_space()
+        for source in self._manifest.shapes:
+            self._files[source] = self._manifest.path(source).open("wb")
+
+    def write(self, key: str, parts: Mapping[Source, Tensor]) -> None:
+        """Write the embeddings (N, D) of an image, over those that it had; an `InputError` without space."""
+        row = self._manifest.rows.setdefault(key, len(self._manifest.rows))
+        try:
+            for source, file in self._files.items():
+                values = parts[source].contiguous().numpy()
+                file.seek(row * values.nbytes)
+                file.write(values)
+        except OSError as error:
+            raise self._not_written(error) from error
+
+    def manifest(self) -> Manifest:
+        """Bring all to the disk and say what is where; an `InputError` without space."""
+        try:
+            for file in self._files.values():
+                file.flush()
+        except OSError as error:
+            raise self._not_written(error) from error
+        return self._manifest
+
+    def remove(self) -> None:
+        """Remove the files."""
+        for file in self._files.values():
+            try:
+                file.close()
+            except OSError:  # what could not be written is not wanted any more
+                continue
+        self._folder.cleanup()
+
+    def _not_written(self, error: OSError) -> InputError:
+        if error.errno in NO_SPACE:
+            return self._no_space()
+        return InputError(f"cache_dir {self.cache_dir} cannot be written to ({error.strerror or error})")
+
+    def _no_space(self) -> InputError:
+        free, written = shutil.disk_usage(self.cache_dir).free / 1e9, len(self._manifest.rows)
+        need = f"{self._image_bytes / 1e6:.3g} MB per image"
+        if self.images is not None:
+            need = f"{self.images * self._image_bytes / 1e9:.3g} GB for {self.images} images of this process, {need}"
+        return InputError(
+            f"cache_dir {self.cache_dir} has too little space: {need} ({written} written), and {free:.3g} GB are free; "
+            "make room, name another folder, or leave cache_dir out to fit to a sample of the images"
+        )
+
+
+def make_folder(cache_dir: Path) -> tempfile.TemporaryDirectory:
+    """Make a temporary folder in a folder, which is made where it is missing; an `InputError` if that fails."""
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=cache_dir, prefix="embeddings_", ignore_cleanup_errors=True)
+    except OSError as error:
+        msg = (
+            f"cache_dir {cache_dir} cannot be written to ({error.strerror or error}); "
+            "name a folder that this user may write to, on a disk with space for the embeddings"
+        )
+        raise InputError(msg) from error
+
+
+def mapped_patches(manifests: Sequence[Manifest], grids: Mapping[Source, tuple[int, int]]) -> dict[Source, Patches]:
+    """Map what each process has written into memory, images in the order of their keys; what is looked at is read.
+
+    Where several processes have an image the last one's embeddings count. An `InputError` if a file cannot be seen.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    for number, manifest in enumerate(manifests):
+        places |= {key: (number, row) for key, row in manifest.rows.items()}
+    keys = tuple(sorted(places))
+    table = torch.tensor([places[key] for key in keys], dtype=torch.long)
+    patches = {}
+    for source, grid in grids.items():
+        shards = [_mapped(manifest, source) for manifest in manifests]
+        patches[source] = Patches(ShardedEmbeddings(shards, table), grid, keys)
+    return patches
+
+
+def _mapped(manifest: Manifest, source: Source) -> Tensor:
+    images, shape, path = len(manifest.rows), manifest.shapes[source], manifest.path(source)
+    if not path.is_file():
+        msg = (
+            f"cache_dir: {path}, which another process wrote, cannot be seen from this machine; "
+            "with several machines cache_dir must be a folder that they share"
+        )
+        raise InputError(msg)
+    size = images * shape[0] * shape[1]
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(images, *shape)
+
+
+def images_to_come(trainer: Trainer) -> int | None:
+    """Return how many training images a process will see in a pass; None if nobody knows."""
+    loader = trainer.train_dataloader
+    try:
+        images = len(loader.sampler)
+        return int(min(images, trainer.num_training_batches * loader.batch_size))
+    except (AttributeError, TypeError):  # several loaders, streams, batches made elsewhere
+        return None

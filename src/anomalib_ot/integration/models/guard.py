@@ -1,25 +1,56 @@
 """Checks what a stage of the trainer is given, before the stage starts."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn, zeros
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.images import check_images
 from anomalib_ot.integration.checks.trainer import check_trainer, leave_out_validation, restore_validation
 from anomalib_ot.integration.checks.values import check_fitted
+from anomalib_ot.integration.data.datamodule import BoxDataModule
 from anomalib_ot.integration.data.datamodule_checks import check_datamodule, dataset_image_paths
 from anomalib_ot.integration.data.deep_images import check_augmentations
 from anomalib_ot.integration.data.region_of_interest import check_shape
-from anomalib_ot.integration.models.gradient_anchor import GradientAnchor
 from anomalib_ot.integration.processing.pre_post import ExportablePreProcessor
+from anomalib_ot.integration.processing.sinkhorn_nms import SinkhornNMS
 
-__all__ = ["InputGuard"]
+__all__ = ["BoxGuard", "InputGuard"]
+
+logger = logging.getLogger(__name__)
+
+SUBSETS = {TrainerFn.VALIDATING: ("val",), TrainerFn.TESTING: ("test",), TrainerFn.PREDICTING: ("test",)}
 
 
-class InputGuard(Callback):
+class FittedGuard(Callback):
+    """Refuses to validate, test or predict with what was not trained, and bad images of a plain folder to predict."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to validate what was not trained, unless it is being trained."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            check_fitted(pl_module, "validate")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to test what was not trained."""
+        del trainer
+        check_fitted(pl_module, "test")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to predict with what was not trained; check the images of a plain folder."""
+        check_fitted(pl_module, "predict")
+        for paths in _loaded_paths(trainer.predict_dataloaders):
+            self._check_images(pl_module, paths, "images to predict")
+
+    def _check_images(self, pl_module: LightningModule, paths: Sequence[str], description: str) -> None:
+        del pl_module
+        check_images(paths, description)
+
+
+class InputGuard(FittedGuard):
     """Stops a run with one clear line if its precision, checkpoint, data or model cannot do.
 
     Every image file is decoded once per process, before a training those for the test too: that a test follows is the
@@ -54,25 +85,13 @@ class InputGuard(Callback):
         restore_validation(trainer)
         pl_module.forget_collected()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to validate what was not trained, unless it is being trained."""
-        if trainer.state.fn != TrainerFn.FITTING:
-            check_fitted(pl_module, "validate")
-
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to test what was not trained, and images of another shape than the region of interest."""
-        check_fitted(pl_module, "test")
+        """Refuse to test images of another shape than the region of interest, too."""
+        super().on_test_start(trainer, pl_module)
         for paths in _loaded_paths(trainer.test_dataloaders):
             check_shape(paths, getattr(pl_module, "roi_size", None), "images to test")
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to predict with what was not trained; check the images of a plain folder."""
-        check_fitted(pl_module, "predict")
-        for paths in _loaded_paths(trainer.predict_dataloaders):
-            self._check_images(pl_module, paths, "images to predict")
-
-    @staticmethod
-    def _check_images(pl_module: LightningModule, paths: Sequence[str], description: str) -> None:
+    def _check_images(self, pl_module: LightningModule, paths: Sequence[str], description: str) -> None:
         report, pre_processor = check_images(paths, description), pl_module.pre_processor
         check_shape(paths, getattr(pl_module, "roi_size", None), description)
         if isinstance(pre_processor, ExportablePreProcessor):
@@ -86,7 +105,77 @@ class InputGuard(Callback):
             raise InputError(msg)
 
 
-def _loaded_paths(loaders: Any) -> list[list[str]]:
+class BoxGuard(FittedGuard):
+    """Stops a run with one clear line if its precision, checkpoint, data or model cannot do.
+
+    Every image file is decoded once per process before a stage starts.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check precision, data and images, and have the checkpoint checked when it is read."""
+        check_trainer(trainer, pl_module)
+        datamodule = trainer.datamodule
+        if datamodule is None:
+            return
+        name = getattr(datamodule, "name", type(datamodule).__name__)
+        if not hasattr(datamodule, "class_names") and stage != TrainerFn.PREDICTING:
+            msg = (
+                f"data {name} has no boxes to train or test {type(pl_module).__name__} with; expected a data set with "
+                "boxes: CocoBoxes, TianchiFabric, MaskBoxes (from the masks of a folder) or SyntheticFabricBoxes"
+            )
+            raise InputError(msg)
+        subsets = SUBSETS.get(stage, ("train", "val", "test"))
+        found = [dataset_image_paths(getattr(datamodule, f"{subset}_data", None)) for subset in subsets]
+        check_images(dict.fromkeys(path for paths in found for path in paths), f"data {name}")
+        if isinstance(datamodule, BoxDataModule):
+            own = pl_module.post_processor
+            if isinstance(own, SinkhornNMS):
+                _warn_of_crowds(datamodule, own.max_detections, "--model.post_processor.max_detections")
+            else:
+                _warn_of_crowds(datamodule, pl_module.arguments["max_detections"])
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what a training was resumed from, too: it counts for the first test after the training alone."""
+        vars(trainer).pop("resumed_from", None)
+        super().on_test_start(trainer, pl_module)
+
+
+class GradientAnchor(nn.Module):
+    """A parameter that nothing uses and no checkpoint holds.
+
+    `DistributedDataParallel` refuses a module none of whose parameters asks for a gradient, and OTPrototypes has none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(zeros(1))
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        del destination, prefix, keep_vars
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        del state_dict, prefix, args
+
+
+def _loaded_paths(loaders: Any) -> Iterator[list[str]]:
     """The image files of each data loader of a stage."""
-    loaders = loaders if isinstance(loaders, list) else [loaders]
-    return [dataset_image_paths(getattr(loader, "dataset", None)) for loader in loaders]
+    for loader in loaders if isinstance(loaders, list) else [loaders]:
+        yield dataset_image_paths(getattr(loader, "dataset", None))
+
+
+def _warn_of_crowds(
+    datamodule: BoxDataModule, max_detections: int, argument: str = "--model.advanced.max_detections"
+) -> None:
+    """Warn of images that hold more objects than a detector returns; `argument` sets how many these are."""
+    content = datamodule.content
+    crowded = [image for image in (*content.train, *content.val, *content.test) if len(image.boxes) > max_detections]
+    if crowded:
+        logger.warning(
+            "data %s: %d image(s) have more boxes than the detector returns (%d), the first is %s with %d; raise %s",
+            datamodule.name,
+            len(dict.fromkeys(image.image_path for image in crowded)),
+            max_detections,
+            crowded[0].image_path,
+            len(crowded[0].boxes),
+            argument,
+        )

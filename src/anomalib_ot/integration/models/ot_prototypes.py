@@ -16,7 +16,6 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from anomalib_ot.anomaly.members import Preset
 from anomalib_ot.anomaly.model import PrototypesModel, training_portions
@@ -25,7 +24,7 @@ from anomalib_ot.integration.callbacks.false_alarms import FalseAlarmThreshold, 
 from anomalib_ot.integration.callbacks.result_writer import ResultWriter
 from anomalib_ot.integration.checks.advanced import checked_options, flat, nested
 from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, is_reading, trained_arguments
-from anomalib_ot.integration.checks.console import quiet_console
+from anomalib_ot.integration.checks.console import progress_bars, quiet_console
 from anomalib_ot.integration.checks.errors import InputError, install_short_errors
 from anomalib_ot.integration.checks.images import digests_of
 from anomalib_ot.integration.data.batches import ExplainedBatch
@@ -34,9 +33,7 @@ from anomalib_ot.integration.data.region_of_interest import read_region
 from anomalib_ot.integration.export.explained_export import ExplainedExport
 from anomalib_ot.integration.export.known_scores import ScoreKeeper
 from anomalib_ot.integration.models.backbone import checked_weights, fill_weights
-from anomalib_ot.integration.models.embedding_cache import EmbeddingCache
-from anomalib_ot.integration.models.embedding_files import images_to_come
-from anomalib_ot.integration.models.fit_progress import fit_progress
+from anomalib_ot.integration.models.embedding_cache import EmbeddingCache, images_to_come
 from anomalib_ot.integration.models.guard import InputGuard
 from anomalib_ot.integration.models.prototypes_options import (
     EVERYDAY,
@@ -86,7 +83,6 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         tile_size: Height and width of tiles that resized images are cut into, in training, prediction and exports,
             pixels; their maps are put together. Places and amounts then do not count: `alpha` is 0, `transport_score`
             False. None: images are not cut.
-        tile_overlap: Part of a tile that it shares with its neighbor, 0 to 0.9.
         roi: The region of interest, in which alone defects are looked for: path of a mask image (not 0 inside), or a
             list of polygons, each a list of points [x, y] from 0 to 1, from the left and from the top. The checkpoint
             keeps it. None: everything.
@@ -124,7 +120,6 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         image_size: Sequence[int] = (256, 256),
         num_prototypes: int | None = None,
         tile_size: Sequence[int] | None = None,
-        tile_overlap: float = 0.2,
         roi: list[list[list[float]]] | str | Path | None = None,
         seed: int = 0,
         max_false_alarms: float | None = None,
@@ -146,7 +141,6 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
             image_size=image_size,
             num_prototypes=num_prototypes,
             tile_size=tile_size,
-            tile_overlap=tile_overlap,
             options=options,
         )
         if roi is not None and tile_size is not None:
@@ -284,8 +278,14 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
             if self.trainer.is_global_zero:
                 seed, resume = self.seed + 1000 * self.current_epoch, self.current_epoch > 0
                 try:
-                    with fit_progress(self.trainer) as report:
-                        self._costs = self.model.fit(patches, self._network_size, seed, resume=resume, report=report)
+                    with progress_bars(getattr(self.trainer.progress_bar_callback, "progress", None)) as show:
+                        self._costs = self.model.fit(
+                            patches,
+                            self._network_size,
+                            seed,
+                            resume=resume,
+                            report=lambda what, done, of: show(f"Fitting {what}", done, of),
+                        )
                     self._tell_outliers(next(iter(patches.values())).names)
                 except ValueError as error:
                     failure = error
@@ -325,24 +325,13 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
 
     # ---- validation, test, prediction
 
-    def _predict(self, batch: Batch) -> ExplainedBatch:
+    def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> ExplainedBatch:
+        """Predict a batch with its explanation."""
+        del args, kwargs
         roi = self.model.roi.expand(len(batch.image), -1, -1) if self.model.roi.numel() else None
         return ExplainedBatch.adopt(batch, **self.model.predict(batch.image)._asdict(), roi=roi)
 
-    def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
-        """Predict a batch; thresholds are found from the predictions."""
-        del args, kwargs
-        return self._predict(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int, *args: object, **kwargs: object) -> STEP_OUTPUT:
-        """Predict a batch with its explanation."""
-        del args, kwargs, batch_idx
-        return self._predict(batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
-        """Predict a batch with its explanation."""
-        del batch_idx, dataloader_idx
-        return self._predict(batch)
+    test_step = predict_step = validation_step
 
     # ---- checkpoints
 

@@ -34,6 +34,7 @@ class PrototypesOptions:
         transport_score: Whether amounts count (something missing, one too many): in the score, and where a part has a
             fixed place on the map, too; None leaves the preset's, which is True but for "paper".
         num_groups: Kinds of patches per member that the transport score counts.
+        tile_overlap: Least part of a tile that it shares with its neighbor.
         drop_outliers: Whether what training images unlike all others show, and no others, is not taken for normal: for
             training sets with defective images in them. A training names such images in any case.
         export_explanation: Whether exported models have the outputs `feature_map`, `position_map`, `missing_map`,
@@ -54,6 +55,7 @@ class PrototypesOptions:
     smoothing: Annotated[float, Range(least=0, below=100)] | None = None
     transport_score: bool | None = None
     num_groups: Annotated[int, Range(least=2)] = 16
+    tile_overlap: Annotated[float, Range(least=0, most=0.9)] = 0.2
     drop_outliers: bool = False
     export_explanation: bool = False
     epochs: Whole = 1
@@ -62,8 +64,8 @@ class PrototypesOptions:
 
 
 # What a checkpoint decides about: its prototypes, scales and thresholds belong to these values and to no others.
-EVERYDAY = ("backbone", "layers", "preset", "image_size", "num_prototypes", "tile_size", "tile_overlap")
-TRAINED_BY = (*EVERYDAY, *(field.name for field in fields(PrototypesOptions)[:7]))
+EVERYDAY = ("backbone", "layers", "preset", "image_size", "num_prototypes", "tile_size")
+TRAINED_BY = (*EVERYDAY, *(field.name for field in fields(PrototypesOptions)[:8]))
 
 
 def build_model(
@@ -74,21 +76,9 @@ def build_model(
     image_size: Sequence[int],
     num_prototypes: int | None,
     tile_size: Sequence[int] | None,
-    tile_overlap: float,
     options: PrototypesOptions,
 ) -> PrototypesModel:
-    """Build an unfitted model, its backbone still without weights of worth.
-
-    Args:
-        backbone: See `OTPrototypes`, as for all others.
-        layers: Layers of the backbone.
-        preset: What members and options are where they are None.
-        image_size: Only checked here; the pre-processor resizes.
-        num_prototypes: Sets every member's.
-        tile_size: Height and width of tiles; None: images are not cut. With tiles `alpha` and `transport_score` are 0
-            and False where they are None.
-        tile_overlap: Part of a tile that it shares with its neighbor.
-        options: The others, checked.
+    """Build an unfitted model from arguments of `OTPrototypes`, its backbone still without weights of worth.
 
     Raises:
         InputError: If an argument is out of range or not known; the message names the known ones.
@@ -97,7 +87,7 @@ def build_model(
     members, alpha, num_global, counts = options.members, options.alpha, options.num_global, options.transport_score
     tiling = None
     if tile_size is not None:
-        tiling = _tiling(tile_size, tile_overlap, image_size)
+        tiling = _tiling(tile_size, options.tile_overlap, image_size)
         _check_placeless(preset, members, alpha=alpha, num_global=num_global, transport_score=counts)
         alpha, counts = 0.0, False
     compact, published = backbone == FILTER_BANK and preset == "default", preset == "paper"
@@ -127,9 +117,6 @@ def _tiling(tile_size: Sequence[int], tile_overlap: float, image_size: Sequence[
             f"tile_size is {list(tile_size)}; expected height and width of at least {MIN_SIDE} pixels each, and "
             f"at most those of image_size, {list(image_size)}"
         )
-        raise InputError(msg)
-    if not 0 <= tile_overlap <= 0.9:
-        msg = f"tile_overlap is {tile_overlap}; expected a part of the tile from 0 to 0.9"
         raise InputError(msg)
     return Tiling((int(tile_size[0]), int(tile_size[1])), tile_overlap, whole_image=False)
 

@@ -54,31 +54,15 @@ class ExportablePreProcessor(PreProcessor):
             resize = next((module for module in flat_transforms(self.transform) if isinstance(module, Resize)), None)
             batch.image = restore_deep_images(batch.image, batch.image_path, self.deep_paths, resize)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Prepare a training batch."""
-        self._restore(batch)
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
-        """Prepare a validation batch."""
-        self._restore(batch)
-        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx)
-
-    def on_test_batch_start(
+    def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Prepare a test batch."""
+        """Put deep images back, then transform, in every stage as Anomalib does in training."""
+        del dataloader_idx
         self._restore(batch)
-        super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        PreProcessor.on_train_batch_start(self, trainer, pl_module, batch, batch_idx)
 
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Prepare a batch to predict."""
-        self._restore(batch)
-        super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
 
 def flat_transforms(transform: nn.Module | None) -> list[nn.Module]:
