@@ -79,15 +79,9 @@ def trained_step(inputs: tuple[Tensor, ...]) -> None:
 
 def network() -> Callable[[], object]:
     """Return a call of the default detector's forward."""
-    detector = build_detector(
-        PRESETS["default"],
-        backbone="resnet18",
-        layers=("layer2", "layer3"),
-        image_size=(SIDE, SIDE),
-        num_classes=CLASSES,
-        nms="hard",
-        max_detections=100,
-    ).eval()
+    arguments = {"backbone": "resnet18", "layers": ("layer2", "layer3"), "image_size": (SIDE, SIDE), "tile_size": None}
+    arguments |= {"nms": "hard", "max_detections": 100, "one_to_one": False}
+    detector = build_detector(PRESETS["default"], arguments, num_classes=CLASSES).eval()
     image = torch.rand(1, 3, SIDE, SIDE)
     return lambda: detector(image)
 

@@ -33,13 +33,7 @@ Built = TypeVar("Built")
 class Range:
     """The numbers that an argument may be, as part of its type: `Annotated[float, Range(least=0)]`.
 
-    Args:
-        least: The least one.
-        above: What all are greater than.
-        most: The greatest one.
-        below: What all are less than.
-        finite: Whether infinity is none of them.
-        odd: Whether only odd ones are.
+    From `least`, or above `above`, to `most`, or below `below`; `finite` leaves infinity out, `odd` all but odd ones.
 
     >>> Range(above=0, most=1)
     above 0 and at most 1
@@ -122,16 +116,10 @@ def described(hint: Any) -> str:
 
 
 def check(values: Mapping[str, Any], hints: Mapping[str, Any], place: str = "") -> None:
-    """Refuse the first value that does not fit its type.
+    """Refuse, with a `ValueError`, the first value that does not fit its type, both by name.
 
-    Args:
-        values: By name.
-        hints: Types by name: `Literal`, numbers with or without a `Range`, `bool`, None and unions of them. Values of
-            other types pass, as do names without a type.
-        place: What stands before a name in the message.
-
-    Raises:
-        ValueError: If a value does not fit; names it, and says what was expected.
+    Types are `Literal`, numbers with or without a `Range`, `bool`, None and unions of them; values of other types pass,
+    as do names without a type. `place` stands before a name in the message.
 
     >>> check({"alpha": 1.5}, {"alpha": Fraction})
     Traceback (most recent call last):
@@ -155,24 +143,14 @@ def hints_of(kind: Any) -> dict[str, Any]:
 
 
 def check_fields(instance: Any, place: str = "") -> None:
-    """Refuse the first field of a dataclass that does not fit its type; see `check`.
-
-    Raises:
-        ValueError: If a field does not fit.
-    """
+    """Refuse the first field of a dataclass that does not fit its type; see `check`."""
     check(vars(instance), hints_of(type(instance)), place)
 
 
 def built(kind: type[Built], given: Mapping[str, Any], place: str) -> Built:
-    """Build a dataclass from values by name.
+    """Build a dataclass from values by name, which come from `place`.
 
-    Args:
-        kind: The dataclass.
-        given: The values.
-        place: Where they come from, for messages.
-
-    Raises:
-        ValueError: If a name is not known, with the nearest one that is, or the dataclass refuses a value.
+    A `ValueError` if a name is not known, with the nearest one that is, or the dataclass refuses a value.
     """
     known = sorted(field.name for field in fields(kind))
     unknown = sorted(set(given) - set(known))

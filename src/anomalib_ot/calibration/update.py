@@ -40,7 +40,7 @@ def _update(model: Path, good: Path, output: Path | None) -> None:
     if output is not None and (output.suffix != ".ckpt" or not output.parent.is_dir()):
         raise InputError(f"--output is '{output}'; expected the name of a checkpoint (.ckpt) in a folder that exists")
     files = image_files("--good", good)
-    from anomalib_ot.integration.models.updated_checkpoint import UpdatedCheckpoint
+    from anomalib_ot.integration.models.calibrated_checkpoint import UpdatedCheckpoint
 
     checkpoint = UpdatedCheckpoint(model)
     learned = checkpoint.learn(files, "good images")

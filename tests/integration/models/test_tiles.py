@@ -10,8 +10,8 @@ from anomalib.engine import Engine
 from anomalib_ot import OTPrototypes, SyntheticFabric
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.export.runtime import openvino_predict, predict_of_onnx
+from anomalib_ot.integration.models.calibrated_checkpoint import UpdatedCheckpoint
 from anomalib_ot.integration.models.prototypes_options import as_trained
-from anomalib_ot.integration.models.updated_checkpoint import UpdatedCheckpoint
 
 MODEL = {
     "backbone": "filter_bank", "layers": ["scale1", "scale2"], "image_size": [96, 160], "tile_size": [64, 64],

@@ -16,14 +16,9 @@ Options = TypeVar("Options")
 
 
 def checked_options(kind: type[Options], given: Options | Mapping[str, Any] | None) -> Options:
-    """Return the options of a model with every value checked by its type.
+    """Return the options of a model, given as their dataclass or by name, with every value checked by its type.
 
-    Args:
-        kind: Their dataclass.
-        given: One of these, as the command line makes it, or values by name.
-
-    Raises:
-        InputError: If a name is not known, or a value does not fit; names it as `advanced.NAME`.
+    An `InputError` that names `advanced.NAME` if a name is not known, or a value does not fit.
     """
     if not isinstance(given, kind | Mapping | None):
         msg = f"advanced is {given!r}; expected names with values, such as {{{fields(kind)[0].name!r}: ...}}"
@@ -44,28 +39,14 @@ def flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nested(arguments: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """Return the arguments of a model as it takes them today; versions before 0.2 have all beside each other.
-
-    Args:
-        arguments: Those of a checkpoint, of any version.
-        kind: The dataclass of what stands in `advanced`.
-    """
+    """Return the arguments of a checkpoint of any version with those that are fields of `kind` in `advanced`."""
     every, names = flat(arguments), {field.name for field in fields(kind)}
     inner = {name: every.pop(name) for name in names & every.keys()}
     return every | {ADVANCED: inner}
 
 
 def check_place(model: type, kind: type, given: Mapping[str, Any]) -> None:
-    """Refuse an argument that stands beside the others, and belongs into `advanced`.
-
-    Args:
-        model: Class of the model.
-        kind: The dataclass of its `advanced`.
-        given: Arguments by name.
-
-    Raises:
-        InputError: If there is one; says where it is.
-    """
+    """Refuse, with an `InputError`, arguments beside the others that belong into `advanced`, whose class is `kind`."""
     moved = {field.name for field in fields(kind)} - signature(model.__init__).parameters.keys()
     for name in given:
         if name in moved:

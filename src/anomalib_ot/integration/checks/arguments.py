@@ -105,10 +105,9 @@ def _parameters(path: str) -> dict[str, str] | None:
 def install_short_argument_errors(switch: str, before_building: Callable[[], None]) -> None:
     """Let jsonargparse's parsers print that line, and nothing else, for arguments of our classes.
 
-    There is no hook for this in jsonargparse: its methods `error` and `instantiate_classes` are wrapped. Anomalib's
-    classes get the line too in a command that names one of ours. All other messages go the former way, as does
-    everything with the environment variable `switch` set to 1. `before_building` is called before a parser builds what
-    was named, such as a logger, which comes before any model. Repeated calls change nothing.
+    jsonargparse has no hook for this: its methods `error` and `instantiate_classes` are wrapped. Anomalib's classes get
+    the line too in a command that names one of ours; with the environment variable `switch` set to 1 nothing does.
+    `before_building` is called before a parser builds what was named. Repeated calls change nothing.
     """
     former = ArgumentParser.error
     if hasattr(former, "is_short"):

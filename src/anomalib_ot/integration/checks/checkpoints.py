@@ -24,11 +24,7 @@ _reading = ContextVar("reading", default=False)
 
 @contextmanager
 def checked_reading(path: str | Path) -> Iterator[None]:
-    """Check that a local file can be a checkpoint at all, and say what is wrong if reading it fails.
-
-    Raises:
-        InputError: If there is no such file, it is not a zip archive, as every checkpoint is, or cannot be read.
-    """
+    """Check that a local file can be a checkpoint at all; an `InputError` says what is wrong if reading it fails."""
     if "://" not in str(path):
         _check_file(Path(path))
     before = _reading.set(True)
@@ -90,9 +86,8 @@ def check_own_checkpoint(checkpoint: Mapping[str, Any], entry: str, model: str) 
 def keep_what_was_trained(trainer: Trainer, model: LightningModule, checkpoint: dict[str, Any]) -> bool:
     """Keep a model that was just trained, where the checkpoint that its training was resumed from is to be loaded.
 
-    Anomalib's `train` hands the checkpoint to resume from to the test that follows the training, too. Only the first
-    test after the training keeps the model, so that the old one can be tested all the same. The path is in
-    `trainer.resumed_from`. Returns whether the model was kept, which the log then says.
+    Anomalib's `train` hands the checkpoint to resume from (`trainer.resumed_from`) to the test that follows, too; the
+    first test after a training keeps the model. Returns whether it was kept, which the log then says.
     """
     resumed_from = vars(trainer).pop("resumed_from", None)
     if trainer.state.fn != TrainerFn.TESTING or resumed_from is None or resumed_from != str(trainer.ckpt_path):

@@ -41,8 +41,7 @@ def quiet_console() -> None:
     """Let the Anomalib command line print each message once, whole, and leave out what is said in every run.
 
     Anomalib logs twice, to the error stream and by rich, which breaks lines and paths; here the error stream stays.
-    Does nothing unless the program is that command line, and with ``ANOMALIB_OT_VERBOSE=1`` in the environment.
-    Repeated calls change nothing.
+    Nothing changes elsewhere, with ``ANOMALIB_OT_VERBOSE=1`` in the environment, or by repeated calls.
     """
     if "anomalib.cli.cli" not in sys.modules or os.environ.get(VERBOSE_SWITCH) == "1":
         return

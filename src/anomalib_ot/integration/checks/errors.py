@@ -56,8 +56,7 @@ def _words(text: object) -> str:
 def _input_message_in(error: BaseException) -> str | None:
     """Find the message of the outermost ``InputError`` among an exception and what it was explicitly raised from.
 
-    What a model's ``__init__`` raises comes out of jsonargparse as a ``ValueError`` that only quotes the message among
-    those of all types it tried, raised from another one of them: such a quotation counts too.
+    jsonargparse makes a ``ValueError`` of what a model's ``__init__`` raises, which only quotes it: that counts, too.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -118,14 +117,9 @@ def missing_tensorboard(text: str) -> str | None:
 def install_short_errors() -> None:
     """Let the Anomalib command line end with one line, and status 1, on an uncaught ``InputError``.
 
-    The same goes for images to predict that are not there, for an unknown kind of export, for a logger whose package
-    is missing, and, with status 2, for arguments of this package's classes that the command line does not accept.
-
-    Does nothing unless the program is that command line, that is, unless ``anomalib.cli.cli`` has put rich's
-    traceback hook in place: scripts and notebooks keep their tracebacks. All other exceptions still go to rich.
-    Repeated calls change nothing. With ``ANOMALIB_OT_TRACEBACK=1`` in the environment the traceback is shown.
-
-    Lightning needs no care: it tells its callbacks and loggers of the exception, prints nothing, and raises it again.
+    The same goes for the other errors of `_ShortErrors` and, with status 2, for arguments of this package's classes
+    that the command line does not accept. Scripts and notebooks, in which rich's traceback hook is not in place, keep
+    their tracebacks, as does all with ``ANOMALIB_OT_TRACEBACK=1`` in the environment. Repeated calls change nothing.
     """
     if "anomalib.cli.cli" not in sys.modules:
         return

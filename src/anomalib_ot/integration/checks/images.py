@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +70,7 @@ def digests_of(files: Iterable[str | Path]) -> list[str]:
 def check_images(paths: Iterable[str | Path], description: str) -> ImageReport:
     """Decode image files and stop at bad ones before training does.
 
-    Two threads decode, with a progress bar from the first second on. What is found is kept for the life of the process
-    by path, time of change and size. `description` is such as "training images".
+    What is found is kept for the life of the process by path, time of change and size.
 
     Raises:
         InputError: If files are missing, empty, cut off, damaged, no images, under 16 pixels on a side, or hold values
@@ -111,13 +110,14 @@ def _key(name: str) -> tuple[str, int, int]:
 
 def _decode_all(names: list[str], description: str) -> dict[str, _Finding]:
     found: dict[str, _Finding] = {}
-    with ExitStack() as stack:
-        pool = ThreadPoolExecutor(NUM_THREADS)
-        stack.callback(pool.shutdown, cancel_futures=True)
-        step = stack.enter_context(progress_bar(f"Checking {description}", len(names)))
-        for name, finding in zip(names, pool.map(_decode, names), strict=True):
-            found[name] = finding
-            step()
+    pool = ThreadPoolExecutor(NUM_THREADS)
+    try:
+        with progress_bar(f"Checking {description}", len(names)) as step:
+            for name, finding in zip(names, pool.map(_decode, names), strict=True):
+                found[name] = finding
+                step()
+    finally:
+        pool.shutdown(cancel_futures=True)
     return found
 
 
@@ -173,18 +173,8 @@ def _log(report: ImageReport, description: str) -> None:
             report.turned[0],
         )
     if report.alpha:
-        logger.info(
-            "%s: %d of %d have an alpha channel (first %s); it is dropped",
-            description,
-            len(report.alpha),
-            report.count,
-            report.alpha[0],
-        )
+        told = "%s: %d of %d have an alpha channel (first %s); it is dropped"
+        logger.info(told, description, len(report.alpha), report.count, report.alpha[0])
     if report.deep:
-        logger.info(
-            "%s: %d of %d hold 16-bit or float samples (first %s)",
-            description,
-            len(report.deep),
-            report.count,
-            min(report.deep),
-        )
+        told = "%s: %d of %d hold 16-bit or float samples (first %s)"
+        logger.info(told, description, len(report.deep), report.count, min(report.deep))

@@ -13,11 +13,15 @@ LIMIT = "anomalib_ot_limit_val_batches"
 def check_trainer(trainer: Trainer, model: LightningModule) -> None:
     """Check that a trainer can do what it is asked for, and have it check checkpoints when it reads them.
 
-    Raises:
-        InputError: If the precision is not float32, or a training would be skipped or begin in the middle, because the
-            trainer has counted the epochs of an earlier one.
+    An `InputError` if weights would not be float32, which sums over all patches need (mixed precision is fine), or if a
+    training would be skipped or begin in the middle, as the trainer has counted the epochs of an earlier one.
     """
-    _check_precision(trainer.precision)
+    precision = trainer.precision
+    if precision.endswith("-true") and precision != "32-true":
+        raise InputError(
+            f"trainer.precision is {precision!r}, in which prototypes cannot be fitted; "
+            "expected '32-true', or '16-mixed' or 'bf16-mixed' to run the backbone alone in half precision"
+        )
     install_checkpoint_check(trainer)
     if trainer.state.fn == TrainerFn.FITTING:
         _check_unused(trainer, model)
@@ -47,15 +51,6 @@ def restore_validation(trainer: Trainer) -> None:
     """Take back `leave_out_validation`: the next data may have validation images."""
     if LIMIT in vars(trainer):
         trainer.limit_val_batches = vars(trainer).pop(LIMIT)
-
-
-def _check_precision(precision: str) -> None:
-    """Check that a trainer leaves the model in float32: sums over all patches need it; mixed precision is fine."""
-    if precision.endswith("-true") and precision != "32-true":
-        raise InputError(
-            f"trainer.precision is {precision!r}, in which prototypes cannot be fitted; "
-            "expected '32-true', or '16-mixed' or 'bf16-mixed' to run the backbone alone in half precision"
-        )
 
 
 def _check_unused(trainer: Trainer, model: LightningModule) -> None:

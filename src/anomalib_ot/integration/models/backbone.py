@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,15 +32,9 @@ PATIENCE = 5.0  # seconds for an answer of the hub
 def build_extractor(
     backbone: str, layers: Sequence[str], *, trainable: bool = False
 ) -> TimmFeatureExtractor | FilterBank:
-    """Build the feature extractor of a backbone, still without weights of worth.
+    """Build the feature extractor of a backbone (a timm model or "filter_bank"), still without weights of worth.
 
-    Args:
-        backbone: Name of a timm model, convolutional or transformer, or "filter_bank".
-        layers: Names of its layers, in any order.
-        trainable: Whether its weights are to be trained; else they are frozen.
-
-    Raises:
-        InputError: If timm has no such model, or the model no such layer; the known ones are in the message.
+    An `InputError` with the known ones if timm has no such model, or the model no such layer.
     """
     try:
         known = list(SCALES) if backbone == FILTER_BANK else known_layers(backbone)
@@ -65,14 +60,8 @@ def build_pyramid_extractor(
 ) -> tuple[TimmFeatureExtractor, list[int], list[int]]:
     """Build the trainable feature extractor of a detector; return the channels and strides of its maps, too.
 
-    Args:
-        backbone: Name of a convolutional timm model.
-        layers: Names of its layers, whose strides double from one to the next.
-        frozen_stages: First stages that are not trained.
-        frozen_norm: Whether its batch norm is frozen.
-
-    Raises:
-        InputError: If the backbone does not learn, has one scale only, or not these layers or as many stages.
+    An `InputError` if the backbone does not learn, has one scale only, not these layers or as many stages, or if
+    strides do not double from one layer to the next.
     """
     if backbone == FILTER_BANK:
         msg = "backbone is 'filter_bank', which does not learn; a detector needs a timm model, such as 'resnet18'"
@@ -102,13 +91,8 @@ def build_pyramid_extractor(
 def checked_weights(pre_trained: bool, backbone_weights: str | Path | None) -> tuple[bool, str | Path | None]:
     """Check the two arguments that say which weights a backbone gets, and return them.
 
-    Args:
-        pre_trained: Whether it gets pretrained weights; else random ones.
-        backbone_weights: Path of a checkpoint with them; None for timm's from the hub. In checkpoints of version 0.1
-            "random" stands for random weights, and is returned as `pre_trained=False`.
-
-    Raises:
-        InputError: If `pre_trained` is no bool, is False beside a path, or the path is "random", the old spelling.
+    `backbone_weights` of "random", which checkpoints of version 0.1 have, is returned as `pre_trained=False`. An
+    `InputError` if `pre_trained` is no bool or False beside a path, or if "random" does not come from a checkpoint.
     """
     if not isinstance(pre_trained, bool):
         msg = (
@@ -136,16 +120,9 @@ def checked_weights(pre_trained: bool, backbone_weights: str | Path | None) -> t
 def fill_weights(
     extractor: TimmFeatureExtractor | FilterBank, weights: str | Path | None, seed: int, *, pre_trained: bool = True
 ) -> None:
-    """Give a feature extractor its weights.
+    """Give a feature extractor its weights: of a checkpoint, of timm's hub (None), or random ones by the seed.
 
-    Args:
-        extractor: What to fill, in place.
-        weights: Path of a checkpoint; None for timm's pretrained weights from the hub.
-        seed: Seed of random weights.
-        pre_trained: Whether weights are pretrained; else random, and `weights` is None. A filter bank has none.
-
-    Raises:
-        InputError: If the file is missing, unsafe, broken or of another model, or the hub cannot be reached.
+    An `InputError` if the file is missing, unsafe, broken or of another model, or the hub cannot be reached.
     """
     if isinstance(extractor, FilterBank):
         if weights is not None:
@@ -153,10 +130,11 @@ def fill_weights(
             raise InputError(msg)
         return
     network, backbone = extractor.feature_extractor, extractor.backbone
-    indices = None if extractor._uses_intermediates else extractor.idx
-    options = {"dynamic_img_size": True} if indices is None else {"features_only": True, "exportable": True}
-    if indices is not None:
-        options["out_indices"] = indices
+    if extractor._uses_intermediates:
+        indices, options = None, {"dynamic_img_size": True}
+    else:
+        indices = extractor.idx
+        options = {"features_only": True, "exportable": True, "out_indices": indices}
     if not pre_trained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -197,13 +175,9 @@ def _cached_weights(backbone: str) -> str | None:
 def _probe_hub(backbone: str) -> None:
     """Ask the hub for a few bytes, once and briefly: a download would try again for most of a minute.
 
-    Raises:
-        Exception: Of the network, if the hub cannot be reached. An answer of any kind is left to the download.
+    Raises what the network does if the hub cannot be reached; an answer of any kind is left to the download.
     """
     repository = timm.get_pretrained_cfg(backbone).hf_hub_id
-    if not repository:
-        return
-    try:
-        get_hf_file_metadata(hf_hub_url(repository, HUB_FILES[0]), timeout=PATIENCE)
-    except HfHubHTTPError:
-        return
+    if repository:
+        with suppress(HfHubHTTPError):
+            get_hf_file_metadata(hf_hub_url(repository, HUB_FILES[0]), timeout=PATIENCE)

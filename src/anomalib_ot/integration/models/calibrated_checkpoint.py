@@ -1,4 +1,4 @@
-"""A checkpoint of OTPrototypes scores images, and takes over a threshold."""
+"""A checkpoint of OTPrototypes takes over a threshold, or good images that it calls defective, without a training."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from anomalib.post_processing import PostProcessor
 
+from anomalib_ot.anomaly.model import Growth
 from anomalib_ot.integration.checks.atomic_write import write_whole
 from anomalib_ot.integration.checks.checked_checkpoint_io import AnomalibCheckpointIO
 from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, checked_reading
@@ -17,12 +18,14 @@ from anomalib_ot.integration.data.deep_images import read_image_deep
 from anomalib_ot.integration.data.region_of_interest import check_shape
 from anomalib_ot.integration.export.export import CALIBRATION, SCORES
 from anomalib_ot.integration.export.known_scores import summarized_scores
-from anomalib_ot.integration.models.ot_prototypes import TRAINING_IMAGES, OTPrototypes
+from anomalib_ot.integration.models.ot_prototypes import ADDITIONS, TRAINING_IMAGES, OTPrototypes
+from anomalib_ot.integration.processing.pre_post import raw_threshold
 
-__all__ = ["CalibratedCheckpoint"]
-
+__all__ = ["CalibratedCheckpoint", "UpdatedCheckpoint"]
 
 CONFIG = "anomalib_post_processor_config"
+ROOM = 0.9  # of the threshold: the next part of this kind is not to be a close thing
+GROWN = ("prototypes", "positions", "feature_scales", "position_tolerances")
 
 
 class CalibratedCheckpoint:
@@ -55,26 +58,17 @@ class CalibratedCheckpoint:
         return [file for file in files if known and known.issuperset(digests_of([file]))]
 
     def scores(self, files: Sequence[str], description: str) -> list[float]:
-        """Return the raw image score of each file, as the model gives it before any post-processing.
-
-        Raises:
-            InputError: If files cannot be read; names the first, and says how many there are.
-        """
+        """Return the raw image score of each file, before any post-processing; an `InputError` if it cannot be read."""
         check_images(files, description)
         check_shape(files, self._model.roi_size, description)
         with torch.inference_mode():
             return [float(self._model.model(self._image(file)).pred_score) for file in files]
 
     def write(self, calibration: Mapping[str, Any], good: Sequence[float]) -> None:
-        """Store a threshold, so that Anomalib's `test`, `predict` and `export` decide by it.
+        """Store a threshold, and where it comes from, so that Anomalib's `test`, `predict` and `export` decide by it.
 
-        Args:
-            calibration: What the threshold is and where it comes from, plain data.
-            good: Raw scores of the good images, which the scale of scores reaches down to; p-values compare with them
-                where they are more than those of the validation.
-
-        Raises:
-            InputError: If the file cannot be written; it is then as it was.
+        The scale of scores reaches down to the raw scores `good`; p-values compare with these where they are more than
+        those of the validation. An `InputError` if the file cannot be written; it is then as it was.
         """
         state, post = self._content["state_dict"], self._model.post_processor
         names = ("_image_threshold", "image_min", "image_max")
@@ -114,3 +108,79 @@ class CalibratedCheckpoint:
         except OSError as error:
             msg = f"checkpoint {path} cannot be written ({error.strerror}); name a file in a folder of your own"
             raise InputError(msg) from error
+
+
+class UpdatedCheckpoint(CalibratedCheckpoint):
+    """A trained model that learns more good images.
+
+    Args:
+        path: Checkpoint of `OTPrototypes`.
+
+    Raises:
+        InputError: If the file cannot be read, is of another model, has no threshold, so that nothing is a false alarm,
+            sees tiles, or lays prototypes out in grids, which do not grow.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        threshold = raw_threshold(self._model.post_processor)
+        if threshold is None or not threshold > 0:
+            msg = (
+                f"checkpoint {path} has {'no image threshold' if threshold is None else f'the threshold {threshold:g}'}"
+                ", and a false alarm is a good image above it; expected one above 0: anomalib-ot calibrate sets it"
+            )
+            raise InputError(msg)
+        if self._model.model.tiling is not None:
+            msg = (
+                f"checkpoint {path} sees images in tiles (tile_size), and takes in no more good ones afterwards; train "
+                "again with all good images"
+            )
+            raise InputError(msg)
+        self.threshold = threshold
+        for number, bank in enumerate(self._model.model.banks):
+            if bank.member.num_global is not None:
+                msg = (
+                    f"checkpoint {path} lays the prototypes of its member {number + 1} out in grids (num_global="
+                    f"{bank.member.num_global:g}), which do not grow; expected free prototypes: train again with all "
+                    "good images"
+                )
+                raise InputError(msg)
+
+    @property
+    def members(self) -> list[str]:
+        """Layers and features of each member, in words."""
+        return [f"{'+'.join(bank.member.layers)} {bank.member.feature_cost}" for bank in self._model.model.banks]
+
+    def learn(self, files: Sequence[str], description: str) -> dict[str, tuple[Growth, float]]:
+        """Let the model grow until each good image scores at most nine tenths of the threshold.
+
+        The image with the highest score comes first, whatever the order of the files.
+
+        Returns:
+            By file, highest score first: what it has taken, with the score that it had before any of them, and its
+            score afterwards.
+        """
+        before = dict(zip(files, self.scores(files, description), strict=True))
+        learned = {}
+        for file in sorted(files, key=lambda file: (-before[file], file)):
+            image = self._image(file)
+            try:
+                grown = self._model.model.grow(image, ROOM * self.threshold)
+            except ValueError as error:
+                raise InputError(f"{description}: {file}: {error}") from error
+            learned[file] = grown._replace(score=before[file])
+        taken = [file for file, growth in learned.items() if any(growth.prototypes) or growth.amounts]
+        if known := self._content.get(TRAINING_IMAGES):
+            self._content[TRAINING_IMAGES] = sorted({*known, *digests_of(taken)})
+        after = self.scores(list(learned), description)
+        return {file: (grown, score) for (file, grown), score in zip(learned.items(), after, strict=True)}
+
+    def write(self, addition: Mapping[str, Any], path: Path) -> None:
+        """Store what was learned, with a record of where it comes from; thresholds stay, as does a file on failure."""
+        state, model = self._content["state_dict"], self._model.model
+        for number, bank in enumerate(model.banks):
+            state |= {f"model.banks.{number}.{name}": getattr(bank, name) for name in GROWN}
+        if model.transport_score is not None:
+            state["model.transport_score.precision"] = model.transport_score.precision
+        self._content[ADDITIONS] = [*(self._content.get(ADDITIONS) or []), dict(addition)]
+        self._save(path)

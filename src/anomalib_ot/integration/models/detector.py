@@ -73,11 +73,7 @@ class BoxModel(BoxTraining, CheckedExport):
     takes_post_processor: bool
 
     def start(self) -> None:
-        """Take over the arguments that all detectors have, and refuse wrong ones now, not when the data are there.
-
-        Raises:
-            InputError: If an argument is out of range or not known.
-        """
+        """Take over the arguments that all detectors have; an `InputError` for wrong ones, before there are data."""
         try:
             check(self.hparams, hints_of(type(self).__init__))
         except ValueError as error:
@@ -107,11 +103,7 @@ class BoxModel(BoxTraining, CheckedExport):
         raise NotImplementedError
 
     def build(self, class_names: Sequence[str]) -> None:
-        """Build the network for these classes, untrained.
-
-        Raises:
-            InputError: If there is no class.
-        """
+        """Build the network for these classes, untrained; an `InputError` if there is none."""
         if not class_names:
             msg = "class_names is empty; expected the name of at least one class of defects"
             raise InputError(msg)
@@ -154,11 +146,7 @@ class BoxModel(BoxTraining, CheckedExport):
     # ---- before anything runs: the data, the classes, the weights
 
     def configure_model(self) -> None:
-        """Build the network for the classes of the data.
-
-        Raises:
-            InputError: If it is there for other classes already.
-        """
+        """Build the network for the classes of the data; an `InputError` if it is there for other ones."""
         if self._trainer is None:  # a checkpoint is being loaded, and brings all
             return
         names = getattr(self.trainer.datamodule, "class_names", None)
@@ -208,12 +196,7 @@ class BoxModel(BoxTraining, CheckedExport):
         """Predict raw images (B, 3, H, W) in [0, 1], as the exported model does."""
         del args, kwargs
         images = self.pre_processor(batch) if self.pre_processor else batch
-        factors = torch.stack(
-            [
-                batch.new_ones(()) * batch.shape[-1] / images.shape[-1],
-                batch.new_ones(()) * batch.shape[-2] / images.shape[-2],
-            ]
-        )
+        factors = torch.stack([batch.new_ones(()) * batch.shape[side] / images.shape[side] for side in (-1, -2)])
         predictions = self._predictions(self.detect(images), factors)
         own = self.post_processor is None or isinstance(self.post_processor, SinkhornNMS)
         return predictions if own else self.post_processor(predictions)
@@ -237,7 +220,8 @@ class BoxModel(BoxTraining, CheckedExport):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that was trained, whatever the arguments: its weights belong to no other."""
-        if self._trainer is not None and keep_what_was_trained(self._trainer, self, checkpoint):
+        trainer = self._trainer
+        if trainer is not None and keep_what_was_trained(trainer, self, checkpoint):
             return
         check_own_checkpoint(checkpoint, self.own_entry, type(self).__name__)
         names = checkpoint["hyper_parameters"]["class_names"]
@@ -260,10 +244,10 @@ class BoxModel(BoxTraining, CheckedExport):
             self.build(names)
         super().on_load_checkpoint(checkpoint)
         self.post_processor = chosen  # the host drops it if the checkpoint had none,
-        if self._trainer is not None:  # and so it does with what a run needs
+        if trainer is not None:  # and so it does with what a run needs
             self.evaluator, self.visualizer = parts
-        if self._trainer is not None and isinstance(self._trainer.datamodule, AnomalibDataModule):
-            self._trainer.datamodule.setup(self._trainer.state.fn)  # its data sets take over the restored resize
+            if isinstance(trainer.datamodule, AnomalibDataModule):
+                trainer.datamodule.setup(trainer.state.fn)  # its data sets take over the restored resize
 
     # ---- the parts around the model
 

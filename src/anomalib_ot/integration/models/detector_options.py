@@ -1,17 +1,21 @@
 """What every detector may be told in `advanced`, and what its preset says where it is told nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
+
+from torch import nn
 
 from anomalib_ot.detection.detector import Suppress
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.values import check_size
+from anomalib_ot.integration.models.backbone import build_pyramid_extractor
 from anomalib_ot.ranges import Count, Fraction, Part, Range, Whole
 from anomalib_ot.vision.suppression import keep_all, suppress_duplicates
+from anomalib_ot.vision.tiling import Tiling
 
-__all__ = ["DetectorOptions", "Rate", "Suppression", "build_suppression", "check_view", "chosen"]
+__all__ = ["DetectorOptions", "DetectorPreset", "Rate", "Suppression", "build_suppression", "build_view", "chosen"]
 
 MIN_SIDE = 64
 
@@ -49,35 +53,47 @@ class DetectorOptions:
     epochs: Whole | None = None
 
 
-def chosen(presets: Mapping[str, Chosen], arguments: Mapping[str, Any]) -> Chosen:
-    """Return the preset of a model with what its user said instead.
+class DetectorPreset(Protocol):
+    """What a preset of every detector says of its network and its training."""
 
-    Args:
-        presets: By name.
-        arguments: Those of the model, beside each other; None leaves the preset's.
-    """
+    channels: int
+    frozen_stages: int
+    frozen_norm: bool
+    optimizer: str
+    lr: float
+    weight_decay: float
+    clip: float
+
+
+def chosen(presets: Mapping[str, Chosen], arguments: Mapping[str, Any]) -> Chosen:
+    """Return the preset of a model with those of its arguments, beside each other, that are not None."""
     usual = presets[arguments["preset"]]
     names = [field.name for field in fields(usual) if arguments.get(field.name) is not None]
     return replace(usual, **{name: arguments[name] for name in names})
 
 
-def check_view(layers: Sequence[str], image_size: Sequence[int], tile_size: Sequence[int] | None) -> None:
-    """Check which layers and which pixels a detector looks at.
+def build_view(
+    preset: DetectorPreset, arguments: Mapping[str, Any]
+) -> tuple[nn.Module, list[int], list[int], Tiling | None]:
+    """Build a detector's feature extractor, with channels and strides of its maps, and what cuts images into tiles.
 
-    Args:
-        layers: Layers of the backbone.
-        image_size: Height and width of the network's input, pixels.
-        tile_size: Height and width of tiles, pixels; None: images are not cut.
-
-    Raises:
-        InputError: If a size is too small or no size, or a layer is named twice.
+    `arguments` are those of the detector, with the number of detections that it returns. An `InputError` if a size is
+    too small or no size, or layers are none, named twice, or not of the backbone.
     """
-    for name, size in (("image_size", image_size), ("tile_size", tile_size)):
-        if size is not None:
-            check_size(name, size, MIN_SIDE)
+    layers, tile_size = arguments["layers"], arguments["tile_size"]
+    check_size("image_size", arguments["image_size"], MIN_SIDE)
+    if tile_size is not None:
+        check_size("tile_size", tile_size, MIN_SIDE)
     if len(set(layers)) < len(layers) or not layers:
         msg = f"layers is {list(layers)}; expected one or more layers, each once"
         raise InputError(msg)
+    extractor = build_pyramid_extractor(
+        arguments["backbone"], layers, frozen_stages=preset.frozen_stages, frozen_norm=preset.frozen_norm
+    )
+    if tile_size is None:
+        return *extractor, None
+    tiling = Tiling(tuple(tile_size), arguments["tile_overlap"], max_detections=arguments["max_detections"])
+    return *extractor, tiling
 
 
 def build_suppression(nms: str, threshold: float) -> Suppress:

@@ -252,23 +252,20 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         if self.trainer.state.fn != TrainerFn.FITTING:
             return
         if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._fit_collected()
+            if not self._cache.is_idle():
+                self._fit()
         elif not self.model.is_fitted:
             self._fit(keep=True)
 
     def on_train_epoch_end(self) -> None:
         """Fit at the latest now, and tell the cost of transport."""
-        self._fit_collected()
+        if not self._cache.is_idle():
+            self._fit()
         if self.trainer.barebones:  # logs nothing
             return
         for number, cost in enumerate(self._costs):
             if cost == cost:  # NaN: the member has no refinement pass
                 self.log(f"transport_cost_{number}", cost, rank_zero_only=True)
-
-    def _fit_collected(self) -> None:
-        """Fit to what a pass has collected, once."""
-        if not self._cache.is_idle():
-            self._fit()
 
     def _fit(self, *, keep: bool = False) -> None:
         """Fit in the first process, to what all have collected, and hand the result, or the failure, to the others."""
@@ -341,7 +338,7 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
         return as_trained(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the record of what was added since the training, and which images that was by."""
+        """Keep what was added since the training, and which images that was by."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[ADDITIONS], checkpoint[ROI_SIZE] = self.additions, self.roi_size
         if self.training_images is None and self._trainer is not None:

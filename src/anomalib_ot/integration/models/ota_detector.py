@@ -140,13 +140,11 @@ class OTADetector(BoxModel, AnomalibModule):
         self.hparams["end_to_end"] = self.preset.end_to_end  # checkpoints say it, whatever the preset becomes
         self.assigner = build_assigner(self.preset)
         self.one_to_one_assigner = build_assigner(self.preset, one_to_one=True) if self.preset.end_to_end else None
-        names = ("backbone", "layers", "image_size", "tile_size", "tile_overlap")
-        arguments = {name: self.hparams[name] for name in names} | self.suppression()
         others = self.hparams["nms"] is not None or isinstance(self.post_processor, SinkhornNMS)
-        arguments["one_to_one"] = self.preset.end_to_end and not others
+        arguments = self.hparams | self.suppression() | {"one_to_one": self.preset.end_to_end and not others}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return build_detector(self.preset, num_classes=num_classes, **arguments)
+            return build_detector(self.preset, arguments, num_classes=num_classes)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that was trained; checkpoints before version 0.2 have one branch, and do not say so."""

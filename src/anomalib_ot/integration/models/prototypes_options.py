@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from anomalib_ot.anomaly.members import Member, Preset, compact_members, make_members
+from anomalib_ot.anomaly.members import Preset, compact_members, make_members
 from anomalib_ot.anomaly.model import PrototypesModel
 from anomalib_ot.integration.checks.advanced import flat, nested
 from anomalib_ot.integration.checks.errors import InputError
@@ -99,8 +99,9 @@ def build_model(
         built = make_members(preset, layers, plain, **given, drop_outliers=options.drop_outliers or None)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
+    used = [layer for member in built for layer in member.layers]
     return PrototypesModel(
-        build_extractor(backbone, _all_layers(layers, built)),
+        build_extractor(backbone, [layer for layer in dict.fromkeys([*layers, *used]) if layer in used]),
         built,
         score=options.score or ("mean_top1" if compact else "max"),
         smoothing=options.smoothing if options.smoothing is not None else (0.0 if published else 4.0),
@@ -145,9 +146,9 @@ def _check_placeless(
 
 
 def as_trained(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a checkpoint, with what version 0.1 left to its defaults said in full.
+    """Return the arguments of a checkpoint, with what version 0.1 left to its defaults, which were others, in full.
 
-    Its members had no weights, by which its checkpoints are known. Its members and its image score were others.
+    Its checkpoints are known by their members, which have no weights.
     """
     saved = {"tile_size": None, **flat(checkpoint.get("hyper_parameters", {}))}  # none before there were tiles
     if "model.banks.0.weight" in checkpoint.get("state_dict", {}) or saved.get("preset", "default") != "default":
@@ -158,9 +159,8 @@ def as_trained(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if saved.get("members") is not None:
         saved["members"] = [_renamed(member) for member in saved["members"]]
     elif saved.get("layers"):
-        overrides = {name: saved[name] for name in ("alpha", "num_prototypes") if saved.get(name) is not None}
-        if saved.get("num_global") is not None:
-            overrides["num_global"] = saved["num_global"]
+        names = ("alpha", "num_prototypes", "num_global")
+        overrides = {name: saved[name] for name in names if saved.get(name) is not None}
         saved["members"] = [member | overrides for member in compact_members(saved["layers"])]
     return nested(saved, PrototypesOptions)
 
@@ -175,9 +175,3 @@ def _renamed(member: Mapping[str, Any]) -> dict[str, Any]:
     if "prototype_scale" in member:
         member["scale"] = "prototype" if member.pop("prototype_scale") else "largest"
     return member
-
-
-def _all_layers(layers: Sequence[str], members: Sequence[Member]) -> list[str]:
-    """List the layers that members use, those of the model first."""
-    used = [layer for member in members for layer in member.layers]
-    return [layer for layer in dict.fromkeys([*layers, *used]) if layer in used]

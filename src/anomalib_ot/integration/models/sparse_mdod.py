@@ -28,6 +28,7 @@ from anomalib_ot.integration.models.detector_options import Rate, Suppression
 from anomalib_ot.integration.models.sparse_options import (
     LEARNED,
     MIXTURE,
+    PLACE_WEIGHT,
     TRAINED_BY,
     SparseOptions,
     build_sparse_detector,
@@ -131,11 +132,10 @@ class SparseMDOD(BoxModel, AnomalibModule):
         # Checkpoints say it, whatever the preset becomes.
         said = {"proposals": plain(self.preset.proposals), "num_stages": self.preset.num_stages}
         self.hparams.update(nested(self.arguments | said, self.options))
-        names = ("backbone", "layers", "image_size", "tile_size", "tile_overlap")
-        arguments = {name: self.hparams[name] for name in names} | self.suppression()
+        arguments = self.hparams | self.suppression()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return build_sparse_detector(self.preset, num_classes=num_classes, **arguments)
+            return build_sparse_detector(self.preset, arguments, num_classes=num_classes)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that was trained; those of 0.1 have learned proposals, and do not say so."""
@@ -155,7 +155,7 @@ class SparseMDOD(BoxModel, AnomalibModule):
         loss, named = self._losses(stages, batch)
         if places is not None:
             named["place_loss"] = place_loss(places, batch.gt_boxes, over_devices=self.mean_over_devices)
-            loss = loss + self.preset.place_weight * named["place_loss"]
+            loss = loss + PLACE_WEIGHT * named["place_loss"]
         image_size = batch.image.shape[-2:]
         against = self.duplicate_losses(
             lambda: self.model.decoding.candidates(self.model.head.propose(stages[-1]), image_size), batch

@@ -11,19 +11,22 @@ from anomalib_ot.detection.image_proposals import ImageProposals
 from anomalib_ot.detection.sparse_head import BoxOutput, MixtureOutput, SparseHead, grid_proposals, whole_proposals
 from anomalib_ot.detection.sparse_mdod import SparseDecoding, SparseDetector
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.models.backbone import build_pyramid_extractor
 from anomalib_ot.integration.models.detector_options import (
     DetectorOptions,
     Rate,
     build_suppression,
-    check_view,
+    build_view,
     chosen,
 )
 from anomalib_ot.ranges import Fraction, Positive, Weight, Whole
-from anomalib_ot.vision.tiling import Tiling
 
 MIXTURE, FROM_IMAGE = "mixture", "image"
 LEARNED = {"proposals": [10, 10], "num_stages": 6}  # of the default before proposals came from the image
+
+NUM_HEADS = 8  # of the attention between proposals
+PROPOSAL_SIZE = 0.5  # sides of learned proposals at the start, parts of the image's
+# Of proposals from the image: their number, their stages, and the weight of the loss of the dense head they are from.
+NUM_IMAGE_PROPOSALS, IMAGE_STAGES, PLACE_WEIGHT = 100, 3, 10.0
 
 # What a checkpoint decides about: its weights and its numbers belong to these values and to no others.
 TRAINED_BY = ("backbone", "layers", "preset", "objective", "image_size", "channels", "num_stages", "proposals")
@@ -58,37 +61,15 @@ class SparseOptions(DetectorOptions):
 
 @dataclass(frozen=True)
 class SparsePreset(SparseOptions):
-    """What arguments are where their user leaves them out, and what no argument says.
+    """What arguments are where their user leaves them out, and what no argument says."""
 
-    Args:
-        dynamic_channels: Channels between the two dynamic convolutions.
-        hidden_channels: Width of the feed-forward layers.
-        num_heads: Attention heads.
-        proposal_size: Sides of learned proposals at the start, parts of the image's.
-        num_image_proposals: Proposals where they are from the image.
-        image_stages: Stages then.
-        place_weight: Weight of the loss of the dense head that they are from.
-        prior: Presence of every proposal at the start.
-        domain: How the likelihood is computed, "log" or "linear".
-        optimizer: "adamw" with one cycle, or "adamw_steps" with warm-up and two steps.
-        lr: Learning rate, of a batch of 16 for "adamw_steps".
-        backbone_lr: The backbone's part of it.
-        clip: Largest norm of the gradient where the trainer has no limit.
-    """
-
-    dynamic_channels: int = 32
-    hidden_channels: int = 512
-    num_heads: int = 8
-    proposal_size: float = 0.5
-    num_image_proposals: int = 100
-    image_stages: int = 3
-    place_weight: float = 10.0
-    prior: float = 0.01
-    domain: str = "log"
-    optimizer: str = "adamw"
-    lr: Rate = 3e-4
-    backbone_lr: float = 1.0
-    clip: float = 10.0
+    dynamic_channels: int = 32  # between the two dynamic convolutions
+    hidden_channels: int = 512  # of the feed-forward layers
+    prior: float = 0.01  # presence of every proposal at the start
+    domain: str = "log"  # how the likelihood is computed, or "linear"
+    optimizer: str = "adamw"  # with one cycle, or "adamw_steps" with warm-up and two steps
+    lr: Rate = 3e-4  # of a batch of 16 for "adamw_steps"
+    clip: float = 10.0  # largest norm of the gradient where the trainer has no limit
 
 
 SPARSE_PRESETS = {
@@ -132,14 +113,14 @@ def chosen_sparse(arguments: Mapping[str, Any]) -> SparsePreset:
     """Return the preset of a model with what its user said instead; proposals from the image need fewer stages."""
     preset = chosen(SPARSE_PRESETS, arguments)
     if preset.proposals == FROM_IMAGE and arguments.get("num_stages") is None:
-        return replace(preset, num_stages=preset.image_stages)
+        return replace(preset, num_stages=IMAGE_STAGES)
     return preset
 
 
 def _check_together(preset: SparsePreset) -> None:
     """Check what types cannot: pairs, and what must suit the head."""
-    if preset.channels % preset.num_heads:
-        msg = f"channels is {preset.channels}; expected a multiple of {preset.num_heads}, the number of attention heads"
+    if preset.channels % NUM_HEADS:
+        msg = f"channels is {preset.channels}; expected a multiple of {NUM_HEADS}, the number of attention heads"
         raise InputError(msg)
     given = preset.proposals if isinstance(preset.proposals, str) else list(preset.proposals)
     if given != FROM_IMAGE and (isinstance(given, str) or len(given) != 2 or min(given) < 1):
@@ -156,46 +137,22 @@ def _check_together(preset: SparsePreset) -> None:
 def _start(preset: SparsePreset, strides: Sequence[int]) -> Tensor | ImageProposals:
     """Return the boxes that learned proposals begin with, or what chooses proposals from the image."""
     if preset.proposals == FROM_IMAGE:
-        return ImageProposals(strides, preset.channels, preset.num_image_proposals)
+        return ImageProposals(strides, preset.channels, NUM_IMAGE_PROPOSALS)
     rows, columns = preset.proposals
     if preset.objective == MIXTURE:
-        return grid_proposals(rows, columns, preset.proposal_size)
+        return grid_proposals(rows, columns, PROPOSAL_SIZE)
     return whole_proposals(rows * columns)
 
 
-def build_sparse_detector(
-    preset: SparsePreset,
-    *,
-    backbone: str,
-    layers: Sequence[str],
-    image_size: Sequence[int],
-    num_classes: int,
-    nms: str,
-    max_detections: int,
-    tile_size: Sequence[int] | None = None,
-    tile_overlap: float = 0.2,
-) -> SparseDetector:
+def build_sparse_detector(preset: SparsePreset, arguments: Mapping[str, Any], *, num_classes: int) -> SparseDetector:
     """Build an untrained detector; the backbone's weights are randomly initialized.
 
-    Args:
-        preset: Sizes, choices and thresholds.
-        backbone: See `SparseMDOD`, as for all others.
-        layers: Layers of the backbone.
-        image_size: Height and width of the network's input.
-        num_classes: Classes.
-        nms: "hard" or "none".
-        max_detections: Most detections per image.
-        tile_size: Height and width of tiles; None: images are not cut.
-        tile_overlap: Part of a tile that it shares with its neighbor.
-
-    Raises:
-        InputError: If an argument is out of range or not known; the message names the known ones.
+    `arguments` are those of `SparseMDOD` with its `nms` and number of detections. An `InputError` if one is out of
+    range or not known; the message names the known ones.
     """
     _check_together(preset)
-    check_view(layers, image_size, tile_size)
-    extractor, channels, reductions = build_pyramid_extractor(
-        backbone, layers, frozen_stages=preset.frozen_stages, frozen_norm=preset.frozen_norm
-    )
+    extractor, channels, reductions, tiling = build_view(preset, arguments)
+    max_detections = arguments["max_detections"]
     strides = [*reductions, *(reductions[-1] * 2 ** (extra + 1) for extra in range(preset.num_extra))]
     output: Callable[[], MixtureOutput | BoxOutput]
     if preset.objective == MIXTURE:
@@ -210,7 +167,7 @@ def build_sparse_detector(
         channels=preset.channels,
         dynamic_channels=preset.dynamic_channels,
         hidden_channels=preset.hidden_channels,
-        num_heads=preset.num_heads,
+        num_heads=NUM_HEADS,
     )
     return SparseDetector(
         extractor,
@@ -219,10 +176,10 @@ def build_sparse_detector(
         channels=preset.channels,
         num_extra=preset.num_extra,
         decoding=SparseDecoding(
-            build_suppression(nms, preset.nms_threshold),
+            build_suppression(arguments["nms"], preset.nms_threshold),
             score_threshold=preset.score_threshold,
             max_candidates=max(512, max_detections),
             max_detections=max_detections,
         ),
-        tiling=None if tile_size is None else Tiling(tuple(tile_size), tile_overlap, max_detections=max_detections),
+        tiling=tiling,
     )

@@ -101,19 +101,15 @@ class ExplainedPostProcessor(PostProcessor):
     since every patch looks a little unlike its prototype.
     """
 
+    def _is_known(self, kind: str) -> Tensor:
+        """Whether the threshold and the scale of "image" scores or of "pixel" ones are."""
+        threshold, most, least = (getattr(self, f"{kind}_{name}") for name in ("threshold", "max", "min"))
+        return (threshold + most - least).isfinite()
+
     @property
     def has_image_threshold(self) -> bool:
         """Whether there is a threshold that scores can be compared with; without one verdicts are unknown."""
-        return not self.enable_normalization or bool(
-            (self.image_threshold + self.image_max - self.image_min).isfinite()
-        )
-
-    @property
-    def has_pixel_threshold(self) -> bool:
-        """The same of the map."""
-        return not self.enable_normalization or bool(
-            (self.pixel_threshold + self.pixel_max - self.pixel_min).isfinite()
-        )
+        return not self.enable_normalization or bool(self._is_known("image"))
 
     @property
     def transport_threshold(self) -> float | None:
@@ -128,10 +124,9 @@ class ExplainedPostProcessor(PostProcessor):
         """Post-process predictions of any batch size; what comes without causes is Anomalib's own business."""
         processed = super().forward(predictions)
         if self.enable_normalization and self.enable_thresholding:  # a graph cannot leave verdicts out: nothing is so
-            image = (self.image_threshold + self.image_max - self.image_min).isfinite()
-            pixel = (self.pixel_threshold + self.pixel_max - self.pixel_min).isfinite()
-            label, mask = processed.pred_label & image, processed.pred_mask
-            processed = processed._replace(pred_label=label, pred_mask=None if mask is None else mask & pixel)
+            label, mask = processed.pred_label & self._is_known("image"), processed.pred_mask
+            mask = None if mask is None else mask & self._is_known("pixel")
+            processed = processed._replace(pred_label=label, pred_mask=mask)
         if not isinstance(predictions, Explained):
             return processed
         causes = self._split(processed.anomaly_map, predictions.position_map, predictions.missing_map)
@@ -143,7 +138,7 @@ class ExplainedPostProcessor(PostProcessor):
         super().threshold_batch(batch)
         if given is None and not self.has_image_threshold:
             batch.pred_label = None
-        if mask is None and not self.has_pixel_threshold:
+        if mask is None and self.enable_normalization and not self._is_known("pixel"):
             batch.pred_mask = None
 
     def normalize_batch(self, batch: Batch) -> None:
@@ -173,11 +168,7 @@ class ExplainedPostProcessor(PostProcessor):
 
 
 def check_whole_view(pre_processor: nn.Module | None) -> None:
-    """Check that a pre-processor shows the network all of an image, as fractions of the image need.
-
-    Raises:
-        InputError: If it does anything but resize to a fixed size and change colors.
-    """
+    """Refuse, with an `InputError`, pre-processors that do more than resize to a fixed size and change colors."""
     steps = flat_transforms(getattr(pre_processor, "transform", None))
     other = [type(step).__name__ for step in steps if not isinstance(step, Normalize) and not _is_fixed_resize(step)]
     if other:
@@ -198,14 +189,7 @@ def raw_threshold(post_processor: PostProcessor) -> float | None:
 
 
 def scores_on_scale(model: Any) -> dict[str, Any] | None:
-    """Bring the raw scores of the last validation to the scale on which predictions and exports give them.
-
-    Args:
-        model: One with `known_scores`.
-
-    Returns:
-        What `summarized_scores` has of all images, and of the good ones; None where it is not known.
-    """
+    """Bring `known_scores` of a model, those of its last validation, to the scale of predictions and exports."""
     known = model.known_scores
     if known is None or not model.has_own_scores:
         return None

@@ -72,6 +72,9 @@ class SinkhornNMS(PostProcessor):
         warm_up: Fraction = 0.2,
     ) -> None:
         install_short_errors()  # it is built before its detector
+        if not isinstance(settings, Mapping | None):
+            msg = f"settings is {settings!r}; expected names with values, such as {{'epsilon': 0.05}}"
+            raise InputError(msg)
         super().__init__(enable_normalization=False, enable_thresholding=False)
         self.arguments = {
             "decode": decode,
@@ -80,7 +83,7 @@ class SinkhornNMS(PostProcessor):
             "score_threshold": score_threshold,
             "max_candidates": max_candidates,
             "max_detections": max_detections,
-            "settings": _as_dict(settings),
+            "settings": dict(settings or {}),
             "train_weight": train_weight,
             "warm_up": warm_up,
         }
@@ -111,13 +114,7 @@ class SinkhornNMS(PostProcessor):
     # ---- detections in, detections out
 
     def forward(self, found: Detections | Sequence[Found]) -> Detections | list[Found]:
-        """Make detections, one per object.
-
-        Args:
-            found: Detections of a batch, best first, or one dict per image as torchvision's detectors return.
-
-        Returns:
-            The same kind, best first; dicts of boxes, scores and labels alone.
+        """Make detections, one per object, of `Detections` or dicts as torchvision returns them; the same kind returns.
 
         Raises:
             ValueError: If `found` is something else, or holds NaN, infinite values or scores outside [0, 1].
@@ -157,9 +154,6 @@ class SinkhornNMS(PostProcessor):
             image_size: Height and width of the images, pixels.
             progress: Part of the training that is over, 0 to 1: the gate is soft at first.
             over_devices: Averages over the devices of the training.
-
-        Returns:
-            See `anomalib_ot.postprocess.nms_losses`.
         """
         boxes, scores, labels = (part[:, : self.max_candidates] for part in found[:3])
         valid, labels = labels != EMPTY, labels.clamp(min=0)
@@ -205,11 +199,7 @@ class SinkhornNMS(PostProcessor):
 def sinkhorn_nms_of(kept: Mapping[str, Any]) -> SinkhornNMS:
     """Make the post-processor whose arguments a checkpoint keeps; those of 0.1 name a preset, and a "centre".
 
-    Args:
-        kept: What `SinkhornNMS.checkpoint_config` returned, under `CHECKPOINT_KEY`.
-
-    Raises:
-        InputError: If the preset is "paper", which this version does not have, or an argument is out of range.
+    An `InputError` if the preset is "paper", which this version does not have, or an argument is out of range.
     """
     arguments = dict(kept)
     preset = arguments.pop("preset", "sinkhorn")
@@ -225,21 +215,8 @@ def sinkhorn_nms_of(kept: Mapping[str, Any]) -> SinkhornNMS:
     return SinkhornNMS(**arguments)
 
 
-def _as_dict(settings: object) -> dict[str, Any]:
-    """Copy settings."""
-    if settings is not None and not isinstance(settings, Mapping):
-        msg = f"settings is {settings!r}; expected names with values, such as {{'epsilon': 0.05}}"
-        raise InputError(msg)
-    return dict(settings or {})
-
-
 def check_found(found: object) -> None:
-    """Check that detections are what torchvision's detectors return.
-
-    Raises:
-        InputError: If they are not a list with one dict per image that has the tensors boxes (N, 4), scores (N,) and
-            labels (N,), or a box ends before it begins.
-    """
+    """Check that detections are one dict per image with the tensors boxes (N, 4), scores (N,) and labels (N,)."""
     usual = "SinkhornNMS expected Detections, or a list with a dict of boxes, scores and labels for each image"
     if not isinstance(found, list | tuple):
         msg = f"{usual}; {type(found).__name__} came"
