@@ -42,6 +42,21 @@ def engine(folder, **arguments):
     return Engine(default_root_dir=folder, **(settings | arguments))
 
 
+def test_sixteen_bits_of_a_plain_folder_are_seen_as_eight_are(data, tmp_path):
+    image = np.asarray(Image.open(data.root / "images" / "0.png").convert("L"))
+    for name, pixels in (("eight", image), ("sixteen", image.astype(np.uint16) * 257)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "0.png")
+    model = built(OTADetector, **SMALL, class_names=["bar", "square"], score_threshold=0.0)
+    model.trained.fill_(True)
+    found = {}
+    for name in ("eight", "sixteen"):
+        (batch,) = engine(tmp_path).predict(model, data_path=tmp_path / name)
+        found[name] = batch
+    torch.testing.assert_close(found["sixteen"].image, found["eight"].image, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found["sixteen"].pred_box_scores, found["eight"].pred_box_scores, rtol=0, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_after_resuming_the_new_model_is_tested(data, tmp_path, caplog):
     first = engine(tmp_path, max_epochs=1)

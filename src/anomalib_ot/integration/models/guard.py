@@ -27,7 +27,11 @@ SUBSETS = {TrainerFn.VALIDATING: ("val",), TrainerFn.TESTING: ("test",), Trainer
 
 
 class FittedGuard(Callback):
-    """Refuses to validate, test or predict with what was not trained, and bad images of a plain folder to predict."""
+    """Refuses to validate, test or predict with what was not trained, and bad images of a plain folder to predict.
+
+    Images deeper than 8 bits are made known to the pre-processor, which puts them back where Anomalib's reading
+    saturates them.
+    """
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to validate what was not trained, unless it is being trained."""
@@ -46,16 +50,24 @@ class FittedGuard(Callback):
             self._check_images(pl_module, paths, "images to predict")
 
     def _check_images(self, pl_module: LightningModule, paths: Sequence[str], description: str) -> None:
-        del pl_module
-        check_images(paths, description)
+        report, pre_processor = check_images(paths, description), pl_module.pre_processor
+        check_shape(paths, getattr(pl_module, "roi_size", None), description)
+        if isinstance(pre_processor, ExportablePreProcessor):
+            pre_processor.deep_paths = pre_processor.deep_paths | report.deep
+        elif report.deep:
+            first = min(report.deep)
+            msg = (
+                f"image {first} has more than 8 bits, which Anomalib saturates and this pre-processor "
+                f"({type(pre_processor).__name__}) does not restore; convert it to 8 bits, or use the default one"
+            )
+            raise InputError(msg)
 
 
 class InputGuard(FittedGuard):
     """Stops a run with one clear line if its precision, checkpoint, data or model cannot do.
 
     Every image file is decoded once per process, before a training those for the test too: that a test follows is the
-    rule, and a broken file is better known before than after. Images deeper than 8 bits are made known to the
-    pre-processor, which puts them back where Anomalib's reading saturates them.
+    rule, and a broken file is better known before than after.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -91,19 +103,6 @@ class InputGuard(FittedGuard):
         for paths in _loaded_paths(trainer.test_dataloaders):
             check_shape(paths, getattr(pl_module, "roi_size", None), "images to test")
 
-    def _check_images(self, pl_module: LightningModule, paths: Sequence[str], description: str) -> None:
-        report, pre_processor = check_images(paths, description), pl_module.pre_processor
-        check_shape(paths, getattr(pl_module, "roi_size", None), description)
-        if isinstance(pre_processor, ExportablePreProcessor):
-            pre_processor.deep_paths = pre_processor.deep_paths | report.deep
-        elif report.deep:
-            first = min(report.deep)
-            msg = (
-                f"image {first} has more than 8 bits, which Anomalib saturates and this pre-processor "
-                f"({type(pre_processor).__name__}) does not restore; convert it to 8 bits, or use the default one"
-            )
-            raise InputError(msg)
-
 
 class BoxGuard(FittedGuard):
     """Stops a run with one clear line if its precision, checkpoint, data or model cannot do.
@@ -126,8 +125,11 @@ class BoxGuard(FittedGuard):
             raise InputError(msg)
         subsets = SUBSETS.get(stage, ("train", "val", "test"))
         found = [dataset_image_paths(getattr(datamodule, f"{subset}_data", None)) for subset in subsets]
-        check_images(dict.fromkeys(path for paths in found for path in paths), f"data {name}")
-        if isinstance(datamodule, BoxDataModule):
+        every = list(dict.fromkeys(path for paths in found for path in paths))
+        if not isinstance(datamodule, BoxDataModule):
+            self._check_images(pl_module, every, f"data {name}")
+        else:
+            check_images(every, f"data {name}")  # it reads deep images itself
             own = pl_module.post_processor
             if isinstance(own, SinkhornNMS):
                 _warn_of_crowds(datamodule, own.max_detections, "--model.post_processor.max_detections")
