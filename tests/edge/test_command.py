@@ -272,6 +272,7 @@ def test_a_camera_that_is_lost_comes_back(monkeypatch):
     [
         (["nothing"], "the source 'nothing' does not exist"),
         (["*.nothing"], "holds no image"),
+        (["[f]older"], "holds no image"),
         ([".", "--resume"], "say which with --output"),
         ([".", "--only-defects"], "--overlays FOLDER"),
         ([".", "--host", "0.0.0.0"], "give --page, too"),
@@ -283,6 +284,7 @@ def test_a_camera_that_is_lost_comes_back(monkeypatch):
 )
 def test_arguments_that_are_refused_in_one_line(inspect, bright, line, words, said, monkeypatch):
     monkeypatch.chdir(line)
+    (line / "folder").mkdir()
     status, out, err = inspect(bright, *words)
     assert status == 2
     assert out == ""

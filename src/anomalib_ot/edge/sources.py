@@ -79,11 +79,12 @@ def _until(stop: threading.Event, frames: Iterator[Frame | None]) -> Iterator[Fr
 
 
 def _listed(names: list[str], source: str) -> Iterator[Frame]:
-    if not names:
+    files = [name for name in names if not os.path.isdir(name)]
+    if not files:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         msg = f"the source '{source}' holds no image ({suffixes}); correct the path, or wait for files with --watch"
         raise InspectError(msg)
-    return iter([Frame(name, name) for name in names if not os.path.isdir(name)])
+    return iter([Frame(name, name) for name in files])
 
 
 def _below(folder: str, skip: str | None) -> Iterator[Frame]:

@@ -144,7 +144,7 @@ def compressed(
 
     INT8 are weights alone, INT8_PTQ all, with `calibration` images that show how large activations get; INT8_ACQ as far
     as the `metric` (more is better; None: image AUROC, or mAP of a detector) on `validation` falls by at most
-    `max_drop`.
+    `max_drop`. An `InputError` if nothing can be quantized, or image AUROC means nothing on these images.
     """
     import nncf
 
@@ -163,6 +163,15 @@ def compressed(
     if kind == CompressionType.INT8_PTQ:
         with quiet_export():
             return nncf.quantize(graph, shown, **options)
+
+    table = validation.table
+    if metric is None and "boxes" not in table and table.label_index.nunique() < 2:
+        kinds = "defective" if table.label_index.any() else "good"
+        msg = (
+            f"INT8_ACQ measures image AUROC on {len(table)} validation images, all of which are {kinds}; add some of "
+            "the other kind, or use INT8_PTQ"
+        )
+        raise InputError(msg)
 
     def accuracy(compiled: Any, indices: Iterable[int]) -> tuple[float, None]:
         return accuracy_value(EvaluationResult(compiled, validation, indices), metric), None
