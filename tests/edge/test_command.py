@@ -284,7 +284,6 @@ def test_a_camera_that_is_lost_comes_back(monkeypatch):
 )
 def test_arguments_that_are_refused_in_one_line(inspect, bright, line, words, said, monkeypatch):
     monkeypatch.chdir(line)
-    (line / "folder").mkdir()
     status, out, err = inspect(bright, *words)
     assert status == 2
     assert out == ""
