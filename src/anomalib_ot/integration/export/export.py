@@ -221,7 +221,12 @@ class CheckedExport:
         check_packages(kind, datamodule)
         import openvino
 
-        from anomalib_ot.integration.export.quantization import Samples, compressed, float_operations
+        from anomalib_ot.integration.export.quantization import (
+            Samples,
+            check_accuracy_control,
+            compressed,
+            float_operations,
+        )
 
         onnx_kwargs = dict(onnx_kwargs or {})
         check_parity = onnx_kwargs.pop("check_parity", check_parity)
@@ -229,6 +234,8 @@ class CheckedExport:
         options = {"compress_to_fp16": precision == "FP16"}
         calibration = Samples(datamodule, "train", CALIBRATION_IMAGES, input_size) if kind in CALIBRATED else None
         validation = None if datamodule is None else Samples(datamodule, "val", ACCURACY_IMAGES, input_size)
+        if kind == CompressionType.INT8_ACQ:
+            check_accuracy_control(validation, metric)
         path = Path(export_root) / "weights" / "openvino" / f"{model_file_name}.xml"
         with TemporaryDirectory() as folder:
             with quiet_export():

@@ -144,7 +144,7 @@ def compressed(
 
     INT8 are weights alone, INT8_PTQ all, with `calibration` images that show how large activations get; INT8_ACQ as far
     as the `metric` (more is better; None: image AUROC, or mAP of a detector) on `validation` falls by at most
-    `max_drop`. An `InputError` if nothing can be quantized, or image AUROC means nothing on these images.
+    `max_drop`. An `InputError` if nothing can be quantized.
     """
     import nncf
 
@@ -163,15 +163,6 @@ def compressed(
     if kind == CompressionType.INT8_PTQ:
         with quiet_export():
             return nncf.quantize(graph, shown, **options)
-
-    table = validation.table
-    if metric is None and "boxes" not in table and table.label_index.nunique() < 2:
-        kinds = "defective" if table.label_index.any() else "good"
-        msg = (
-            f"INT8_ACQ measures image AUROC on {len(table)} validation images, all of which are {kinds}; add some of "
-            "the other kind, or use INT8_PTQ"
-        )
-        raise InputError(msg)
 
     def accuracy(compiled: Any, indices: Iterable[int]) -> tuple[float, None]:
         return accuracy_value(EvaluationResult(compiled, validation, indices), metric), None
@@ -215,6 +206,23 @@ def accuracy_name(judged: EvaluationResult) -> str:
     return "map" if isinstance(judged.batches[0], BoxBatch) else "image_AUROC"
 
 
+def check_accuracy_control(validation: Samples, metric: "Metric | None") -> None:
+    """Refuse, with an `InputError`, images on which `accuracy_value` means nothing: good or defective ones alone."""
+    table = validation.table
+    if metric is None and "boxes" not in table and not _has_both_kinds(table.label_index):
+        kinds = "defective" if table.label_index.any() else "good"
+        msg = (
+            f"INT8_ACQ measures image AUROC on {len(table)} validation images, all of which are {kinds}; add some of "
+            "the other kind, or use INT8_PTQ"
+        )
+        raise InputError(msg)
+
+
+def _has_both_kinds(labels: Any) -> bool:
+    """Whether some of the labels (N,), 0 or 1, are good and some defective."""
+    return bool(0 < labels.sum() < len(labels))
+
+
 def accuracy_value(judged: EvaluationResult, metric: "Metric | None" = None) -> float | None:
     """Measure accuracy, more is better: an Anomalib metric; None: image AUROC, or mAP of boxes.
 
@@ -222,7 +230,7 @@ def accuracy_value(judged: EvaluationResult, metric: "Metric | None" = None) -> 
     """
     if metric is None and accuracy_name(judged) == "image_AUROC":
         labels = judged.labels.numpy()
-        return float(roc_auc_score(labels, judged.scores.numpy())) if 0 < labels.sum() < len(labels) else None
+        return float(roc_auc_score(labels, judged.scores.numpy())) if _has_both_kinds(labels) else None
     metric = CocoPrecision("map") if metric is None else metric
     metric.reset()
     for batch in judged.batches:

@@ -126,15 +126,11 @@ class BoxGuard(FittedGuard):
         subsets = SUBSETS.get(stage, ("train", "val", "test"))
         found = [dataset_image_paths(getattr(datamodule, f"{subset}_data", None)) for subset in subsets]
         every = list(dict.fromkeys(path for paths in found for path in paths))
-        if not isinstance(datamodule, BoxDataModule):
-            self._check_images(pl_module, every, f"data {name}")
-        else:
+        if isinstance(datamodule, BoxDataModule):
             check_images(every, f"data {name}")  # it reads deep images itself
-            own = pl_module.post_processor
-            if isinstance(own, SinkhornNMS):
-                _warn_of_crowds(datamodule, own.max_detections, "--model.post_processor.max_detections")
-            else:
-                _warn_of_crowds(datamodule, pl_module.arguments["max_detections"])
+            _warn_of_crowds(datamodule, pl_module)
+        else:
+            self._check_images(pl_module, every, f"data {name}")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what a training was resumed from, too: it counts for the first test after the training alone."""
@@ -165,11 +161,13 @@ def _loaded_paths(loaders: Any) -> Iterator[list[str]]:
         yield dataset_image_paths(getattr(loader, "dataset", None))
 
 
-def _warn_of_crowds(
-    datamodule: BoxDataModule, max_detections: int, argument: str = "--model.advanced.max_detections"
-) -> None:
-    """Warn of images that hold more objects than a detector returns; `argument` sets how many these are."""
-    content = datamodule.content
+def _warn_of_crowds(datamodule: BoxDataModule, detector: LightningModule) -> None:
+    """Warn of images that hold more objects than a detector returns."""
+    content, own = datamodule.content, detector.post_processor
+    if isinstance(own, SinkhornNMS):
+        max_detections, argument = own.max_detections, "--model.post_processor.max_detections"
+    else:
+        max_detections, argument = detector.arguments["max_detections"], "--model.advanced.max_detections"
     crowded = [image for image in (*content.train, *content.val, *content.test) if len(image.boxes) > max_detections]
     if crowded:
         logger.warning(

@@ -1,7 +1,7 @@
 """From the arguments of OTPrototypes to the model that they describe, each checked where it enters."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -65,7 +65,8 @@ class PrototypesOptions:
 
 # What a checkpoint decides about: its prototypes, scales and thresholds belong to these values and to no others.
 EVERYDAY = ("backbone", "layers", "preset", "image_size", "num_prototypes", "tile_size")
-TRAINED_BY = (*EVERYDAY, *(field.name for field in fields(PrototypesOptions)[:8]))
+TRAINED_BY = (*EVERYDAY, "members", "alpha", "num_global", "score", "smoothing", "transport_score", "num_groups")
+TRAINED_BY += ("tile_overlap",)
 
 
 def build_model(
