@@ -18,7 +18,7 @@ from PIL import Image
 from anomalib_ot.edge import publishing
 from anomalib_ot.edge.drawing import draw_result, picture_name
 from anomalib_ot.edge.drift import Drift
-from anomalib_ot.edge.frames import MAX_PIXELS, Frame, InspectError
+from anomalib_ot.edge.frames import MAX_PIXELS, InspectError
 from anomalib_ot.edge.inspector import Inspector
 from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.edge.monitor import Monitor
@@ -178,7 +178,7 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
         pictures = None if options.overlays is None else _Pictures(options.overlays, options.only_defects, manifest)
         end, is_lost = "the source is at its end", False
         try:
-            for result in inspector.stream(_not_done(frames, record)):
+            for result in inspector.stream(frame for frame in frames if frame is None or not record.has(frame)):
                 more = {} if pictures is None else pictures.write(result)
                 publisher.send(record.write(result, **more))
                 tally.add(result)
@@ -226,12 +226,6 @@ def _threshold_notes(manifest: Manifest, given: float | None) -> list[str]:
     elif given is not None and manifest.kind == "boxes" and not 0 <= given <= 1:
         notes.append(f"warning: scores of boxes are from 0 to 1; {given:g} decides nothing")
     return notes
-
-
-def _not_done(frames: Iterator[Frame | None], record: Record) -> Iterator[Frame | None]:
-    for frame in frames:
-        if frame is None or not record.has(frame):
-            yield frame
 
 
 class _Tally:
