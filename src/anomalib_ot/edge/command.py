@@ -194,13 +194,13 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
             _say(f"warning: {pictures.failed} pictures could not be written, the last because: {pictures.reason}")
         if is_lost:
             return REFUSED
+        status = SOME_BROKEN if tally.counts[BROKEN] and not caught else DONE
         if monitor is not None and not stop.is_set():
             monitor.end(end)
             _say("the page stays until Ctrl-C")
-            while not stop.wait(TICK):
-                pass
-            return DONE if not tally.counts[BROKEN] else SOME_BROKEN
-        return SOME_BROKEN if tally.counts[BROKEN] and not caught else DONE
+            while not stop.is_set():  # stop.wait would hold the lock that the handler of a signal needs
+                time.sleep(TICK)
+        return status
 
 
 def _resumed(record: Record, path: str) -> str:
