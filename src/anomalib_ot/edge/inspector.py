@@ -143,7 +143,9 @@ class Inspector:
 
         A frame that cannot be read gives a result with an error.
         """
-        return next(iter(self.stream([image])))
+        if isinstance(image, Frame) and image.retry is not None:
+            image = replace(image, retry=lambda: False)  # else the source is to give it again, and there is no result
+        return next(self.stream([image]))
 
     def stream(self, images: Iterable[Image_ | Frame | None]) -> Iterator[Result]:
         """Inspect frames, several at a time; yield a result for each, in their order, with an error where one fails.
