@@ -11,7 +11,7 @@ from pathlib import Path
 from anomalib_ot.anomaly.false_alarms import CONFIDENCE, good_threshold, least_count
 from anomalib_ot.calibration.report import print_report, save_histogram
 from anomalib_ot.edge.frames import InspectError
-from anomalib_ot.edge.watched import scan
+from anomalib_ot.edge.sources import scan
 from anomalib_ot.integration.checks.errors import InputError
 
 HASH = 16  # letters of a fingerprint
