@@ -19,7 +19,7 @@ from anomalib_ot.edge import publishing
 from anomalib_ot.edge.drawing import draw_result, picture_name
 from anomalib_ot.edge.drift import Drift
 from anomalib_ot.edge.frames import MAX_PIXELS, InspectError
-from anomalib_ot.edge.inspector import Inspector
+from anomalib_ot.edge.inspector import Inspector, made_folder
 from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.edge.monitor import Monitor
 from anomalib_ot.edge.page import LOOPBACK, Page
@@ -255,12 +255,7 @@ class _Pictures:
     """Writes pictures into a folder; what goes wrong with one is counted, and the inspection goes on."""
 
     def __init__(self, folder: Path, only_defects: bool, manifest) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            msg = f"--overlays is '{folder}', which cannot be made a folder ({error.strerror}); give another"
-            raise InspectError(msg) from error
-        self._folder, self._only_defects = folder, only_defects
+        self._folder, self._only_defects = made_folder("--overlays", folder), only_defects
         self._threshold = manifest.pixel_threshold
         self.failed, self.reason = 0, ""
 

@@ -101,7 +101,7 @@ class Inspector:
         self._max_pixels = max_pixels
         core = openvino.Core()
         if cache is not None:
-            core.set_property({"CACHE_DIR": str(_folder(cache))})
+            core.set_property({"CACHE_DIR": str(made_folder("cache", cache))})
         graph = read_graph(core, self.path)
         names = [output_name(output.names, number) for number, output in enumerate(graph.outputs)]
         self.manifest: Manifest = read_manifest(self.path, names, embedded(graph))
@@ -298,11 +298,12 @@ def _name(image: Image_, number: int) -> str:
     return f"array {number}" if isinstance(image, np.ndarray) else os.fspath(image)
 
 
-def _folder(cache: str | os.PathLike) -> Path:
-    folder = Path(cache)
+def made_folder(argument: str, path: str | os.PathLike) -> Path:
+    """Make the folder that an argument names, if it is not there; an `InspectError` if that cannot be."""
+    folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        msg = f"cache is '{folder}', which cannot be made a folder ({error.strerror}); give another"
+        msg = f"{argument} is '{folder}', which cannot be made a folder ({error.strerror}); give another"
         raise InspectError(msg) from error
     return folder
