@@ -172,23 +172,21 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
         for note in notes:
             _say(note)
         addresses = [address for address in (options.mqtt, options.webhook) if address is not None]
-        publisher = stack.enter_context(publishing.Publisher(addresses, _say))
-
-        tally = _Tally(Drift(manifest.good_quantiles, manifest.good_count))
-        pictures = None if options.overlays is None else _Pictures(options.overlays, options.only_defects, manifest)
-        end, is_lost = "the source is at its end", False
-        try:
-            for result in inspector.stream(frame for frame in frames if frame is None or not record.has(frame)):
-                more = {} if pictures is None else pictures.write(result)
-                publisher.send(record.write(result, **more))
-                tally.add(result)
-                if monitor is not None:
-                    monitor.add(result)
-        except BrokenPipeError:
-            end, is_lost = "nobody reads the results any more", True
-        if caught:
-            end = f"asked to by {caught[0]}"
-        publisher.close()
+        with publishing.Publisher(addresses, _say) as publisher:
+            tally = _Tally(Drift(manifest.good_quantiles, manifest.good_count))
+            pictures = None if options.overlays is None else _Pictures(options.overlays, options.only_defects, manifest)
+            end, is_lost = "the source is at its end", False
+            try:
+                for result in inspector.stream(frame for frame in frames if frame is None or not record.has(frame)):
+                    more = {} if pictures is None else pictures.write(result)
+                    publisher.send(record.write(result, **more))
+                    tally.add(result)
+                    if monitor is not None:
+                        monitor.add(result)
+            except BrokenPipeError:
+                end, is_lost = "nobody reads the results any more", True
+            if caught:
+                end = f"asked to by {caught[0]}"
         _say(tally.summary(end))
         if pictures is not None and pictures.failed:
             _say(f"warning: {pictures.failed} pictures could not be written, the last because: {pictures.reason}")
