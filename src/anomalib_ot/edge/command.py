@@ -217,9 +217,9 @@ def _threshold_notes(manifest: Manifest, given: float | None) -> list[str]:
     if threshold is None:
         return []
     notes = [f"a score above {threshold:g} is a defect"]
-    if given is not None and manifest.quantiles and not manifest.quantiles[0] <= given <= manifest.quantiles[-1]:
-        low, high = manifest.quantiles[0], manifest.quantiles[-1]
-        scores = f"from {low:.3g} to {high:.3g} in the validation"
+    known = manifest.quantiles
+    if given is not None and known and not known[0] <= given <= known[-1]:
+        scores = f"from {known[0]:.3g} to {known[-1]:.3g} in the validation"
         notes.append(f"warning: scores were {scores}; {given:g} may decide nothing")
     elif given is not None and manifest.kind == "boxes" and not 0 <= given <= 1:
         notes.append(f"warning: scores of boxes are from 0 to 1; {given:g} decides nothing")
@@ -240,7 +240,7 @@ class _Tally:
             self._drift.add(result.score)
 
     def summary(self, end: str) -> str:
-        frames = sum(self.counts.values())
+        frames = self.counts.total()
         parts = [f"{count} {'broken' if kind == BROKEN else kind}" for kind, count in sorted(self.counts.items())]
         speed = frames / max(time.perf_counter() - self._start, 1e-9)
         drift = self._drift.report()

@@ -191,9 +191,7 @@ class Inspector:
         """Take a free request; wait for one only if `may_wait`, when nothing of this stream is in flight; else None."""
         me = threading.get_ident()
         with self._change:
-            while not self._free:
-                if self._compiled is None:
-                    break
+            while self._compiled is not None and not self._free:
                 if not may_wait:
                     return None
                 if all(holder == me for holder in self._holders.values()):
