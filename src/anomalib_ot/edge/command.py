@@ -25,9 +25,8 @@ from anomalib_ot.edge.monitor import Monitor
 from anomalib_ot.edge.page import LOOPBACK, Page
 from anomalib_ot.edge.record import Record
 from anomalib_ot.edge.results import BROKEN, DEFECT, Result
-from anomalib_ot.edge.sources import open_source
+from anomalib_ot.edge.sources import TICK, open_source
 
-TICK = 0.1  # seconds
 QUALITY = 90
 DONE, SOME_BROKEN, REFUSED, CRASHED = 0, 1, 2, 3
 PORT, LAST_PORT = 8765, 65535
