@@ -145,11 +145,7 @@ def fingerprint(files: Sequence[str]) -> str:
 
 
 class CalibratedExport:
-    """An exported model, ``manifest.json`` beside it, whose image threshold is to be set.
-
-    Raises:
-        InspectError: If there is no such model, it finds boxes, or it has no manifest.
-    """
+    """An export that is to take a threshold; an `InspectError` if there is none, it finds boxes, or has no manifest."""
 
     def __init__(self, path: Path) -> None:
         from anomalib_ot.edge.inspector import Inspector  # needs OpenVINO, which checkpoints do without
@@ -183,8 +179,7 @@ class CalibratedExport:
     def write(self, calibration: Mapping[str, Any], good: Sequence[float]) -> None:
         """Store a threshold in the manifest, by which `anomalib-ot inspect` decides; the graph stays as it is.
 
-        Raises:
-            InspectError: If nothing could lie above the threshold, or the manifest cannot be written.
+        An `InspectError` if nothing could lie above the threshold, or the manifest cannot be written.
         """
         manifest = json.loads(self._file.read_text(encoding="utf-8-sig"))
         if manifest.get("image_threshold") is not None and calibration["threshold"] == CUT:

@@ -94,11 +94,7 @@ class Manifest:
 
 
 def find_model(model: str | Path) -> Path:
-    """Return the file of a model: itself, or the one in its folder or below.
-
-    Raises:
-        InspectError: If there is no such file, or more than one.
-    """
+    """Return the file of a model: itself, or the one in its folder or below; an `InspectError` if none or several."""
     path = Path(model)
     if path.is_file():
         if path.suffix.lower() in SUFFIXES:
@@ -123,8 +119,7 @@ def find_model(model: str | Path) -> Path:
 def read_manifest(path: Path, outputs: Sequence[str], embedded: str | None = None) -> Manifest:
     """Read the manifest beside a model, else the one `embedded` in its graph, else tell the kind by the outputs' names.
 
-    Raises:
-        InspectError: If the manifest cannot be read, or the outputs are those of neither kind.
+    An `InspectError` if the manifest cannot be read, or the outputs are those of neither kind.
     """
     file = path.with_name("manifest.json")
     if file.exists():

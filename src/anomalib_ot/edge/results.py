@@ -48,14 +48,12 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """What there is to draw of a frame: the picture, and for an anomaly the map, the pixels above the threshold, and
-    those that count (None: all).
-    """
+    """What there is to draw of a frame: the picture, and for an anomaly its map."""
 
     picture: Image.Image
     anomaly_map: np.ndarray | None = None
-    mask: np.ndarray | None = None
-    roi: np.ndarray | None = None
+    mask: np.ndarray | None = None  # the pixels above the threshold
+    roi: np.ndarray | None = None  # the pixels that count; None: all
 
 
 @dataclass(frozen=True)

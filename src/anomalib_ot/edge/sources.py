@@ -286,8 +286,7 @@ def _read_stdin(chunks: "queue.Queue[bytes]") -> None:
 def video_frames(path: str) -> Iterator[Frame]:
     """Read a video file; frames are called ``path#000000`` and so on. An early end of the file is a broken frame.
 
-    Raises:
-        InspectError: If OpenCV is not installed, or does not read the file.
+    An `InspectError` if OpenCV is not installed, or does not read the file.
     """
     cv2 = _opencv(f"the video {path}")
     capture = cv2.VideoCapture(path)
@@ -318,10 +317,7 @@ def camera_frames(index: int, stop: threading.Event, stalled_after: float | None
 
     A thread reads, so that a hanging camera holds up neither frames in flight nor the stop. A lost camera gives one
     broken frame and is opened again every second; so does one without a frame for `stalled_after` seconds (None:
-    never).
-
-    Raises:
-        InspectError: If OpenCV is not installed, or there is no such camera at the start.
+    never). An `InspectError` if OpenCV is not installed, or there is no such camera at the start.
     """
     cv2 = _opencv(f"camera {index}")
     capture = cv2.VideoCapture(index)
