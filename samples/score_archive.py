@@ -25,7 +25,7 @@ import ray.data
 from anomalib_ot import Inspector
 from anomalib_ot.edge.frames import InspectError
 from anomalib_ot.edge.record import Record
-from anomalib_ot.edge.watched import IMAGE_SUFFIXES
+from anomalib_ot.edge.sources import IMAGE_SUFFIXES
 
 UNFINISHED = ".unfinished"
 SAID_EVERY = 10.0  # seconds

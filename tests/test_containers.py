@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anomalib_ot.edge.options import check_options, read_options
+from anomalib_ot.edge.command import check_options, read_options
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "samples" / "docker"

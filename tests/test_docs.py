@@ -66,7 +66,7 @@ def test_a_command_parses(page, line, parse, monkeypatch):
 
 @pytest.mark.parametrize(("page", "line"), commands("anomalib-ot inspect "))
 def test_a_command_of_the_inspector_parses(page, line):
-    from anomalib_ot.edge.options import check_options, read_options
+    from anomalib_ot.edge.command import check_options, read_options
 
     del page
     options = read_options(shlex.split(line, comments=True)[2:])

@@ -7,12 +7,13 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_ot.edge import sources
+from anomalib_ot.edge import command, sources
 from anomalib_ot.edge.command import run
 
 from .conftest import broken_frames, frame, lines, start, wait_until, without_latency
@@ -149,6 +150,21 @@ def test_a_signal_finishes_what_is_in_hand(kind, bright, line, clean):
     assert without_latency(lines("".join(found))) == without_latency(clean)
     assert "12 frames (4 defect, 8 good), " in err
     assert err.endswith(f"ended: asked to by {kind.name}\n")
+
+
+def test_a_signal_ends_the_page_at_whatever_moment_it_comes(inspect, bright, line, monkeypatch):
+    class Event(threading.Event):
+        def wait(self, timeout=None):
+            raise AssertionError("a signal would wait here, for ever, for a lock that its own thread holds")
+
+    def say(text, **keywords):
+        if text == "the page stays until Ctrl-C":
+            signal.raise_signal(signal.SIGTERM)
+
+    threads = SimpleNamespace(Event=Event, current_thread=threading.current_thread, main_thread=threading.main_thread)
+    monkeypatch.setattr(command, "threading", threads)
+    monkeypatch.setattr(command, "_say", say)
+    assert inspect(bright, line, "--page", 0)[0] == 0
 
 
 @pytest.mark.slow

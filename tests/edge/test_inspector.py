@@ -134,7 +134,10 @@ def test_a_watched_file_that_changes_while_it_is_read_is_read_again(bright, tmp_
         assert (len(asked), result.verdict) == (1, "good")
         os.utime(path)
         (result,) = own.stream([Frame("a.png", path, retry=lambda: False)])
-    assert result.error == "a.png was changed while it was read"
+        assert result.error == "a.png was changed while it was read"
+        os.utime(path)
+        assert own.one(watched).error == result.error  # one frame now: the source is not asked to give it again
+    assert len(asked) == 1
 
 
 def test_a_problem_of_the_source_is_a_result_in_its_place(bright):

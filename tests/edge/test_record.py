@@ -11,8 +11,7 @@ from PIL import Image
 
 from anomalib_ot.edge.command import run
 from anomalib_ot.edge.frames import Frame, InspectError, changed_at
-from anomalib_ot.edge.output_file import OutputFile
-from anomalib_ot.edge.record import Record
+from anomalib_ot.edge.record import OutputFile, Record
 from anomalib_ot.edge.results import Result
 
 from .conftest import ENV, INSPECT, frame, lines, start, wait_until

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_ot.edge import sources, watched
+from anomalib_ot.edge import sources
 from anomalib_ot.edge.command import run
 from anomalib_ot.edge.frames import Frame, InspectError
 from anomalib_ot.edge.inspector import Inspector
-from anomalib_ot.edge.sources import open_source, polled
-from anomalib_ot.edge.watched import REMEMBERED, watched_frames
+from anomalib_ot.edge.sources import REMEMBERED, open_source, polled, watched_frames
 
 from .conftest import frame, lines
 
@@ -33,8 +32,8 @@ class Looks:
 
     def __init__(self, folder, monkeypatch, **keywords):
         self.now = 1000.0
-        monkeypatch.setattr(watched, "_sleep", lambda seconds, stop: None)
-        monkeypatch.setattr(watched.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(sources, "_sleep", lambda seconds, stop: None)
+        monkeypatch.setattr(sources.time, "monotonic", lambda: self.now)
         self._frames = watched_frames(folder, threading.Event(), **keywords)
 
     def look(self, seconds=0.0):
@@ -176,8 +175,8 @@ def test_what_is_old_and_broken_is_said_at_once(bright, tmp_path, looks):
 
 
 def test_memory_of_what_is_away_is_bounded(folder, monkeypatch):
-    memory, status = watched._Memory(), os.stat(folder / "line1" / "0.png")
-    monkeypatch.setattr(watched, "REMEMBERED", 10)
+    memory, status = sources._Memory(), os.stat(folder / "line1" / "0.png")
+    monkeypatch.setattr(sources, "REMEMBERED", 10)
     memory._most = 10
     for number in range(100):
         memory.take_in({f"{number}.png": status}, at_start=True)

@@ -15,22 +15,28 @@ from pathlib import Path
 
 from PIL import Image
 
+from anomalib_ot.edge import publishing
 from anomalib_ot.edge.drawing import draw_result, picture_name
 from anomalib_ot.edge.drift import Drift
-from anomalib_ot.edge.frames import Frame, InspectError
-from anomalib_ot.edge.inspector import Inspector
+from anomalib_ot.edge.frames import MAX_PIXELS, InspectError
+from anomalib_ot.edge.inspector import Inspector, made_folder
 from anomalib_ot.edge.manifest import Manifest
 from anomalib_ot.edge.monitor import Monitor
-from anomalib_ot.edge.options import check_options, read_options
 from anomalib_ot.edge.page import LOOPBACK, Page
-from anomalib_ot.edge.publishing import Publisher
 from anomalib_ot.edge.record import Record
 from anomalib_ot.edge.results import BROKEN, DEFECT, Result
-from anomalib_ot.edge.sources import open_source
+from anomalib_ot.edge.sources import TICK, open_source
 
-TICK = 0.1  # seconds
 QUALITY = 90
 DONE, SOME_BROKEN, REFUSED, CRASHED = 0, 1, 2, 3
+PORT, LAST_PORT = 8765, 65535
+MOST_MEGAPIXELS, MOST_SECONDS = 1000, 3600
+EPILOG = """exit status:
+  0  every frame was inspected, or SIGTERM or SIGINT (Ctrl-C) asked to end: the frames in hand are finished first
+  1  the source is at its end, and some frames could not be inspected; their lines have "error"
+  2  the model, the source or an argument is invalid, or nobody takes the results; a line on stderr says why
+  3  a defect of this program: the last line on stderr names it, the lines above say where; lines of results are whole
+"""
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +55,94 @@ def run(arguments: Sequence[str] | None = None) -> int:
             _say(traceback.format_exc(), is_text=True)
             _say(f"error: {type(error).__name__}: {error}; this is a defect of anomalib-ot: report it with these lines")
             return CRASHED
+
+
+def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; `--help` and words that are not known end the program."""
+    parser = argparse.ArgumentParser(
+        prog="anomalib-ot inspect",
+        description="Inspect frames with an exported model, without PyTorch: a line of JSON for each.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="model.xml, model.onnx, or the folder of an export")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="image, folder, pattern in quotes, video, number of a camera, or - for names on standard input",
+    )
+    add("--watch", action="store_true", help="wait for new files in the folder SOURCE, without end")
+    add(
+        "--stalled-after",
+        metavar="SECONDS",
+        type=float,
+        help="a camera that gives nothing for so long is a broken frame, once (default: a trigger may take long)",
+    )
+    add("--output", metavar="FILE", help="append the lines to FILE instead of writing them to standard output")
+    add("--resume", action="store_true", help="go on with FILE: frames that have a line in it are left out")
+    add(
+        "--sync",
+        metavar="SECONDS",
+        type=float,
+        default=1.0,
+        help="a line is on the disk after SECONDS at the latest (default 1); 0: before the next line",
+    )
+    add("--overlays", metavar="FOLDER", type=Path, help="write a picture of each frame, with heat map or boxes")
+    add("--only-defects", action="store_true", help="write pictures of defective frames only")
+    add(
+        "--page",
+        metavar="PORT",
+        type=int,
+        nargs="?",
+        const=PORT,
+        help=f"show a live page at http://127.0.0.1:PORT/ (default {PORT}; 0: any free port), until Ctrl-C",
+    )
+    add("--host", metavar="ADDRESS", help="address that the page listens on (default 127.0.0.1)")
+    add(
+        "--mqtt",
+        metavar="URL",
+        help=f"publish each line to {publishing.MQTT_FORM}; user and password: {publishing.USERNAME}, "
+        f"{publishing.PASSWORD} in the environment",
+    )
+    add(
+        "--webhook",
+        metavar="URL",
+        help=f"post each line to {publishing.WEBHOOK_FORM}; bearer token: {publishing.TOKEN} in the environment",
+    )
+    add("--threshold", type=float, help="score above which a frame is defective (default: the model's)")
+    add("--expect", metavar="WxH[xBITS]", help="what every frame must be, such as 640x480 or 640x480x8")
+    add(
+        "--max-megapixels",
+        type=float,
+        metavar="N",
+        default=MAX_PIXELS / 1e6,
+        help="frames with more million pixels are broken ones, and are not decoded (default %(default)g)",
+    )
+    add("--device", default="CPU", help="device of OpenVINO (default CPU)")
+    add("--requests", type=int, metavar="N", help="frames on their way at the same time (default: what is fastest)")
+    add("--cache", metavar="FOLDER", help="keep the compiled model there, for a faster start")
+    return parser.parse_args(arguments)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse arguments that would do nothing, with an `InspectError`; `mqtt` and `webhook` become parsed addresses."""
+    if not 0 < options.max_megapixels <= MOST_MEGAPIXELS:  # NaN, too
+        msg = f"--max-megapixels is {options.max_megapixels:g}; expected a number above 0, up to {MOST_MEGAPIXELS}"
+        raise InspectError(msg)
+    if not 0 <= options.sync <= MOST_SECONDS:
+        raise InspectError(f"--sync is {options.sync:g}; expected seconds from 0 to {MOST_SECONDS}")
+    if options.stalled_after is not None and not 0 < options.stalled_after <= MOST_SECONDS:
+        msg = f"--stalled-after is {options.stalled_after:g}; expected seconds above 0, up to {MOST_SECONDS}"
+        raise InspectError(msg)
+    if options.only_defects and options.overlays is None:
+        raise InspectError("--only-defects chooses among the pictures of --overlays FOLDER; give both or none")
+    if options.host is not None and options.page is None:
+        raise InspectError("--host is the address of the page; give --page, too")
+    if options.page is not None and not 0 <= options.page <= LAST_PORT:
+        raise InspectError(f"--page is {options.page}; expected a port from 0 (any free one) to {LAST_PORT}")
+    options.mqtt = None if options.mqtt is None else publishing.mqtt_address(options.mqtt)
+    options.webhook = None if options.webhook is None else publishing.webhook_address(options.webhook)
 
 
 def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[str]) -> int:
@@ -77,35 +171,33 @@ def _inspect(options: argparse.Namespace, stop: threading.Event, caught: list[st
         for note in notes:
             _say(note)
         addresses = [address for address in (options.mqtt, options.webhook) if address is not None]
-        publisher = stack.enter_context(Publisher(addresses, _say))
-
-        tally = _Tally(Drift(manifest.good_quantiles, manifest.good_count))
-        pictures = None if options.overlays is None else _Pictures(options.overlays, options.only_defects, manifest)
-        end, is_lost = "the source is at its end", False
-        try:
-            for result in inspector.stream(_not_done(frames, record)):
-                more = {} if pictures is None else pictures.write(result)
-                publisher.send(record.write(result, **more))
-                tally.add(result)
-                if monitor is not None:
-                    monitor.add(result)
-        except BrokenPipeError:
-            end, is_lost = "nobody reads the results any more", True
-        if caught:
-            end = f"asked to by {caught[0]}"
-        publisher.close()
+        with publishing.Publisher(addresses, _say) as publisher:
+            tally = _Tally(Drift(manifest.good_quantiles, manifest.good_count))
+            pictures = None if options.overlays is None else _Pictures(options.overlays, options.only_defects, manifest)
+            end, is_lost = "the source is at its end", False
+            try:
+                for result in inspector.stream(frame for frame in frames if frame is None or not record.has(frame)):
+                    more = {} if pictures is None else pictures.write(result)
+                    publisher.send(record.write(result, **more))
+                    tally.add(result)
+                    if monitor is not None:
+                        monitor.add(result)
+            except BrokenPipeError:
+                end, is_lost = "nobody reads the results any more", True
+            if caught:
+                end = f"asked to by {caught[0]}"
         _say(tally.summary(end))
         if pictures is not None and pictures.failed:
             _say(f"warning: {pictures.failed} pictures could not be written, the last because: {pictures.reason}")
         if is_lost:
             return REFUSED
+        status = SOME_BROKEN if tally.counts[BROKEN] and not caught else DONE
         if monitor is not None and not stop.is_set():
             monitor.end(end)
             _say("the page stays until Ctrl-C")
-            while not stop.wait(TICK):
-                pass
-            return DONE if not tally.counts[BROKEN] else SOME_BROKEN
-        return SOME_BROKEN if tally.counts[BROKEN] and not caught else DONE
+            while not stop.is_set():  # stop.wait would hold the lock that the handler of a signal needs
+                time.sleep(TICK)
+        return status
 
 
 def _resumed(record: Record, path: str) -> str:
@@ -124,19 +216,13 @@ def _threshold_notes(manifest: Manifest, given: float | None) -> list[str]:
     if threshold is None:
         return []
     notes = [f"a score above {threshold:g} is a defect"]
-    if given is not None and manifest.quantiles and not manifest.quantiles[0] <= given <= manifest.quantiles[-1]:
-        low, high = manifest.quantiles[0], manifest.quantiles[-1]
-        scores = f"from {low:.3g} to {high:.3g} in the validation"
+    known = manifest.quantiles
+    if given is not None and known and not known[0] <= given <= known[-1]:
+        scores = f"from {known[0]:.3g} to {known[-1]:.3g} in the validation"
         notes.append(f"warning: scores were {scores}; {given:g} may decide nothing")
     elif given is not None and manifest.kind == "boxes" and not 0 <= given <= 1:
         notes.append(f"warning: scores of boxes are from 0 to 1; {given:g} decides nothing")
     return notes
-
-
-def _not_done(frames: Iterator[Frame | None], record: Record) -> Iterator[Frame | None]:
-    for frame in frames:
-        if frame is None or not record.has(frame):
-            yield frame
 
 
 class _Tally:
@@ -153,7 +239,7 @@ class _Tally:
             self._drift.add(result.score)
 
     def summary(self, end: str) -> str:
-        frames = sum(self.counts.values())
+        frames = self.counts.total()
         parts = [f"{count} {'broken' if kind == BROKEN else kind}" for kind, count in sorted(self.counts.items())]
         speed = frames / max(time.perf_counter() - self._start, 1e-9)
         drift = self._drift.report()
@@ -166,12 +252,7 @@ class _Pictures:
     """Writes pictures into a folder; what goes wrong with one is counted, and the inspection goes on."""
 
     def __init__(self, folder: Path, only_defects: bool, manifest) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            msg = f"--overlays is '{folder}', which cannot be made a folder ({error.strerror}); give another"
-            raise InspectError(msg) from error
-        self._folder, self._only_defects = folder, only_defects
+        self._folder, self._only_defects = made_folder("--overlays", folder), only_defects
         self._threshold = manifest.pixel_threshold
         self.failed, self.reason = 0, ""
 

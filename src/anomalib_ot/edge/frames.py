@@ -56,41 +56,37 @@ class Frame:
     retry: Callable[[], bool] | None = None
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """The samples of a frame."""
-
-    samples: Samples  # as read, (H, W) or (H, W, 3), and the value that stands for 1
+class Pixels(Samples):
+    """The samples of a frame as read, (H, W) or (H, W, 3), and the value that stands for 1."""
 
     @property
     def width(self) -> int:
         """Width in pixels."""
-        return self.samples.values.shape[1]
+        return self.values.shape[1]
 
     @property
     def height(self) -> int:
         """Height in pixels."""
-        return self.samples.values.shape[0]
+        return self.values.shape[0]
 
     @property
     def bits(self) -> int:
         """Bits of a sample: 8, 16 or 32."""
-        values = self.samples.values
-        return 16 if values.dtype.kind in "iu" and values.dtype.itemsize > 1 else 8 * values.dtype.itemsize
+        kind = self.values.dtype
+        return 16 if kind.kind in "iu" and kind.itemsize > 1 else 8 * kind.itemsize
 
     def unit(self, channel: int) -> np.ndarray:
         """Return a channel of the frame (0 to 2; of a gray one always the same) as (H, W), float32, in [0, 1]."""
-        values, full = self.samples
+        values, full = self
         plane = values if values.ndim == 2 else values[..., channel]
         return UNIT[plane] if plane.dtype == np.uint8 else plane.astype(np.float32) / np.float32(full)
 
     def picture(self) -> Image.Image:
         """Return the frame as an RGB picture of 8 bits, for eyes."""
-        values, full = self.samples
+        values, full = self
         if values.dtype != np.uint8:
-            values = (
-                (values.astype(np.float32) * (EIGHT_BIT_MAX / full)).round().clip(0, EIGHT_BIT_MAX).astype(np.uint8)
-            )
+            scaled = values.astype(np.float32) * (EIGHT_BIT_MAX / full)
+            values = scaled.round().clip(0, EIGHT_BIT_MAX).astype(np.uint8)
         return Image.fromarray(np.ascontiguousarray(values)).convert("RGB")
 
 
@@ -113,16 +109,16 @@ def read_pixels(image: str | os.PathLike | np.ndarray, max_pixels: int = MAX_PIX
         FrameError: If it is missing, damaged, no image of a kind that is read, under 16 pixels on a side, has more than
             `max_pixels`, is outside its scale, or an array of another shape or type.
     """
-    samples = _of_array(image) if isinstance(image, np.ndarray) else _of_file(Path(image), max_pixels)
-    height, width = samples.values.shape[:2]
+    found = Pixels(*(_of_array(image) if isinstance(image, np.ndarray) else _of_file(Path(image), max_pixels)))
+    width, height = found.width, found.height
     problem = size_problem(width, height)
     if problem is None and width * height > max_pixels:
         problem = f"has {width} x {height} pixels; expected at most {max_pixels / 1e6:g} million: cut it into tiles"
-    if problem is None and samples.values.dtype != np.uint8:
-        problem = out_of_scale(samples.values)
+    if problem is None and found.values.dtype != np.uint8:
+        problem = out_of_scale(found.values)
     if problem:
         raise FrameError(problem)
-    return Pixels(samples)
+    return found
 
 
 def network_input(pixels: Pixels, size: tuple[int, int] | None) -> np.ndarray:
@@ -131,7 +127,7 @@ def network_input(pixels: Pixels, size: tuple[int, int] | None) -> np.ndarray:
     `size` is (height, width) to resize to, bilinear and antialiased as in training; None: the graph takes any.
     """
     made = np.empty((1, 3, *(size or (pixels.height, pixels.width))), dtype=np.float32)
-    is_gray = pixels.samples.values.ndim == 2
+    is_gray = pixels.values.ndim == 2
     for channel in range(3):
         if channel > 0 and is_gray:
             made[0, channel] = made[0, 0]

@@ -32,7 +32,7 @@ def read_graph(core: openvino.Core, path: Path) -> openvino.Model:
         raise InspectError(
             f"the model {path} takes {kind.get_type_name()} {shape}; expected f32 [?,3,?,?], an image: export it again"
         )
-    if shape.rank.is_static and shape[0].is_dynamic:  # one frame at a time; OpenVINO then fuses what it else cannot
+    if shape[0].is_dynamic:  # one frame at a time; OpenVINO then fuses what it else cannot
         shape[0] = 1
         graph.reshape(shape)
     return graph

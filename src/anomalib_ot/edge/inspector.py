@@ -101,7 +101,7 @@ class Inspector:
         self._max_pixels = max_pixels
         core = openvino.Core()
         if cache is not None:
-            core.set_property({"CACHE_DIR": str(_folder(cache))})
+            core.set_property({"CACHE_DIR": str(made_folder("cache", cache))})
         graph = read_graph(core, self.path)
         names = [output_name(output.names, number) for number, output in enumerate(graph.outputs)]
         self.manifest: Manifest = read_manifest(self.path, names, embedded(graph))
@@ -143,7 +143,9 @@ class Inspector:
 
         A frame that cannot be read gives a result with an error.
         """
-        return next(iter(self.stream([image])))
+        if isinstance(image, Frame) and image.retry is not None:
+            image = replace(image, retry=lambda: False)  # else the source is to give it again, and there is no result
+        return next(self.stream([image]))
 
     def stream(self, images: Iterable[Image_ | Frame | None]) -> Iterator[Result]:
         """Inspect frames, several at a time; yield a result for each, in their order, with an error where one fails.
@@ -189,9 +191,7 @@ class Inspector:
         """Take a free request; wait for one only if `may_wait`, when nothing of this stream is in flight; else None."""
         me = threading.get_ident()
         with self._change:
-            while not self._free:
-                if self._compiled is None:
-                    break
+            while self._compiled is not None and not self._free:
                 if not may_wait:
                     return None
                 if all(holder == me for holder in self._holders.values()):
@@ -296,11 +296,12 @@ def _name(image: Image_, number: int) -> str:
     return f"array {number}" if isinstance(image, np.ndarray) else os.fspath(image)
 
 
-def _folder(cache: str | os.PathLike) -> Path:
-    folder = Path(cache)
+def made_folder(argument: str, path: str | os.PathLike) -> Path:
+    """Make the folder that an argument names, if it is not there; an `InspectError` if that cannot be."""
+    folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        msg = f"cache is '{folder}', which cannot be made a folder ({error.strerror}); give another"
+        msg = f"{argument} is '{folder}', which cannot be made a folder ({error.strerror}); give another"
         raise InspectError(msg) from error
     return folder

@@ -75,7 +75,7 @@ class Monitor:
             self._pictured[is_defect] = now
             result = replace(result, view=_small(result.view))
         with self._lock:
-            shown = _Shown(sum(self._counts.values()) + 1, result, is_kept, now)
+            shown = _Shown(self._counts.total() + 1, result, is_kept, now)
             former = [*list(self._history)[-1:], self._last_defect]
             self._counts[result.verdict] += 1
             self._history.append(shown)
@@ -106,7 +106,7 @@ class Monitor:
             made = {
                 "model": self._manifest.title,
                 "source": self._source,
-                "frames": sum(self._counts.values()),
+                "frames": self._counts.total(),
                 "counts": dict(self._counts),
                 "per_second": len(self._moments) / span if span > 0 else 0.0,
                 "age": age,

@@ -38,7 +38,7 @@ HEADERS = {
 
 
 class Page:
-    """Serves a monitor until it is closed, at `address`.
+    """Serves a monitor at `address`, as long as its context lasts.
 
     Args:
         monitor: What to show.
@@ -50,7 +50,7 @@ class Page:
     """
 
     def __init__(self, monitor: Monitor, port: int = 0, host: str = "127.0.0.1") -> None:
-        assets = {path: (_own_file(name), kind) for path, (name, kind) in ASSETS.items()}
+        assets = {path: ((files(__package__) / name).read_bytes(), kind) for path, (name, kind) in ASSETS.items()}
         try:
             self._server = _Server((host, port), _Handler)
         except (OSError, OverflowError) as error:
@@ -66,9 +66,6 @@ class Page:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """Stop serving, and free the port."""
         self._server.shutdown()
         self._server.server_close()
@@ -222,7 +219,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Write no log."""
-
-
-def _own_file(name: str) -> bytes:
-    return files(__package__).joinpath(name).read_bytes()

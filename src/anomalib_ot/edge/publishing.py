@@ -320,28 +320,21 @@ class Publisher:
     def __init__(self, addresses: list[MqttAddress | WebhookAddress], say: Say) -> None:
         self._say = say
         self._outlets = [Mqtt(one, say) if isinstance(one, MqttAddress) else Webhook(one, say) for one in addresses]
-        self._is_open = True
 
     def __enter__(self) -> "Publisher":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        """Wait for what is on its way, some seconds at most, and say what was delivered."""
+        end = time.monotonic() + GRACE
+        for outlet in self._outlets:
+            outlet.close(end)
+            self._say(outlet.report())
 
     def send(self, line: str) -> None:
         """Hand on a line; returns at once."""
         for outlet in self._outlets:
             outlet.send(line.rstrip("\n").encode("ascii"))
-
-    def close(self) -> None:
-        """Wait for what is on its way, some seconds at most, and say what was delivered; once."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        end = time.monotonic() + GRACE
-        for outlet in self._outlets:
-            outlet.close(end)
-            self._say(outlet.report())
 
 
 def _reason(error: object) -> str:

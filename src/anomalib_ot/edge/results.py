@@ -48,14 +48,12 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """What there is to draw of a frame: the picture, and for an anomaly the map, the pixels above the threshold, and
-    those that count (None: all).
-    """
+    """What there is to draw of a frame: the picture, and for an anomaly its map."""
 
     picture: Image.Image
     anomaly_map: np.ndarray | None = None
-    mask: np.ndarray | None = None
-    roi: np.ndarray | None = None
+    mask: np.ndarray | None = None  # the pixels above the threshold
+    roi: np.ndarray | None = None  # the pixels that count; None: all
 
 
 @dataclass(frozen=True)
@@ -213,11 +211,8 @@ def _first(outputs: Mapping[str, np.ndarray], name: str) -> float:
     if values.size == 0 or values.dtype.kind not in "fiub":
         raise _OutputError(f"no {name} (an array of shape {np.shape(outputs[name])} and type {values.dtype})")
     if not math.isfinite(value := float(values[0])):
-        raise _OutputError(f"the {_WORDS.get(name, name)} {value}, no number")
+        raise _OutputError(f"the {'score' if name == 'pred_score' else name} {value}, no number")
     return value
-
-
-_WORDS = {"pred_score": "score"}
 
 
 def _plane(outputs: Mapping[str, np.ndarray], name: str) -> np.ndarray:
@@ -254,17 +249,15 @@ def _score(outputs: Mapping[str, np.ndarray]) -> float:
 
 
 def _verdict(outputs: Mapping[str, np.ndarray], manifest: Manifest, score: float, threshold: float | None) -> str:
-    if threshold is not None:
-        return DEFECT if score > threshold else GOOD
-    if manifest.is_written and manifest.kind == "anomaly" and manifest.image_threshold is None:
-        return UNKNOWN  # the graph compares with a threshold that was never found; detectors always have one
-    if manifest.is_written and manifest.kind == "anomaly":
-        return DEFECT if score > manifest.image_threshold else GOOD  # the manifest may have been calibrated since
-    if "pred_label" in outputs:
+    # A manifest of an anomaly model overrules its graph: it may have been calibrated since, or have found no threshold,
+    # and the graph still compares with one; detectors always have one.
+    is_overruled = manifest.is_written and manifest.kind == "anomaly"
+    if threshold is None and not is_overruled and "pred_label" in outputs:
         return DEFECT if _first(outputs, "pred_label") else GOOD
-    if manifest.image_threshold is None:
+    decides = manifest.image_threshold if threshold is None else threshold
+    if decides is None:
         return UNKNOWN
-    return DEFECT if score > manifest.image_threshold else GOOD
+    return DEFECT if score > decides else GOOD
 
 
 def _boxes(

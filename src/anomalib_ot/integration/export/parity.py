@@ -1,7 +1,7 @@
 """Does an exported model say what the model in PyTorch says? Measured at every export, and written beside the model."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from anomalib.post_processing import PostProcessor
 from torch import Tensor
 from torchvision.transforms.v2 import Normalize
 
-from anomalib_ot.integration.export.runtime import UNCUT
+from anomalib_ot.integration.export.runtime import UNCUT, Predict
 from anomalib_ot.integration.processing.pre_post import flat_transforms
 from anomalib_ot.vision.resize import AntialiasResize
 
@@ -27,7 +27,6 @@ TOLERANCES = {
 }
 
 Outputs = Mapping[str, np.ndarray]
-Predict = Callable[[np.ndarray], Outputs]
 
 
 class ParityError(RuntimeError):
