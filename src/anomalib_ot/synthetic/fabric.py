@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from anomalib_ot.synthetic.faults import DEFECTS, Fault, draw_fault, window
+from anomalib_ot.synthetic.faults import DEFECTS, Fault, draw_fault
 from anomalib_ot.synthetic.picture import (
     OVERSAMPLING,
     Sample,
@@ -16,6 +16,7 @@ from anomalib_ot.synthetic.picture import (
     measure,
     photograph,
     smooth_noise,
+    window,
 )
 from anomalib_ot.synthetic.weave import FabricStyle, YarnGrid, weave
 
@@ -88,7 +89,7 @@ def _print_motif(
     bleed = np.float32(0.35) * smooth_noise(rng, relief.shape, 2.5 * OVERSAMPLING)
     brightness = np.float32(np.mean(style.warp_color))
     for center in fault.motif_places:
-        near, dx, dy = window(fault.grid, center, radius + 1)
+        near, dx, dy = window(center, radius + 1, relief.shape)
         distance, angle = np.hypot(dx, dy), np.arctan2(dy, dx)
         petals = np.float32(radius) * (np.float32(0.42) + np.float32(0.20) * np.cos(style.petals * angle)) - distance
         ring = np.float32(0.11 * radius) - np.abs(distance - np.float32(0.86 * radius))
@@ -106,13 +107,8 @@ def _lay_on(color: np.ndarray, style: FabricStyle, fault: Fault) -> None:
         tint = np.float32(fault.soil_color) / np.float32(0.75)
         color *= 1 - fault.soil[..., None] * (1 - tint)
     if fault.thread is not None:
-        shadow = _shifted(_shifted(fault.thread, OVERSAMPLING, 0), OVERSAMPLING, 1)
+        shifted = np.pad(fault.thread, ((OVERSAMPLING, 0), (OVERSAMPLING, 0)), mode="edge")
+        shadow = shifted[:-OVERSAMPLING, :-OVERSAMPLING]
         color *= 1 - np.float32(0.3) * shadow[..., None]
         lit = np.float32(style.weft_color) * (np.float32(0.55) + np.float32(0.5) * fault.thread[..., None])
         color += fault.thread[..., None] * (lit - color)
-
-
-def _shifted(field: np.ndarray, by: int, axis: int) -> np.ndarray:
-    """Shift along an axis, repeating the border."""
-    length = field.shape[axis]
-    return field.take(np.clip(np.arange(length) - by, 0, length - 1), axis=axis)

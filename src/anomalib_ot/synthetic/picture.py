@@ -5,6 +5,7 @@ Scenes are drawn on sample points that are finer than the pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +48,20 @@ def check_arguments(
     if len(size) != 2 or not all(isinstance(side, (int, np.integer)) and side >= smallest_side for side in size):
         msg = f"size is {tuple(size)}; expected (height, width), whole numbers of at least {smallest_side} pixels"
         raise ValueError(msg)
+
+
+def window(
+    center: Sequence[float], reach: float, shape: tuple[int, int]
+) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
+    """Cut out the surroundings of a place (x, y): slices (rows, columns), and pixel distances dx (1, n), dy (m, 1)."""
+    spans, distances = [], []
+    for middle, length in zip(center[::-1], shape, strict=True):
+        ends = int((middle - reach) * OVERSAMPLING), int((middle + reach) * OVERSAMPLING) + 2
+        first, last = np.clip(ends, 0, length)
+        spans.append(slice(first, last))
+        points = (np.arange(first, last, dtype=np.float32) + np.float32(0.5)) / OVERSAMPLING
+        distances.append(points - np.float32(middle))
+    return tuple(spans), distances[1][None, :], distances[0][:, None]
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], spacing: float) -> np.ndarray:
