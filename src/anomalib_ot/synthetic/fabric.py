@@ -9,15 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from anomalib_ot.synthetic.faults import DEFECTS, Fault, draw_fault
-from anomalib_ot.synthetic.picture import (
-    OVERSAMPLING,
-    Sample,
-    check_arguments,
-    measure,
-    photograph,
-    smooth_noise,
-    window,
-)
+from anomalib_ot.synthetic.picture import OVERSAMPLING, Sample, check_arguments, photograph, smooth_noise, window
 from anomalib_ot.synthetic.weave import FabricStyle, YarnGrid, weave
 
 GENERATION = 1
@@ -71,9 +63,7 @@ def render_fabric(seed: int, index: int, defect: str | None = None, size: tuple[
     color, relief = weave(style, fault.grid, yarn_rng)
     _print_motif(color, relief, style, fault, radius, print_rng)
     _lay_on(color, style, fault)
-    image = photograph(color, light_rng, sensor_rng)
-    mask, boxes = measure(fault.region)
-    return Sample(image, mask, boxes, [defect] * len(boxes) if defect else [])
+    return Sample.of(photograph(color, light_rng, sensor_rng), fault.region, defect)
 
 
 def _print_motif(

@@ -35,6 +35,17 @@ class Sample:
     boxes: np.ndarray
     labels: list[str]
 
+    @classmethod
+    def of(cls, image: np.ndarray, region: np.ndarray, defect: str | None) -> Sample:
+        """Put the truth beside a picture: the fault's region averaged to pixels, its specks dropped, and the boxes."""
+        mask = _to_pixels(region.astype(np.float32)) >= 0.5
+        parts = _parts(mask)
+        areas = np.bincount(parts.ravel())
+        areas[0] = 0
+        mask = (areas >= min(_SMALLEST_PART, areas.max()))[parts] & mask
+        boxes = tight_boxes(mask)
+        return cls(image, mask.astype(np.uint8) * 255, boxes, [defect] * len(boxes))
+
 
 def check_arguments(
     seed: int, index: int, defect: str | None, size: tuple[int, int], defects: tuple[str, ...], smallest_side: int
@@ -111,16 +122,6 @@ def _to_pixels(samples: np.ndarray) -> np.ndarray:
     """Average the sample points of each pixel."""
     starts = [(row, column) for row in range(OVERSAMPLING) for column in range(OVERSAMPLING)]
     return sum(samples[row::OVERSAMPLING, column::OVERSAMPLING] for row, column in starts) / np.float32(len(starts))
-
-
-def measure(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Average the region to pixels, drop its specks, and find the box of each part that stays."""
-    mask = _to_pixels(region.astype(np.float32)) >= 0.5
-    parts = _parts(mask)
-    areas = np.bincount(parts.ravel())
-    areas[0] = 0
-    mask = (areas >= min(_SMALLEST_PART, areas.max()))[parts] & mask
-    return mask.astype(np.uint8) * 255, tight_boxes(mask)
 
 
 def tight_boxes(mask: np.ndarray) -> np.ndarray:
