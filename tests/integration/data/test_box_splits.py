@@ -8,7 +8,7 @@ from PIL import Image
 
 from anomalib_ot.integration.data.records import Findings, LabeledImage
 from anomalib_ot.integration.data.splits import (
-    check_distance,
+    check_split,
     group_near_duplicates,
     groups_by_pattern,
     joined_groups,
@@ -68,8 +68,8 @@ def test_one_image_of_a_class_is_for_training():
 
 
 def test_groups_come_from_names():
-    assert groups_by_pattern("group_pattern", None, ["a"]) is None
-    assert groups_by_pattern("group_pattern", "^(.)", ["ab", "ac"]) == ["a", "a"]
+    assert groups_by_pattern(None, ["a"]) is None
+    assert groups_by_pattern("^(.)", ["ab", "ac"]) == ["a", "a"]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_groups_come_from_names():
 )
 def test_bad_patterns_are_refused(pattern, message):
     with pytest.raises(ValueError, match=f"group_pattern is .*{message}"):
-        groups_by_pattern("group_pattern", pattern, ["ab.png"])
+        groups_by_pattern(pattern, ["ab.png"])
 
 
 def test_joined_groups_are_the_finest_grouping_above_all():
@@ -114,6 +114,6 @@ def test_near_duplicates_are_grouped_and_too_many_are_told(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("value", [-1, 128])
 def test_distances_out_of_range_are_refused(value):
-    check_distance("duplicate_distance", None)
+    check_split(None, val_split_ratio=0.2)
     with pytest.raises(ValueError, match=f"duplicate_distance is {value}; expected 0"):
-        check_distance("duplicate_distance", value)
+        check_split(value, val_split_ratio=0.2)

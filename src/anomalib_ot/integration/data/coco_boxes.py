@@ -7,10 +7,10 @@ from typing import Any
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import CocoFile, read_coco
-from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule, check_ratio
+from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule
 from anomalib_ot.integration.data.records import Findings, LabeledImage
 from anomalib_ot.integration.data.splits import (
-    check_distance,
+    check_split,
     group_near_duplicates,
     groups_by_pattern,
     joined_groups,
@@ -62,8 +62,7 @@ class CocoBoxes(BoxDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
-        check_ratio("val_split_ratio", val_split_ratio)
-        check_distance("duplicate_distance", duplicate_distance)
+        check_split(duplicate_distance, val_split_ratio=val_split_ratio)
         self.duplicate_distance = duplicate_distance
         self.val_split_ratio = val_split_ratio
         self.group_pattern = group_pattern
@@ -90,7 +89,7 @@ class CocoBoxes(BoxDataModule):
             folder = self._image_dir("train")
             names = [Path(os.path.relpath(record.image_path, folder)).as_posix() for record in train]
             groups = joined_groups(
-                groups_by_pattern("group_pattern", self.group_pattern, names),
+                groups_by_pattern(self.group_pattern, names),
                 group_near_duplicates(self.duplicate_distance, [record.image_path for record in train], findings),
             )
             ratios = (1 - self.val_split_ratio, self.val_split_ratio)

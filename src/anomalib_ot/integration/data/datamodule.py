@@ -188,9 +188,3 @@ def _count_overlap(subsets: Mapping[str, Sequence[LabeledImage]], findings: Find
                     "also used for training, scores will be optimistic (data leakage)",
                     record.image_path,
                 )
-
-
-def check_ratio(name: str, value: float) -> None:
-    """Check that a part of a split lies between 0 and 1; an `InputError` if not."""
-    if not 0 < value < 1:
-        raise InputError(f"{name} is {value}; expected a number between 0 and 1, both excluded")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule, check_ratio
+from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule
 from anomalib_ot.integration.data.mask_regions import mask_boxes, mask_oddity, read_mask
 from anomalib_ot.integration.data.records import Findings, LabeledImage, image_sizes
-from anomalib_ot.integration.data.splits import check_distance, group_near_duplicates, split_images
+from anomalib_ot.integration.data.splits import check_split, group_near_duplicates, split_images
 
 SINGLE = "defect"
 SUFFIXES = ("", "_mask")  # of a mask's stem; MVTec has the second
@@ -65,10 +65,7 @@ class MaskBoxes(BoxDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
-        check_ratio("val_split_ratio", val_split_ratio)
-        check_ratio("test_split_ratio", test_split_ratio)
-        check_ratio("val_split_ratio + test_split_ratio", val_split_ratio + test_split_ratio)
-        check_distance("duplicate_distance", duplicate_distance)
+        check_split(duplicate_distance, val_split_ratio=val_split_ratio, test_split_ratio=test_split_ratio)
         for name, value, least in (("min_area", min_area, 1), ("gap", gap, 0)):
             if value < least:
                 raise InputError(f"{name} is {value}; expected pixels, at least {least}")

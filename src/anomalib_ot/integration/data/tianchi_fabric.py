@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule, check_ratio
+from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule
 from anomalib_ot.integration.data.records import Findings, LabeledImage, clean_box, image_sizes
-from anomalib_ot.integration.data.splits import check_distance, group_near_duplicates, joined_groups, split_images
+from anomalib_ot.integration.data.splits import check_split, group_near_duplicates, joined_groups, split_images
 from anomalib_ot.integration.data.tianchi_classes import class_table
 from anomalib_ot.integration.data.tianchi_files import FabricImage, read_tianchi
 
@@ -54,10 +54,7 @@ class TianchiFabric(BoxDataModule):
         super().__init__(root, **kwargs)
         if round not in (1, 2):
             raise InputError(f"round is {round}; expected 1 (plain fabric) or 2 (printed fabric)")
-        check_ratio("val_split_ratio", val_split_ratio)
-        check_ratio("test_split_ratio", test_split_ratio)
-        check_ratio("val_split_ratio + test_split_ratio", val_split_ratio + test_split_ratio)
-        check_distance("duplicate_distance", duplicate_distance)
+        check_split(duplicate_distance, val_split_ratio=val_split_ratio, test_split_ratio=test_split_ratio)
         if min_area is not None and min_area < 0:
             raise InputError(f"min_area is {min_area}; expected square pixels, at least 0")
         if max_boxes < 1:
