@@ -89,8 +89,9 @@ def test_bad_patterns_are_refused(pattern, message):
 
 def test_joined_groups_are_the_finest_grouping_above_all():
     assert joined_groups(None, None) is None
-    assert joined_groups([5, 5, 6]) == [0, 0, 2]
-    assert joined_groups(["a", "b", "a", "c", "d"], [1, 2, 3, 3, 4]) == [0, 1, 0, 0, 4]
+    assert joined_groups([], None) == []
+    assert joined_groups([5, 5, 6]) == [0, 0, 1]
+    assert joined_groups(["a", "b", "a", "c", "d"], [1, 2, 3, 3, 4]) == [0, 1, 0, 0, 2]
     assert joined_groups([0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 3]) == [0] * 6
 
 

@@ -7,7 +7,12 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.data.near_duplicates import HASH_BITS, image_hashes, near_duplicate_groups
+from anomalib_ot.integration.data.near_duplicates import (
+    HASH_BITS,
+    connected_groups,
+    image_hashes,
+    near_duplicate_groups,
+)
 from anomalib_ot.integration.data.records import Findings, LabeledImage
 
 LARGE_GROUP = 0.3  # of all images; a split can hardly keep its ratios then
@@ -117,21 +122,13 @@ def joined_groups(*groupings: Sequence[Hashable] | None) -> list[int] | None:
     """Join groupings of the same images: whoever shares a group in any of them shares one here; None says nothing.
 
     >>> joined_groups(["a", "a", "b", "c"], None, [1, 2, 2, 3])
-    [0, 0, 0, 3]
+    [0, 0, 0, 1]
     """
     given = [grouping for grouping in groupings if grouping is not None]
     if not given:
         return None
-    parent = list(range(len(given[0])))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            index = parent[index] = parent[parent[index]]
-        return index
-
+    pairs = []
     for grouping in given:
         first: dict[Hashable, int] = {}
-        for index, group in enumerate(grouping):
-            one, other = sorted((root(index), root(first.setdefault(group, index))))
-            parent[other] = one
-    return [root(index) for index in range(len(parent))]
+        pairs += [(index, first.setdefault(group, index)) for index, group in enumerate(grouping)]
+    return connected_groups(np.array(pairs, dtype=int).reshape(-1, 2), len(given[0])).tolist()
