@@ -8,7 +8,7 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule
 from anomalib_ot.integration.data.records import Findings, LabeledImage, clean_box, image_sizes
 from anomalib_ot.integration.data.splits import check_split, group_near_duplicates, joined_groups, split_images
-from anomalib_ot.integration.data.tianchi_classes import class_table
+from anomalib_ot.integration.data.tianchi_classes import ROUNDS
 from anomalib_ot.integration.data.tianchi_files import FabricImage, read_tianchi
 
 
@@ -52,7 +52,7 @@ class TianchiFabric(BoxDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
-        if round not in (1, 2):
+        if round not in ROUNDS:
             raise InputError(f"round is {round}; expected 1 (plain fabric) or 2 (printed fabric)")
         check_split(duplicate_distance, val_split_ratio=val_split_ratio, test_split_ratio=test_split_ratio)
         if min_area is not None and min_area < 0:
@@ -74,7 +74,7 @@ class TianchiFabric(BoxDataModule):
     @property
     def class_names(self) -> list[str]:
         """English name of each class, by class index; known before any data is read."""
-        return list(class_table(self.round))
+        return list(ROUNDS[self.round])
 
     @property
     def official_ids(self) -> list[int]:
