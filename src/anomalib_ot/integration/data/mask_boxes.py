@@ -86,10 +86,8 @@ class MaskBoxes(BoxDataModule):
         return self.root.name
 
     def _read(self, findings: Findings) -> BoxContent:
-        normal = [LabeledImage.of(path, size, [], []) for path, size in self._normal_images("normal_dir", findings)]
-        divided = [
-            LabeledImage.of(path, size, [], []) for path, size in self._normal_images("normal_test_dir", findings)
-        ]
+        normal = self._normal_images("normal_dir", findings)
+        divided = self._normal_images("normal_test_dir", findings)
         kinds = self._defect_kinds(findings)
         class_names = [SINGLE] if self.single_class else [folder.name for folder in kinds]
         for index, (folder, paths) in enumerate(kinds.items()):
@@ -120,14 +118,14 @@ class MaskBoxes(BoxDataModule):
         names = {"normal_dir", "normal_test_dir", "defect_dir", "mask_dir"}.difference(own)
         return [self.root / Path(getattr(self, name)).expanduser() for name in names if getattr(self, name) is not None]
 
-    def _normal_images(self, argument: str, findings: Findings) -> list[tuple[str, tuple[int, int]]]:
+    def _normal_images(self, argument: str, findings: Findings) -> list[LabeledImage]:
         if getattr(self, argument) is None:
             return []
         folder = self._folder(argument)
         paths = [str(path) for path in find_images(folder, findings, without=self._other_folders(argument))]
         if not paths:
             raise InputError(f"{argument} is '{folder}', which holds no image; add images, or set it to null")
-        return list(zip(paths, image_sizes(paths), strict=True))
+        return [LabeledImage.of(path, size, [], []) for path, size in zip(paths, image_sizes(paths), strict=True)]
 
     def _defect_kinds(self, findings: Findings) -> dict[Path, list[Path]]:
         """List the folders of defective images, one per kind of defect, each with its images."""
