@@ -4,7 +4,6 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,14 @@ from platformdirs import user_cache_path
 
 from anomalib_ot.imaging.samples import FORMATS, UNREADABLE, read_problem
 from anomalib_ot.integration.checks.atomic_write import write_whole
-from anomalib_ot.integration.checks.console import progress_bar
 from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.images import each_file
 
 logger = logging.getLogger(__name__)
 
 HASH_BITS = 256
 _SIDE = 16  # of the square of frequencies that a hash holds
 _BLOCK = 512  # hashes compared with all others at once
-_NUM_THREADS = 2
 
 
 def image_hashes(paths: Sequence[str], cache: Path | None = None) -> np.ndarray:
@@ -43,7 +41,8 @@ def image_hashes(paths: Sequence[str], cache: Path | None = None) -> np.ndarray:
     keys = [_key(path) for path in paths]
     fresh = {key: path for key, path in zip(keys, paths, strict=True) if key not in known}
     if fresh:
-        known |= _hash_all(fresh)
+        hashes = each_file(_hash, fresh.values(), "Looking for near duplicates")
+        known |= dict(zip(fresh, hashes, strict=True))
         _save(cache, known)
     rows = [np.frombuffer(bytes.fromhex(known[key]), dtype=">u8") for key in keys]
     return np.array(rows, dtype=np.uint64).reshape(-1, HASH_BITS // 64)
@@ -97,15 +96,6 @@ def _save(cache: Path, known: dict[str, str]) -> None:
         write_whole(cache, json.dumps(known).encode())
     except OSError as error:
         logger.warning("image hashes cannot be kept in %s (%s); they are computed in every run", cache, error.strerror)
-
-
-def _hash_all(paths: dict[str, str]) -> dict[str, str]:
-    hashes: dict[str, str] = {}
-    with progress_bar("Looking for near duplicates", len(paths)) as step, ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for key, value in zip(paths, pool.map(_hash, paths.values()), strict=True):
-            hashes[key] = value
-            step()
-    return hashes
 
 
 def _hash(path: str) -> str:
