@@ -132,14 +132,11 @@ def _stain(grid: YarnGrid, rng: np.random.Generator) -> Fault:
 def _stretch_of_yarn(
     grid: YarnGrid, rng: np.random.Generator, length: tuple[float, float], taper: float
 ) -> tuple[str, np.ndarray, np.ndarray]:
-    """Pick a stretch of one yarn: its system, the distance of each point to its axis, and 1 along it, else 0.
-
-    ``length`` bounds the stretch in parts of the image side, ``taper`` is how many pixels its ends take to fade.
-    """
+    """Pick a stretch of one yarn: its system, the distance of each point to its axis, and 1 along it, else 0."""
     system = ("warp", "weft")[rng.integers(2)]
     yarns, along = (grid.warp, grid.y) if system == "warp" else (grid.weft.T, grid.x.T)
     side = along.size / OVERSAMPLING
-    half = np.float32(0.5 * rng.uniform(*length) * side)
+    half = np.float32(0.5 * rng.uniform(*length) * side)  # `length` is in parts of the image's side, `taper` in pixels
     middle = np.float32(rng.uniform(0.05, 0.95) * side)
     column = rng.integers(int(0.06 * yarns.shape[1]), int(0.94 * yarns.shape[1]))
     row = min(int(middle * OVERSAMPLING), yarns.shape[0] - 1)

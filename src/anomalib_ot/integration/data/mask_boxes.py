@@ -1,7 +1,7 @@
 """Boxes around the masks of a folder laid out like MVTec's, as an Anomalib datamodule."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,14 +194,12 @@ def find_images(folder: Path, findings: Findings, *, deep: bool = True, without:
     Raises:
         InputError: If a folder cannot be read, or leads back into itself.
     """
-    found: list[Path] = []
-    _search(folder, findings, deep, {path.resolve() for path in without}, (), found)
-    return sorted(found)
+    return sorted(_search(folder, findings, deep, {path.resolve() for path in without}, ()))
 
 
 def _search(
-    folder: Path, findings: Findings, deep: bool, without: set[Path], above: tuple[Path, ...], found: list[Path]
-) -> None:
+    folder: Path, findings: Findings, deep: bool, without: set[Path], above: tuple[Path, ...]
+) -> Iterator[Path]:
     place = folder.resolve()
     if place in above:
         raise InputError(f"folder {folder} leads back to {place}, which it lies in; remove this link")
@@ -216,11 +214,11 @@ def _search(
             if is_hidden:
                 findings.add("hidden folder", "passed over", str(path))
             elif deep and path.resolve() not in without:
-                _search(path, findings, deep, without, (*above, place), found)
+                yield from _search(path, findings, deep, without, (*above, place))
         elif path.suffix.lower() not in EXTENSIONS:
             if not is_hidden:
                 findings.add("file", "without the ending of an image passed over", str(path))
         elif is_hidden:
             findings.add("hidden image", "passed over", str(path))
         else:
-            found.append(path)
+            yield path

@@ -107,15 +107,11 @@ class TianchiFabric(BoxDataModule):
             return None
         return LabeledImage.of(str(image.path), size, boxes, labels)
 
-    def _groups(self, images: Sequence[FabricImage], findings: Findings) -> list[int] | None:
+    def _groups(self, images: Sequence[FabricImage], findings: Findings) -> list[int]:
         """Group by template where there is one: its look, and its name unless that is the image's own."""
         by_sight = group_near_duplicates(self.duplicate_distance, [str(i.template or i.path) for i in images], findings)
-        by_name = None
-        if any(image.template is not None for image in images):
-            by_name = [
-                str(image.path)
-                if image.template is None or image.path.stem in image.template.stem
-                else image.template.name
-                for image in images
-            ]
+        by_name = [
+            str(image.path) if image.template is None or image.path.stem in image.template.stem else image.template.name
+            for image in images
+        ]
         return joined_groups(by_sight, by_name)
