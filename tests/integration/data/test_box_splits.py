@@ -95,10 +95,7 @@ def test_joined_groups_are_the_finest_grouping_above_all():
     assert joined_groups([0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 3]) == [0] * 6
 
 
-def test_near_duplicates_are_grouped_and_too_many_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "anomalib_ot.integration.data.near_duplicates.user_cache_path", lambda *_, **__: tmp_path / "cache"
-    )
+def test_near_duplicates_are_grouped_and_too_many_are_told(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (4, 8, 8), np.uint8)
     paths = []
     for number, which in enumerate((0, 1, 0, 2, 3, 0)):

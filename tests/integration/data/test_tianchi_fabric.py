@@ -19,13 +19,6 @@ LATER = "guangdong1_round2_train2_20191004"
 SIZE = (98, 40)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "anomalib_ot.integration.data.near_duplicates.user_cache_path", lambda *_, **__: tmp_path / "cache"
-    )
-
-
 def picture(path, look, noise=0):
     """A picture that depends on `look` up to a little noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
