@@ -18,17 +18,9 @@ SIXTEEN_BIT_MAX = 65535
 EIGHT_BIT_MAX = 255
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 UNREADABLE = (*DECODE_ERRORS, Image.DecompressionBombError)
-PACKAGES = {"cv2": "opencv-python-headless"}
 # Whatever a file is called, Pillow looks at what it holds, and starts other programs for some kinds (EPS): these only.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-FOREIGN = {
-    b"%!PS": "EPS",
-    b"\xc5\xd0\xd3\xc6": "EPS",
-    b"%PDF": "PDF",
-    b"8BPS": "PSD",
-    b"<svg": "SVG",
-    b"SIMPLE": "FITS",
-}
+FOREIGN = {b"%!PS": "EPS", b"\xc5\xd0\xd3\xc6": "EPS", b"%PDF": "PDF", b"8BPS": "PSD", b"<svg": "SVG"}
 FOREIGN |= {b"\x89HDF": "HDF5", b"\0\0\1\0": "ICO", b"\xd7\xcd\xc6\x9a": "WMF", b"DDS ": "DDS", b"BUFR": "BUFR"}
 FOREIGN |= {b"GRIB": "GRIB", b"icns": "ICNS", b"\0\0\1\xba": "MPEG", b"qoif": "QOI", b"SIMPLE": "FITS"}
 BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
@@ -135,14 +127,14 @@ def out_of_scale(values: np.ndarray) -> str | None:
 def _color_samples(path: str | Path, file_format: str | None) -> np.ndarray:
     """Read several 16-bit channels as (H, W, 3) in the order red, green, blue."""
     if file_format == "TIFF":
-        tifffile = _module("tifffile", "a TIFF with several 16-bit channels")
+        tifffile = _module("tifffile", "tifffile", "a TIFF with several 16-bit channels")
         with tifffile.TiffFile(path) as tiff:
             page = tiff.pages[0]
             values = page.asarray()
             if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
                 values = np.moveaxis(values, 0, -1)
         return np.repeat(values[..., :1], 3, axis=-1) if values.shape[-1] == 2 else values[..., :3]
-    cv2 = _module("cv2", "a PNG with several 16-bit channels")
+    cv2 = _module("cv2", "opencv-python-headless", "a PNG with several 16-bit channels")
     try:
         values = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
@@ -152,12 +144,12 @@ def _color_samples(path: str | Path, file_format: str | None) -> np.ndarray:
     return values[..., 2::-1]  # blue, green, red, and perhaps alpha
 
 
-def _module(name: str, what: str) -> ModuleType:
+def _module(name: str, package: str, what: str) -> ModuleType:
     """Import what only few files need."""
     try:
         return import_module(name)
     except ImportError as error:
-        msg = f"{what} needs the package {name}, which is not installed: pip install {PACKAGES.get(name, name)}"
+        msg = f"{what} needs the package {name}, which is not installed: pip install {package}"
         raise ImportError(msg) from error
 
 

@@ -8,15 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from anomalib_ot.synthetic.faults import DEFECTS, Fault, draw_fault, window
-from anomalib_ot.synthetic.picture import (
-    OVERSAMPLING,
-    Sample,
-    check_arguments,
-    measure,
-    photograph,
-    smooth_noise,
-)
+from anomalib_ot.synthetic.faults import DEFECTS, Fault, draw_fault
+from anomalib_ot.synthetic.picture import OVERSAMPLING, Sample, check_arguments, photograph, smooth_noise, window
 from anomalib_ot.synthetic.weave import FabricStyle, YarnGrid, weave
 
 GENERATION = 1
@@ -70,9 +63,7 @@ def render_fabric(seed: int, index: int, defect: str | None = None, size: tuple[
     color, relief = weave(style, fault.grid, yarn_rng)
     _print_motif(color, relief, style, fault, radius, print_rng)
     _lay_on(color, style, fault)
-    image = photograph(color, light_rng, sensor_rng)
-    mask, boxes = measure(fault.region)
-    return Sample(image, mask, boxes, [defect] * len(boxes) if defect else [])
+    return Sample.of(photograph(color, light_rng, sensor_rng), fault.region, defect)
 
 
 def _print_motif(
@@ -88,7 +79,7 @@ def _print_motif(
     bleed = np.float32(0.35) * smooth_noise(rng, relief.shape, 2.5 * OVERSAMPLING)
     brightness = np.float32(np.mean(style.warp_color))
     for center in fault.motif_places:
-        near, dx, dy = window(fault.grid, center, radius + 1)
+        near, dx, dy = window(center, radius + 1, relief.shape)
         distance, angle = np.hypot(dx, dy), np.arctan2(dy, dx)
         petals = np.float32(radius) * (np.float32(0.42) + np.float32(0.20) * np.cos(style.petals * angle)) - distance
         ring = np.float32(0.11 * radius) - np.abs(distance - np.float32(0.86 * radius))
@@ -106,13 +97,8 @@ def _lay_on(color: np.ndarray, style: FabricStyle, fault: Fault) -> None:
         tint = np.float32(fault.soil_color) / np.float32(0.75)
         color *= 1 - fault.soil[..., None] * (1 - tint)
     if fault.thread is not None:
-        shadow = _shifted(_shifted(fault.thread, OVERSAMPLING, 0), OVERSAMPLING, 1)
+        shifted = np.pad(fault.thread, ((OVERSAMPLING, 0), (OVERSAMPLING, 0)), mode="edge")
+        shadow = shifted[:-OVERSAMPLING, :-OVERSAMPLING]
         color *= 1 - np.float32(0.3) * shadow[..., None]
         lit = np.float32(style.weft_color) * (np.float32(0.55) + np.float32(0.5) * fault.thread[..., None])
         color += fault.thread[..., None] * (lit - color)
-
-
-def _shifted(field: np.ndarray, by: int, axis: int) -> np.ndarray:
-    """Shift along an axis, repeating the border."""
-    length = field.shape[axis]
-    return field.take(np.clip(np.arange(length) - by, 0, length - 1), axis=axis)

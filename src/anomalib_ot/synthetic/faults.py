@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from anomalib_ot.synthetic.picture import OVERSAMPLING, smooth_noise
+from anomalib_ot.synthetic.picture import OVERSAMPLING, smooth_noise, window
 from anomalib_ot.synthetic.weave import YarnGrid
 
 DEFECTS = ("hole", "stain", "broken_yarn", "coarse_yarn", "misplaced_motif", "missing_motif")
@@ -61,17 +61,6 @@ def disc(grid: YarnGrid, center: tuple[float, float], radius: float) -> np.ndarr
     return np.square(grid.x - np.float32(center[0])) + np.square(grid.y - np.float32(center[1])) <= radius**2
 
 
-def window(
-    grid: YarnGrid, center: tuple[float, float], radius: float
-) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """Cut out the surroundings of a place: the slices (rows, columns), and the pixel distances dx (1, n), dy (m, 1)."""
-    rows, columns = (
-        slice(max(int((c - radius) * OVERSAMPLING), 0), max(int((c + radius) * OVERSAMPLING) + 1, 0))
-        for c in center[::-1]
-    )
-    return (rows, columns), grid.x[:, columns] - np.float32(center[0]), grid.y[rows] - np.float32(center[1])
-
-
 def _another_place(
     grid: YarnGrid, place: tuple[float, float], radius: float, rng: np.random.Generator
 ) -> tuple[float, float]:
@@ -120,7 +109,7 @@ def _hole(grid: YarnGrid, rng: np.random.Generator) -> Fault:
         angle, bend = rng.uniform(0, 2 * np.pi), rng.uniform(-0.5, 0.5, size=2)
         rim = radius * np.array([np.cos(angle), np.sin(angle)])
         end = center + rim * rng.uniform(-0.4, 0.4)
-        _add_thread(thread, grid, center + rim, center + 0.5 * rim + radius * bend, end, 0.35)
+        _add_thread(thread, center + rim, center + 0.5 * rim + radius * bend, end, 0.35)
     return Fault(replace(grid, warp_lift=lift[0], weft_lift=lift[1]), region, (), thread=thread * region)
 
 
@@ -143,14 +132,11 @@ def _stain(grid: YarnGrid, rng: np.random.Generator) -> Fault:
 def _stretch_of_yarn(
     grid: YarnGrid, rng: np.random.Generator, length: tuple[float, float], taper: float
 ) -> tuple[str, np.ndarray, np.ndarray]:
-    """Pick a stretch of one yarn: its system, the distance of each point to its axis, and 1 along it, else 0.
-
-    ``length`` bounds the stretch in parts of the image side, ``taper`` is how many pixels its ends take to fade.
-    """
+    """Pick a stretch of one yarn: its system, the distance of each point to its axis, and 1 along it, else 0."""
     system = ("warp", "weft")[rng.integers(2)]
     yarns, along = (grid.warp, grid.y) if system == "warp" else (grid.weft.T, grid.x.T)
     side = along.size / OVERSAMPLING
-    half = np.float32(0.5 * rng.uniform(*length) * side)
+    half = np.float32(0.5 * rng.uniform(*length) * side)  # `length` is in parts of the image's side, `taper` in pixels
     middle = np.float32(rng.uniform(0.05, 0.95) * side)
     column = rng.integers(int(0.06 * yarns.shape[1]), int(0.94 * yarns.shape[1]))
     row = min(int(middle * OVERSAMPLING), yarns.shape[0] - 1)
@@ -191,17 +177,15 @@ def _loose_end(grid: YarnGrid, system: str, region: np.ndarray, rng: np.random.G
     bend = start + length * (0.5 * forward * rng.uniform(0.2, 1.2) + 0.25 * sideways)
     end = start + length * (forward * rng.uniform(0.0, 0.9) + sideways * rng.uniform(0.35, 0.9))
     thread = np.zeros(region.shape, np.float32)
-    _add_thread(thread, grid, start, bend, end, 1.2)
+    _add_thread(thread, start, bend, end, 1.2)
     return thread
 
 
-def _add_thread(
-    thread: np.ndarray, grid: YarnGrid, start: np.ndarray, bend: np.ndarray, end: np.ndarray, half_width: float
-) -> None:
+def _add_thread(thread: np.ndarray, start: np.ndarray, bend: np.ndarray, end: np.ndarray, half_width: float) -> None:
     """Add a bent thread, a quadratic curve from ``start`` to ``end`` (x, y), to the coverage ``thread`` in [0, 1]."""
     for part in np.linspace(0, 1, 33):
         point = (1 - part) ** 2 * start + 2 * part * (1 - part) * bend + part**2 * end
-        near, dx, dy = window(grid, point, half_width + 1)
+        near, dx, dy = window(point, half_width + 1, thread.shape)
         thread[near] = np.maximum(thread[near], np.clip(np.float32(half_width + 0.5) - np.hypot(dx, dy), 0, 1))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from anomalib_ot.synthetic.picture import OVERSAMPLING
+from anomalib_ot.synthetic.picture import OVERSAMPLING, window
 
 KINDS = ("nut", "washer", "screw", "pin", "spring", "o_ring")
 """The kinds of parts that can be drawn."""
@@ -67,7 +67,7 @@ def draw_damage(kind: str, rng: np.random.Generator) -> Damage:
 
 def silhouette(part: Part, shape: tuple[int, int]) -> np.ndarray:
     """Mark the sample points (h, w) that a part covers; bool."""
-    near, dx, dy = _window(part, shape)
+    near, dx, dy = window(part.center, _REACH * part.radius, shape)
     covered = np.zeros(shape, bool)
     covered[near] = _form(part, dx, dy)[0] < 0
     return covered
@@ -76,7 +76,7 @@ def silhouette(part: Part, shape: tuple[int, int]) -> np.ndarray:
 def damage_region(part: Part, shape: tuple[int, int]) -> np.ndarray:
     """Mark what of a damaged part is scratched or broken off, or the bent part and where it should lie; bool (h, w)."""
     if part.damage.how == "scratched":
-        near, dx, dy = _window(part, shape)
+        near, dx, dy = window(part.center, _REACH * part.radius, shape)
         marked = np.zeros(shape, bool)
         marked[near] = (_scratch(part, *_own_axes(part, dx, dy)) > 0) & (_form(part, dx, dy)[0] < 0)
         return marked
@@ -86,7 +86,7 @@ def damage_region(part: Part, shape: tuple[int, int]) -> np.ndarray:
 
 def lay_part(color: np.ndarray, part: Part, grain: np.ndarray) -> None:
     """Lay a part with its shadow on the scene, linear RGB, float32 (h, w, 3), in place; `grain` is noise (h, w)."""
-    near, dx, dy = _window(part, color.shape[:2])
+    near, dx, dy = window(part.center, _REACH * part.radius, color.shape[:2])
     outside, height = _form(part, dx, dy)
     scene = color[near]
     per_radius = np.float32(part.radius * OVERSAMPLING)
@@ -106,19 +106,6 @@ def lay_part(color: np.ndarray, part: Part, grain: np.ndarray) -> None:
         light *= 1 - np.float32(0.4) * rim * (1 + np.float32(0.5) * grain[near])
     own = np.moveaxis(np.float32(part.color)[:, None, None] * light + gloss, 0, -1)
     scene += coverage[..., None] * (own - scene)
-
-
-def _window(part: Part, shape: tuple[int, int]) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """Cut out the part's surroundings: slices (rows, columns), and pixel distances dx (1, n), dy (m, 1)."""
-    spans, distances = [], []
-    for center, length in zip(part.center[::-1], shape, strict=True):
-        first = max(int((center - _REACH * part.radius) * OVERSAMPLING), 0)
-        last = min(int((center + _REACH * part.radius) * OVERSAMPLING) + 2, length)
-        spans.append(slice(first, last))
-        distances.append(
-            (np.arange(first, last, dtype=np.float32) + np.float32(0.5)) / OVERSAMPLING - np.float32(center)
-        )
-    return tuple(spans), distances[1][None, :], distances[0][:, None]
 
 
 def _own_axes(part: Part, dx: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -181,10 +168,10 @@ def _shade(part: Part, height: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> tu
         gloss = np.float32(0.22) * np.clip((mirrored - np.float32(0.55)) / np.float32(0.45), 0, 1) ** 3
         return np.float32(0.45) + np.float32(0.75) * diffuse, gloss
     # Metal mirrors its surroundings: a bright window around the lamp, a dark bench near the horizon.
-    window = np.clip((mirrored - np.float32(0.30)) / np.float32(0.55), 0, 1)
-    window *= window * (3 - 2 * window)
+    bright = np.clip((mirrored - np.float32(0.30)) / np.float32(0.55), 0, 1)
+    bright *= bright * (3 - 2 * bright)
     bench = np.clip((2 * up * up - 1) / np.float32(0.5), 0, 1)
-    light = np.float32(0.16) + np.float32(0.34) * diffuse + np.float32(0.3) * bench + np.float32(0.55) * window
+    light = np.float32(0.16) + np.float32(0.34) * diffuse + np.float32(0.3) * bench + np.float32(0.55) * bright
     # Turned faces: grooves around the center gather the light in two opposite sectors.
     distance = dx * dx + dy * dy + np.float32(1)
     sector = np.square(dx * _LAMP[1] - dy * _LAMP[0]) / distance * np.float32(1.9)

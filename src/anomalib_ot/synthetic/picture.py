@@ -5,6 +5,7 @@ Scenes are drawn on sample points that are finer than the pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,17 @@ class Sample:
     boxes: np.ndarray
     labels: list[str]
 
+    @classmethod
+    def of(cls, image: np.ndarray, region: np.ndarray, defect: str | None) -> Sample:
+        """Put the truth beside a picture: the fault's region averaged to pixels, its specks dropped, and the boxes."""
+        mask = _to_pixels(region.astype(np.float32)) >= 0.5
+        parts = _parts(mask)
+        areas = np.bincount(parts.ravel())
+        areas[0] = 0
+        mask = (areas >= min(_SMALLEST_PART, areas.max()))[parts] & mask
+        boxes = tight_boxes(mask)
+        return cls(image, mask.astype(np.uint8) * 255, boxes, [defect] * len(boxes))
+
 
 def check_arguments(
     seed: int, index: int, defect: str | None, size: tuple[int, int], defects: tuple[str, ...], smallest_side: int
@@ -47,6 +59,20 @@ def check_arguments(
     if len(size) != 2 or not all(isinstance(side, (int, np.integer)) and side >= smallest_side for side in size):
         msg = f"size is {tuple(size)}; expected (height, width), whole numbers of at least {smallest_side} pixels"
         raise ValueError(msg)
+
+
+def window(
+    center: Sequence[float], reach: float, shape: tuple[int, int]
+) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
+    """Cut out the surroundings of a place (x, y): slices (rows, columns), and pixel distances dx (1, n), dy (m, 1)."""
+    spans, distances = [], []
+    for middle, length in zip(center[::-1], shape, strict=True):
+        ends = int((middle - reach) * OVERSAMPLING), int((middle + reach) * OVERSAMPLING) + 2
+        first, last = np.clip(ends, 0, length)
+        spans.append(slice(first, last))
+        points = (np.arange(first, last, dtype=np.float32) + np.float32(0.5)) / OVERSAMPLING
+        distances.append(points - np.float32(middle))
+    return tuple(spans), distances[1][None, :], distances[0][:, None]
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], spacing: float) -> np.ndarray:
@@ -96,16 +122,6 @@ def _to_pixels(samples: np.ndarray) -> np.ndarray:
     """Average the sample points of each pixel."""
     starts = [(row, column) for row in range(OVERSAMPLING) for column in range(OVERSAMPLING)]
     return sum(samples[row::OVERSAMPLING, column::OVERSAMPLING] for row, column in starts) / np.float32(len(starts))
-
-
-def measure(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Average the region to pixels, drop its specks, and find the box of each part that stays."""
-    mask = _to_pixels(region.astype(np.float32)) >= 0.5
-    parts = _parts(mask)
-    areas = np.bincount(parts.ravel())
-    areas[0] = 0
-    mask = (areas >= min(_SMALLEST_PART, areas.max()))[parts] & mask
-    return mask.astype(np.uint8) * 255, tight_boxes(mask)
 
 
 def tight_boxes(mask: np.ndarray) -> np.ndarray:

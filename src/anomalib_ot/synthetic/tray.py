@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from anomalib_ot.synthetic.parts import KINDS, Part, damage_region, draw_damage, lay_part, silhouette
-from anomalib_ot.synthetic.picture import OVERSAMPLING, Sample, check_arguments, measure, photograph, smooth_noise
+from anomalib_ot.synthetic.picture import OVERSAMPLING, Sample, check_arguments, photograph, smooth_noise
 
 DEFECTS = ("missing", "extra", "swapped", "moved", "damaged")
 """The faults that can be drawn."""
@@ -117,9 +117,7 @@ def render_tray(seed: int, index: int, defect: str | None = None, size: tuple[in
     color = _mold(kit, size, shift, grain, smooth_noise(grain_rng, shape, 60 * OVERSAMPLING))
     for part in parts:
         lay_part(color, part, grain)
-    image = photograph(color, light_rng, sensor_rng)
-    mask, boxes = measure(region)
-    return Sample(image, mask, boxes, [defect] * len(boxes) if defect else [])
+    return Sample.of(photograph(color, light_rng, sensor_rng), region, defect)
 
 
 def _fill(kit: Kit, size: tuple[int, int], shift: np.ndarray, rng: np.random.Generator) -> list[Part]:

@@ -23,6 +23,7 @@ from anomalib_ot import OTPrototypes, RegionWriter, SyntheticFabric
 from anomalib_ot.integration.callbacks.region_writer import Candidates, SeenPart, seen_part, write_candidates
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import read_coco
+from anomalib_ot.integration.data.records import Findings
 
 SIZE = (64, 64)
 QUIET = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
@@ -190,8 +191,9 @@ def test_boxes_scale_to_the_file_and_images_without_boxes_are_listed(tmp_path):
 def test_readers_of_coco_read_it(tmp_path):
     batch = batch_of(tmp_path, (4, 8, 20, 24), None, file_size=(32, 128))
     content = stage(RegionWriter(tmp_path / "a.json", threshold=0.5), batch)
-    ours = read_coco(tmp_path / "a.json")
-    assert (ours.class_names, ours.warnings) == (["defect"], [])
+    findings = Findings()
+    ours = read_coco(tmp_path / "a.json", findings)
+    assert (ours.class_names, findings.warnings) == (["defect"], [])
     assert [(image.file_name, image.width, image.height) for image in ours.images] == [
         ("0.png", 32, 128),
         ("1.png", 32, 128),

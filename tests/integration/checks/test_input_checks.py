@@ -87,7 +87,6 @@ def test_good_folder_lists_its_files_and_stays_untouched(root):
     assert len(paths.train) == 6
     assert paths.val == ()
     assert [Path(path).name for path in paths.test] == ["0.png", "1.png", "2.png"]
-    assert len(paths.masks) == 3
 
 
 def test_check_does_not_change_the_unseeded_split(root):
@@ -128,9 +127,8 @@ def test_paths_after_the_split_are_those_of_the_loaders(root):
     datamodule.setup("fit")
     paths = check_datamodule(datamodule, "fit")
     assert paths.train == tuple(datamodule.train_data.samples.image_path)
-    assert paths.for_stage("fit") == paths.train + paths.val
     assert paths.for_stage("test") == paths.test
-    assert set(paths.for_stage(None)) == {*paths.train, *paths.val, *paths.test}
+    assert set(paths.for_stage("fit")) == {*paths.train, *paths.val, *paths.test}
 
 
 def test_no_datamodule_is_no_error():
@@ -286,7 +284,7 @@ def test_masks_inside_the_abnormal_folder(root):
 def test_usual_mask_names_pass(root, name):
     for index in range(3):
         (root / "masks" / f"{index}.png").rename(root / "masks" / f"{name.format(index)}.png")
-    assert len(check_datamodule(folder(root), "fit").masks) == 3
+    assert len(check_datamodule(folder(root), "fit").test) == 3
 
 
 def test_same_stems_in_subfolders(root):
@@ -294,11 +292,11 @@ def test_same_stems_in_subfolders(root):
         save(root / "test" / kind / "000.png")
         save(root / "truth" / f"{kind}_gt" / "000.png")
     lists = {"abnormal_dir": ["test/hole", "test/cut"], "mask_dir": ["truth/cut_gt", "truth/hole_gt"]}
-    assert len(check_datamodule(folder(root, **lists), "fit").masks) == 2
+    assert len(check_datamodule(folder(root, **lists), "fit").test) == 2
     for kind in ("hole", "cut"):
         (root / "truth" / f"{kind}_gt").rename(root / "truth" / kind)
     lists["mask_dir"] = ["truth/hole", "truth/cut"]
-    assert len(check_datamodule(folder(root, **lists), "fit").masks) == 2
+    assert len(check_datamodule(folder(root, **lists), "fit").test) == 2
     (root / "truth" / "a").mkdir()
     (root / "truth" / "hole").rename(root / "truth" / "a" / "hole")  # now sorts before truth/cut
     lists["mask_dir"] = ["truth/a/hole", "truth/cut"]

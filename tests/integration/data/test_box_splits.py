@@ -8,7 +8,7 @@ from PIL import Image
 
 from anomalib_ot.integration.data.records import Findings, LabeledImage
 from anomalib_ot.integration.data.splits import (
-    check_distance,
+    check_split,
     group_near_duplicates,
     groups_by_pattern,
     joined_groups,
@@ -68,8 +68,8 @@ def test_one_image_of_a_class_is_for_training():
 
 
 def test_groups_come_from_names():
-    assert groups_by_pattern("group_pattern", None, ["a"]) is None
-    assert groups_by_pattern("group_pattern", "^(.)", ["ab", "ac"]) == ["a", "a"]
+    assert groups_by_pattern(None, ["a"]) is None
+    assert groups_by_pattern("^(.)", ["ab", "ac"]) == ["a", "a"]
 
 
 @pytest.mark.parametrize(
@@ -84,20 +84,18 @@ def test_groups_come_from_names():
 )
 def test_bad_patterns_are_refused(pattern, message):
     with pytest.raises(ValueError, match=f"group_pattern is .*{message}"):
-        groups_by_pattern("group_pattern", pattern, ["ab.png"])
+        groups_by_pattern(pattern, ["ab.png"])
 
 
 def test_joined_groups_are_the_finest_grouping_above_all():
     assert joined_groups(None, None) is None
-    assert joined_groups([5, 5, 6]) == [0, 0, 2]
-    assert joined_groups(["a", "b", "a", "c", "d"], [1, 2, 3, 3, 4]) == [0, 1, 0, 0, 4]
+    assert joined_groups([], None) == []
+    assert joined_groups([5, 5, 6]) == [0, 0, 1]
+    assert joined_groups(["a", "b", "a", "c", "d"], [1, 2, 3, 3, 4]) == [0, 1, 0, 0, 2]
     assert joined_groups([0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 3]) == [0] * 6
 
 
-def test_near_duplicates_are_grouped_and_too_many_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "anomalib_ot.integration.data.near_duplicates.user_cache_path", lambda *_, **__: tmp_path / "cache"
-    )
+def test_near_duplicates_are_grouped_and_too_many_are_told(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (4, 8, 8), np.uint8)
     paths = []
     for number, which in enumerate((0, 1, 0, 2, 3, 0)):
@@ -114,6 +112,6 @@ def test_near_duplicates_are_grouped_and_too_many_are_told(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("value", [-1, 128])
 def test_distances_out_of_range_are_refused(value):
-    check_distance("duplicate_distance", None)
+    check_split(None, val_split_ratio=0.2)
     with pytest.raises(ValueError, match=f"duplicate_distance is {value}; expected 0"):
-        check_distance("duplicate_distance", value)
+        check_split(value, val_split_ratio=0.2)

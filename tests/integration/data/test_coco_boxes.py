@@ -45,13 +45,6 @@ def change(root, json_name, edit):
     (root / json_name).write_text(json.dumps(content))
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "anomalib_ot.integration.data.near_duplicates.user_cache_path", lambda *_, **__: tmp_path / "cache"
-    )
-
-
 @pytest.fixture
 def root(tmp_path):
     write(tmp_path / "boards", "train.json", range(20), negatives=(3, 6, 9, 12))

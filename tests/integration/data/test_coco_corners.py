@@ -6,6 +6,7 @@ import pytest
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import read_coco
+from anomalib_ot.integration.data.records import Findings
 
 CORNERS, INNER = [60, 50, 90, 70], [5, 5, 20, 30]  # the inner ones could be either
 
@@ -19,7 +20,7 @@ def read(tmp_path):
         ]
         content["categories"] = [{"id": 1, "name": "hole"}]
         (tmp_path / "boxes.json").write_text(json.dumps(content))
-        return read_coco(tmp_path / "boxes.json")
+        return read_coco(tmp_path / "boxes.json", Findings())
 
     return read
 

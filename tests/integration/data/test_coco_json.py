@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anomalib_ot.integration.data.coco_json import read_coco, write_coco
+from anomalib_ot.integration.data.records import Findings
 
 
 def image(key=1, name="a.png", width=100, height=80, **more):
@@ -33,7 +34,8 @@ def read(tmp_path):
     def read(content):
         path = tmp_path / "boxes.json"
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return read_coco(path)
+        findings = Findings()
+        return read_coco(path, findings), findings.warnings
 
     return read
 
@@ -45,13 +47,13 @@ def test_boxes_become_corners_and_categories_indices(read):
         [image(), image(5, "sub/b.png", 20, 10, date_captured="now")],
         categories,
     )
-    file = read(content)
+    file, warnings = read(content)
     assert file.class_names == ["hole", "scratch"]
     assert [entry.file_name for entry in file.images] == ["a.png", "sub/b.png"]
     assert file.images[0].boxes == [(10.5, 20.25, 40.5, 60.25), (0.0, 0.0, 100.0, 80.0)]
     assert file.images[0].labels == [1, 0]
     assert file.images[1].boxes == []
-    assert file.warnings == []
+    assert warnings == []
 
 
 FAULTS = {
@@ -69,34 +71,38 @@ FAULTS = {
 
 @pytest.mark.parametrize(("bbox", "what"), FAULTS.values(), ids=FAULTS)
 def test_faulty_boxes_are_dropped_and_counted(read, bbox, what):
-    file = read(coco([annotation(1), annotation(17, bbox), annotation(18, bbox)]))
+    file, warnings = read(coco([annotation(1), annotation(17, bbox), annotation(18, bbox)]))
     assert file.images[0].boxes == [(10, 20, 40, 60)]
-    assert file.warnings == [f"2 boxes {what}, first: image a.png, annotation 17"]
+    assert warnings == [f"2 boxes {what}, first: image a.png, annotation 17"]
 
 
 def test_boxes_are_clipped(read):
-    file = read(coco([annotation(3, (-5, 70, 20, 30)), annotation(4, (90, 10, 10.6, 8))]))
+    file, warnings = read(coco([annotation(3, (-5, 70, 20, 30)), annotation(4, (90, 10, 10.6, 8))]))
     assert file.images[0].boxes == [(0, 70, 15, 80), (90, 10, 100, 18)]
-    assert file.warnings == ["1 box reaching over the border of the image clipped (image a.png, annotation 3)"]
+    assert warnings == ["1 box reaching over the border of the image clipped (image a.png, annotation 3)"]
 
 
 def test_crowds_are_dropped_and_other_fields_are_not_needed(read):
-    file = read(coco([annotation(1, iscrowd=1), annotation(2, iscrowd=0, area=3.5, score=0.4, segmentation=[])]))
+    file, warnings = read(
+        coco([annotation(1, iscrowd=1), annotation(2, iscrowd=0, area=3.5, score=0.4, segmentation=[])])
+    )
     assert len(file.images[0].boxes) == 1
-    assert file.warnings == ["1 box marked iscrowd (a region of many objects) dropped (image a.png, annotation 1)"]
+    assert warnings == ["1 box marked iscrowd (a region of many objects) dropped (image a.png, annotation 1)"]
 
 
 def test_an_image_that_lost_all_its_boxes_is_no_negative(read):
-    file = read(coco([annotation(1, (10, 10, 0, 0))], [image(), image(2, "b.png")]))
+    file, warnings = read(coco([annotation(1, (10, 10, 0, 0))], [image(), image(2, "b.png")]))
     assert [entry.file_name for entry in file.images] == ["b.png"]
-    assert file.warnings[1] == "1 image left out for lack of a usable box (a.png)"
+    assert warnings[1] == "1 image left out for lack of a usable box (a.png)"
 
 
 def test_doubles_are_merged_and_counted(read):
     double = annotation(1)
-    file = read(coco([double, double, annotation(1, (1, 1, 5, 5)), {**annotation(), "id": 9}], [image(), image()]))
+    file, warnings = read(
+        coco([double, double, annotation(1, (1, 1, 5, 5)), {**annotation(), "id": 9}], [image(), image()])
+    )
     assert file.images[0].boxes == [(10, 20, 40, 60), (1, 1, 6, 6), (10, 20, 40, 60)]
-    assert [line.partition(" (")[0] for line in file.warnings] == [
+    assert [line.partition(" (")[0] for line in warnings] == [
         "1 image listed more than once merged",
         "1 annotation listed more than once merged",
         "1 annotation with an id that another one has kept",
@@ -105,10 +111,12 @@ def test_doubles_are_merged_and_counted(read):
 
 @pytest.mark.parametrize("name", ["a.png", "./a.png", ".\\a.png"])
 def test_one_file_under_two_ids_is_one_image_unless_both_are_annotated(read, name):
-    file = read(coco([annotation(1, image_id=2), annotation(2, (1, 1, 5, 5), image_id=2)], [image(), image(2, name)]))
+    file, warnings = read(
+        coco([annotation(1, image_id=2), annotation(2, (1, 1, 5, 5), image_id=2)], [image(), image(2, name)])
+    )
     assert len(file.images) == 1
     assert len(file.images[0].boxes) == 2
-    assert len(file.warnings) == 1
+    assert len(warnings) == 1
     with pytest.raises(ValueError, match=r"the image a\.png has annotations under the ids 1 and 2; .*two videos"):
         read(coco([annotation(1), annotation(2, (1, 1, 5, 5), image_id=2)], [image(), image(2, name)]))
 
@@ -125,10 +133,10 @@ def test_fractions_are_never_taken_as_pixels(read, parts, boxes):
         with pytest.raises(ValueError, match=f"{len(parts)} of {len(parts) + len(boxes)} boxes lie within 0 to 1"):
             read(content)
     else:
-        file = read(content)
+        file, warnings = read(content)
         assert file.images[0].boxes == [(x, y, x + w, y + h) for x, y, w, h in boxes]
-        assert file.warnings[0].startswith(f"{len(parts)} box")
-        assert "in fractions of the image, not pixels, dropped" in file.warnings[0]
+        assert warnings[0].startswith(f"{len(parts)} box")
+        assert "in fractions of the image, not pixels, dropped" in warnings[0]
 
 
 @pytest.mark.parametrize("name", ["gr\u00f6\u00dfe.png", "a.png"])
@@ -137,24 +145,24 @@ def test_other_encodings_are_named(tmp_path, encoding, name):
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps(coco(images=[image(name=name)]), ensure_ascii=False), encoding)
     if (encoding, name) == ("cp1252", "a.png"):  # which is UTF-8, too
-        assert read_coco(path).images[0].file_name == name
+        assert read_coco(path, Findings()).images[0].file_name == name
         return
     with pytest.raises(ValueError, match=r"boxes\.json are text in (UTF-16|another).*save the file again in UTF-8"):
-        read_coco(path)
+        read_coco(path, Findings())
 
 
 def test_categories_of_one_name_are_one_class(read):
     categories = [{"id": 0, "name": "hole"}, {"id": 1, "name": "hole"}, {"id": 2, "name": "tear"}]
-    file = read(coco([annotation(1), annotation(2, category_id=0)], categories=categories))
+    file, warnings = read(coco([annotation(1), annotation(2, category_id=0)], categories=categories))
     assert file.class_names == ["hole", "tear"]
     assert file.images[0].labels == [0, 0]
-    assert "merged" in file.warnings[0]
+    assert "merged" in warnings[0]
 
 
 def test_annotations_without_an_id_and_names_with_backslashes(read):
     plain = annotation()
     del plain["id"]
-    file = read(coco([plain, plain], [image(name="images\\1\\a.png")]))
+    file, _ = read(coco([plain, plain], [image(name="images\\1\\a.png")]))
     assert len(file.images[0].boxes) == 2
     assert file.images[0].file_name == "images/1/a.png"
 
@@ -203,9 +211,9 @@ def test_what_cannot_be_used_is_refused_in_one_line(read, tmp_path, content, mes
 def test_a_missing_file_is_refused_and_its_neighbors_are_named(tmp_path):
     (tmp_path / "instances.json").write_text("{}")
     with pytest.raises(ValueError, match=r"train\.json do not exist, where there is instances\.json"):
-        read_coco(tmp_path / "train.json")
+        read_coco(tmp_path / "train.json", Findings())
     with pytest.raises(ValueError, match=r"other/train\.json do not exist; expected a COCO file"):
-        read_coco(tmp_path / "other" / "train.json")
+        read_coco(tmp_path / "other" / "train.json", Findings())
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -215,12 +223,13 @@ def test_what_is_written_is_read_back(tmp_path):
     scores = [torch.tensor([0.75, 0.0]), [], [0.5]]
     images = [("a.png", 100, 80), ("sub/b.png", 50, 40), ("c.png", 10, 10)]
     write_coco(path, images, boxes, labels, scores, ["hole", "tear"])
-    file = read_coco(path)
+    findings = Findings()
+    file = read_coco(path, findings)
     assert file.class_names == ["hole", "tear"]
     assert [(entry.file_name, entry.width, entry.height) for entry in file.images] == images
     assert [entry.boxes for entry in file.images] == [[(1.25, 2, 30.5, 40)], [], [(5, 5, 9, 9)]]
     assert [entry.labels for entry in file.images] == [[1], [], [0]]
-    assert file.warnings == []
+    assert findings.warnings == []
     assert [entry["score"] for entry in json.loads(path.read_text())["annotations"]] == [0.75, 0.5]
     write_coco(path, images[2:], boxes[2:], labels[2:], None, ["hole", "tear"])
     assert "score" not in json.loads(path.read_text())["annotations"][0]
@@ -247,6 +256,6 @@ def test_ten_thousand_images_are_read_in_seconds(read):
     images = [image(key, f"{key}.png") for key in range(10_000)]
     content = coco([annotation(key, image_id=key % 10_000) for key in range(40_000)], images)
     started = time.process_time()
-    file = read(content)
+    file, _ = read(content)
     assert len(file.images) == 10_000
     assert time.process_time() - started < 10

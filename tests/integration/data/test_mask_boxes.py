@@ -16,13 +16,6 @@ DATA = Path(os.environ.get("ANOMALIB_OT_DATA", Path(__file__).parents[4] / "shar
 PARTS = ("train", "val", "test")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "anomalib_ot.integration.data.near_duplicates.user_cache_path", lambda *_, **__: tmp_path / "cache"
-    )
-
-
 def save(path, look, size=(48, 32)):
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = np.random.default_rng(look).integers(40, 215, (8, 12), dtype=np.uint8)

@@ -10,12 +10,11 @@ from anomalib.data import ImageBatch
 
 from anomalib_ot.integration.callbacks.file_writer import FileWriter, write_text
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.data.tianchi_classes import class_table
+from anomalib_ot.integration.data.tianchi_classes import ROUNDS
 
 if TYPE_CHECKING:
     from anomalib.models import AnomalibModule
 
-ROUNDS = (1, 2)
 PIXEL_DECIMALS, SCORE_DECIMALS = 2, 6
 FIELDS = ("pred_boxes", "pred_box_scores", "pred_box_labels", "pred_label", "original_size")
 
@@ -87,7 +86,7 @@ class SubmissionWriter(FileWriter):
 
 def check_classes(class_names: Sequence[str] | None, model: str) -> None:
     """Check that a model's classes are those of a round of the contest, in its order; an `InputError` if not."""
-    if any(list(class_names or ()) == list(class_table(contest_round)) for contest_round in ROUNDS):
+    if list(class_names or ()) in map(list, ROUNDS.values()):
         return
     known = "no classes" if class_names is None else f"the classes {', '.join(class_names)}"
     msg = f"this {model} has {known}, not those of the contest; expected a detector that was trained on TianchiFabric"

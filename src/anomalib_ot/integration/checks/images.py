@@ -3,11 +3,12 @@
 import hashlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,7 @@ from anomalib_ot.integration.checks.console import progress_bar
 from anomalib_ot.integration.checks.errors import InputError
 
 logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 NUM_THREADS = 2
 DIGEST = 16  # letters of a checksum
@@ -80,7 +82,7 @@ def check_images(paths: Iterable[str | Path], description: str) -> ImageReport:
     names = list(dict.fromkeys(str(path) for path in paths))
     keys = {name: _key(name) for name in names}
     fresh = [name for name in names if keys[name] not in _findings]
-    for name, finding in _decode_all(fresh, description).items():
+    for name, finding in zip(fresh, each_file(_decode, fresh, f"Checking {description}"), strict=True):
         _findings[keys[name]] = finding
     found = {name: _findings[keys[name]] for name in names}
 
@@ -100,25 +102,26 @@ def check_images(paths: Iterable[str | Path], description: str) -> ImageReport:
     return report
 
 
+def each_file(function: Callable[[str], Found], names: Collection[str], description: str) -> list[Found]:
+    """Call a function with each file, in threads and under a progress bar; an error stops the others."""
+    found = []
+    pool = ThreadPoolExecutor(NUM_THREADS)
+    try:
+        with progress_bar(description, len(names)) as step:
+            for result in pool.map(function, names):
+                found.append(result)
+                step()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return found
+
+
 def _key(name: str) -> tuple[str, int, int]:
     try:
         status = os.stat(name)
     except OSError:
         return name, -1, -1
     return name, status.st_mtime_ns, status.st_size
-
-
-def _decode_all(names: list[str], description: str) -> dict[str, _Finding]:
-    found: dict[str, _Finding] = {}
-    pool = ThreadPoolExecutor(NUM_THREADS)
-    try:
-        with progress_bar(f"Checking {description}", len(names)) as step:
-            for name, finding in zip(names, pool.map(_decode, names), strict=True):
-                found[name] = finding
-                step()
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return found
 
 
 def _decode(name: str) -> _Finding:

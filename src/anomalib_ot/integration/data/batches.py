@@ -63,7 +63,7 @@ def _split(
 # the bases: Python lets `adopt` change the class of an existing batch only to a class whose first base is its own.
 @dataclass(kw_only=True)
 class _ExplanationFields:
-    """The five extra fields and their checks, for items and batches, torch and numpy."""
+    """The extra fields and their checks, for items and batches, torch and numpy."""
 
     feature_map: FieldDescriptor[torch.Tensor | np.ndarray | None] = FieldDescriptor("validate_feature_map")
     position_map: FieldDescriptor[torch.Tensor | np.ndarray | None] = FieldDescriptor("validate_position_map")

@@ -7,10 +7,10 @@ from typing import Any
 
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import CocoFile, read_coco
-from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule, check_ratio
+from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule
 from anomalib_ot.integration.data.records import Findings, LabeledImage
 from anomalib_ot.integration.data.splits import (
-    check_distance,
+    check_split,
     group_near_duplicates,
     groups_by_pattern,
     joined_groups,
@@ -62,8 +62,7 @@ class CocoBoxes(BoxDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
-        check_ratio("val_split_ratio", val_split_ratio)
-        check_distance("duplicate_distance", duplicate_distance)
+        check_split(duplicate_distance, val_split_ratio=val_split_ratio)
         self.duplicate_distance = duplicate_distance
         self.val_split_ratio = val_split_ratio
         self.group_pattern = group_pattern
@@ -90,7 +89,7 @@ class CocoBoxes(BoxDataModule):
             folder = self._image_dir("train")
             names = [Path(os.path.relpath(record.image_path, folder)).as_posix() for record in train]
             groups = joined_groups(
-                groups_by_pattern("group_pattern", self.group_pattern, names),
+                groups_by_pattern(self.group_pattern, names),
                 group_near_duplicates(self.duplicate_distance, [record.image_path for record in train], findings),
             )
             ratios = (1 - self.val_split_ratio, self.val_split_ratio)
@@ -109,13 +108,10 @@ class CocoBoxes(BoxDataModule):
         if groups is None:
             return
         trained = set(groups[: len(known)])
+        what = "nearly the same as a training image, scores will be optimistic (data leakage)"
         for path, group in zip(others, groups[len(known) :], strict=True):
             if group in trained:
-                findings.add(
-                    "held-out image",
-                    "nearly the same as a training image, scores will be optimistic (data leakage)",
-                    path,
-                )
+                findings.add("held-out image", what, path)
 
     def _image_dir(self, subset: str) -> Path:
         return self.root if self.image_dirs[subset] is None else self.root / Path(self.image_dirs[subset]).expanduser()
@@ -144,17 +140,17 @@ class CocoBoxes(BoxDataModule):
 
     def _cure_of_missing(self, folder: Path, file_name: str, argument: str) -> str:
         """Say what to do about a missing image; look for it in the usual places."""
-        for start in (self.root, self.root / "images"):
+        usual = (self.root, self.root / "images")
+        for start in usual:
             if start != folder and (start / file_name).is_file():
-                return (
-                    f"it is in {start}: set --data.{argument} to {Path(os.path.relpath(start, self.root)).as_posix()}"
-                )
-        for start in (folder, self.root, self.root / "images"):
+                there = Path(os.path.relpath(start, self.root)).as_posix()
+                return f"it is in {start}: set --data.{argument} to {there}"
+        for start in (folder, *usual):
             bare = start / Path(file_name).name
             if bare.is_file():
                 return f"there is {bare}: correct the file_name, or --data.{argument}"
-        for place in (folder / file_name, *(start / file_name for start in (self.root, self.root / "images"))):
-            near = _namesake(place)
+        for start in (folder, *usual):
+            near = _namesake(start / file_name)
             if near is not None:
                 return f"there is {near}, which differs in its ending or in capital letters: correct the file_name"
         return f"restore it, or set --data.{argument} to the folder that the names start from"

@@ -36,10 +36,9 @@ class CocoFile:
 
     images: list[CocoImage]  # its images, in its order; those that lost all their boxes to faults are left out
     class_names: list[str]  # its categories, in the order of their ids
-    warnings: list[str]  # what was found and put right, one line per kind, with counts
 
 
-def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
+def read_coco(path: str | Path, findings: Findings) -> CocoFile:
     """Read the boxes of a COCO file; nothing but the file itself is looked at.
 
     Categories need not be numbered without gaps, ``iscrowd``, ``area``, ``score`` and ``segmentation`` are not needed,
@@ -49,7 +48,7 @@ def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
 
     Args:
         path: The file.
-        findings: Counts what is found, together with what other files gave. None: new ones.
+        findings: Counts what is found and put right, together with what other files gave.
 
     Returns:
         Its images and class names.
@@ -60,7 +59,6 @@ def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
             boxes look like two corners or like fractions of the image.
     """
     path = Path(path)
-    findings = Findings() if findings is None else findings
     content = _load_lists(path)
     names, label_of = _categories(path, content["categories"], findings)
     image_of = _images(path, content["images"], findings)
@@ -76,7 +74,7 @@ def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
         if image.dropped and not image.boxes:
             findings.add("image", "left out for lack of a usable box", image.file_name)
     kept = [image for image in images if image.boxes or not image.dropped]
-    return CocoFile(kept, names, findings.warnings)
+    return CocoFile(kept, names)
 
 
 def _categories(path: Path, entries: list[Mapping], findings: Findings) -> tuple[list[str], dict[Any, int]]:
@@ -273,10 +271,7 @@ def write_coco(
 
 
 def _check_no_corners(path: Path, boxes: Sequence[Sequence[float]], sizes: Sequence[tuple[int, int]]) -> None:
-    """Refuse boxes that are (left, top, right, bottom), not (left, top, width, height): they would be clipped.
-
-    They look so if most reach over the border of their image (width, height) as the latter, and none as the former.
-    """
+    """Refuse boxes that fit as (left, top, right, bottom), most of which reach over the border as COCO's own form."""
     values, limits = np.asarray(boxes, dtype=float).reshape(-1, 4), np.asarray(sizes, dtype=float)
     finite = np.isfinite(values).all(axis=1)
     values, limits = values[finite], limits.reshape(-1, 2)[finite] + BORDER

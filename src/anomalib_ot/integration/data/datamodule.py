@@ -2,7 +2,6 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,26 +170,12 @@ class BoxDataModule(AnomalibDataModule):
             if not any(len(record.boxes) for record in subsets[name]):
                 findings.add("subset", "without any box, so that mAP means nothing there", f"the {name} images")
         check_image_files([record for records in subsets.values() for record in records], findings)
-        _count_overlap(subsets, findings)
+        known = {record.image_path for record in content.train}
+        for name in ("validation", "test"):
+            for path in (record.image_path for record in subsets[name] if record.image_path in known):
+                what = "also used for training, scores will be optimistic (data leakage)"
+                findings.add(f"{name} image", what, path)
         trained = {int(label) for record in content.train for label in record.labels}
         for index, name in enumerate(content.class_names):
             if index not in trained:
                 findings.add("class", "without any training box", repr(name))
-
-
-def _count_overlap(subsets: Mapping[str, Sequence[LabeledImage]], findings: Findings) -> None:
-    trained = {record.image_path for record in subsets["training"]}
-    for name in ("validation", "test"):
-        for record in subsets[name]:
-            if record.image_path in trained:
-                findings.add(
-                    f"{name} image",
-                    "also used for training, scores will be optimistic (data leakage)",
-                    record.image_path,
-                )
-
-
-def check_ratio(name: str, value: float) -> None:
-    """Check that a part of a split lies between 0 and 1; an `InputError` if not."""
-    if not 0 < value < 1:
-        raise InputError(f"{name} is {value}; expected a number between 0 and 1, both excluded")

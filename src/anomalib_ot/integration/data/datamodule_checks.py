@@ -44,21 +44,20 @@ ALIKE = 0.5  # common pixels over all pixels of two readings
 
 @dataclass(frozen=True)
 class DataPaths:
-    """The files of a datamodule, by subset."""
+    """The image files of a datamodule, by subset."""
 
     train: tuple[str, ...] = ()  # paths of the training images
     val: tuple[str, ...] = ()  # paths of the validation images
     test: tuple[str, ...] = ()  # paths of the test images
-    masks: tuple[str, ...] = ()  # paths of the masks of the validation and test images
 
-    def for_stage(self, stage: str | None) -> tuple[str, ...]:
-        """Return the images that a Lightning stage reads, each once; all of them if ``stage`` is None."""
-        subsets = {
-            "fit": (self.train, self.val),
-            "validate": (self.val,),
-            "test": (self.test,),
-            "predict": (self.test,),
-        }
+    @classmethod
+    def of(cls, datamodule: AnomalibDataModule) -> "DataPaths":
+        """List the files of the subsets that are set up."""
+        return cls(**{name: tuple(dataset_image_paths(dataset)) for name, dataset in _subsets(datamodule).items()})
+
+    def for_stage(self, stage: str) -> tuple[str, ...]:
+        """Return the images to check before a Lightning stage, each once: those that it reads, before a fit all."""
+        subsets = {"validate": (self.val,), "test": (self.test,), "predict": (self.test,)}
         chosen = subsets.get(stage, (self.train, self.val, self.test))
         return tuple(dict.fromkeys(path for subset in chosen for path in subset))
 
@@ -77,19 +76,22 @@ def check_datamodule(datamodule: object, stage: str | None = None) -> DataPaths:
     """
     if not isinstance(datamodule, AnomalibDataModule):
         return DataPaths()
-    subsets = _subsets(datamodule)
-    is_split = bool(subsets)
-    if not is_split:
-        subsets = _subsets(_discovered(datamodule, stage))
+    is_split = bool(_subsets(datamodule))
+    source = datamodule if is_split else _discovered(datamodule, stage)
+    subsets, paths = _subsets(source), DataPaths.of(source)
 
-    images = {name: tuple(dataset_image_paths(dataset)) for name, dataset in subsets.items()}
-    pairs = {name: _mask_pairs(dataset) for name, dataset in subsets.items()}
-    _check_folder_pairs([p for name, ds in subsets.items() if isinstance(ds, FolderDataset) for p in pairs[name]])
-    for image, mask in dict.fromkeys(pair for found in pairs.values() for pair in found):
+    # Anomalib pairs the sorted images of a folder with its sorted masks and only asks that the image's stem occurs
+    # somewhere in the mask's, so that image 1.png silently accepts mask 12.png.
+    folders = [dataset for dataset in subsets.values() if isinstance(dataset, FolderDataset)]
+    paired = dict.fromkeys(pair for dataset in folders for pair in _mask_pairs(dataset))
+    error = _mask_error([Path(image) for image, _ in paired], [Path(mask) for _, mask in paired])
+    if error is not None:
+        raise error
+    pairs = dict.fromkeys(pair for dataset in subsets.values() for pair in _mask_pairs(dataset))
+    for image, mask in pairs:
         _check_mask_shape(image, mask)
-    if stage == "fit" and "train" in images:
-        _check_training_images(datamodule, images["train"], is_split)
-    masks = dict.fromkeys(mask for found in pairs.values() for _, mask in found)
+    if stage == "fit" and "train" in subsets:
+        _check_training_images(datamodule, paths.train, is_split)
     if is_split and stage in {"fit", "validate", "test"} and datamodule not in _looked_at:
         _looked_at.add(datamodule)
         if not getattr(subsets.get("test"), "has_anomalous", True):
@@ -99,17 +101,19 @@ def check_datamodule(datamodule: object, stage: str | None = None) -> DataPaths:
                 datamodule.name,
             )
         findings = Findings()
-        _count_odd_masks(masks, findings)
+        for mask in dict.fromkeys(mask for _, mask in pairs):
+            for what in _oddities(mask, os.stat(mask).st_mtime_ns):
+                findings.add("mask", what, mask)
         rank_zero_only(findings.log)(f"data {datamodule.name}")
-        if stage == "fit" and not images.get("val"):
+        if stage == "fit" and not paths.val:
             logger.warning(
                 "data %s: no validation image is left beside the %d to train on, so that no threshold is found: scores "
                 "are not put to scale, and verdicts (pred_label, pred_mask) mean nothing; add images, name a folder of "
                 "abnormal ones, or set --data.val_split_mode same_as_test",
                 datamodule.name,
-                len(images.get("train", ())),
+                len(paths.train),
             )
-    return DataPaths(**images, masks=tuple(masks))
+    return paths
 
 
 def dataset_image_paths(dataset: Dataset) -> list[str]:
@@ -131,7 +135,11 @@ def _discovered(datamodule: AnomalibDataModule, stage: str | None) -> AnomalibDa
         with _random_state_kept():
             probe._setup(stage)
     except (OSError, ValueError, RuntimeError, MisMatchError) as error:
-        raise _explain_folder_failure(datamodule, error) from error
+        found = _folder_error(datamodule) if isinstance(datamodule, Folder) else None
+        if found is None:
+            reason, root = " ".join(str(error).split()) or type(error).__name__, getattr(datamodule, "root", None)
+            found = InputError(f"data {datamodule.name}: {reason}; check the folders and files of its root {root}")
+        raise found from error
     return probe
 
 
@@ -191,15 +199,9 @@ def _check_training_images(datamodule: AnomalibDataModule, train: tuple[str, ...
     )
 
 
-def _count_odd_masks(masks: Iterable[str], findings: Findings) -> None:
-    """Count masks that are odd as Anomalib reads them, or show it other objects than `read_mask`; each is read once."""
-    for mask in dict.fromkeys(masks):
-        for what in _oddities(mask, os.stat(mask).st_mtime_ns):
-            findings.add("mask", what, mask)
-
-
 @cache
 def _oddities(path: str, _mtime: int) -> tuple[str, ...]:
+    """Say what is odd about a mask as Anomalib reads it, or how its objects differ from those of `read_mask`."""
     own = read_mask(Path(path))
     with Image.open(path, formats=FORMATS) as image:
         theirs = np.asarray(image.convert("L")) > 0
@@ -212,51 +214,25 @@ def _oddities(path: str, _mtime: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _check_folder_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Check that each image of a ``Folder`` dataset was given its own mask, among (image path, mask path).
-
-    Anomalib pairs the sorted images with the sorted masks and only asks that the image's stem occurs somewhere in the
-    mask's stem, so that image ``1.png`` silently accepts mask ``12.png``. Here a mask belongs to an image if the stems
-    are equal, or if the image's stem is a word of the mask's (``000`` in ``000_mask``) and no other image has the
-    mask's stem.
-
-    Raises:
-        InputError: If an image has no mask, a mask has no image, or the sorted order gave an image a foreign mask.
-    """
-    pairs = list(dict.fromkeys(pairs))
-    images, masks = [Path(image) for image, _ in pairs], [Path(mask) for _, mask in pairs]
-    belongs = _Belonging(images, masks)
-    if not all(belongs(image, mask) for image, mask in zip(images, masks, strict=True)):
-        raise _mask_error(images, masks)
-
-
-def _explain_folder_failure(datamodule: AnomalibDataModule, error: Exception) -> InputError:
-    """Return what a failed set-up of a datamodule means; of a ``Folder`` the folder at fault is looked up."""
-    if isinstance(datamodule, Folder):
-        found = _folder_error(datamodule)
-        if found is not None:
-            return found
-    root = getattr(datamodule, "root", None)
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return InputError(f"data {datamodule.name}: {reason}; check the folders and files of its root {root}")
-
-
 def _folder_error(datamodule: Folder) -> InputError | None:
     """Find the first thing wrong with the arguments of a ``Folder``, in the order in which Anomalib reads them."""
     extensions = IMG_EXTENSIONS if datamodule.extensions is None else datamodule.extensions
     if isinstance(extensions, str) or not all(extension.startswith(".") for extension in extensions):
         return InputError(f"--data.extensions is {extensions!r}; expected a list such as ['.png', '.jpg']")
+    suffixes = {extension.lower() for extension in extensions}
     files: dict[str, list[Path]] = {}
     for argument in ("normal_dir", "abnormal_dir", "normal_test_dir", "mask_dir"):
         files[argument] = []
-        for folder in _folders(datamodule, argument):
+        value = getattr(datamodule, argument)
+        for named in [value] if isinstance(value, str | Path) else value or ():
+            folder = resolve_path(named, datamodule.root)
             if not folder.is_dir():
                 what = "is a file, not a folder" if folder.exists() else "does not exist"
                 return InputError(
                     f"--data.{argument}: {folder} {what}; expected a folder of images, "
                     f"check --data.root ({datamodule.root}) and --data.{argument}"
                 )
-            found = _images_in(folder, extensions)
+            found = [path for path in folder.glob("**/*") if path.suffix.lower() in suffixes and not path.is_dir()]
             if not found:
                 return InputError(
                     f"--data.{argument}: no image in {folder} or below; expected files with one of the extensions "
@@ -275,34 +251,6 @@ def _folder_error(datamodule: Folder) -> InputError | None:
     return _mask_error(sorted(images), sorted(masks))
 
 
-def _folders(datamodule: Folder, argument: str) -> list[Path]:
-    value = getattr(datamodule, argument)
-    if value is None:
-        return []
-    values = [value] if isinstance(value, str | Path) else value
-    return [resolve_path(folder, datamodule.root) for folder in values]
-
-
-def _images_in(folder: Path, extensions: Sequence[str]) -> list[Path]:
-    lower = {extension.lower() for extension in extensions}
-    return [path for path in folder.glob("**/*") if path.suffix.lower() in lower and not path.is_dir()]
-
-
-class _Belonging:
-    """Tells whether a mask can belong to an image, by their names."""
-
-    def __init__(self, images: Sequence[Path], masks: Sequence[Path]) -> None:
-        self.stems = {image.stem for image in images}
-        # bad/hole/000.png and bad/scratch/000.png: where both sides have the same subfolders, these must agree too.
-        folders, mask_folders = ({path.parent.name for path in paths} for paths in (images, masks))
-        self.by_folder = len(folders) > 1 and folders == mask_folders
-
-    def __call__(self, image: Path, mask: Path) -> bool:
-        if self.by_folder and image.parent.name != mask.parent.name:
-            return False
-        return image.stem == mask.stem or (mask.stem not in self.stems and _is_word(image.stem, mask.stem))
-
-
 def _is_word(stem: str, text: str) -> bool:
     """Tell whether ``stem`` stands in ``text`` without cutting a number or a word in two."""
     for found in re.finditer(re.escape(stem), text):
@@ -318,7 +266,20 @@ def _same_kind(left: str, right: str) -> bool:
 
 def _mask_error(images: Sequence[Path], masks: Sequence[Path]) -> InputError | None:
     """Name the first image without a mask, else the first mask without an image, else the first foreign pair."""
-    belongs = _Belonging(images, masks)
+    stems = {image.stem for image in images}
+    # bad/hole/000.png and bad/scratch/000.png: where both sides have the same subfolders, these must agree too.
+    folders, mask_folders = ({path.parent.name for path in paths} for paths in (images, masks))
+    by_folder = len(folders) > 1 and folders == mask_folders
+
+    def belongs(image: Path, mask: Path) -> bool:
+        """Whether the stems are equal, or the image's is a word of the mask's (000_mask), which no image has."""
+        if by_folder and image.parent.name != mask.parent.name:
+            return False
+        return image.stem == mask.stem or (mask.stem not in stems and _is_word(image.stem, mask.stem))
+
+    foreign = [pair for pair in zip(images, masks, strict=False) if not belongs(*pair)]
+    if not foreign and len(images) == len(masks):
+        return None
     lone = [image for image in images if not any(belongs(image, mask) for mask in masks)]
     if lone:
         more = f" ({len(lone) - 1} more images lack theirs)" if len(lone) > 1 else ""
@@ -337,10 +298,8 @@ def _mask_error(images: Sequence[Path], masks: Sequence[Path]) -> InputError | N
             f"--data.mask_dir: {len(masks)} masks for {len(images)} abnormal images; expected one for each, "
             f"named like its image (the first image is {images[0]}): remove the doubles"
         )
-    for image, mask in zip(images, masks, strict=True):
-        if not belongs(image, mask):
-            return InputError(
-                f"--data.mask_dir: Anomalib pairs images and masks in sorted order, which gives {image} the mask "
-                f"{mask}; name each mask exactly like its image, so that both sort alike"
-            )
-    return None
+    image, mask = foreign[0]
+    return InputError(
+        f"--data.mask_dir: Anomalib pairs images and masks in sorted order, which gives {image} the mask {mask}; name "
+        "each mask exactly like its image, so that both sort alike"
+    )

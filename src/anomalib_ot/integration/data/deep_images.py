@@ -55,12 +55,11 @@ def restore_deep_images(
     Raises:
         InputError: If a file cannot be read, or does not come to the size of the batch.
     """
-    if not deep_paths:
+    deep = [(index, path) for index, path in enumerate(image_paths) if path in deep_paths]
+    if not deep:
         return batch_image
-    restored = None
-    for index, path in enumerate(image_paths):
-        if path not in deep_paths:
-            continue
+    restored = batch_image.clone()
+    for index, path in deep:
         image = read_image_deep(path)
         if resize is not None and image.shape != batch_image.shape[1:]:
             image = resize(image)
@@ -70,10 +69,8 @@ def restore_deep_images(
                 f"{tuple(batch_image.shape[-2:])}; give all images one size, convert them to 8 bits, or keep the "
                 "model's resize in the pre-processor"
             )
-        if restored is None:
-            restored = batch_image.clone()
         restored[index] = image.to(batch_image)
-    return batch_image if restored is None else restored
+    return restored
 
 
 def check_augmentations(datamodule: AnomalibDataModule, deep_paths: Collection[str]) -> None:

@@ -1,15 +1,15 @@
 """Boxes around the masks of a folder laid out like MVTec's, as an Anomalib datamodule."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule, check_ratio
+from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule
 from anomalib_ot.integration.data.mask_regions import mask_boxes, mask_oddity, read_mask
 from anomalib_ot.integration.data.records import Findings, LabeledImage, image_sizes
-from anomalib_ot.integration.data.splits import check_distance, group_near_duplicates, split_images
+from anomalib_ot.integration.data.splits import check_split, group_near_duplicates, split_images
 
 SINGLE = "defect"
 SUFFIXES = ("", "_mask")  # of a mask's stem; MVTec has the second
@@ -65,10 +65,7 @@ class MaskBoxes(BoxDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
-        check_ratio("val_split_ratio", val_split_ratio)
-        check_ratio("test_split_ratio", test_split_ratio)
-        check_ratio("val_split_ratio + test_split_ratio", val_split_ratio + test_split_ratio)
-        check_distance("duplicate_distance", duplicate_distance)
+        check_split(duplicate_distance, val_split_ratio=val_split_ratio, test_split_ratio=test_split_ratio)
         for name, value, least in (("min_area", min_area, 1), ("gap", gap, 0)):
             if value < least:
                 raise InputError(f"{name} is {value}; expected pixels, at least {least}")
@@ -89,10 +86,8 @@ class MaskBoxes(BoxDataModule):
         return self.root.name
 
     def _read(self, findings: Findings) -> BoxContent:
-        normal = [LabeledImage.of(path, size, [], []) for path, size in self._normal_images("normal_dir", findings)]
-        divided = [
-            LabeledImage.of(path, size, [], []) for path, size in self._normal_images("normal_test_dir", findings)
-        ]
+        normal = self._normal_images("normal_dir", findings)
+        divided = self._normal_images("normal_test_dir", findings)
         kinds = self._defect_kinds(findings)
         class_names = [SINGLE] if self.single_class else [folder.name for folder in kinds]
         for index, (folder, paths) in enumerate(kinds.items()):
@@ -123,14 +118,14 @@ class MaskBoxes(BoxDataModule):
         names = {"normal_dir", "normal_test_dir", "defect_dir", "mask_dir"}.difference(own)
         return [self.root / Path(getattr(self, name)).expanduser() for name in names if getattr(self, name) is not None]
 
-    def _normal_images(self, argument: str, findings: Findings) -> list[tuple[str, tuple[int, int]]]:
+    def _normal_images(self, argument: str, findings: Findings) -> list[LabeledImage]:
         if getattr(self, argument) is None:
             return []
         folder = self._folder(argument)
         paths = [str(path) for path in find_images(folder, findings, without=self._other_folders(argument))]
         if not paths:
             raise InputError(f"{argument} is '{folder}', which holds no image; add images, or set it to null")
-        return list(zip(paths, image_sizes(paths), strict=True))
+        return [LabeledImage.of(path, size, [], []) for path, size in zip(paths, image_sizes(paths), strict=True)]
 
     def _defect_kinds(self, findings: Findings) -> dict[Path, list[Path]]:
         """List the folders of defective images, one per kind of defect, each with its images."""
@@ -199,14 +194,12 @@ def find_images(folder: Path, findings: Findings, *, deep: bool = True, without:
     Raises:
         InputError: If a folder cannot be read, or leads back into itself.
     """
-    found: list[Path] = []
-    _search(folder, findings, deep, {path.resolve() for path in without}, (), found)
-    return sorted(found)
+    return sorted(_search(folder, findings, deep, {path.resolve() for path in without}, ()))
 
 
 def _search(
-    folder: Path, findings: Findings, deep: bool, without: set[Path], above: tuple[Path, ...], found: list[Path]
-) -> None:
+    folder: Path, findings: Findings, deep: bool, without: set[Path], above: tuple[Path, ...]
+) -> Iterator[Path]:
     place = folder.resolve()
     if place in above:
         raise InputError(f"folder {folder} leads back to {place}, which it lies in; remove this link")
@@ -221,11 +214,11 @@ def _search(
             if is_hidden:
                 findings.add("hidden folder", "passed over", str(path))
             elif deep and path.resolve() not in without:
-                _search(path, findings, deep, without, (*above, place), found)
+                yield from _search(path, findings, deep, without, (*above, place))
         elif path.suffix.lower() not in EXTENSIONS:
             if not is_hidden:
                 findings.add("file", "without the ending of an image passed over", str(path))
         elif is_hidden:
             findings.add("hidden image", "passed over", str(path))
         else:
-            found.append(path)
+            yield path

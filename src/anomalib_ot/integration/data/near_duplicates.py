@@ -4,23 +4,23 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from pandas import factorize
 from PIL import Image
 from platformdirs import user_cache_path
 
 from anomalib_ot.imaging.samples import FORMATS, UNREADABLE, read_problem
-from anomalib_ot.integration.checks.console import progress_bar
+from anomalib_ot.integration.checks.atomic_write import write_whole
 from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.images import each_file
 
 logger = logging.getLogger(__name__)
 
 HASH_BITS = 256
 _SIDE = 16  # of the square of frequencies that a hash holds
 _BLOCK = 512  # hashes compared with all others at once
-_NUM_THREADS = 2
 
 
 def image_hashes(paths: Sequence[str], cache: Path | None = None) -> np.ndarray:
@@ -41,7 +41,8 @@ def image_hashes(paths: Sequence[str], cache: Path | None = None) -> np.ndarray:
     keys = [_key(path) for path in paths]
     fresh = {key: path for key, path in zip(keys, paths, strict=True) if key not in known}
     if fresh:
-        known |= _hash_all(fresh)
+        hashes = each_file(_hash, fresh.values(), "Looking for near duplicates")
+        known |= dict(zip(fresh, hashes, strict=True))
         _save(cache, known)
     rows = [np.frombuffer(bytes.fromhex(known[key]), dtype=">u8") for key in keys]
     return np.array(rows, dtype=np.uint64).reshape(-1, HASH_BITS // 64)
@@ -53,11 +54,6 @@ def near_duplicate_groups(hashes: np.ndarray, distance: int) -> np.ndarray:
     >>> near_duplicate_groups(np.array([[0, 0, 0, 0], [2**40, 0, 0, 0], [7, 7, 7, 7], [3, 0, 0, 1]], np.uint64), 3)
     array([0, 0, 1, 0])
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    if not len(hashes):
-        return np.zeros(0, dtype=np.int64)
     unique, place = np.unique(np.ascontiguousarray(hashes), axis=0, return_inverse=True)
     # Signs instead of bits: their inner product is the number of equal bits less that of different ones.
     signs = 2 * np.unpackbits(unique.view(np.uint8), axis=1).astype(np.float32) - 1
@@ -65,12 +61,17 @@ def near_duplicate_groups(hashes: np.ndarray, distance: int) -> np.ndarray:
     for start in range(0, len(unique), _BLOCK):
         apart = (HASH_BITS - signs[start : start + _BLOCK] @ signs.T) / 2
         near.append(np.argwhere(apart <= distance) + np.array([start, 0]))
-    pairs = np.concatenate(near)
-    graph = coo_array((np.ones(len(pairs), dtype=bool), tuple(pairs.T)), shape=(len(unique),) * 2)
-    labels = connected_components(graph, directed=False)[1][place.reshape(-1)]
-    first = dict.fromkeys(labels.tolist())  # numbered in the order of the images
-    number = {label: index for index, label in enumerate(first)}
-    return np.array([number[label] for label in labels.tolist()], dtype=np.int64)
+    groups = connected_groups(np.concatenate(near), len(unique))
+    return factorize(groups[place.reshape(-1)])[0]  # numbered in the order of the images
+
+
+def connected_groups(pairs: np.ndarray, count: int) -> np.ndarray:
+    """Number the groups (count,) that chains of pairs (P, 2) hold together, from 0 on."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(pairs), dtype=bool), tuple(pairs.T)), shape=(count, count))
+    return connected_components(graph, directed=False)[1]
 
 
 def _key(path: str) -> str:
@@ -90,22 +91,11 @@ def _load(cache: Path) -> dict[str, str]:
 
 
 def _save(cache: Path, known: dict[str, str]) -> None:
-    part = cache.with_suffix(f".{os.getpid()}.part")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(known), encoding="utf-8")
-        part.replace(cache)
+        write_whole(cache, json.dumps(known).encode())
     except OSError as error:
         logger.warning("image hashes cannot be kept in %s (%s); they are computed in every run", cache, error.strerror)
-
-
-def _hash_all(paths: dict[str, str]) -> dict[str, str]:
-    hashes: dict[str, str] = {}
-    with progress_bar("Looking for near duplicates", len(paths)) as step, ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for key, value in zip(paths, pool.map(_hash, paths.values()), strict=True):
-            hashes[key] = value
-            step()
-    return hashes
 
 
 def _hash(path: str) -> str:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -39,11 +38,6 @@ class LabeledImage:
         return cls(str(image_path), int(size[0]), int(size[1]), rows, np.asarray(labels, dtype=np.int64).reshape(-1))
 
 
-class _Kind(NamedTuple):
-    noun: str
-    what: str
-
-
 @dataclass
 class Findings:
     """What was wrong with data that can be used all the same: one warning per kind, with its count and first place.
@@ -54,11 +48,11 @@ class Findings:
     ['1 box of zero area dropped (image a.png, annotation 17)']
     """
 
-    _places: dict[_Kind, list] = field(default_factory=dict)
+    _places: dict[tuple[str, str], list] = field(default_factory=dict)
 
     def add(self, noun: str, what: str, where: str, count: int = 1) -> None:
         """Count one more thing (or `count`) of a kind: what it is, in the singular, what was done, and where."""
-        entry = self._places.setdefault(_Kind(noun, what), [0, where])
+        entry = self._places.setdefault((noun, what), [0, where])
         entry[0] += count
 
     @property

@@ -7,7 +7,12 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.data.near_duplicates import HASH_BITS, image_hashes, near_duplicate_groups
+from anomalib_ot.integration.data.near_duplicates import (
+    HASH_BITS,
+    connected_groups,
+    image_hashes,
+    near_duplicate_groups,
+)
 from anomalib_ot.integration.data.records import Findings, LabeledImage
 
 LARGE_GROUP = 0.3  # of all images; a split can hardly keep its ratios then
@@ -58,36 +63,41 @@ def _classes(record: LabeledImage) -> list[int]:
     return sorted({int(label) for label in record.labels}) or [-1]
 
 
-def groups_by_pattern(argument: str, pattern: str | None, names: Sequence[str]) -> list[str] | None:
+def groups_by_pattern(pattern: str | None, names: Sequence[str]) -> list[str] | None:
     """Read from its name which group an image belongs to: what the parentheses of a regular expression catch of it.
 
     Raises:
         InputError: If the pattern is no such expression, or does not fit a name.
 
-    >>> groups_by_pattern("group_pattern", r"_num_(\\d+)", ["exp1_num_32.jpg", "exp2_num_32.jpg"])
+    >>> groups_by_pattern(r"_num_(\\d+)", ["exp1_num_32.jpg", "exp2_num_32.jpg"])
     ['32', '32']
     """
     if pattern is None:
         return None
+    said = f"group_pattern is {pattern!r}"
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise InputError(f"{argument} is {pattern!r}, which is no regular expression ({error}); correct it") from error
+        raise InputError(f"{said}, which is no regular expression ({error}); correct it") from error
     if compiled.groups != 1:
-        raise InputError(f"{argument} is {pattern!r}; expected exactly one group in parentheses, such as '^([0-9]+)_'")
+        raise InputError(f"{said}; expected exactly one group in parentheses, such as '^([0-9]+)_'")
     found = [(name, compiled.search(name)) for name in names]
     for name, match in found:
         if match is None or match[1] is None:
-            msg = f"{argument} is {pattern!r}, which does not fit the image {name}; expected one that fits all names"
-            raise InputError(msg)
+            raise InputError(f"{said}, which does not fit the image {name}; expected one that fits all names")
     return [match[1] for _, match in found]
 
 
-def check_distance(name: str, value: int | None) -> None:
-    """Check a distance between near duplicates, None turns the search off; an `InputError` if it is out of range."""
-    if value is not None and not 0 <= value < HASH_BITS // 2:
-        msg = f"{name} is {value}; expected 0 (equal hashes) to {HASH_BITS // 2 - 1} bits, or null to search for none"
-        raise InputError(msg)
+def check_split(duplicate_distance: int | None, **ratios: float) -> None:
+    """Check the arguments of a split: the distance, and the parts, each and together; an `InputError` if one is off."""
+    for name, value in (ratios | {" + ".join(ratios): sum(ratios.values())}).items():
+        if not 0 < value < 1:
+            raise InputError(f"{name} is {value}; expected a number between 0 and 1, both excluded")
+    if duplicate_distance is not None and not 0 <= duplicate_distance < HASH_BITS // 2:
+        raise InputError(
+            f"duplicate_distance is {duplicate_distance}; expected 0 (equal hashes) to {HASH_BITS // 2 - 1} bits, or "
+            "null to search for none"
+        )
 
 
 def group_near_duplicates(distance: int | None, paths: Sequence[str], findings: Findings) -> list[int] | None:
@@ -112,21 +122,13 @@ def joined_groups(*groupings: Sequence[Hashable] | None) -> list[int] | None:
     """Join groupings of the same images: whoever shares a group in any of them shares one here; None says nothing.
 
     >>> joined_groups(["a", "a", "b", "c"], None, [1, 2, 2, 3])
-    [0, 0, 0, 3]
+    [0, 0, 0, 1]
     """
     given = [grouping for grouping in groupings if grouping is not None]
     if not given:
         return None
-    parent = list(range(len(given[0])))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            index = parent[index] = parent[parent[index]]
-        return index
-
+    pairs = []
     for grouping in given:
         first: dict[Hashable, int] = {}
-        for index, group in enumerate(grouping):
-            one, other = sorted((root(index), root(first.setdefault(group, index))))
-            parent[other] = one
-    return [root(index) for index in range(len(parent))]
+        pairs += [(index, first.setdefault(group, index)) for index, group in enumerate(grouping)]
+    return connected_groups(np.array(pairs, dtype=int).reshape(-1, 2), len(given[0])).tolist()

@@ -91,11 +91,9 @@ class SyntheticFabricBoxes(BoxDataModule):
     def _read(self, findings: Findings) -> BoxContent:
         self._folder.ensure(self.root)
         subsets: dict[str, list[LabeledImage]] = {"train": [], "val": [], "test": []}
-        coco = read_coco(self.root / ANNOTATIONS, findings)
-        for image in coco.images:
-            labels = [self.class_names.index(coco.class_names[label]) for label in image.labels]
-            path = str(self.root / image.file_name)
-            subsets[self._subset(image)].append(LabeledImage.of(path, (image.width, image.height), image.boxes, labels))
+        for image in read_coco(self.root / ANNOTATIONS, findings).images:  # its categories are the classes, in order
+            path, size = str(self.root / image.file_name), (image.width, image.height)
+            subsets[self._subset(image)].append(LabeledImage.of(path, size, image.boxes, image.labels))
         return BoxContent(self.class_names, **subsets)
 
     def _subset(self, image: CocoImage) -> str:

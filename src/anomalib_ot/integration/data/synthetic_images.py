@@ -12,6 +12,7 @@ from anomalib.data.utils import Split, TestSplitMode, ValSplitMode
 from torchvision.transforms.v2 import Transform
 
 from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.data.splits import check_split
 from anomalib_ot.integration.data.synthetic_folder import SyntheticFolder
 
 
@@ -81,8 +82,7 @@ class SyntheticImages(AnomalibDataModule):
         modes = [mode.value for mode in ValSplitMode if mode is not ValSplitMode.FROM_DIR]
         if val_split_mode not in modes:
             raise InputError(f"val_split_mode is {val_split_mode!r}; expected one of {', '.join(modes)}")
-        if not 0 < val_split_ratio < 1:
-            raise InputError(f"val_split_ratio is {val_split_ratio}; expected a number between 0 and 1, both excluded")
+        check_split(None, val_split_ratio=val_split_ratio)
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,

@@ -47,16 +47,8 @@ ROUND_2: dict[str, tuple[str, ...]] = {
 """Printed fabric: 15 classes, in the order of the official numbers 1 to 15."""
 
 
-def class_table(contest_round: int) -> dict[str, tuple[str, ...]]:
-    """Return the classes of round 1 or 2, each with the Chinese names that count as it; a ValueError for another round.
-
-    >>> len(class_table(1)), len(class_table(2))
-    (20, 15)
-    """
-    tables = {1: ROUND_1, 2: ROUND_2}
-    if contest_round not in tables:
-        raise ValueError(f"round is {contest_round!r}; expected 1 (plain fabric) or 2 (printed fabric)")
-    return tables[contest_round]
+ROUNDS = {1: ROUND_1, 2: ROUND_2}
+"""The classes of each round, with the Chinese names that count as them."""
 
 
 def class_of_name(contest_round: int) -> dict[str, int]:
@@ -65,5 +57,5 @@ def class_of_name(contest_round: int) -> dict[str, int]:
     >>> class_of_name(1)["油渍"], class_of_name(2)["其他"]
     (1, 14)
     """
-    table = class_table(contest_round)
-    return {name: index for index, names in enumerate(table.values()) for name in names}
+    classes = ROUNDS[contest_round].values()
+    return {name: index for index, names in enumerate(classes) for name in names}

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_ot.integration.checks.errors import InputError
-from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule, check_ratio
+from anomalib_ot.integration.data.datamodule import BoxContent, BoxDataModule
 from anomalib_ot.integration.data.records import Findings, LabeledImage, clean_box, image_sizes
-from anomalib_ot.integration.data.splits import check_distance, group_near_duplicates, joined_groups, split_images
-from anomalib_ot.integration.data.tianchi_classes import class_table
+from anomalib_ot.integration.data.splits import check_split, group_near_duplicates, joined_groups, split_images
+from anomalib_ot.integration.data.tianchi_classes import ROUNDS
 from anomalib_ot.integration.data.tianchi_files import FabricImage, read_tianchi
 
 
@@ -52,12 +52,9 @@ class TianchiFabric(BoxDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
-        if round not in (1, 2):
+        if round not in ROUNDS:
             raise InputError(f"round is {round}; expected 1 (plain fabric) or 2 (printed fabric)")
-        check_ratio("val_split_ratio", val_split_ratio)
-        check_ratio("test_split_ratio", test_split_ratio)
-        check_ratio("val_split_ratio + test_split_ratio", val_split_ratio + test_split_ratio)
-        check_distance("duplicate_distance", duplicate_distance)
+        check_split(duplicate_distance, val_split_ratio=val_split_ratio, test_split_ratio=test_split_ratio)
         if min_area is not None and min_area < 0:
             raise InputError(f"min_area is {min_area}; expected square pixels, at least 0")
         if max_boxes < 1:
@@ -77,7 +74,7 @@ class TianchiFabric(BoxDataModule):
     @property
     def class_names(self) -> list[str]:
         """English name of each class, by class index; known before any data is read."""
-        return list(class_table(self.round))
+        return list(ROUNDS[self.round])
 
     @property
     def official_ids(self) -> list[int]:
@@ -110,15 +107,11 @@ class TianchiFabric(BoxDataModule):
             return None
         return LabeledImage.of(str(image.path), size, boxes, labels)
 
-    def _groups(self, images: Sequence[FabricImage], findings: Findings) -> list[int] | None:
+    def _groups(self, images: Sequence[FabricImage], findings: Findings) -> list[int]:
         """Group by template where there is one: its look, and its name unless that is the image's own."""
         by_sight = group_near_duplicates(self.duplicate_distance, [str(i.template or i.path) for i in images], findings)
-        by_name = None
-        if any(image.template is not None for image in images):
-            by_name = [
-                str(image.path)
-                if image.template is None or image.path.stem in image.template.stem
-                else image.template.name
-                for image in images
-            ]
+        by_name = [
+            str(image.path) if image.template is None or image.path.stem in image.template.stem else image.template.name
+            for image in images
+        ]
         return joined_groups(by_sight, by_name)

@@ -65,10 +65,8 @@ def read_tianchi(root: Path, contest_round: int, findings: Findings) -> list[Fab
         expected = " or ".join(f"Annotations/{name}" for name in JSON_NAMES)
         msg = f"root is '{root}', whose folders {_names(archives)} hold no {expected}; unpack the annotations there too"
         raise InputError(msg)
-    images = []
-    for name in sorted({name for archive in archives for name in (*archive.defect, *archive.normal)}):
-        images += _images_of(name, archives, findings)
     known = {name for archive in archives for name in (*archive.defect, *archive.normal)}
+    images = [image for name in sorted(known) for image in _images_of(name, archives, findings)]
     lone = sorted({name for archive in archives for name in archive.entries} - known)
     if lone:
         findings.add("annotated image", "in none of the folders passed over", lone[0], len(lone))
@@ -151,9 +149,10 @@ def _images_of(name: str, archives: list[_Archive], findings: Findings) -> list[
     ]
     # Archives that annotate the image but do not hold it: parts of one archive share their annotations.
     shared = next((a.entries[name] for a in archives if name in a.entries and not a.has_image(name)), None)
-    copies: dict[str, list[tuple[_Archive, Path]]] = {}
+    copies: dict[bytes, list[tuple[_Archive, Path]]] = {}
     for archive, path in files:
-        copies.setdefault(_digest(path) if len(files) > 1 else "", []).append((archive, path))
+        content = hashlib.sha256(path.read_bytes()).digest() if len(files) > 1 else b""
+        copies.setdefault(content, []).append((archive, path))
     for archive in holders:
         different = [path for same in copies.values() for path in [p for a, p in same if a is archive][:1]]
         if len(different) > 1:
@@ -179,7 +178,3 @@ def _images_of(name: str, archives: list[_Archive], findings: Findings) -> list[
             findings.add("annotated image", "among the normal ones counted as defective", str(path))
         images.append(FabricImage(path, entries, same[0][0].templates.get(path.parent)))
     return images
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

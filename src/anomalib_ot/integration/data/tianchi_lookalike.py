@@ -41,15 +41,11 @@ def write_lookalike(
         fault = list(FAULTS)[index % len(FAULTS)]
         sample = render_fabric(seed, index, fault, image_size)
         name = f"d{index:04}.jpg"
-        _save(sample.image, folder / "defect_Images" / name)
+        Image.fromarray(sample.image).save(folder / "defect_Images" / name, quality=95)
         entries += [{"name": name, "defect_name": FAULTS[fault], "bbox": box} for box in sample.boxes.tolist()]
     for index in range(num_normal):
         sample = render_fabric(seed, NORMAL + index, None, image_size)
-        _save(sample.image, folder / "normal_Images" / f"n{index:04}.jpg")
+        Image.fromarray(sample.image).save(folder / "normal_Images" / f"n{index:04}.jpg", quality=95)
     text = json.dumps(entries, ensure_ascii=False, indent=1)
     (folder / "Annotations" / "anno_train.json").write_text(text, encoding="utf-8")
     return Path(root)
-
-
-def _save(pixels: object, path: Path) -> None:
-    Image.fromarray(pixels).save(path, quality=95)

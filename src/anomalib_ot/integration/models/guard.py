@@ -13,7 +13,7 @@ from anomalib_ot.integration.checks.images import check_images
 from anomalib_ot.integration.checks.trainer import check_trainer, leave_out_validation, restore_validation
 from anomalib_ot.integration.checks.values import check_fitted
 from anomalib_ot.integration.data.datamodule import BoxDataModule
-from anomalib_ot.integration.data.datamodule_checks import check_datamodule, dataset_image_paths
+from anomalib_ot.integration.data.datamodule_checks import DataPaths, check_datamodule, dataset_image_paths
 from anomalib_ot.integration.data.deep_images import check_augmentations
 from anomalib_ot.integration.data.region_of_interest import check_shape
 from anomalib_ot.integration.processing.pre_post import ExportablePreProcessor
@@ -22,8 +22,6 @@ from anomalib_ot.integration.processing.sinkhorn_nms import SinkhornNMS
 __all__ = ["BoxGuard", "InputGuard"]
 
 logger = logging.getLogger(__name__)
-
-SUBSETS = {TrainerFn.VALIDATING: ("val",), TrainerFn.TESTING: ("test",), TrainerFn.PREDICTING: ("test",)}
 
 
 class FittedGuard(Callback):
@@ -80,8 +78,9 @@ class InputGuard(FittedGuard):
         paths = check_datamodule(datamodule, stage)
         if datamodule is None:
             return
-        read = paths.for_stage(None if stage == TrainerFn.FITTING else stage)
-        self._check_images(pl_module, read, f"data {getattr(datamodule, 'name', type(datamodule).__name__)}")
+        self._check_images(
+            pl_module, paths.for_stage(stage), f"data {getattr(datamodule, 'name', type(datamodule).__name__)}"
+        )
         check_augmentations(datamodule, getattr(pl_module.pre_processor, "deep_paths", ()))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -123,14 +122,12 @@ class BoxGuard(FittedGuard):
                 "boxes: CocoBoxes, TianchiFabric, MaskBoxes (from the masks of a folder) or SyntheticFabricBoxes"
             )
             raise InputError(msg)
-        subsets = SUBSETS.get(stage, ("train", "val", "test"))
-        found = [dataset_image_paths(getattr(datamodule, f"{subset}_data", None)) for subset in subsets]
-        every = list(dict.fromkeys(path for paths in found for path in paths))
+        paths = DataPaths.of(datamodule).for_stage(stage)
         if isinstance(datamodule, BoxDataModule):
-            check_images(every, f"data {name}")  # it reads deep images itself
+            check_images(paths, f"data {name}")  # it reads deep images itself
             _warn_of_crowds(datamodule, pl_module)
         else:
-            self._check_images(pl_module, every, f"data {name}")
+            self._check_images(pl_module, paths, f"data {name}")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what a training was resumed from, too: it counts for the first test after the training alone."""
