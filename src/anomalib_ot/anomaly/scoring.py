@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_ot.anomaly.coverage import comparable
+from anomalib_ot.anomaly.nearest import k_means
 from anomalib_ot.anomaly.prototypes import PrototypeBank, take_saved_shapes
 from anomalib_ot.anomaly.scales import smallest_cost
-from anomalib_ot.anomaly.start import k_means
 from anomalib_ot.anomaly.training_patches import EncodedPatches, sample_numbers
 
 logger = logging.getLogger(__name__)
