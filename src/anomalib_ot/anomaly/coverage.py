@@ -136,9 +136,9 @@ def measure_coverage(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
     fixed = member.num_prototypes != "auto"
     largest = min(int(member.num_prototypes) if fixed else bound, len(points))
     chosen = points[farthest_points(points, largest, seed, quantile=QUANTILE)]
-    counts = [largest] if fixed else _doublings(largest)
+    doublings = 0 if fixed else max(math.ceil(math.log2(largest / FEWEST)), 0)
     radii: list[tuple[int, float, float]] = []
-    for count in counts:
+    for count in [*(FEWEST * 2**times for times in range(doublings)), largest]:
         step = Barycenters(chosen[:count], 2.0)
         step.add(points)
         distance = metric_of(member, nearest_distance(held_out, comparable(member, step.moved()))[0])
@@ -155,14 +155,6 @@ def start_by_coverage(bank: PrototypeBank, encoded: EncodedPatches, count: int, 
     return points[farthest_points(points, count, seed, quantile=QUANTILE)]
 
 
-def refine_by_nearest(bank: PrototypeBank, encoded: EncodedPatches) -> tuple[Tensor, float]:
-    """Return prototypes moved once to the barycenters of order p of all patches, and the mean cost before the step."""
-    step = Barycenters(comparable(bank.member, bank.prototypes).cpu(), bank.member.order)
-    for block in encoded.blocks():
-        step.add(comparable(bank.member, block.flatten(0, 1)))
-    return step.moved().to(encoded.device), step.mean_cost
-
-
 def _sample(bank: PrototypeBank, encoded: EncodedPatches, images: Tensor, bound: int, seed: int) -> Tensor:
     """Return at most `bound` patches of these images as comparable vectors."""
     numbers = sample_numbers(len(images) * encoded.per_image, bound, seed)
@@ -173,13 +165,3 @@ def _sample(bank: PrototypeBank, encoded: EncodedPatches, images: Tensor, bound:
 def metric_of(member: Member, squared: Tensor) -> Tensor:
     """Return the member's feature distance for a squared distance of comparable vectors."""
     return squared / 2 if member.feature_cost == "cosine" else squared.sqrt()
-
-
-def _doublings(largest: int) -> list[int]:
-    """Return 256, 512, ... and the largest number; the largest alone if it is below 512."""
-    counts = []
-    count = FEWEST
-    while count < largest:
-        counts.append(count)
-        count *= 2
-    return [*counts, largest]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anomalib_ot.anomaly.assignment import Assignment, assign, images_per_problem
-from anomalib_ot.anomaly.coverage import refine_by_nearest
+from anomalib_ot.anomaly.coverage import Barycenters, comparable
 from anomalib_ot.anomaly.prototypes import TINY, PrototypeBank
 from anomalib_ot.anomaly.scales import typical_energy
 from anomalib_ot.anomaly.support import choose_k
@@ -140,7 +140,10 @@ def _refine_by_nearest(bank: PrototypeBank, encoded: EncodedPatches, report: Rep
     """Let every patch choose the nearest prototype, with free masses, and move prototypes once per pass."""
     member, cost, last = bank.member, math.nan, math.nan
     for done in range(1, member.passes + 1):
-        bank.prototypes, cost = refine_by_nearest(bank, encoded)
+        step = Barycenters(comparable(member, bank.prototypes).cpu(), member.order)
+        for block in encoded.blocks():
+            step.add(comparable(member, block.flatten(0, 1)))
+        bank.prototypes, cost = step.moved().to(encoded.device), step.mean_cost
         is_last = member.min_improvement is not None and last - cost <= member.min_improvement * last
         if report is not None:
             report(member.passes if is_last else done, member.passes)

@@ -13,7 +13,6 @@ from anomalib_ot.anomaly.training_patches import EncodedPatches, sample_numbers
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SCORES = ("mean_top1", "max")
 TOP = 0.01
 FOLDS = 100
 SHRINKAGE = 0.1

@@ -1,7 +1,6 @@
 """Which pairs of patch and prototype are worth considering: neighbors found by FAISS, position folded in."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
 from anomalib_ot.anomaly.scales import energy
 from anomalib_ot.ot import Support, sinkhorn
 
-BLOCK = 512  # points that are searched for at a time
 PAIRS = 8192  # pairs whose features are compared at a time
 SAMPLE_ROWS, SAMPLE_PAIRS = 64, 2**23
 LOOKED_AT, AGREES_AT = 4, 0.25
@@ -56,7 +54,10 @@ def nearest_support(
         (prototypes, patches, math.ceil(k / 2), True),
     ):
         count = min(count, len(known))
-        for own, near in neighbors(queries, known, min(LOOKED_AT * count, len(known))):
+        first = 0
+        for _, near in find_nearest(queries, known, min(LOOKED_AT * count, len(known))):
+            own = torch.arange(first, first + len(near), device=near.device)[:, None].expand_as(near)
+            first += len(near)
             pairs = (near, own) if swapped else (own, near)
             cost = pair_cost(encoded, positions, bank, *pairs, energy_unit)
             cheapest = cost.topk(count, dim=1, largest=False, sorted=False)
@@ -133,21 +134,6 @@ def pair_cost(
         away = (positions[row] - bank.positions[column]).square().sum(1).sqrt() - bank.position_tolerances[column]
         costs.append((1 - alpha) * feature / energy_unit + alpha * away.clamp(min=0.0) / bank.position_unit)
     return torch.cat(costs).view(shape)
-
-
-def neighbors(queries: Tensor, known: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Find the known points (m, D) nearest to each query (n, D), exactly, a block of queries at a time.
-
-    On CUDA FAISS searches there, where it has its GPU part; else on the CPU.
-
-    Yields:
-        Indices of queries and of their neighbors, both (block, count).
-    """
-    first = 0
-    for _, near in find_nearest(queries, known, count):
-        rows = torch.arange(first, first + len(near), device=near.device)[:, None]
-        yield rows.expand_as(near), near
-        first += len(near)
 
 
 def _joint(encoded: Tensor, positions: Tensor, bank: PrototypeBank, energy_unit: float) -> tuple[Tensor, Tensor]:
