@@ -1,12 +1,10 @@
 """Fitting prototypes: statistics, a start from the data, refinement by transport, measured scales."""
 
 import logging
-from collections.abc import Sequence
 
 import torch
 
 from anomalib_ot.anomaly.coverage import measure_coverage
-from anomalib_ot.anomaly.outliers import drop_prototypes_of, supported, unlike_others
 from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.anomaly.refinement import Report, refine
 from anomalib_ot.anomaly.scales import measure_calibration, measure_scales, set_statistics
@@ -71,33 +69,3 @@ def fit_bank(
             tried,
         )
     return cost
-
-
-def forget_outliers(banks: Sequence[PrototypeBank], patches: Sequence[Patches], seed: int) -> list[int]:
-    """Find training images unlike all others, such as defective ones, and drop what they alone have taught members.
-
-    Each member that covers with nearest assignment finds such images for itself (`unlike_others`), and those with
-    `drop_outliers` drop the prototypes.
-
-    Args:
-        banks: Fitted members.
-        patches: What each was fitted to, the same images in the same order.
-        seed: Seed of the samples that scales are measured on.
-
-    Returns:
-        Numbers of the images that half of these members, or more, find unlike all others, ascending.
-    """
-    votes = []
-    for bank, known in zip(banks, patches, strict=True):
-        if bank.coverage is None or bank.member.assignment != "nearest":
-            continue
-        encoded = EncodedPatches(bank, known)
-        with full_precision(bank.prototypes):
-            several, mass = supported(bank, encoded)
-            found = unlike_others(bank, encoded, several)
-            votes.append(found.int())
-            images = found.nonzero().flatten().tolist() if bank.member.drop_outliers else []
-            if images and drop_prototypes_of(bank, encoded, images, several, mass):
-                measure_scales(bank, encoded, seed)
-                measure_calibration(bank, encoded, seed)
-    return (2 * sum(votes) >= len(votes)).nonzero().flatten().tolist() if votes else []

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anomalib_ot.anomaly.fitting import fit_bank, forget_outliers
+from anomalib_ot.anomaly.fitting import fit_bank
 from anomalib_ot.anomaly.growth import add_prototype, allow_amounts, costliest_patch
 from anomalib_ot.anomaly.members import Member
+from anomalib_ot.anomaly.outliers import forget_outliers
 from anomalib_ot.anomaly.prototypes import PatchScores, PrototypeBank, take_saved_shapes
 from anomalib_ot.anomaly.region import patches_inside
 from anomalib_ot.anomaly.scoring import LEAST_PLACED, TransportScore, find_kinds, image_score, places_of_kinds
