@@ -56,33 +56,26 @@ class Explained(NamedTuple):
     missing_map: Tensor | None = None
 
 
-def portions(images: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield (start, images): on a CPU a few at a time, which bounds memory whatever the batch size."""
-    size = CPU_PORTION if images.device.type == "cpu" else len(images)
-    for start in range(0, len(images), size):
-        yield start, images[start : start + size]
-
-
 def training_portions(
     images: Tensor, keys: Sequence[str] | None, tiling: Tiling | None
 ) -> Iterator[tuple[Tensor, Sequence[str] | None]]:
     """Yield what the network sees of a training batch, with a name for each: images, or the tiles of each image."""
+    size = _portion(images, tiling)
+    for number, part in enumerate([images] if tiling is None else images.split(1)):
+        seen, names = part, keys
+        if tiling is not None:
+            seen = tiling.cut(part)
+            names = None if keys is None else [f"{keys[number]} tile {i:05}" for i in range(len(seen))]
+        for start in range(0, len(seen), size):
+            yield seen[start : start + size], None if names is None else names[start : start + size]
+
+
+def _portion(images: Tensor, tiling: Tiling | None) -> int:
+    """Number of images, or tiles, that go through the network at a time, which bounds memory whatever there is."""
+    on_cpu = images.device.type == "cpu"
     if tiling is None:
-        for start, some in portions(images):
-            yield some, None if keys is None else keys[start : start + len(some)]
-        return
-    for number, image in enumerate(images.split(1)):
-        tiles, start = tiling.cut(image), 0
-        for some in tiles.split(_tile_portion(tiling, images)):
-            names = None if keys is None else [f"{keys[number]} tile {start + i:05}" for i in range(len(some))]
-            yield some, names
-            start += len(some)
-
-
-def _tile_portion(tiling: Tiling, images: Tensor) -> int:
-    """Number of tiles that go through the network at a time, which bounds memory whatever the size of images."""
-    pixels = CPU_TILE_PIXELS if images.device.type == "cpu" else TILE_PIXELS
-    return max(pixels // (tiling.size[0] * tiling.size[1]), 1)
+        return CPU_PORTION if on_cpu else len(images)
+    return max((CPU_TILE_PIXELS if on_cpu else TILE_PIXELS) // (tiling.size[0] * tiling.size[1]), 1)
 
 
 class PrototypesModel(nn.Module):
@@ -227,7 +220,7 @@ class PrototypesModel(nn.Module):
 
     def predict(self, images: Tensor) -> Explained:
         """Score normalized images (B, 3, H, W) as `forward` does, in portions."""
-        parts = [self(some) for _, some in portions(images)]
+        parts = [self(some) for some in images.split(_portion(images, None))]
         return Explained(*(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)))
 
     def _tiled(self, images: Tensor, tiling: Tiling) -> Explained:
@@ -244,7 +237,7 @@ class PrototypesModel(nn.Module):
         maps = []
         for part in parts:
             tiles = tiling.cut(part).unflatten(0, (-1, len(tiling.corners(*size))))
-            count = _tile_portion(tiling, images)
+            count = _portion(images, tiling)
             if exported:
                 count = max(count, -(-tiles.shape[1] // EXPORTED_PORTIONS))
             found = [self._tile_maps(some) for some in tiles.split(count, dim=1)]
