@@ -45,7 +45,9 @@ def least_count(rate: float) -> int:
     >>> least_count(0.01)
     99
     """
-    _check_rate(rate)
+    if not 0 < rate < 1:  # NaN, too
+        msg = f"max_false_alarms is {rate!r}; expected a rate above 0 and below 1, such as 0.01"
+        raise ValueError(msg)
     return max(1, math.ceil(1 / rate - ROUNDING) - 1)
 
 
@@ -68,12 +70,12 @@ def good_threshold(scores: Sequence[float], rate: float) -> GoodThreshold:
     >>> good_threshold(range(19), 0.05).value
     18.0
     """
-    _check_rate(rate)
+    needed = least_count(rate)
     ordered = np.sort(np.asarray(scores, dtype=np.float64).ravel())
     if not np.isfinite(ordered).all():
         msg = f"scores hold {int((~np.isfinite(ordered)).sum())} NaN or infinite values; expected finite ones"
         raise ValueError(msg)
-    count, needed = len(ordered), least_count(rate)
+    count = len(ordered)
     if count < needed:
         best = f"{count} promise {1 / (count + 1):.3g} at best" if count else "there are none"
         msg = f"a false-alarm rate of {rate:g} needs at least {needed} good images, and {best}"
@@ -111,9 +113,3 @@ def count_interval(found: int, count: int) -> tuple[float, float]:
     low = 0.0 if found == 0 else float(beta.ppf(tail, found, count - found + 1))
     high = 1.0 if found == count else float(beta.ppf(1 - tail, found + 1, count - found))
     return low, high
-
-
-def _check_rate(rate: float) -> None:
-    if not 0 < rate < 1:  # NaN, too
-        msg = f"max_false_alarms is {rate!r}; expected a rate above 0 and below 1, such as 0.01"
-        raise ValueError(msg)
