@@ -17,7 +17,6 @@ from anomalib_ot.anomaly.support import nearest_support
 from anomalib_ot.ot import SparseTransport, Transport, sinkhorn, sparse_sinkhorn
 
 POT_PAIRS = 2_000_000
-MEGABYTE = 10**6
 logger = logging.getLogger(__name__)
 
 
@@ -92,14 +91,13 @@ def assign(
 
 def _found(transport: Transport | SparseTransport) -> Assignment:
     """Keep of an answer what is needed."""
-    plan = transport.plan
-    mass = transport.values.sum() if isinstance(transport, SparseTransport) else plan.sum()
-    price, reached = float(transport.value / mass), bool(transport.reached_tolerance)
-    nothing = transport.g.new_zeros(0)
+    plan, nothing = transport.plan, transport.g.new_zeros(0)
     if isinstance(transport, SparseTransport):
-        light = replace(transport, values=nothing, f=nothing, support=None, a=nothing)
+        mass, heavy = transport.values.sum(), {"values": nothing, "support": None}
     else:
-        light = replace(transport, plan=nothing, f=nothing, cost=nothing, a=nothing)
+        mass, heavy = plan.sum(), {"plan": nothing, "cost": nothing}
+    price, reached = float(transport.value / mass), bool(transport.reached_tolerance)
+    light = replace(transport, f=nothing, a=nothing, **heavy)
     return Assignment(plan, price, reached, int(transport.num_iters), light)
 
 
@@ -111,7 +109,7 @@ def images_per_problem(member: Member, patches_per_image: int, num_prototypes: i
     """
     if member.max_problem_mb is None:
         return member.batch_images
-    one_image = 4 * patches_per_image * num_prototypes / MEGABYTE
+    one_image = 4 * patches_per_image * num_prototypes / 1e6
     fitting = int(member.max_problem_mb / one_image)
     if fitting < 1:
         msg = (
