@@ -16,6 +16,7 @@ from anomalib_ot.anomaly.region import patches_inside
 from anomalib_ot.anomaly.scoring import LEAST_PLACED, TransportScore, find_kinds, image_score, places_of_kinds
 from anomalib_ot.anomaly.training_patches import EncodedPatches, Patches
 from anomalib_ot.ot.precision import full_precision
+from anomalib_ot.ot.threads import is_traced
 from anomalib_ot.vision.patches import MapSmoother, patch_embeddings
 from anomalib_ot.vision.tiling import Tiling
 
@@ -150,7 +151,7 @@ class PrototypesModel(nn.Module):
     @property
     def sources(self) -> list[Source]:
         """The distinct (layers, pooling) that members take their embeddings from, in order."""
-        return list(dict.fromkeys((bank.member.layers, bank.member.pooling) for bank in self.banks))
+        return list(dict.fromkeys(bank.source for bank in self.banks))
 
     def embed(self, images: Tensor) -> Embedded:
         """Return embeddings (B, N, D) and grid size per source, in float32 whatever autocast says.
@@ -188,7 +189,7 @@ class PrototypesModel(nn.Module):
 
     def _inside(self, source: Source, grid: tuple[int, int]) -> Tensor:
         """Return the numbers of the patches that count, the same for all members with this source."""
-        banks = [bank for bank in self.banks if (bank.member.layers, bank.member.pooling) == source]
+        banks = [bank for bank in self.banks if bank.source == source]
         if not len(banks[0].inside):
             inside, nearest = patches_inside(self.roi, grid)
             for bank in banks:
@@ -232,7 +233,7 @@ class PrototypesModel(nn.Module):
                 f"{list(tiling.size)}); expected images of at least that size: keep the default pre_processor"
             )
             raise ValueError(msg)
-        exported = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        exported = is_traced()
         parts = [images] if exported else images.split(1)  # alone, an image scores as it does in a batch
         maps = []
         for part in parts:
@@ -262,7 +263,7 @@ class PrototypesModel(nn.Module):
         parts: dict[tuple[tuple[int, int], bool], Tensor] = {}  # what is brought to pixels alike is summed before
         matched = []
         for bank in self.banks:
-            embeddings, grid = embedded[bank.member.layers, bank.member.pooling]
+            embeddings, grid = embedded[bank.source]
             scores = bank(embeddings, grid)
             maps = torch.stack([scores.feature, scores.position], dim=1).unflatten(2, grid) * bank.weight / weight
             alike = grid, bank.member.align_corners
@@ -298,13 +299,11 @@ class PrototypesModel(nn.Module):
         Returns:
             The mean transport cost of each member's last pass.
         """
-        costs = []
-        for number, bank in enumerate(self.banks):
+        costs, known = [], [patches[bank.source] for bank in self.banks]
+        for number, (bank, own) in enumerate(zip(self.banks, known, strict=True)):
             name = f"member {number + 1} of {len(self.banks)}"
             progress = None if report is None else (lambda done, of, name=name: report(name, done, of))
-            known = patches[bank.member.layers, bank.member.pooling]
-            costs.append(fit_bank(bank, known, seed + number, resume=resume, report=progress))
-        known = [patches[bank.member.layers, bank.member.pooling] for bank in self.banks]
+            costs.append(fit_bank(bank, own, seed + number, resume=resume, report=progress))
         self.outliers = forget_outliers(list(self.banks), known, seed)
         if self.transport_score is not None:
             with full_precision(self.is_fitted):
@@ -344,7 +343,7 @@ class PrototypesModel(nn.Module):
             known = sum(map(len, added))
             pixel = divmod(int(found.anomaly_map.argmax()), size[1])
             for bank, taken in zip(self.banks, added, strict=True):
-                embeddings, grid = embedded[bank.member.layers, bank.member.pooling]
+                embeddings, grid = embedded[bank.source]
                 scores = bank(embeddings, grid)
                 rows = bank.on_grid(torch.arange(embeddings.shape[1], device=embeddings.device)[None])[0]
                 cost = (scores.feature + scores.position)[0]
@@ -357,15 +356,14 @@ class PrototypesModel(nn.Module):
             if sum(map(len, added)) == known:
                 msg = f"the score stays above {limit:g} with a prototype for each patch; expected a higher threshold"
                 raise ValueError(msg)
-        amounts = self.transport_score is not None and allow_amounts(
-            self.transport_score, self.transport_score.roots(self._kinds(embedded))[0]
-        )
+        score = self.transport_score
+        amounts = score is not None and allow_amounts(score, score.roots(self._kinds(embedded))[0])
         return Growth(before, [len(taken) for taken in added], amounts)
 
     def _fit_transport(self, patches: dict[Source, Patches], size: tuple[int, int], seed: int) -> None:
         """Learn the amounts and the local scores of the training images; of each image only a few numbers are kept."""
         for bank in self._counting_banks():
-            known = EncodedPatches(bank, patches[bank.member.layers, bank.member.pooling])
+            known = EncodedPatches(bank, patches[bank.source])
             find_kinds(bank, known, self.transport_score.num_groups, seed)
         roots, local, found = [], [], []
         num_images, device = len(next(iter(patches.values())).embeddings), self.is_fitted.device
@@ -380,7 +378,7 @@ class PrototypesModel(nn.Module):
             sums = [of_bank.sum(0) for of_bank in kinds]
             found = [before + now for before, now in zip(found, sums, strict=True)] if found else sums
         for bank, occupied in zip(self._counting_banks(), found, strict=True):
-            grid = patches[bank.member.layers, bank.member.pooling].grid_size
+            grid = patches[bank.source].grid_size
             bank.occupancy = places_of_kinds(occupied / num_images, num_images)
             bank.occupancy = bank.on_grid(bank.occupancy[None])[0].T.unflatten(1, grid).contiguous()
         self.transport_score.learn(torch.cat(roots), torch.cat(local))
@@ -389,11 +387,11 @@ class PrototypesModel(nn.Module):
         """The first member of each space of features: others with the same one would count the same."""
         spaces: dict[tuple, PrototypeBank] = {}
         for bank in self.banks:
-            spaces.setdefault((bank.member.layers, bank.member.pooling, bank.member.feature_cost), bank)
+            spaces.setdefault((bank.source, bank.member.feature_cost), bank)
         return list(spaces.values())
 
     def _kinds(self, embedded: Embedded) -> list[Tensor]:
-        return [bank.kinds_of(embedded[bank.member.layers, bank.member.pooling][0]) for bank in self._counting_banks()]
+        return [bank.kinds_of(embedded[bank.source][0]) for bank in self._counting_banks()]
 
     def _missing(self, found: list[Tensor], lacking: Tensor, embedded: Embedded, size: tuple[int, int]) -> Tensor:
         """Return where kinds are missing (B, 1, H, W), 0 to 1.
@@ -407,7 +405,7 @@ class PrototypesModel(nn.Module):
         maps, banks = [], self._counting_banks()
         shares = lacking.split([kinds.shape[-1] for kinds in found], dim=1)
         for bank, kinds, share in zip(banks, found, shares, strict=True):
-            grid = embedded[bank.member.layers, bank.member.pooling][1]
+            grid = embedded[bank.source][1]
             expected = bank.occupancy
             if expected.shape[1:] != grid:
                 expected = F.interpolate(expected[None], grid, mode="bilinear", align_corners=False)[0]

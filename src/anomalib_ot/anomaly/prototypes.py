@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_ot.anomaly.members import Member
+from anomalib_ot.ot.threads import is_traced
 from anomalib_ot.vision.patches import grid_positions
 
 TINY = 1e-12
@@ -81,10 +82,8 @@ class PrototypeBank(nn.Module):
         anomaly detection and localization", 2025, section 3 (cost; there the scales are maxima of the batch at hand).
     """
 
-    SHAPED = (
-        *("mean", "projection", "prototypes", "positions", "feature_scales", "position_tolerances"),
-        *("kinds", "occupancy"),
-    )
+    SHAPED = ("mean", "projection", "prototypes", "positions", "feature_scales", "position_tolerances")
+    SHAPED += ("kinds", "occupancy")
     SCALARS = ("position_unit", "calibration", "weight", "kind_scale")
     REGION = ("inside", "nearest_inside")  # numbers of patches; empty: all of them count
 
@@ -104,14 +103,16 @@ class PrototypeBank(nn.Module):
 
         Members of version 0.1 have no weight: all count alike. Nor have they kinds of patches.
         """
-        for name in ("weight", "kind_scale"):
-            state_dict.setdefault(prefix + name, torch.ones(()))
-        for name in ("kinds", "occupancy"):
-            state_dict.setdefault(prefix + name, torch.zeros(0))
-        for name in self.REGION:
-            state_dict.setdefault(prefix + name, torch.zeros(0, dtype=torch.long))
+        empty = PrototypeBank(self.member)
+        for name in ("weight", "kind_scale", "kinds", "occupancy", *self.REGION):
+            state_dict.setdefault(prefix + name, getattr(empty, name))
         take_saved_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def source(self) -> tuple[tuple[str, ...], int]:
+        """Layers and pooling, which the embeddings of the member are known by."""
+        return self.member.layers, self.member.pooling
 
     @property
     def num_prototypes(self) -> int:
@@ -178,8 +179,7 @@ class PrototypeBank(nn.Module):
         Returns:
             The two calibrated parts of the cost, and the position of the prototype that the patch looks like most.
         """
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        whole = traced or embeddings.device.type != "cpu"
+        whole = is_traced() or embeddings.device.type != "cpu"
         parts = [embeddings] if whole else embeddings.split(1)  # there a batch needs no more memory than an image
         position = self._position_part(grid_size)
         found = zip(*(self._matched(self._feature_part(part), position) for part in parts), strict=True)
