@@ -1,6 +1,7 @@
 """Anderson acceleration of a fixed-point iteration, with a way back to plain steps where it does not help."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,12 +55,12 @@ class Anderson:
         notes = [pace.judge(error) for pace, error in zip(self.pace, errors, strict=True)]
         plain = x + residual
         if any(note.returns for note in notes):
-            back = _column([note.returns for note in notes], x)
+            back = mask_of([note.returns for note in notes], x)
             plain = torch.where(back, self.best[0] + self.best[1], plain)
         if all(note.better for note in notes):
             self.best = (x, residual)
         elif any(note.better for note in notes):
-            better = _column([note.better for note in notes], x)
+            better = mask_of([note.better for note in notes], x)
             self.best = (torch.where(better, x, self.best[0]), torch.where(better, residual, self.best[1]))
 
         if all(note.forgets for note in notes):
@@ -72,7 +73,7 @@ class Anderson:
         sane = correction.abs().amax(-1, keepdim=True) <= LONGEST * residual.abs().amax(-1, keepdim=True)
         step = plain - torch.where(sane, correction, 0)
         if any(note.plain for note in notes):
-            step = torch.where(_column([note.plain for note in notes], x), plain, step)
+            step = torch.where(mask_of([note.plain for note in notes], x), plain, step)
         return step
 
     def _correction(self, x: Tensor, residual: Tensor, forgets: list[bool]) -> Tensor:
@@ -82,7 +83,7 @@ class Anderson:
         torch.add(x - self.last[0], change, out=self.jumps[:, self.slot])
         self.last = (x, residual)
         if any(forgets):
-            gone = _column(forgets, x)
+            gone = mask_of(forgets, x)
             self.changes.masked_fill_(gone.unsqueeze(-1), 0)
             self.gram[forgets] = 0
         products = (self.changes @ torch.stack((change, residual), -1)).to("cpu", torch.float64)
@@ -95,13 +96,13 @@ class Anderson:
         return torch.bmm(self.jumps.mT, gamma.to(x).unsqueeze(-1)).squeeze(-1)
 
 
-class _Note:
+class _Note(NamedTuple):
     """What one item does at a step: goes back to its best point, makes a plain step, forgets, has a new best point."""
 
-    __slots__ = ("better", "forgets", "plain", "returns")
-
-    def __init__(self, *, returns: bool, plain: bool, forgets: bool, better: bool) -> None:
-        self.returns, self.plain, self.forgets, self.better = returns, plain, forgets, better
+    returns: bool
+    plain: bool
+    forgets: bool
+    better: bool
 
 
 class _Pace:
@@ -140,6 +141,6 @@ class _Pace:
         return _Note(returns=False, plain=forgets, forgets=forgets, better=better)
 
 
-def _column(flags: list[bool], x: Tensor) -> Tensor:
-    """Make flags (B,) a mask (B, 1) for points."""
-    return torch.tensor(flags, device=x.device).unsqueeze(-1)
+def mask_of(flags: list[bool], like: Tensor) -> Tensor:
+    """Make flags (B,) a mask (B, 1)."""
+    return torch.tensor(flags, device=like.device).unsqueeze(-1)
