@@ -95,21 +95,19 @@ def append_slack(
 
 def check_mass(name: str, mass: Tensor) -> None:
     """Refuse masses that are negative or not finite, naming the first one."""
-    wrong = ~((mass >= 0) & (mass < math.inf))
-    if wrong.any():
-        place = wrong.nonzero()[0].tolist()
-        came = mass[tuple(place)].item()
-        msg = f"{name}{_at(place)} is {came:g}; expected a finite mass of at least 0: clamp it, or use 0"
-        raise ValueError(msg)
+    _refuse(name, mass, ~((mass >= 0) & (mass < math.inf)), "a finite mass of at least 0: clamp it, or use 0")
 
 
 def check_rho(name: str, rho: Tensor) -> None:
     """Refuse relaxations that are negative or NaN, naming the first one."""
-    wrong = ~(rho >= 0)
+    _refuse(name, rho, ~(rho >= 0), "at least 0: inf = hard, 0 = free marginal")
+
+
+def _refuse(name: str, values: Tensor, wrong: Tensor, expected: str) -> None:
+    """Name the first value that is wrong, if any is."""
     if wrong.any():
         place = wrong.nonzero()[0].tolist()
-        came = rho[tuple(place)].item()
-        msg = f"{name}{_at(place) if place else ''} is {came:g}; expected at least 0: inf = hard, 0 = free marginal"
+        msg = f"{name}{_at(place) if place else ''} is {values[tuple(place)].item():g}; expected {expected}"
         raise ValueError(msg)
 
 
