@@ -29,7 +29,7 @@ from anomalib_ot.ot.softmin import (
     without_infinities,
 )
 from anomalib_ot.ot.threads import is_traced, threads_for
-from anomalib_ot.ot.transport import Transport
+from anomalib_ot.ot.transport import Transport, start_of
 
 GRADIENTS = ("implicit", "unrolled", "none")
 
@@ -112,7 +112,7 @@ def sinkhorn(
         b = _masses("b", b, cost.shape[::2], column_mask, cost)
         hard_a, rho_a = _relaxation("rho_a", rho if rho_a is None else rho_a, a)
         hard_b, rho_b = _relaxation("rho_b", rho if rho_b is None else rho_b, b)
-        g = _start(init, b, epsilon)
+        g = start_of(init, b, epsilon)
         if num_iters is None:
             a, b, shift, full = _checked(cost.detach(), a, b, rho_a, rho_b)
         elif is_traced():
@@ -275,17 +275,6 @@ def _relaxation(name: str, rho: float | Tensor, mass: Tensor) -> tuple[bool, Ten
         msg = f"{name} is {rho}; expected at least 0, in units of cost: inf = hard marginal, 0 = free marginal"
         raise ValueError(msg)
     return rho == math.inf, torch.full((), rho, dtype=mass.dtype, device=mass.device)
-
-
-def _start(init: Transport | Tensor | None, b: Tensor, epsilon: float) -> Tensor:
-    """Return the target potentials to start from, in units of epsilon."""
-    if init is None:
-        return torch.zeros_like(b)
-    g = init.g if isinstance(init, Transport) else init
-    if g.shape not in (b.shape, b.shape[1:]):
-        msg = f"init has potentials g {tuple(g.shape)}; expected {tuple(b.shape)}: start from the same targets"
-        raise ValueError(msg)
-    return (g.detach().to(b) / epsilon).expand_as(b)
 
 
 def _check_settings(
