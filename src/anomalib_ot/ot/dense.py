@@ -185,7 +185,8 @@ def _checked(
     Returns:
         Masses `a` and `b`, the shift of the rows (None: it would gain nothing), and whether all masses are above 0.
     """
-    shift, usual = _looked_at(cost, a.detach(), b.detach())
+    numbers = (rho for rho in (rho_a, rho_b) if not rho.ndim)
+    shift, usual = _looked_at(cost, a.detach(), b.detach(), *numbers)
     if usual and not (rho_a.ndim or rho_b.ndim):
         return a, b, shift, True
 
@@ -203,21 +204,23 @@ def _checked(
     return a, b, shift, bool((a > 0).all() and (b > 0).all())
 
 
-def _looked_at(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor | None, bool]:
+def _looked_at(cost: Tensor, a: Tensor, b: Tensor, *rhos: Tensor) -> tuple[Tensor | None, bool]:
     """Look at all values in one go.
 
     Returns:
         The rows' shift, None where it would gain nothing; and whether all is usual: finite costs, masses above 0 whose
-        sums agree. Whatever is not usual remains to be checked by those who can name it.
+        sums agree, relaxations `rhos` (numbers) of at least 0. What is not usual is for those to check who can name it.
     """
     row_min, row_max = cost.amin(-1), cost.amax(-1)  # each far faster than aminmax along a dimension
     sum_a, sum_b = a.sum(-1, dtype=torch.float64), b.sum(-1, dtype=torch.float64)
     gap = ((sum_a - sum_b).abs() / torch.maximum(sum_a, sum_b)).amax().to(row_min.dtype)
     offset, widest = row_min.abs().amax(), (row_max - row_min).amax()
-    scalars = (row_min.amin(), row_max.amax(), *torch.aminmax(a), *torch.aminmax(b), gap, offset, widest)
-    least, greatest, least_a, greatest_a, least_b, greatest_b, gap, offset, widest = torch.stack(scalars).tolist()
+    scalars = (row_min.amin(), row_max.amax(), *torch.aminmax(a), *torch.aminmax(b), gap, offset, widest, *rhos)
+    values = torch.stack(scalars).tolist()
+    least, greatest, least_a, greatest_a, least_b, greatest_b, gap, offset, widest, *rhos = values
     usual = -math.inf < least and greatest < math.inf and least_a > 0 and least_b > 0  # NaN compares false
     usual = usual and greatest_a < math.inf and greatest_b < math.inf and gap <= SUM_TOLERANCE / 2
+    usual = usual and all(rho >= 0 for rho in rhos)
     if not usual:
         return _row_shift(cost), False
     return row_min if offset > widest else None, True  # the shift costs a copy of the cost
