@@ -5,6 +5,8 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +32,15 @@ class InputError(ValueError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         InputError.last_message = _words(message)
+
+
+@contextmanager
+def as_input_error(*kinds: type[Exception]) -> Iterator[None]:
+    """Raise an `InputError` with the same message where one of these errors is raised."""
+    try:
+        yield
+    except kinds as error:
+        raise InputError(str(error)) from error
 
 
 class _ShortErrors:

@@ -25,7 +25,7 @@ from anomalib_ot.integration.callbacks.result_writer import ResultWriter
 from anomalib_ot.integration.checks.advanced import checked_options, flat, nested
 from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, is_reading, trained_arguments
 from anomalib_ot.integration.checks.console import progress_bars, quiet_console
-from anomalib_ot.integration.checks.errors import InputError, install_short_errors
+from anomalib_ot.integration.checks.errors import InputError, as_input_error, install_short_errors
 from anomalib_ot.integration.checks.images import digests_of
 from anomalib_ot.integration.data.batches import ExplainedBatch
 from anomalib_ot.integration.data.datamodule_checks import check_datamodule, dataset_image_paths
@@ -184,10 +184,8 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
     def prepare_data(self) -> None:
         """Check FAISS and the folders before Anomalib reads them (Lightning calls this once per machine)."""
         if self.trainer.state.fn == TrainerFn.FITTING:
-            try:
+            with as_input_error(ImportError):
                 import_faiss()
-            except ImportError as error:
-                raise InputError(str(error)) from error
         check_datamodule(self.trainer.datamodule, self.trainer.state.fn)
 
     def configure_callbacks(self) -> list[Callback]:

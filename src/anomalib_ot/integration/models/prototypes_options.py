@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from anomalib_ot.anomaly.members import Preset, compact_members, make_members
 from anomalib_ot.anomaly.model import PrototypesModel
 from anomalib_ot.integration.checks.advanced import flat, nested
-from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.errors import InputError, as_input_error
 from anomalib_ot.integration.checks.values import check_size
 from anomalib_ot.integration.models.backbone import FILTER_BANK, build_extractor
 from anomalib_ot.ranges import Fraction, Positive, Range, Whole
@@ -94,12 +94,10 @@ def build_model(
     compact, published = backbone == FILTER_BANK and preset == "default", preset == "paper"
     if compact and members is None and num_global is None:
         members = compact_members(layers)
-    try:
+    with as_input_error(TypeError, ValueError):
         plain = None if members is None else [dict(member) for member in members]
         given = {"alpha": alpha, "num_prototypes": num_prototypes, "num_global": num_global}
         built = make_members(preset, layers, plain, **given, drop_outliers=options.drop_outliers or None)
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
     used = [layer for member in built for layer in member.layers]
     return PrototypesModel(
         build_extractor(backbone, [layer for layer in dict.fromkeys([*layers, *used]) if layer in used]),
