@@ -87,10 +87,8 @@ def _is_fixed_resize(part: nn.Module) -> bool:
 
 def _is_antialiased_resize(part: nn.Module) -> bool:
     """Whether it is the usual resize: to a fixed height and width, bilinear, antialiased."""
-    if not _is_fixed_resize(part):
-        return False
     # torchvision keeps the mode as it was given: as an enum, as its value, or as Pillow's number.
-    return part.interpolation in BILINEAR and bool(part.antialias)
+    return _is_fixed_resize(part) and part.interpolation in BILINEAR and bool(part.antialias)
 
 
 class ExplainedPostProcessor(PostProcessor):
@@ -211,5 +209,4 @@ def scores_on_scale(model: Any) -> dict[str, Any] | None:
 
 def without_causes(predictions: Explained) -> InferenceBatch:
     """Keep the four outputs that Anomalib's own inferencers read."""
-    fields: dict[str, Tensor | None] = {name: getattr(predictions, name) for name in InferenceBatch._fields}
-    return InferenceBatch(**fields)
+    return InferenceBatch(*(getattr(predictions, name) for name in InferenceBatch._fields))
