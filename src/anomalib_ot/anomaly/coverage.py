@@ -25,20 +25,12 @@ LEAST_GAIN = 0.02  # of the held-out distance, by twice as many prototypes
 
 
 def farthest_points(points: Tensor, count: int, seed: int, *, quantile: float = 1.0) -> Tensor:
-    """Choose points far from each other: each is the farthest from those before it (greedy k-center).
+    """Choose points far from each other among points (P, D): each is the farthest from those before it.
 
-    Args:
-        points: Points (P, D) to choose from.
-        count: How many, at most P.
-        seed: Draws the first one.
-        quantile: Points beyond this quantile of the distance are passed over while others are left, so that single
-            outliers of a contaminated training set are not chosen; 1 takes the very farthest.
-
-    Returns:
-        Numbers (count,) of the points chosen. The first k of them are the answer for k.
-
-    References:
-        T. Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985 (within twice the optimum).
+    Returns their numbers (count,), of which the first k are the answer for k; the seed draws the first one. Points
+    beyond the `quantile` of the distance are passed over while others are left, so that single outliers of a
+    contaminated training set are not chosen; 1 takes the very farthest. This is greedy k-center: T. Gonzalez,
+    "Clustering to minimize the maximum intercluster distance", 1985 (within twice the optimum).
     """
     first = int(torch.randint(len(points), (1,), generator=torch.Generator().manual_seed(seed)))
     chosen, lengths = [first], points.square().sum(1)
@@ -65,11 +57,8 @@ class Barycenters:
     """Weighted sums of the patches of each prototype: ``m_j = sum d^(p-2) x / sum d^(p-2)`` over its patches.
 
     A step of Lloyd's algorithm for the cost ``d^p`` moves a prototype to `m_j`, or by ``1 / (p - 1)`` of the way for p
-    above 2 (iteratively reweighted least squares, damped as in Newton's method).
-
-    Args:
-        prototypes: Where they are now (K, D), on the CPU.
-        order: The order p, 1 or more and finite.
+    above 2 (iteratively reweighted least squares, damped as in Newton's method). The prototypes (K, D) lie on the CPU;
+    the order p is 1 or more and finite.
     """
 
     def __init__(self, prototypes: Tensor, order: float) -> None:
@@ -112,17 +101,10 @@ def comparable(member: Member, encoded: Tensor) -> Tensor:
 def measure_coverage(bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> Coverage | None:
     """Measure on held-out images how many prototypes the data ask for, and how far normal patches are then.
 
-    A fifth of the images (32 at most) is held out. Farthest points of a sample of the others, moved once to the
-    barycenters of the sample, are compared: twice as many are taken as long as the mean distance of held-out patches
-    falls by at least 2 %, up to `max_prototypes` and to one prototype for every 48 training patches.
-
-    Args:
-        bank: The member; it is not changed.
-        encoded: The patches.
-        seed: Draws the held-out images and the samples.
-
-    Returns:
-        None for a single image: nothing can be held out.
+    A fifth of the images (32 at most), drawn with the seed, is held out. Farthest points of a sample of the others,
+    moved once to the barycenters of the sample, are compared: twice as many are taken as long as the mean distance of
+    held-out patches falls by at least 2 %, up to `max_prototypes` and to one prototype for every 48 training patches.
+    None for a single image: nothing can be held out.
     """
     member, images = bank.member, encoded.num_images
     if images < 2:

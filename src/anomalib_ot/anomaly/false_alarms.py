@@ -18,29 +18,18 @@ ROUNDING = 1e-9  # (n + 1) * rate is a whole number where rounding leaves it so 
 
 
 class GoodThreshold(NamedTuple):
-    """A threshold from scores of good images.
+    """A threshold from scores of good images."""
 
-    Args:
-        value: The threshold; a score above it is a defect.
-        count: Number of good images.
-        rate: The false-alarm rate to expect, averaged over draws of the good images; in (0, 1).
-        interval: Ends of the central 95 % interval of the rate that this threshold has, each in [0, 1].
-    """
-
-    value: float
-    count: int
-    rate: float
-    interval: tuple[float, float]
+    value: float  # the threshold; a score above it is a defect
+    count: int  # number of good images
+    rate: float  # the false-alarm rate to expect, averaged over draws of the good images; in (0, 1)
+    interval: tuple[float, float]  # ends of the central 95 % interval of the rate of this threshold, each in [0, 1]
 
 
 def least_count(rate: float) -> int:
     """Return how many good images a false-alarm rate needs: the least n with 1 / (n + 1) <= rate.
 
-    Args:
-        rate: In (0, 1).
-
-    Raises:
-        ValueError: If the rate is out of range.
+    A `ValueError` if the rate is not in (0, 1).
 
     >>> least_count(0.01)
     99
@@ -52,16 +41,10 @@ def least_count(rate: float) -> int:
 
 
 def good_threshold(scores: Sequence[float], rate: float) -> GoodThreshold:
-    """Return the ceil((n + 1)(1 - rate))-th smallest of n scores.
+    """Return the ceil((n + 1)(1 - rate))-th smallest of n scores of good images that the model was not trained on.
 
     The false-alarm rate of the k-th smallest score is distributed as Beta(n + 1 - k, k), with mean (n + 1 - k)/(n + 1).
-
-    Args:
-        scores: Scores (n,) of good images that the model was not trained on, any unit.
-        rate: The highest false-alarm rate to expect, in (0, 1).
-
-    Raises:
-        ValueError: If the rate is out of range, a score is not finite, or the scores are too few for the rate.
+    A `ValueError` if the highest rate to expect is not in (0, 1), a score is not finite, or there are too few for it.
 
     References:
         V. Vovk, A. Gammerman, G. Shafer, "Algorithmic Learning in a Random World", 2005, chapter 2. S. S. Wilks,
@@ -88,20 +71,10 @@ def good_threshold(scores: Sequence[float], rate: float) -> GoodThreshold:
 
 
 def count_interval(found: int, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of a rate of which `found` of `count` were seen.
+    """Return the 95 % interval, within [0, 1], of a rate of which `found` of `count` were seen; of 0 it is (0, 1).
 
-    Args:
-        found: Number of events, 0 to `count`.
-        count: Number of trials, >= 0; without any the interval is (0, 1).
-
-    Returns:
-        Lower and upper end, each in [0, 1].
-
-    Raises:
-        ValueError: If `found` is below 0 or above `count`.
-
-    References:
-        C. J. Clopper, E. S. Pearson, "The use of confidence or fiducial limits", 1934.
+    A `ValueError` if `found` is below 0 or above `count`. The interval is that of C. J. Clopper, E. S. Pearson, "The
+    use of confidence or fiducial limits", 1934.
 
     >>> count_interval(0, 0)
     (0.0, 1.0)

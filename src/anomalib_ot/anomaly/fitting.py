@@ -18,30 +18,19 @@ logger = logging.getLogger(__name__)
 def fit_bank(
     bank: PrototypeBank, patches: Patches, seed: int, *, resume: bool = False, report: Report | None = None
 ) -> float:
-    """Fit one member to normal patches, on the device of its buffers.
+    """Fit one member to normal patches, on the device of its buffers; return the cost that `refine` does.
 
     Statistics and start come first (unless `resume`: then the prototypes at hand are refined further), then `passes`
     rounds of assignment: patches go to their nearest prototypes, or those of a few images are assigned to them by one
     entropic problem, and prototypes move towards the barycenter of what they received. At last the scales of the metric
-    are measured on all patches.
+    are measured on all patches. `report` is called with (refinement steps done, steps in all).
 
     Patches are read a few images at a time, about eight times each: memory depends on the number of prototypes and on
-    the size of an image's embeddings, and not on how many images there are.
+    the size of an image's embeddings, and not on how many images there are. The order of the images must not depend on
+    which process saw which when.
 
-    Args:
-        bank: The member; its buffers are set.
-        patches: What to fit to, images in an order that does not depend on which process saw which when.
-        seed: Seed of the start, of the order of images and of samples.
-        resume: Refine the prototypes that the bank holds.
-        report: Called with (refinement steps done, steps in all).
-
-    Returns:
-        Mean transport cost per unit of mass over the last pass (NaN without a pass); with a `validation_split`, that of
-        the held-out images to the prototypes that are kept.
-
-    Raises:
-        ValueError: If embeddings are not finite, there are fewer patches than prototypes, or an assignment is too large
-            for `max_problem_mb` or for POT.
+    A `ValueError` if embeddings are not finite, there are fewer patches than prototypes, or an assignment is too large
+    for `max_problem_mb` or for POT.
     """
     encoded, weight = EncodedPatches(bank, patches), bank.member.weight
     with full_precision(bank.prototypes):

@@ -135,13 +135,10 @@ class PrototypesModel(nn.Module):
         self.set_region(self.roi)
 
     def set_region(self, roi: Tensor) -> None:
-        """Let only some pixels count, in the fit and in scores; to be called before the fit.
+        """Let only some pixels (H, W) count, at least one, in the fit and in scores; empty: all.
 
-        The others are replaced by the mean color before the backbone sees them, their patches are left out, and the map
-        is 0 there: nothing depends on what they show.
-
-        Args:
-            roi: Pixels (H, W) that count, bool, at least one; empty: all.
+        To be called before the fit. The others are replaced by the mean color before the backbone sees them, their
+        patches are left out, and the map is 0 there: nothing depends on what they show.
         """
         self.roi = roi
         for bank in self.banks:  # known once a grid is
@@ -287,17 +284,11 @@ class PrototypesModel(nn.Module):
         resume: bool = False,
         report: Callable[[str, int, int], None] | None = None,
     ) -> list[float]:
-        """Fit every member, and the transport score, to normal patches, on the device of the model's buffers.
+        """Fit every member, and the transport score, to normal patches per source, on the device of the buffers.
 
-        Args:
-            patches: Normal patches per source.
-            size: Height and width of the images that they come from, pixels.
-            seed: Makes two fits equal.
-            resume: Refine what is there instead of starting anew.
-            report: Called with (what is done, steps done, steps in all).
-
-        Returns:
-            The mean transport cost of each member's last pass.
+        The patches are of images of this size (H, W), pixels. `resume` refines what is there instead of starting anew,
+        `seed` makes two fits equal, and `report` is called with (what is done, steps done, steps in all). Returns the
+        mean transport cost of each member's last pass.
         """
         costs, known = [], [patches[bank.source] for bank in self.banks]
         for number, (bank, own) in enumerate(zip(self.banks, known, strict=True)):
@@ -322,18 +313,12 @@ class PrototypesModel(nn.Module):
 
     @torch.no_grad()
     def grow(self, image: Tensor, limit: float) -> Growth:
-        """Add prototypes until a good image scores at most `limit`; nothing changes where it does already.
+        """Add prototypes until a good image, normalized (1, 3, H, W), scores at most `limit`, which is above 0.
 
-        Greedy as `farthest_points`: as long as the map's score is above the limit, the patch that has the largest part
-        in the map's highest pixel becomes a prototype of each member. If the image's amounts are unusual besides, the
-        transport score allows them. What is there stays as it is, and no image scores higher than before.
-
-        Args:
-            image: The normalized image (1, 3, H, W).
-            limit: In units of the image score, above 0.
-
-        Raises:
-            ValueError: If even a prototype for each patch leaves the score above the limit.
+        Nothing changes where it does already. Greedy as `farthest_points`: as long as the map's score is above the
+        limit, the patch that has the largest part in the map's highest pixel becomes a prototype of each member. If the
+        image's amounts are unusual besides, the transport score allows them. What is there stays as it is, and no image
+        scores higher than before. A `ValueError` if even a prototype for each patch leaves the score above the limit.
         """
         before, added = float(self(image).pred_score), [set() for _ in self.banks]
         if before <= limit:

@@ -45,13 +45,8 @@ def find_nearest(queries: Tensor, known: Tensor, count: int = 1) -> Iterator[tup
 def k_means(points: Tensor, count: int, seed: int, *, spherical: bool = False) -> Tensor:
     """Return the k-means centers (count, D) of points (P, D), after Lloyd's iterations from a spread-out start.
 
-    On the CPU, unless the installed FAISS has GPUs.
-
-    Args:
-        points: What to cluster; of more than 1000 per center a seeded sample counts.
-        count: Number of centers, at most P.
-        seed: Makes two runs equal.
-        spherical: Cluster directions; the centers then have the mean length of the points.
+    On the CPU, unless the installed FAISS has GPUs; of more than 1000 points per center a seeded sample counts.
+    `spherical` clusters directions; the centers then have the mean length of the points.
     """
     points = points.cpu()
     data = np.ascontiguousarray((unit(points) if spherical else points).numpy(), dtype=np.float32)
@@ -86,15 +81,7 @@ def spread_points(points: Tensor, count: int, seed: int) -> Tensor:
     """Choose points (count, D) far from each other among points (P, D): the start of k-means++.
 
     Each is drawn with a probability in proportion to the squared distance to the nearest one before it, among a random
-    sample of the points.
-
-    Args:
-        points: What to choose from.
-        count: How many, at most P.
-        seed: Makes two choices equal.
-
-    References:
-        D. Arthur, S. Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007.
+    sample of the points (D. Arthur, S. Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007).
     """
     generator = torch.Generator().manual_seed(seed)
     sample = points[torch.randperm(len(points), generator=generator)[: CANDIDATES_PER_CENTER * count]]

@@ -21,15 +21,8 @@ def forget_outliers(banks: Sequence[PrototypeBank], patches: Sequence[Patches], 
     """Find training images unlike all others, such as defective ones, and drop what they alone have taught members.
 
     Each member that covers with nearest assignment finds such images for itself (`unlike_others`), and those with
-    `drop_outliers` drop the prototypes.
-
-    Args:
-        banks: Fitted members.
-        patches: What each was fitted to, the same images in the same order.
-        seed: Seed of the samples that scales are measured on.
-
-    Returns:
-        Numbers of the images that half of these members, or more, find unlike all others, ascending.
+    `drop_outliers` drop the prototypes and measure their scales again, on samples drawn with the seed. Returns the
+    numbers of the images that half of these members, or more, find unlike all others, ascending.
     """
     votes = []
     for bank, known in zip(banks, patches, strict=True):
@@ -48,13 +41,10 @@ def forget_outliers(banks: Sequence[PrototypeBank], patches: Sequence[Patches], 
 
 
 def supported(bank: PrototypeBank, encoded: EncodedPatches) -> tuple[Tensor, Tensor]:
-    """Say which prototypes several images supply.
+    """Say which prototypes have a support of at least 3, bool (K,), and the mass of each, patches (K,); on the CPU.
 
     With free masses, patches of image `i` send mass `c_ij` to prototype `j`. Its support is the effective number of
     images, ``(sum_i c_ij)^2 / sum_i c_ij^2``.
-
-    Returns:
-        Which prototypes have a support of at least 3, bool (K,), and the mass of each, patches (K,); on the CPU.
     """
     mass = torch.zeros(bank.num_prototypes, dtype=torch.float64)
     squares = torch.zeros_like(mass)

@@ -74,9 +74,6 @@ class PrototypeBank(nn.Module):
     buffers, fixed at fit, so that a score never depends on the other patches of an image or a batch. So is `weight`,
     that of the member's map in the mean of all.
 
-    Args:
-        member: What the bank is made of.
-
     References:
         R. Trombetta, C. Lartizien, "Learning local and global prototypes with optimal transport for unsupervised
         anomaly detection and localization", 2025, section 3 (cost; there the scales are maxima of the batch at hand).
@@ -99,10 +96,7 @@ class PrototypeBank(nn.Module):
             self.register_buffer(name, torch.zeros(0, dtype=torch.long))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        """Take the shapes of a checkpoint: the number of prototypes is known only after the fit.
-
-        Members of version 0.1 have no weight: all count alike. Nor have they kinds of patches.
-        """
+        """Take the shapes of a checkpoint; members of version 0.1 have no weight (all count alike), and no kinds."""
         empty = PrototypeBank(self.member)
         for name in ("weight", "kind_scale", "kinds", "occupancy", *self.REGION):
             state_dict.setdefault(prefix + name, getattr(empty, name))
@@ -174,10 +168,7 @@ class PrototypeBank(nn.Module):
 
         The feature part is the least feature cost of any prototype, wherever that is at home; the position part is what
         the place of the patch adds to it. So a normal thing in the wrong place does not look wrong, though it is
-        cheapest to take it for something else that belongs there.
-
-        Returns:
-            The two calibrated parts of the cost, and the position of the prototype that the patch looks like most.
+        cheapest to take it for something else that belongs there. Both are calibrated.
         """
         whole = is_traced() or embeddings.device.type != "cpu"
         parts = [embeddings] if whole else embeddings.split(1)  # there a batch needs no more memory than an image

@@ -25,20 +25,15 @@ def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Repo
 
     ``p <- m p + (1 - m) (plan^T x) / (plan^T 1)`` after each problem, and positions alike if the structure is learned;
     `m` is the momentum. Without momentum, plans of a whole pass are summed and prototypes move once, to the barycenter
-    of all patches: the order of images then has no influence. Positions of the copies of a grid stay one shared
-    layout.
+    of all patches: the order of images then has no influence. Positions of the copies of a grid stay one shared layout.
+    The order of images is drawn with the seed.
 
-    With a `validation_split`, that part of the images is held out, drawn with the seed, and what a pass has made of
-    the prototypes counts only if it lowers their mean transport cost.
+    With a `validation_split`, that part of the images is held out, drawn with the seed, and what a pass has made of the
+    prototypes counts only if it lowers their mean transport cost.
 
     Passes end early once one lowers the mean transport cost by no more than `min_improvement` of it. A warning tells
-    how many problems did not reach their tolerance, unless that is 0.
-
-    Args:
-        bank: The member; prototypes and positions are set.
-        encoded: The patches.
-        seed: Seed of the order of images, and of which are held out.
-        report: Called with (steps done, steps in all); after an early end once more with all steps done.
+    how many problems did not reach their tolerance, unless that is 0. `report` is called with (steps done, steps in
+    all), after an early end once more with all steps done.
 
     Returns:
         Mean transport cost per unit of mass over the last pass (NaN without a pass); with a `validation_split`, that of

@@ -22,15 +22,8 @@ RADIUS_PRIOR = 50  # patches
 def set_statistics(bank: PrototypeBank, patches: EncodedPatches, *, keep: bool = False) -> None:
     """Check all embeddings; set mean and projection of the whitening: the covariance to the power -1/2.
 
-    Variances are shrunk to their mean. One pass: moments are taken about the mean of the first block.
-
-    Args:
-        bank: The member; mean and projection are set.
-        patches: What to look at, as it is before encoding.
-        keep: Only check, and keep the whitening that the bank has.
-
-    Raises:
-        ValueError: If embeddings are not finite.
+    Variances are shrunk to their mean. One pass: moments are taken about the mean of the first block. With `keep` the
+    whitening that the bank has stays. A `ValueError` if embeddings are not finite.
     """
     whitens = bank.member.feature_cost == "whitened" and not keep
     origin, total, products = None, None, None

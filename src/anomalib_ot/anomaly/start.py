@@ -21,15 +21,7 @@ def start_prototypes(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
     Free prototypes are farthest points or k-means centers; a grid of local prototypes starts at the mean of the patches
     of each cell, several copies of it at the k-means centers of each cell. `start="random"` draws features uniformly
     from [0, 1). K-means takes a seeded sample of 1000 patches per prototype, farthest points one of 20,000, and no more
-    than these are read; means take all.
-
-    Args:
-        bank: The member; prototypes and positions are set.
-        encoded: The patches.
-        seed: Seed of samples, of k-means and of random starts.
-
-    Raises:
-        ValueError: If there are fewer patches than prototypes.
+    than these are read; means take all. A `ValueError` if there are fewer patches than prototypes.
     """
     member, grid_size = bank.member, encoded.patches.grid_size
     cells = None
@@ -96,15 +88,7 @@ def cell_positions(grid_size: tuple[int, int], num_global: float) -> Tensor:
 
 
 def _cell_centers(encoded: EncodedPatches, cell: Tensor, count: int, copies: int, seed: int) -> Tensor:
-    """Return the centers (cells, copies, D') of cells: means, or k-means centers where patches are enough.
-
-    Args:
-        encoded: The patches.
-        cell: The cell of each patch of an image (N,).
-        count: Number of cells.
-        copies: Centers per cell.
-        seed: Seed of samples and of k-means.
-    """
+    """Return the centers (cells, copies, D') of cells: means, or k-means centers where patches are enough."""
     centers = _cell_means(encoded, cell, count)[:, None].repeat(1, copies, 1)
     if copies == 1:
         return centers

@@ -27,22 +27,12 @@ def nearest_support(
     """Choose, for each patch, its `k` cheapest prototypes, and for each prototype its `k / 2` cheapest patches.
 
     The second half matters: without it rare prototypes starve. Candidates come from one exact Euclidean search in the
-    space of features and positions together, scaled so that squared distances are close to the metric: ``(1 - alpha)
-    |x - p|^2 / s + alpha |y - z|^2 / (u d)``, which agrees where ``|y - z| = d``, a quarter of the image. Four times as
+    space of features and positions together, scaled so that squared distances are close to the metric: ``(1 - alpha) |x
+    - p|^2 / s + alpha |y - z|^2 / (u d)``, which agrees where ``|y - z| = d``, a quarter of the image. Four times as
     many as needed are looked at, and the cheapest by the true cost are kept.
 
-    Args:
-        encoded: Encoded patches (n, D).
-        positions: Their positions (n, 2).
-        bank: The member; prototypes, positions and scales are set.
-        k: Prototypes per patch, at least 1; more than there are means all.
-        energy_unit: The feature cost that counts as 1, as in the fit.
-
-    Returns:
-        The pairs with their costs, as `assignment.assign` would give them, without any (n, K) matrix in between.
-
-    Raises:
-        ValueError: If `k` is below 1.
+    Of encoded patches (n, D) at positions (n, 2); the feature cost `energy_unit` counts as 1. The pairs have the costs
+    that `assignment.assign` would give them, without any (n, K) matrix in between. A `ValueError` if `k` is below 1.
     """
     if k < 1:
         msg = f"k={k}: expected at least 1 prototype per patch"
@@ -78,21 +68,10 @@ def choose_k(
 ) -> int | None:
     """Choose how many prototypes per patch hold a wanted part of the dense plan's mass; None where dense is better.
 
-    A small dense problem between a sample of patches and all prototypes tells how mass spreads; `k` doubles from 8
-    until the cheapest pairs keep enough of it on the mean. A large `epsilon` spreads mass widely: then no support with
-    at most a quarter of all pairs will do. With thousands of prototypes the sample is smaller than they are, which errs
-    on the side of more pairs.
-
-    Args:
-        encoded: Encoded patches (n, D).
-        positions: Their positions (n, 2).
-        bank: The member; its `epsilon` and scales count.
-        energy_unit: The feature cost that counts as 1.
-        keep: Part of the mass to keep, below 1.
-        seed: Seed of the sample.
-
-    Returns:
-        Prototypes per patch, or None.
+    A small dense problem between all prototypes and a sample of the encoded patches (n, D) at positions (n, 2), drawn
+    with the seed, tells how mass spreads; `k` doubles from 8 until the cheapest pairs `keep` enough of it on the mean.
+    A large `epsilon` spreads mass widely: then no support with at most a quarter of all pairs will do. With thousands
+    of prototypes the sample is smaller than they are, which errs on the side of more pairs.
     """
     count, member = bank.num_prototypes, bank.member
     size = max(SAMPLE_ROWS, min(2 * count, SAMPLE_PAIRS // count))
