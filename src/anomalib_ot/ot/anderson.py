@@ -15,15 +15,12 @@ LONGEST_REST = 4  # plain steps after a failure, at most: far clusters make it f
 
 
 class Anderson:
-    """Extrapolates `x <- x + r(x)` from the last few steps, for each item of a batch on its own.
+    """Extrapolates `x <- x + r(x)` from the last few steps, for each item of a batch (B, M) on its own.
 
-    The next point is the plain step, minus the combination of past differences that best explains the residual:
-    ``x + r - (dX + dR) gamma`` with ``gamma = argmin |r - dR gamma|``. When the error of an item grows far beyond its
-    best, or stalls, the item goes back to the plain step from its best point, forgets the past, and makes plain steps
-    for a while: 1 after the first failure, 2 after the second, `LONGEST_REST` after each further one.
-
-    Args:
-        x: The start (B, M).
+    The next point is the plain step, minus the combination of past differences that best explains the residual: ``x + r
+    - (dX + dR) gamma`` with ``gamma = argmin |r - dR gamma|``. When the error of an item grows far beyond its best, or
+    stalls, the item goes back to the plain step from its best point, forgets the past, and makes plain steps for a
+    while: 1 after the first failure, 2 after the second, `LONGEST_REST` after each further one.
 
     References:
         H. F. Walker, P. Ni, "Anderson acceleration for fixed-point iterations", SIAM J. Numer. Anal. 2011.
@@ -42,15 +39,9 @@ class Anderson:
         self.pace = [_Pace() for _ in range(batch)]
 
     def step(self, x: Tensor, residual: Tensor, errors: list[float]) -> Tensor:
-        """Return the next point.
+        """Return the point (B, M) after `x` (B, M), from where a plain step would go by `residual` (B, M).
 
-        Args:
-            x: Where the iteration stands (B, M).
-            residual: How far a plain step would go from there (B, M).
-            errors: How wrong each item of `x` is, at least 0; NaN is a failure.
-
-        Returns:
-            The next point (B, M).
+        The errors say how wrong each item of `x` is, at least 0; NaN is a failure.
         """
         notes = [pace.judge(error) for pace, error in zip(self.pace, errors, strict=True)]
         plain = x + residual

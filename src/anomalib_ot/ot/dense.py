@@ -180,10 +180,9 @@ def _unrolled(
 def _checked(
     cost: Tensor, a: Tensor, b: Tensor, rho_a: Tensor, rho_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """Check the values of a problem; drop relaxed mass that has nowhere to go; find the rows' shift if worth it.
+    """Check the values of a problem; drop relaxed mass that has nowhere to go.
 
-    Returns:
-        Masses `a` and `b`, the shift of the rows (None: it would gain nothing), and whether all masses are above 0.
+    Returns `a` and `b`, the shift of the rows (None: it would gain nothing), and whether all masses are above 0.
     """
     numbers = (rho for rho in (rho_a, rho_b) if not rho.ndim)
     shift, usual = _looked_at(cost, a.detach(), b.detach(), *numbers)

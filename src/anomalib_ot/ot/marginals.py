@@ -112,17 +112,10 @@ def _refuse(name: str, values: Tensor, wrong: Tensor, expected: str) -> None:
 
 
 def check_sums(a: Tensor, b: Tensor, rho_a: Tensor, rho_b: Tensor) -> None:
-    """Refuse masses that no plan can satisfy.
+    """Refuse, with a `ValueError`, masses (B, N) and (B, M) that no plan can satisfy.
 
-    Args:
-        a: Source masses (B, N).
-        b: Target masses (B, M).
-        rho_a: Relaxation of the sources, broadcastable to (B, N).
-        rho_b: Relaxation of the targets, broadcastable to (B, M).
-
-    Raises:
-        ValueError: If all marginals are hard and the sums differ by more than a relative 1e-6; if one side is all hard
-            and the hard part of the other holds more than it.
+    These are such that all marginals are hard and the sums differ by more than a relative 1e-6, or one side is all hard
+    and the hard part of the other holds more than it. Relaxations broadcast to the masses.
     """
     total = {}
     for name, mass, rho in (("a", a, rho_a), ("b", b, rho_b)):
@@ -156,17 +149,7 @@ def check_cost(row_min: Tensor, cost: Tensor) -> None:
 
 
 def check_support(name: str, mass: Tensor, reachable: Tensor, rho: Tensor) -> None:
-    """Refuse hard mass that has nowhere to go.
-
-    Args:
-        name: "a" or "b".
-        mass: Masses of this side, (B, N) or (B, M).
-        reachable: Whether each point has an allowed partner with mass.
-        rho: Relaxation of this side.
-
-    Raises:
-        ValueError: If a hard point with mass is not reachable.
-    """
+    """Refuse, with a `ValueError`, hard mass of "a" or "b" that has no allowed partner with mass: not `reachable`."""
     wrong = ~reachable & (mass > 0) & torch.isinf(rho)
     if wrong.any():
         item, point = wrong.nonzero()[0].tolist()

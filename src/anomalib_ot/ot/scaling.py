@@ -74,13 +74,9 @@ def solve(
 ) -> tuple[Tensor, ...]:
     """Iterate until every item's columns are right, each item stopping by itself, or a fixed number of times.
 
-    Args:
-        problem: The problem; no gradient is recorded.
-        g: Where to start (B, M), in units of epsilon.
-        tolerance: Largest `column_error` to stop at, at least 0, reached with acceleration; None makes `max_iters`
-            plain iterations, the iterates of the log domain up to rounding.
-        max_iters: Largest number of iterations.
-        kernel: The pairs that there are; all of them by default.
+    From potentials `g` (B, M) in units of epsilon; no gradient is recorded. `tolerance` is the largest `column_error`
+    to stop at, at least 0, reached with acceleration; None makes `max_iters` plain iterations, the iterates of the log
+    domain up to rounding. The kernel holds the pairs that there are; all of them by default.
 
     Returns:
         Target potentials (B, M) in units of epsilon; the plan in the kernel's form, the rows' best answer to them; the
