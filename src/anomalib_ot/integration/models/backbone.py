@@ -169,11 +169,8 @@ def _cached_weights(backbone: str) -> str | None:
 
 
 def _probe_hub(backbone: str) -> None:
-    """Ask the hub for a few bytes, once and briefly: a download would try again for most of a minute.
-
-    Raises what the network does if the hub cannot be reached; an answer of any kind is left to the download.
-    """
+    """Ask the hub for a few bytes, once and briefly: a download would try again for most of a minute."""
     repository = timm.get_pretrained_cfg(backbone).hf_hub_id
     if repository:
-        with suppress(HfHubHTTPError):
+        with suppress(HfHubHTTPError):  # an answer of any kind is left to the download
             get_hf_file_metadata(hf_hub_url(repository, HUB_FILES[0]), timeout=PATIENCE)
