@@ -21,16 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 class Assignment(NamedTuple):
-    """Who goes where: `plan` (n, K), its transport `cost` per unit of mass, whether the solver reached its tolerance.
+    """Who goes where, and how well that was solved."""
 
-    The plan is sparse (CSR) where only some pairs were considered. `potentials` is what a similar problem may start
-    from: a transport without its plan and costs; None with POT.
-    """
-
-    plan: Tensor
-    cost: float
+    plan: Tensor  # (n, K), sparse (CSR) where only some pairs were considered
+    cost: float  # of transport, per unit of mass
     reached_tolerance: bool
     num_iters: int
+    # What a similar problem may start from: a transport without its plan and costs; None with POT.
     potentials: Transport | SparseTransport | None
 
 

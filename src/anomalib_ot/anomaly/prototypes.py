@@ -41,27 +41,20 @@ def cheapest(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PatchScores(NamedTuple):
-    """Costs per patch: `feature` and `position` (B, N) add up to the score, the cost of the cheapest prototype.
-
-    `matched` (B, N, 2) is the position (y, x) of the prototype that the patch looks like most.
-    """
+    """Costs per patch (B, N), which add up to the score: the cost of the cheapest prototype."""
 
     feature: Tensor
     position: Tensor
-    matched: Tensor
+    matched: Tensor  # where the prototype lies (B, N, 2), (y, x), that the patch looks like most
 
 
 class Coverage(NamedTuple):
-    """What held-out images say: the number of prototypes, and how far patches are from the nearest of them.
-
-    `typical` is the mean distance, `high` the 99th percentile; `radii` are (number of prototypes, mean distance, 99th
-    percentile) for each number that was tried.
-    """
+    """What held-out images say: the number of prototypes, and how far patches are from the nearest of them."""
 
     num_prototypes: int
-    typical: float
-    high: float
-    radii: list[tuple[int, float, float]]
+    typical: float  # the mean distance
+    high: float  # the 99th percentile
+    radii: list[tuple[int, float, float]]  # for each number that was tried: it, mean distance, 99th percentile
 
 
 class PrototypeBank(nn.Module):

@@ -84,20 +84,15 @@ def energy(bank: PrototypeBank, distance: Tensor) -> Tensor:
 
 @dataclass
 class Nearest:
-    """What patches find at their nearest prototypes, summed over all patches, on the CPU.
+    """What patches find at their nearest prototypes, summed over all patches, on the CPU."""
 
-    `members` (K,) counts patches, `cost` (K,) sums their distances and `positions` (K, 2) where they are; `largest` is
-    the largest distance of any patch to any prototype, `typical_length` that of encoded patches. `sampled` are the
-    numbers of the patches that quantiles are taken of, and `sampled_index` their prototypes.
-    """
-
-    members: Tensor
-    cost: Tensor
-    positions: Tensor
-    largest: float
-    typical_length: float
-    sampled: Tensor
-    sampled_index: Tensor
+    members: Tensor  # number of patches (K,)
+    cost: Tensor  # sum of their distances (K,)
+    positions: Tensor  # sum of where they are (K, 2)
+    largest: float  # the largest distance of any patch to any prototype
+    typical_length: float  # of encoded patches
+    sampled: Tensor  # numbers of the patches that quantiles are taken of
+    sampled_index: Tensor  # the prototypes of these
 
     @classmethod
     def of(cls, bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> "Nearest":

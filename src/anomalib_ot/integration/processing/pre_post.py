@@ -23,14 +23,11 @@ BILINEAR = (InterpolationMode.BILINEAR, InterpolationMode.BILINEAR.value, 2)
 
 
 class ExportablePreProcessor(PreProcessor):
-    """Resize and normalize, in training and in the exported graph alike.
+    """Resize and normalize (or another transform), in training and in the exported graph alike.
 
     Anomalib trains with an antialiased resize and exports one without; thresholds then belong to other images than
     those that the exported model sees. Here the export resizes by matrix products that equal the antialiased resize.
     Images deeper than 8 bits, which Anomalib's reading saturates, are put back before the transforms.
-
-    Args:
-        transform: What to apply; `Resize` and `Normalize` as a rule.
     """
 
     def __init__(self, transform: Transform | None = None) -> None:
