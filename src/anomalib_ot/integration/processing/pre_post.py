@@ -192,12 +192,7 @@ def scores_on_scale(model: Any) -> dict[str, Any] | None:
         return dict(known)
 
     def on_scale(summary: Mapping[str, Any]) -> dict[str, Any]:
-        raw = InferenceBatch(
-            pred_score=torch.tensor(summary["quantiles"], device=model.device),
-            pred_label=None,
-            anomaly_map=None,
-            pred_mask=None,
-        )
+        raw = InferenceBatch(pred_score=torch.tensor(summary["quantiles"], device=model.device))
         return dict(summary) | {"quantiles": [round(float(value), 6) for value in model.post_processor(raw).pred_score]}
 
     good = known.get("good")  # checkpoints of before do not say
