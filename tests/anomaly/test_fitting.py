@@ -11,8 +11,9 @@ from anomalib_ot.anomaly import scales
 from anomalib_ot.anomaly.assignment import assign
 from anomalib_ot.anomaly.fitting import fit_bank
 from anomalib_ot.anomaly.members import Member
+from anomalib_ot.anomaly.nearest import k_means
 from anomalib_ot.anomaly.prototypes import PrototypeBank
-from anomalib_ot.anomaly.start import cell_positions, k_means, spread_points
+from anomalib_ot.anomaly.start import cell_positions
 from anomalib_ot.anomaly.training_patches import EncodedPatches, Patches
 
 FEATURE_COSTS = ("cosine", "euclidean", "whitened")
@@ -297,32 +298,3 @@ def test_features_that_are_not_finite(bad):
 def test_a_single_patch():
     bank, _ = fit(torch.rand(1, 1, 4), grid=(1, 1), num_prototypes=1)
     assert scores(bank, torch.rand(1, 1, 4), (1, 1)).isfinite().all()
-
-
-# ---- the start
-
-
-def test_spread_points_takes_one_of_each():
-    points = torch.eye(5).repeat(30, 1)
-    for seed in range(20):
-        assert len(spread_points(points, 5, seed).unique(dim=0)) == 5
-
-
-def test_spread_points_is_seeded_and_takes_given_points_only():
-    points = torch.rand(300, 3, generator=torch.Generator().manual_seed(0))
-    chosen = spread_points(points, 7, 1)
-    assert torch.equal(chosen, spread_points(points, 7, 1))
-    assert not torch.equal(chosen, spread_points(points, 7, 2))
-    assert torch.cdist(chosen, points).min(1).values.max() < 1e-3
-    assert spread_points(torch.zeros(6, 2), 6, 0).eq(0).all()
-
-
-def test_k_means_finds_the_means_of_clusters_and_of_directions():
-    generator = torch.Generator().manual_seed(0)
-    centers = torch.eye(4) * 5
-    points = centers.repeat(50, 1) + 0.01 * torch.rand(200, 4, generator=generator)
-    assert torch.cdist(centers, k_means(points, 4, 0)).min(1).values.max() < 0.02
-    stretched = points * (0.5 + torch.rand(200, 1, generator=generator))
-    directions = k_means(stretched, 4, 0, spherical=True)
-    torch.testing.assert_close(directions.norm(dim=1), stretched.norm(dim=1).mean().expand(4), rtol=1e-3, atol=0)
-    assert (directions / directions.norm(dim=1, keepdim=True)).max(1).values.min() > 0.999

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from anomalib_ot.anomaly.growth import allow_amounts, costliest_patch
 from anomalib_ot.anomaly.members import make_members
@@ -12,28 +10,7 @@ from anomalib_ot.anomaly.scoring import TransportScore
 from anomalib_ot.anomaly.training_patches import Patches
 from anomalib_ot.vision.patches import MapSmoother
 
-SIZE = (64, 80)
-
-
-class Network(nn.Module):
-    """Two layers of random convolutions."""
-
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.first, self.second = nn.Conv2d(3, 12, 8, stride=8), nn.Conv2d(12, 20, 2, stride=2)
-
-    @torch.no_grad()
-    def forward(self, images):
-        fine = self.first(images).relu()
-        return {"fine": fine, "coarse": self.second(fine).relu()}
-
-
-def textures(count, seed=0):
-    layout = torch.rand(1, 3, 4, 5, generator=torch.Generator().manual_seed(100))
-    layout = F.interpolate(2 * layout, size=SIZE, mode="bilinear")
-    return layout + 0.1 * torch.rand(count, 3, *SIZE, generator=torch.Generator().manual_seed(seed))
+from .test_model import SIZE, Network, textures
 
 
 def stained(images):

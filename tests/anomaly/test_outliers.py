@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from anomalib_ot.anomaly.fitting import fit_bank, forget_outliers
+from anomalib_ot.anomaly.fitting import fit_bank
 from anomalib_ot.anomaly.members import Member
-from anomalib_ot.anomaly.outliers import supported, unlike_others
+from anomalib_ot.anomaly.outliers import forget_outliers, supported, unlike_others
 from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.anomaly.training_patches import EncodedPatches, Patches
 

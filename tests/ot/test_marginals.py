@@ -66,6 +66,7 @@ BAD_VALUES = {
         {"cost": torch.tensor([[0.0, 1.0, 2.0], [math.inf, math.inf, 1.0]]), "b": torch.tensor([0.5, 0.5, 0.0])},
         "row 1 of cost in batch item 0 has no allowed partner with mass",
     ),
+    "negative rho": ({"rho_b": torch.tensor(-1.0)}, "rho_b is -1; expected at least 0"),
     "NaN rho": ({"rho_b": torch.tensor([1.0, math.nan, 1.0])}, r"rho_b\[1\] is nan; expected at least 0"),
 }
 

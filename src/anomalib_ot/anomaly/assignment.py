@@ -17,21 +17,17 @@ from anomalib_ot.anomaly.support import nearest_support
 from anomalib_ot.ot import SparseTransport, Transport, sinkhorn, sparse_sinkhorn
 
 POT_PAIRS = 2_000_000
-MEGABYTE = 10**6
 logger = logging.getLogger(__name__)
 
 
 class Assignment(NamedTuple):
-    """Who goes where: `plan` (n, K), its transport `cost` per unit of mass, whether the solver reached its tolerance.
+    """Who goes where, and how well that was solved."""
 
-    The plan is sparse (CSR) where only some pairs were considered. `potentials` is what a similar problem may start
-    from: a transport without its plan and costs; None with POT.
-    """
-
-    plan: Tensor
-    cost: float
+    plan: Tensor  # (n, K), sparse (CSR) where only some pairs were considered
+    cost: float  # of transport, per unit of mass
     reached_tolerance: bool
     num_iters: int
+    # What a similar problem may start from: a transport without its plan and costs; None with POT.
     potentials: Transport | SparseTransport | None
 
 
@@ -43,21 +39,13 @@ def assign(
     start: Transport | SparseTransport | None = None,
     neighbors: int | None = None,
 ) -> Assignment:
-    """Assign patches to prototypes by entropic transport from equal masses.
+    """Assign encoded patches (n, D') to prototypes by entropic transport from equal masses.
 
-    Costs have one scale for all prototypes. Scales that the member leaves open (`scale` "largest", no
-    `position_unit`) are the maxima of this batch, as published.
-
-    Args:
-        bank: The member.
-        encoded: Encoded patches (n, D').
-        positions: Their positions (n, 2); or (N, 2) of the N patches of an image, the same for each of n / N images.
-        energy_unit: The feature cost that counts as 1.
-        start: The potentials of a similar problem.
-        neighbors: Consider only this many prototypes per patch, and half as many patches per prototype; None: all.
-
-    Raises:
-        ValueError: If POT is to solve a problem of more than two million pairs.
+    Their positions are (n, 2), or (N, 2) of the N patches of an image, the same for each of n / N images. Costs have
+    one scale for all prototypes: the feature cost `energy_unit` counts as 1, and scales that the member leaves open
+    (`scale` "largest", no `position_unit`) are the maxima of this batch, as published. `start` are the potentials of a
+    similar problem. With `neighbors` only this many prototypes per patch are considered, and half as many patches per
+    prototype. A `ValueError` if POT is to solve a problem of more than two million pairs.
     """
     member = bank.member
     settings = {
@@ -92,14 +80,13 @@ def assign(
 
 def _found(transport: Transport | SparseTransport) -> Assignment:
     """Keep of an answer what is needed."""
-    plan = transport.plan
-    mass = transport.values.sum() if isinstance(transport, SparseTransport) else plan.sum()
-    price, reached = float(transport.value / mass), bool(transport.reached_tolerance)
-    nothing = transport.g.new_zeros(0)
+    plan, nothing = transport.plan, transport.g.new_zeros(0)
     if isinstance(transport, SparseTransport):
-        light = replace(transport, values=nothing, f=nothing, support=None, a=nothing)
+        mass, heavy = transport.values.sum(), {"values": nothing, "support": None}
     else:
-        light = replace(transport, plan=nothing, f=nothing, cost=nothing, a=nothing)
+        mass, heavy = plan.sum(), {"plan": nothing, "cost": nothing}
+    price, reached = float(transport.value / mass), bool(transport.reached_tolerance)
+    light = replace(transport, f=nothing, a=nothing, **heavy)
     return Assignment(plan, price, reached, int(transport.num_iters), light)
 
 
@@ -111,7 +98,7 @@ def images_per_problem(member: Member, patches_per_image: int, num_prototypes: i
     """
     if member.max_problem_mb is None:
         return member.batch_images
-    one_image = 4 * patches_per_image * num_prototypes / MEGABYTE
+    one_image = 4 * patches_per_image * num_prototypes / 1e6
     fitting = int(member.max_problem_mb / one_image)
     if fitting < 1:
         msg = (
@@ -130,14 +117,7 @@ def images_per_problem(member: Member, patches_per_image: int, num_prototypes: i
 
 
 def _solve_with_pot(member: Member, cost: Tensor) -> Assignment:
-    """Solve with POT in float64, from potentials 0: slow, and nobody else's code than the field's reference.
-
-    Its own measure of convergence is another one: it stops at the tolerance over the root of the number of prototypes,
-    which for hard marginals is at least as strict as ours.
-
-    References:
-        R. Flamary et al., "POT: Python optimal transport", JMLR 2021.
-    """
+    """Solve with POT in float64 (R. Flamary et al., JMLR 2021), from potentials 0: slow, and the field's reference."""
     if cost.numel() > POT_PAIRS:
         msg = (
             f"solver='pot' is for small problems: {cost.shape[0]} patches x {cost.shape[1]} prototypes are more than "
@@ -148,6 +128,7 @@ def _solve_with_pot(member: Member, cost: Tensor) -> Assignment:
 
     matrix = cost.detach().cpu().double().numpy()
     a, b = (np.full(count, 1 / count) for count in matrix.shape)
+    # POT stops by a measure of its own, which for hard marginals is at least as strict as ours.
     options = {"reg": member.epsilon, "numItermax": member.max_iters, "stopThr": member.tolerance / math.sqrt(len(b))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what POT says about convergence is measured below, and told once

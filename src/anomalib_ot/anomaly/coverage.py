@@ -25,20 +25,12 @@ LEAST_GAIN = 0.02  # of the held-out distance, by twice as many prototypes
 
 
 def farthest_points(points: Tensor, count: int, seed: int, *, quantile: float = 1.0) -> Tensor:
-    """Choose points far from each other: each is the farthest from those before it (greedy k-center).
+    """Choose points far from each other among points (P, D): each is the farthest from those before it.
 
-    Args:
-        points: Points (P, D) to choose from.
-        count: How many, at most P.
-        seed: Draws the first one.
-        quantile: Points beyond this quantile of the distance are passed over while others are left, so that single
-            outliers of a contaminated training set are not chosen; 1 takes the very farthest.
-
-    Returns:
-        Numbers (count,) of the points chosen. The first k of them are the answer for k.
-
-    References:
-        T. Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985 (within twice the optimum).
+    Returns their numbers (count,), of which the first k are the answer for k; the seed draws the first one. Points
+    beyond the `quantile` of the distance are passed over while others are left, so that single outliers of a
+    contaminated training set are not chosen; 1 takes the very farthest. This is greedy k-center: T. Gonzalez,
+    "Clustering to minimize the maximum intercluster distance", 1985 (within twice the optimum).
     """
     first = int(torch.randint(len(points), (1,), generator=torch.Generator().manual_seed(seed)))
     chosen, lengths = [first], points.square().sum(1)
@@ -65,11 +57,8 @@ class Barycenters:
     """Weighted sums of the patches of each prototype: ``m_j = sum d^(p-2) x / sum d^(p-2)`` over its patches.
 
     A step of Lloyd's algorithm for the cost ``d^p`` moves a prototype to `m_j`, or by ``1 / (p - 1)`` of the way for p
-    above 2 (iteratively reweighted least squares, damped as in Newton's method).
-
-    Args:
-        prototypes: Where they are now (K, D), on the CPU.
-        order: The order p, 1 or more and finite.
+    above 2 (iteratively reweighted least squares, damped as in Newton's method). The prototypes (K, D) lie on the CPU;
+    the order p is 1 or more and finite.
     """
 
     def __init__(self, prototypes: Tensor, order: float) -> None:
@@ -112,17 +101,10 @@ def comparable(member: Member, encoded: Tensor) -> Tensor:
 def measure_coverage(bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> Coverage | None:
     """Measure on held-out images how many prototypes the data ask for, and how far normal patches are then.
 
-    A fifth of the images (32 at most) is held out. Farthest points of a sample of the others, moved once to the
-    barycenters of the sample, are compared: twice as many are taken as long as the mean distance of held-out patches
-    falls by at least 2 %, up to `max_prototypes` and to one prototype for every 48 training patches.
-
-    Args:
-        bank: The member; it is not changed.
-        encoded: The patches.
-        seed: Draws the held-out images and the samples.
-
-    Returns:
-        None for a single image: nothing can be held out.
+    A fifth of the images (32 at most), drawn with the seed, is held out. Farthest points of a sample of the others,
+    moved once to the barycenters of the sample, are compared: twice as many are taken as long as the mean distance of
+    held-out patches falls by at least 2 %, up to `max_prototypes` and to one prototype for every 48 training patches.
+    None for a single image: nothing can be held out.
     """
     member, images = bank.member, encoded.num_images
     if images < 2:
@@ -136,9 +118,9 @@ def measure_coverage(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
     fixed = member.num_prototypes != "auto"
     largest = min(int(member.num_prototypes) if fixed else bound, len(points))
     chosen = points[farthest_points(points, largest, seed, quantile=QUANTILE)]
-    counts = [largest] if fixed else _doublings(largest)
+    doublings = 0 if fixed else max(math.ceil(math.log2(largest / FEWEST)), 0)
     radii: list[tuple[int, float, float]] = []
-    for count in counts:
+    for count in [*(FEWEST * 2**times for times in range(doublings)), largest]:
         step = Barycenters(chosen[:count], 2.0)
         step.add(points)
         distance = metric_of(member, nearest_distance(held_out, comparable(member, step.moved()))[0])
@@ -155,14 +137,6 @@ def start_by_coverage(bank: PrototypeBank, encoded: EncodedPatches, count: int, 
     return points[farthest_points(points, count, seed, quantile=QUANTILE)]
 
 
-def refine_by_nearest(bank: PrototypeBank, encoded: EncodedPatches) -> tuple[Tensor, float]:
-    """Return prototypes moved once to the barycenters of order p of all patches, and the mean cost before the step."""
-    step = Barycenters(comparable(bank.member, bank.prototypes).cpu(), bank.member.order)
-    for block in encoded.blocks():
-        step.add(comparable(bank.member, block.flatten(0, 1)))
-    return step.moved().to(encoded.device), step.mean_cost
-
-
 def _sample(bank: PrototypeBank, encoded: EncodedPatches, images: Tensor, bound: int, seed: int) -> Tensor:
     """Return at most `bound` patches of these images as comparable vectors."""
     numbers = sample_numbers(len(images) * encoded.per_image, bound, seed)
@@ -173,13 +147,3 @@ def _sample(bank: PrototypeBank, encoded: EncodedPatches, images: Tensor, bound:
 def metric_of(member: Member, squared: Tensor) -> Tensor:
     """Return the member's feature distance for a squared distance of comparable vectors."""
     return squared / 2 if member.feature_cost == "cosine" else squared.sqrt()
-
-
-def _doublings(largest: int) -> list[int]:
-    """Return 256, 512, ... and the largest number; the largest alone if it is below 512."""
-    counts = []
-    count = FEWEST
-    while count < largest:
-        counts.append(count)
-        count *= 2
-    return [*counts, largest]

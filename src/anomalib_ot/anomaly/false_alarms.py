@@ -18,48 +18,33 @@ ROUNDING = 1e-9  # (n + 1) * rate is a whole number where rounding leaves it so 
 
 
 class GoodThreshold(NamedTuple):
-    """A threshold from scores of good images.
+    """A threshold from scores of good images."""
 
-    Args:
-        value: The threshold; a score above it is a defect.
-        count: Number of good images.
-        rate: The false-alarm rate to expect, averaged over draws of the good images; in (0, 1).
-        interval: Ends of the central 95 % interval of the rate that this threshold has, each in [0, 1].
-    """
-
-    value: float
-    count: int
-    rate: float
-    interval: tuple[float, float]
+    value: float  # the threshold; a score above it is a defect
+    count: int  # number of good images
+    rate: float  # the false-alarm rate to expect, averaged over draws of the good images; in (0, 1)
+    interval: tuple[float, float]  # ends of the central 95 % interval of the rate of this threshold, each in [0, 1]
 
 
 def least_count(rate: float) -> int:
     """Return how many good images a false-alarm rate needs: the least n with 1 / (n + 1) <= rate.
 
-    Args:
-        rate: In (0, 1).
-
-    Raises:
-        ValueError: If the rate is out of range.
+    A `ValueError` if the rate is not in (0, 1).
 
     >>> least_count(0.01)
     99
     """
-    _check_rate(rate)
+    if not 0 < rate < 1:  # NaN, too
+        msg = f"max_false_alarms is {rate!r}; expected a rate above 0 and below 1, such as 0.01"
+        raise ValueError(msg)
     return max(1, math.ceil(1 / rate - ROUNDING) - 1)
 
 
 def good_threshold(scores: Sequence[float], rate: float) -> GoodThreshold:
-    """Return the ceil((n + 1)(1 - rate))-th smallest of n scores.
+    """Return the ceil((n + 1)(1 - rate))-th smallest of n scores of good images that the model was not trained on.
 
     The false-alarm rate of the k-th smallest score is distributed as Beta(n + 1 - k, k), with mean (n + 1 - k)/(n + 1).
-
-    Args:
-        scores: Scores (n,) of good images that the model was not trained on, any unit.
-        rate: The highest false-alarm rate to expect, in (0, 1).
-
-    Raises:
-        ValueError: If the rate is out of range, a score is not finite, or the scores are too few for the rate.
+    A `ValueError` if the highest rate to expect is not in (0, 1), a score is not finite, or there are too few for it.
 
     References:
         V. Vovk, A. Gammerman, G. Shafer, "Algorithmic Learning in a Random World", 2005, chapter 2. S. S. Wilks,
@@ -68,12 +53,12 @@ def good_threshold(scores: Sequence[float], rate: float) -> GoodThreshold:
     >>> good_threshold(range(19), 0.05).value
     18.0
     """
-    _check_rate(rate)
+    needed = least_count(rate)
     ordered = np.sort(np.asarray(scores, dtype=np.float64).ravel())
     if not np.isfinite(ordered).all():
         msg = f"scores hold {int((~np.isfinite(ordered)).sum())} NaN or infinite values; expected finite ones"
         raise ValueError(msg)
-    count, needed = len(ordered), least_count(rate)
+    count = len(ordered)
     if count < needed:
         best = f"{count} promise {1 / (count + 1):.3g} at best" if count else "there are none"
         msg = f"a false-alarm rate of {rate:g} needs at least {needed} good images, and {best}"
@@ -86,20 +71,10 @@ def good_threshold(scores: Sequence[float], rate: float) -> GoodThreshold:
 
 
 def count_interval(found: int, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of a rate of which `found` of `count` were seen.
+    """Return the 95 % interval, within [0, 1], of a rate of which `found` of `count` were seen; of 0 it is (0, 1).
 
-    Args:
-        found: Number of events, 0 to `count`.
-        count: Number of trials, >= 0; without any the interval is (0, 1).
-
-    Returns:
-        Lower and upper end, each in [0, 1].
-
-    Raises:
-        ValueError: If `found` is below 0 or above `count`.
-
-    References:
-        C. J. Clopper, E. S. Pearson, "The use of confidence or fiducial limits", 1934.
+    A `ValueError` if `found` is below 0 or above `count`. The interval is that of C. J. Clopper, E. S. Pearson, "The
+    use of confidence or fiducial limits", 1934.
 
     >>> count_interval(0, 0)
     (0.0, 1.0)
@@ -111,9 +86,3 @@ def count_interval(found: int, count: int) -> tuple[float, float]:
     low = 0.0 if found == 0 else float(beta.ppf(tail, found, count - found + 1))
     high = 1.0 if found == count else float(beta.ppf(1 - tail, found + 1, count - found))
     return low, high
-
-
-def _check_rate(rate: float) -> None:
-    if not 0 < rate < 1:  # NaN, too
-        msg = f"max_false_alarms is {rate!r}; expected a rate above 0 and below 1, such as 0.01"
-        raise ValueError(msg)

@@ -1,12 +1,10 @@
 """Fitting prototypes: statistics, a start from the data, refinement by transport, measured scales."""
 
 import logging
-from collections.abc import Sequence
 
 import torch
 
 from anomalib_ot.anomaly.coverage import measure_coverage
-from anomalib_ot.anomaly.outliers import drop_prototypes_of, supported, unlike_others
 from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.anomaly.refinement import Report, refine
 from anomalib_ot.anomaly.scales import measure_calibration, measure_scales, set_statistics
@@ -20,30 +18,19 @@ logger = logging.getLogger(__name__)
 def fit_bank(
     bank: PrototypeBank, patches: Patches, seed: int, *, resume: bool = False, report: Report | None = None
 ) -> float:
-    """Fit one member to normal patches, on the device of its buffers.
+    """Fit one member to normal patches, on the device of its buffers; return the cost that `refine` does.
 
     Statistics and start come first (unless `resume`: then the prototypes at hand are refined further), then `passes`
     rounds of assignment: patches go to their nearest prototypes, or those of a few images are assigned to them by one
     entropic problem, and prototypes move towards the barycenter of what they received. At last the scales of the metric
-    are measured on all patches.
+    are measured on all patches. `report` is called with (refinement steps done, steps in all).
 
     Patches are read a few images at a time, about eight times each: memory depends on the number of prototypes and on
-    the size of an image's embeddings, and not on how many images there are.
+    the size of an image's embeddings, and not on how many images there are. The order of the images must not depend on
+    which process saw which when.
 
-    Args:
-        bank: The member; its buffers are set.
-        patches: What to fit to, images in an order that does not depend on which process saw which when.
-        seed: Seed of the start, of the order of images and of samples.
-        resume: Refine the prototypes that the bank holds.
-        report: Called with (refinement steps done, steps in all).
-
-    Returns:
-        Mean transport cost per unit of mass over the last pass (NaN without a pass); with a `validation_split`, that of
-        the held-out images to the prototypes that are kept.
-
-    Raises:
-        ValueError: If embeddings are not finite, there are fewer patches than prototypes, or an assignment is too large
-            for `max_problem_mb` or for POT.
+    A `ValueError` if embeddings are not finite, there are fewer patches than prototypes, or an assignment is too large
+    for `max_problem_mb` or for POT.
     """
     encoded, weight = EncodedPatches(bank, patches), bank.member.weight
     with full_precision(bank.prototypes):
@@ -71,33 +58,3 @@ def fit_bank(
             tried,
         )
     return cost
-
-
-def forget_outliers(banks: Sequence[PrototypeBank], patches: Sequence[Patches], seed: int) -> list[int]:
-    """Find training images unlike all others, such as defective ones, and drop what they alone have taught members.
-
-    Each member that covers with nearest assignment finds such images for itself (`unlike_others`), and those with
-    `drop_outliers` drop the prototypes.
-
-    Args:
-        banks: Fitted members.
-        patches: What each was fitted to, the same images in the same order.
-        seed: Seed of the samples that scales are measured on.
-
-    Returns:
-        Numbers of the images that half of these members, or more, find unlike all others, ascending.
-    """
-    votes = []
-    for bank, known in zip(banks, patches, strict=True):
-        if bank.coverage is None or bank.member.assignment != "nearest":
-            continue
-        encoded = EncodedPatches(bank, known)
-        with full_precision(bank.prototypes):
-            several, mass = supported(bank, encoded)
-            found = unlike_others(bank, encoded, several)
-            votes.append(found.int())
-            images = found.nonzero().flatten().tolist() if bank.member.drop_outliers else []
-            if images and drop_prototypes_of(bank, encoded, images, several, mass):
-                measure_scales(bank, encoded, seed)
-                measure_calibration(bank, encoded, seed)
-    return (2 * sum(votes) >= len(votes)).nonzero().flatten().tolist() if votes else []

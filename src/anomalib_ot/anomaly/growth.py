@@ -17,14 +17,9 @@ __all__ = ["add_prototype", "allow_amounts", "costliest_patch"]
 def costliest_patch(
     cost: Tensor, smoother: MapSmoother, pixel: tuple[int, int], size: tuple[int, int], align_corners: bool
 ) -> int:
-    """Return the number of the patch that has the largest part in a pixel of a map.
+    """Return the number of the patch that has the largest part in a pixel (row, column) of a map.
 
-    Args:
-        cost: Costs (h, w) of the patches of an image.
-        smoother: Brings them to pixels.
-        pixel: Row and column.
-        size: Height and width of the map, pixels.
-        align_corners: How costs are interpolated, see `upsample_weights`.
+    The smoother brings the costs (h, w) of the patches to the map's size (H, W), see `upsample_weights`.
     """
     reflect = smoother.radius < min(size)
     rows, columns = (
@@ -34,15 +29,10 @@ def costliest_patch(
 
 
 def add_prototype(bank: PrototypeBank, embedding: Tensor, position: Tensor) -> None:
-    """Make a patch a prototype, after those that are there, which stay as they are.
+    """Make a patch with this embedding (D,) a prototype, after those that are there, which stay as they are.
 
-    It lies where the patch does; its scale and the radius within which it is at home are the medians of the others,
-    since one patch does not tell them.
-
-    Args:
-        bank: The member, fitted.
-        embedding: The embedding (D,) of the patch.
-        position: Its position (y, x), each in [0, 1].
+    It lies where the patch does, at (y, x) in [0, 1]; its scale and the radius within which it is at home are the
+    medians of the others, since one patch does not tell them.
     """
     bank.prototypes = torch.cat([bank.prototypes, bank.encode(embedding.float())[None]])
     bank.positions = torch.cat([bank.positions, position[None]])
@@ -54,17 +44,11 @@ def add_prototype(bank: PrototypeBank, embedding: Tensor, position: Tensor) -> N
 def allow_amounts(score: TransportScore, roots: Tensor) -> bool:
     """Let the transport score add nothing for an image with these amounts; return whether it did before.
 
-    With the distance ``d^2 = v^T P v`` of the image, ``v = h - mu``, and the distance `c` from which on amounts count,
-    the covariance grows by ``(1 / c^2 - 1 / d^2) v v^T``: in this direction by just as much as it takes, in those at
-    right angles (in the metric `P`) not at all.
-
-    Args:
-        score: The transport score; its precision `P` is changed.
-        roots: Square roots (members * kinds,) of the amounts of the image.
-
-    References:
-        J. Sherman, W. Morrison, "Adjustment of an inverse matrix corresponding to a change in one element of a given
-        matrix", 1950.
+    `roots` (members * kinds,) are their square roots `h`. With the distance ``d^2 = v^T P v`` of the image, ``v = h -
+    mu``, and the distance `c` from which on amounts count, the covariance grows by ``(1 / c^2 - 1 / d^2) v v^T``: in
+    this direction by just as much as it takes, in those at right angles (in the metric `P`) not at all. `P` follows by
+    J. Sherman, W. Morrison, "Adjustment of an inverse matrix corresponding to a change in one element of a given
+    matrix", 1950.
     """
     away, precision = (roots - score.mean).double(), score.precision.double()
     squared, allowed = float(away @ precision @ away), float(score.center + score.spread)

@@ -7,14 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anomalib_ot.anomaly.fitting import fit_bank, forget_outliers
+from anomalib_ot.anomaly.fitting import fit_bank
 from anomalib_ot.anomaly.growth import add_prototype, allow_amounts, costliest_patch
 from anomalib_ot.anomaly.members import Member
+from anomalib_ot.anomaly.outliers import forget_outliers
 from anomalib_ot.anomaly.prototypes import PatchScores, PrototypeBank, take_saved_shapes
 from anomalib_ot.anomaly.region import patches_inside
 from anomalib_ot.anomaly.scoring import LEAST_PLACED, TransportScore, find_kinds, image_score, places_of_kinds
 from anomalib_ot.anomaly.training_patches import EncodedPatches, Patches
 from anomalib_ot.ot.precision import full_precision
+from anomalib_ot.ot.threads import is_traced
 from anomalib_ot.vision.patches import MapSmoother, patch_embeddings
 from anomalib_ot.vision.tiling import Tiling
 
@@ -55,33 +57,26 @@ class Explained(NamedTuple):
     missing_map: Tensor | None = None
 
 
-def portions(images: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield (start, images): on a CPU a few at a time, which bounds memory whatever the batch size."""
-    size = CPU_PORTION if images.device.type == "cpu" else len(images)
-    for start in range(0, len(images), size):
-        yield start, images[start : start + size]
-
-
 def training_portions(
     images: Tensor, keys: Sequence[str] | None, tiling: Tiling | None
 ) -> Iterator[tuple[Tensor, Sequence[str] | None]]:
     """Yield what the network sees of a training batch, with a name for each: images, or the tiles of each image."""
+    size = _portion(images, tiling)
+    for number, part in enumerate([images] if tiling is None else images.split(1)):
+        seen, names = part, keys
+        if tiling is not None:
+            seen = tiling.cut(part)
+            names = None if keys is None else [f"{keys[number]} tile {i:05}" for i in range(len(seen))]
+        for start in range(0, len(seen), size):
+            yield seen[start : start + size], None if names is None else names[start : start + size]
+
+
+def _portion(images: Tensor, tiling: Tiling | None) -> int:
+    """Number of images, or tiles, that go through the network at a time, which bounds memory whatever there is."""
+    on_cpu = images.device.type == "cpu"
     if tiling is None:
-        for start, some in portions(images):
-            yield some, None if keys is None else keys[start : start + len(some)]
-        return
-    for number, image in enumerate(images.split(1)):
-        tiles, start = tiling.cut(image), 0
-        for some in tiles.split(_tile_portion(tiling, images)):
-            names = None if keys is None else [f"{keys[number]} tile {start + i:05}" for i in range(len(some))]
-            yield some, names
-            start += len(some)
-
-
-def _tile_portion(tiling: Tiling, images: Tensor) -> int:
-    """Number of tiles that go through the network at a time, which bounds memory whatever the size of images."""
-    pixels = CPU_TILE_PIXELS if images.device.type == "cpu" else TILE_PIXELS
-    return max(pixels // (tiling.size[0] * tiling.size[1]), 1)
+        return CPU_PORTION if on_cpu else len(images)
+    return max((CPU_TILE_PIXELS if on_cpu else TILE_PIXELS) // (tiling.size[0] * tiling.size[1]), 1)
 
 
 class PrototypesModel(nn.Module):
@@ -140,13 +135,10 @@ class PrototypesModel(nn.Module):
         self.set_region(self.roi)
 
     def set_region(self, roi: Tensor) -> None:
-        """Let only some pixels count, in the fit and in scores; to be called before the fit.
+        """Let only some pixels (H, W) count, at least one, in the fit and in scores; empty: all.
 
-        The others are replaced by the mean color before the backbone sees them, their patches are left out, and the map
-        is 0 there: nothing depends on what they show.
-
-        Args:
-            roi: Pixels (H, W) that count, bool, at least one; empty: all.
+        To be called before the fit. The others are replaced by the mean color before the backbone sees them, their
+        patches are left out, and the map is 0 there: nothing depends on what they show.
         """
         self.roi = roi
         for bank in self.banks:  # known once a grid is
@@ -156,7 +148,7 @@ class PrototypesModel(nn.Module):
     @property
     def sources(self) -> list[Source]:
         """The distinct (layers, pooling) that members take their embeddings from, in order."""
-        return list(dict.fromkeys((bank.member.layers, bank.member.pooling) for bank in self.banks))
+        return list(dict.fromkeys(bank.source for bank in self.banks))
 
     def embed(self, images: Tensor) -> Embedded:
         """Return embeddings (B, N, D) and grid size per source, in float32 whatever autocast says.
@@ -194,7 +186,7 @@ class PrototypesModel(nn.Module):
 
     def _inside(self, source: Source, grid: tuple[int, int]) -> Tensor:
         """Return the numbers of the patches that count, the same for all members with this source."""
-        banks = [bank for bank in self.banks if (bank.member.layers, bank.member.pooling) == source]
+        banks = [bank for bank in self.banks if bank.source == source]
         if not len(banks[0].inside):
             inside, nearest = patches_inside(self.roi, grid)
             for bank in banks:
@@ -226,7 +218,7 @@ class PrototypesModel(nn.Module):
 
     def predict(self, images: Tensor) -> Explained:
         """Score normalized images (B, 3, H, W) as `forward` does, in portions."""
-        parts = [self(some) for _, some in portions(images)]
+        parts = [self(some) for some in images.split(_portion(images, None))]
         return Explained(*(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)))
 
     def _tiled(self, images: Tensor, tiling: Tiling) -> Explained:
@@ -238,12 +230,12 @@ class PrototypesModel(nn.Module):
                 f"{list(tiling.size)}); expected images of at least that size: keep the default pre_processor"
             )
             raise ValueError(msg)
-        exported = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        exported = is_traced()
         parts = [images] if exported else images.split(1)  # alone, an image scores as it does in a batch
         maps = []
         for part in parts:
             tiles = tiling.cut(part).unflatten(0, (-1, len(tiling.corners(*size))))
-            count = _tile_portion(tiling, images)
+            count = _portion(images, tiling)
             if exported:
                 count = max(count, -(-tiles.shape[1] // EXPORTED_PORTIONS))
             found = [self._tile_maps(some) for some in tiles.split(count, dim=1)]
@@ -268,7 +260,7 @@ class PrototypesModel(nn.Module):
         parts: dict[tuple[tuple[int, int], bool], Tensor] = {}  # what is brought to pixels alike is summed before
         matched = []
         for bank in self.banks:
-            embeddings, grid = embedded[bank.member.layers, bank.member.pooling]
+            embeddings, grid = embedded[bank.source]
             scores = bank(embeddings, grid)
             maps = torch.stack([scores.feature, scores.position], dim=1).unflatten(2, grid) * bank.weight / weight
             alike = grid, bank.member.align_corners
@@ -292,25 +284,17 @@ class PrototypesModel(nn.Module):
         resume: bool = False,
         report: Callable[[str, int, int], None] | None = None,
     ) -> list[float]:
-        """Fit every member, and the transport score, to normal patches, on the device of the model's buffers.
+        """Fit every member, and the transport score, to normal patches per source, on the device of the buffers.
 
-        Args:
-            patches: Normal patches per source.
-            size: Height and width of the images that they come from, pixels.
-            seed: Makes two fits equal.
-            resume: Refine what is there instead of starting anew.
-            report: Called with (what is done, steps done, steps in all).
-
-        Returns:
-            The mean transport cost of each member's last pass.
+        The patches are of images of this size (H, W), pixels. `resume` refines what is there instead of starting anew,
+        `seed` makes two fits equal, and `report` is called with (what is done, steps done, steps in all). Returns the
+        mean transport cost of each member's last pass.
         """
-        costs = []
-        for number, bank in enumerate(self.banks):
+        costs, known = [], [patches[bank.source] for bank in self.banks]
+        for number, (bank, own) in enumerate(zip(self.banks, known, strict=True)):
             name = f"member {number + 1} of {len(self.banks)}"
             progress = None if report is None else (lambda done, of, name=name: report(name, done, of))
-            known = patches[bank.member.layers, bank.member.pooling]
-            costs.append(fit_bank(bank, known, seed + number, resume=resume, report=progress))
-        known = [patches[bank.member.layers, bank.member.pooling] for bank in self.banks]
+            costs.append(fit_bank(bank, own, seed + number, resume=resume, report=progress))
         self.outliers = forget_outliers(list(self.banks), known, seed)
         if self.transport_score is not None:
             with full_precision(self.is_fitted):
@@ -329,18 +313,12 @@ class PrototypesModel(nn.Module):
 
     @torch.no_grad()
     def grow(self, image: Tensor, limit: float) -> Growth:
-        """Add prototypes until a good image scores at most `limit`; nothing changes where it does already.
+        """Add prototypes until a good image, normalized (1, 3, H, W), scores at most `limit`, which is above 0.
 
-        Greedy as `farthest_points`: as long as the map's score is above the limit, the patch that has the largest part
-        in the map's highest pixel becomes a prototype of each member. If the image's amounts are unusual besides, the
-        transport score allows them. What is there stays as it is, and no image scores higher than before.
-
-        Args:
-            image: The normalized image (1, 3, H, W).
-            limit: In units of the image score, above 0.
-
-        Raises:
-            ValueError: If even a prototype for each patch leaves the score above the limit.
+        Nothing changes where it does already. Greedy as `farthest_points`: as long as the map's score is above the
+        limit, the patch that has the largest part in the map's highest pixel becomes a prototype of each member. If the
+        image's amounts are unusual besides, the transport score allows them. What is there stays as it is, and no image
+        scores higher than before. A `ValueError` if even a prototype for each patch leaves the score above the limit.
         """
         before, added = float(self(image).pred_score), [set() for _ in self.banks]
         if before <= limit:
@@ -350,7 +328,7 @@ class PrototypesModel(nn.Module):
             known = sum(map(len, added))
             pixel = divmod(int(found.anomaly_map.argmax()), size[1])
             for bank, taken in zip(self.banks, added, strict=True):
-                embeddings, grid = embedded[bank.member.layers, bank.member.pooling]
+                embeddings, grid = embedded[bank.source]
                 scores = bank(embeddings, grid)
                 rows = bank.on_grid(torch.arange(embeddings.shape[1], device=embeddings.device)[None])[0]
                 cost = (scores.feature + scores.position)[0]
@@ -363,15 +341,14 @@ class PrototypesModel(nn.Module):
             if sum(map(len, added)) == known:
                 msg = f"the score stays above {limit:g} with a prototype for each patch; expected a higher threshold"
                 raise ValueError(msg)
-        amounts = self.transport_score is not None and allow_amounts(
-            self.transport_score, self.transport_score.roots(self._kinds(embedded))[0]
-        )
+        score = self.transport_score
+        amounts = score is not None and allow_amounts(score, score.roots(self._kinds(embedded))[0])
         return Growth(before, [len(taken) for taken in added], amounts)
 
     def _fit_transport(self, patches: dict[Source, Patches], size: tuple[int, int], seed: int) -> None:
         """Learn the amounts and the local scores of the training images; of each image only a few numbers are kept."""
         for bank in self._counting_banks():
-            known = EncodedPatches(bank, patches[bank.member.layers, bank.member.pooling])
+            known = EncodedPatches(bank, patches[bank.source])
             find_kinds(bank, known, self.transport_score.num_groups, seed)
         roots, local, found = [], [], []
         num_images, device = len(next(iter(patches.values())).embeddings), self.is_fitted.device
@@ -386,7 +363,7 @@ class PrototypesModel(nn.Module):
             sums = [of_bank.sum(0) for of_bank in kinds]
             found = [before + now for before, now in zip(found, sums, strict=True)] if found else sums
         for bank, occupied in zip(self._counting_banks(), found, strict=True):
-            grid = patches[bank.member.layers, bank.member.pooling].grid_size
+            grid = patches[bank.source].grid_size
             bank.occupancy = places_of_kinds(occupied / num_images, num_images)
             bank.occupancy = bank.on_grid(bank.occupancy[None])[0].T.unflatten(1, grid).contiguous()
         self.transport_score.learn(torch.cat(roots), torch.cat(local))
@@ -395,11 +372,11 @@ class PrototypesModel(nn.Module):
         """The first member of each space of features: others with the same one would count the same."""
         spaces: dict[tuple, PrototypeBank] = {}
         for bank in self.banks:
-            spaces.setdefault((bank.member.layers, bank.member.pooling, bank.member.feature_cost), bank)
+            spaces.setdefault((bank.source, bank.member.feature_cost), bank)
         return list(spaces.values())
 
     def _kinds(self, embedded: Embedded) -> list[Tensor]:
-        return [bank.kinds_of(embedded[bank.member.layers, bank.member.pooling][0]) for bank in self._counting_banks()]
+        return [bank.kinds_of(embedded[bank.source][0]) for bank in self._counting_banks()]
 
     def _missing(self, found: list[Tensor], lacking: Tensor, embedded: Embedded, size: tuple[int, int]) -> Tensor:
         """Return where kinds are missing (B, 1, H, W), 0 to 1.
@@ -413,7 +390,7 @@ class PrototypesModel(nn.Module):
         maps, banks = [], self._counting_banks()
         shares = lacking.split([kinds.shape[-1] for kinds in found], dim=1)
         for bank, kinds, share in zip(banks, found, shares, strict=True):
-            grid = embedded[bank.member.layers, bank.member.pooling][1]
+            grid = embedded[bank.source][1]
             expected = bank.occupancy
             if expected.shape[1:] != grid:
                 expected = F.interpolate(expected[None], grid, mode="bilinear", align_corners=False)[0]

@@ -8,21 +8,43 @@ from torch import Tensor
 
 from anomalib_ot.anomaly.coverage import comparable, metric_of, nearest_distance
 from anomalib_ot.anomaly.prototypes import PrototypeBank
-from anomalib_ot.anomaly.training_patches import EncodedPatches
+from anomalib_ot.anomaly.scales import measure_calibration, measure_scales
+from anomalib_ot.anomaly.training_patches import EncodedPatches, Patches
+from anomalib_ot.ot.precision import full_precision
 
 FEWEST_IMAGES = 20  # with fewer, nothing can be said of an image by the others
 SUPPORT = 3.0  # images that make a prototype one of normal patches
 WHISKER = 2.2  # distances of the quartiles
 
 
+def forget_outliers(banks: Sequence[PrototypeBank], patches: Sequence[Patches], seed: int) -> list[int]:
+    """Find training images unlike all others, such as defective ones, and drop what they alone have taught members.
+
+    Each member that covers with nearest assignment finds such images for itself (`unlike_others`), and those with
+    `drop_outliers` drop the prototypes and measure their scales again, on samples drawn with the seed. Returns the
+    numbers of the images that half of these members, or more, find unlike all others, ascending.
+    """
+    votes = []
+    for bank, known in zip(banks, patches, strict=True):
+        if bank.coverage is None or bank.member.assignment != "nearest":
+            continue
+        encoded = EncodedPatches(bank, known)
+        with full_precision(bank.prototypes):
+            several, mass = supported(bank, encoded)
+            found = unlike_others(bank, encoded, several)
+            votes.append(found.int())
+            images = found.nonzero().flatten().tolist() if bank.member.drop_outliers else []
+            if images and _drop_prototypes_of(bank, encoded, images, several, mass):
+                measure_scales(bank, encoded, seed)
+                measure_calibration(bank, encoded, seed)
+    return (2 * sum(votes) >= len(votes)).nonzero().flatten().tolist() if votes else []
+
+
 def supported(bank: PrototypeBank, encoded: EncodedPatches) -> tuple[Tensor, Tensor]:
-    """Say which prototypes several images supply.
+    """Say which prototypes have a support of at least 3, bool (K,), and the mass of each, patches (K,); on the CPU.
 
     With free masses, patches of image `i` send mass `c_ij` to prototype `j`. Its support is the effective number of
     images, ``(sum_i c_ij)^2 / sum_i c_ij^2``.
-
-    Returns:
-        Which prototypes have a support of at least 3, bool (K,), and the mass of each, patches (K,); on the CPU.
     """
     mass = torch.zeros(bank.num_prototypes, dtype=torch.float64)
     squares = torch.zeros_like(mass)
@@ -52,14 +74,10 @@ def unlike_others(bank: PrototypeBank, encoded: EncodedPatches, several: Tensor)
     return scores > high + WHISKER * (high - low)
 
 
-def drop_prototypes_of(
+def _drop_prototypes_of(
     bank: PrototypeBank, encoded: EncodedPatches, images: Sequence[int], several: Tensor, mass: Tensor
 ) -> bool:
-    """Drop the prototypes with a support below 3 that get half of their mass or more from these images.
-
-    `several` and `mass` are what `supported` returns. Scales, radii and positions of the bank must be measured again if
-    it says that any were dropped.
-    """
+    """Drop what is not `supported` and gets half of its mass or more from these images; say whether there was any."""
     theirs = sum((_masses(bank, encoded.images(torch.tensor([image]))).sum(0) for image in images), 0 * mass)
     kept = (several | (theirs < mass / 2) | (mass == 0)).to(encoded.device)
     bank.prototypes, bank.positions = bank.prototypes[kept], bank.positions[kept]

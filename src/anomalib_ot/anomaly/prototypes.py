@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_ot.anomaly.members import Member
+from anomalib_ot.ot.threads import is_traced
 from anomalib_ot.vision.patches import grid_positions
 
 TINY = 1e-12
@@ -40,27 +41,20 @@ def cheapest(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PatchScores(NamedTuple):
-    """Costs per patch: `feature` and `position` (B, N) add up to the score, the cost of the cheapest prototype.
-
-    `matched` (B, N, 2) is the position (y, x) of the prototype that the patch looks like most.
-    """
+    """Costs per patch (B, N), which add up to the score: the cost of the cheapest prototype."""
 
     feature: Tensor
     position: Tensor
-    matched: Tensor
+    matched: Tensor  # where the prototype lies (B, N, 2), (y, x), that the patch looks like most
 
 
 class Coverage(NamedTuple):
-    """What held-out images say: the number of prototypes, and how far patches are from the nearest of them.
-
-    `typical` is the mean distance, `high` the 99th percentile; `radii` are (number of prototypes, mean distance, 99th
-    percentile) for each number that was tried.
-    """
+    """What held-out images say: the number of prototypes, and how far patches are from the nearest of them."""
 
     num_prototypes: int
-    typical: float
-    high: float
-    radii: list[tuple[int, float, float]]
+    typical: float  # the mean distance
+    high: float  # the 99th percentile
+    radii: list[tuple[int, float, float]]  # for each number that was tried: it, mean distance, 99th percentile
 
 
 class PrototypeBank(nn.Module):
@@ -73,18 +67,13 @@ class PrototypeBank(nn.Module):
     buffers, fixed at fit, so that a score never depends on the other patches of an image or a batch. So is `weight`,
     that of the member's map in the mean of all.
 
-    Args:
-        member: What the bank is made of.
-
     References:
         R. Trombetta, C. Lartizien, "Learning local and global prototypes with optimal transport for unsupervised
         anomaly detection and localization", 2025, section 3 (cost; there the scales are maxima of the batch at hand).
     """
 
-    SHAPED = (
-        *("mean", "projection", "prototypes", "positions", "feature_scales", "position_tolerances"),
-        *("kinds", "occupancy"),
-    )
+    SHAPED = ("mean", "projection", "prototypes", "positions", "feature_scales", "position_tolerances")
+    SHAPED += ("kinds", "occupancy")
     SCALARS = ("position_unit", "calibration", "weight", "kind_scale")
     REGION = ("inside", "nearest_inside")  # numbers of patches; empty: all of them count
 
@@ -100,18 +89,17 @@ class PrototypeBank(nn.Module):
             self.register_buffer(name, torch.zeros(0, dtype=torch.long))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        """Take the shapes of a checkpoint: the number of prototypes is known only after the fit.
-
-        Members of version 0.1 have no weight: all count alike. Nor have they kinds of patches.
-        """
-        for name in ("weight", "kind_scale"):
-            state_dict.setdefault(prefix + name, torch.ones(()))
-        for name in ("kinds", "occupancy"):
-            state_dict.setdefault(prefix + name, torch.zeros(0))
-        for name in self.REGION:
-            state_dict.setdefault(prefix + name, torch.zeros(0, dtype=torch.long))
+        """Take the shapes of a checkpoint; members of version 0.1 have no weight (all count alike), and no kinds."""
+        empty = PrototypeBank(self.member)
+        for name in ("weight", "kind_scale", "kinds", "occupancy", *self.REGION):
+            state_dict.setdefault(prefix + name, getattr(empty, name))
         take_saved_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def source(self) -> tuple[tuple[str, ...], int]:
+        """Layers and pooling, which the embeddings of the member are known by."""
+        return self.member.layers, self.member.pooling
 
     @property
     def num_prototypes(self) -> int:
@@ -173,13 +161,9 @@ class PrototypeBank(nn.Module):
 
         The feature part is the least feature cost of any prototype, wherever that is at home; the position part is what
         the place of the patch adds to it. So a normal thing in the wrong place does not look wrong, though it is
-        cheapest to take it for something else that belongs there.
-
-        Returns:
-            The two calibrated parts of the cost, and the position of the prototype that the patch looks like most.
+        cheapest to take it for something else that belongs there. Both are calibrated.
         """
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        whole = traced or embeddings.device.type != "cpu"
+        whole = is_traced() or embeddings.device.type != "cpu"
         parts = [embeddings] if whole else embeddings.split(1)  # there a batch needs no more memory than an image
         position = self._position_part(grid_size)
         found = zip(*(self._matched(self._feature_part(part), position) for part in parts), strict=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anomalib_ot.anomaly.assignment import Assignment, assign, images_per_problem
-from anomalib_ot.anomaly.coverage import refine_by_nearest
+from anomalib_ot.anomaly.coverage import Barycenters, comparable
 from anomalib_ot.anomaly.prototypes import TINY, PrototypeBank
 from anomalib_ot.anomaly.scales import typical_energy
 from anomalib_ot.anomaly.support import choose_k
@@ -25,20 +25,15 @@ def refine(bank: PrototypeBank, encoded: EncodedPatches, seed: int, report: Repo
 
     ``p <- m p + (1 - m) (plan^T x) / (plan^T 1)`` after each problem, and positions alike if the structure is learned;
     `m` is the momentum. Without momentum, plans of a whole pass are summed and prototypes move once, to the barycenter
-    of all patches: the order of images then has no influence. Positions of the copies of a grid stay one shared
-    layout.
+    of all patches: the order of images then has no influence. Positions of the copies of a grid stay one shared layout.
+    The order of images is drawn with the seed.
 
-    With a `validation_split`, that part of the images is held out, drawn with the seed, and what a pass has made of
-    the prototypes counts only if it lowers their mean transport cost.
+    With a `validation_split`, that part of the images is held out, drawn with the seed, and what a pass has made of the
+    prototypes counts only if it lowers their mean transport cost.
 
     Passes end early once one lowers the mean transport cost by no more than `min_improvement` of it. A warning tells
-    how many problems did not reach their tolerance, unless that is 0.
-
-    Args:
-        bank: The member; prototypes and positions are set.
-        encoded: The patches.
-        seed: Seed of the order of images, and of which are held out.
-        report: Called with (steps done, steps in all); after an early end once more with all steps done.
+    how many problems did not reach their tolerance, unless that is 0. `report` is called with (steps done, steps in
+    all), after an early end once more with all steps done.
 
     Returns:
         Mean transport cost per unit of mass over the last pass (NaN without a pass); with a `validation_split`, that of
@@ -140,7 +135,10 @@ def _refine_by_nearest(bank: PrototypeBank, encoded: EncodedPatches, report: Rep
     """Let every patch choose the nearest prototype, with free masses, and move prototypes once per pass."""
     member, cost, last = bank.member, math.nan, math.nan
     for done in range(1, member.passes + 1):
-        bank.prototypes, cost = refine_by_nearest(bank, encoded)
+        step = Barycenters(comparable(member, bank.prototypes).cpu(), member.order)
+        for block in encoded.blocks():
+            step.add(comparable(member, block.flatten(0, 1)))
+        bank.prototypes, cost = step.moved().to(encoded.device), step.mean_cost
         is_last = member.min_improvement is not None and last - cost <= member.min_improvement * last
         if report is not None:
             report(member.passes if is_last else done, member.passes)

@@ -9,15 +9,10 @@ __all__ = ["patches_inside"]
 
 
 def patches_inside(region: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return which patches of a grid a region touches, and for each patch which of them is the nearest.
+    """Return which patches of a grid (h, w) a region touches, and for each patch which of them is the nearest.
 
-    Args:
-        region: Pixels (H, W) that count, bool, at least one.
-        grid_size: Height and width of the grid (h, w), patches.
-
-    Returns:
-        Numbers (N,) of the patches that have a pixel of the region, ascending; and for each patch (h * w,) the place of
-        the nearest among those N.
+    Of pixels (H, W) that count, bool, at least one: the numbers (N,) of the patches that have one, ascending; and for
+    each patch (h * w,) the place of the nearest among those N.
 
     >>> region = torch.tensor([[True, False, False, False]])
     >>> [numbers.tolist() for numbers in patches_inside(region, (1, 2))]

@@ -22,15 +22,8 @@ RADIUS_PRIOR = 50  # patches
 def set_statistics(bank: PrototypeBank, patches: EncodedPatches, *, keep: bool = False) -> None:
     """Check all embeddings; set mean and projection of the whitening: the covariance to the power -1/2.
 
-    Variances are shrunk to their mean. One pass: moments are taken about the mean of the first block.
-
-    Args:
-        bank: The member; mean and projection are set.
-        patches: What to look at, as it is before encoding.
-        keep: Only check, and keep the whitening that the bank has.
-
-    Raises:
-        ValueError: If embeddings are not finite.
+    Variances are shrunk to their mean. One pass: moments are taken about the mean of the first block. With `keep` the
+    whitening that the bank has stays. A `ValueError` if embeddings are not finite.
     """
     whitens = bank.member.feature_cost == "whitened" and not keep
     origin, total, products = None, None, None
@@ -91,20 +84,15 @@ def energy(bank: PrototypeBank, distance: Tensor) -> Tensor:
 
 @dataclass
 class Nearest:
-    """What patches find at their nearest prototypes, summed over all patches, on the CPU.
+    """What patches find at their nearest prototypes, summed over all patches, on the CPU."""
 
-    `members` (K,) counts patches, `cost` (K,) sums their distances and `positions` (K, 2) where they are; `largest` is
-    the largest distance of any patch to any prototype, `typical_length` that of encoded patches. `sampled` are the
-    numbers of the patches that quantiles are taken of, and `sampled_index` their prototypes.
-    """
-
-    members: Tensor
-    cost: Tensor
-    positions: Tensor
-    largest: float
-    typical_length: float
-    sampled: Tensor
-    sampled_index: Tensor
+    members: Tensor  # number of patches (K,)
+    cost: Tensor  # sum of their distances (K,)
+    positions: Tensor  # sum of where they are (K, 2)
+    largest: float  # the largest distance of any patch to any prototype
+    typical_length: float  # of encoded patches
+    sampled: Tensor  # numbers of the patches that quantiles are taken of
+    sampled_index: Tensor  # the prototypes of these
 
     @classmethod
     def of(cls, bank: PrototypeBank, encoded: EncodedPatches, seed: int) -> "Nearest":

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_ot.anomaly.coverage import comparable
+from anomalib_ot.anomaly.nearest import k_means
 from anomalib_ot.anomaly.prototypes import PrototypeBank, take_saved_shapes
 from anomalib_ot.anomaly.scales import smallest_cost
-from anomalib_ot.anomaly.start import k_means
 from anomalib_ot.anomaly.training_patches import EncodedPatches, sample_numbers
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SCORES = ("mean_top1", "max")
 TOP = 0.01
 FOLDS = 100
 SHRINKAGE = 0.1
@@ -27,12 +26,9 @@ LEAST_PLACED = 0.1  # of a patch: a kind that is nowhere expected more than this
 
 
 def image_score(anomaly_map: Tensor, kind: str, share: float = 1.0) -> Tensor:
-    """Reduce maps (B, 1, H, W) to one score per image (B,).
+    """Reduce maps (B, 1, H, W) to one score per image (B,), of which only a share of the pixels counts: others are 0.
 
-    Args:
-        anomaly_map: Scores per pixel.
-        kind: "max", or "mean_top1", the mean of the highest 1 % of pixels (at least one).
-        share: Part of the pixels that count, above 0 to 1; the others are 0.
+    `kind` is "max", or "mean_top1", the mean of the highest 1 % of pixels (at least one).
     """
     pixels = anomaly_map.flatten(1)
     if kind == "max":
@@ -69,17 +65,14 @@ def places_of_kinds(occupancy: Tensor, num_images: int) -> Tensor:
 class TransportScore(nn.Module):
     """How unusual the amounts are that an image sends to each kind of patch: something missing, or one too many.
 
-    Each patch spreads its mass over the kinds of its member, softly by cost. The amounts that an image has of each kind
-    are compared with those of the training images: ``d = sqrt((h - mu)^T C^-1 (h - mu))`` of the square roots `h` of
-    the amounts, with a shrunk covariance `C`. Each training image is measured against the others (of 100 folds), and
-    ``t = u (d - median) / (1.5 (quantile_.95 - median))``, where the unit `u` is the median of the map's score over the
-    training images.
+    Each patch spreads its mass over the kinds of its member, at least 2, softly by cost. The amounts that an image has
+    of each kind are compared with those of the training images: ``d = sqrt((h - mu)^T C^-1 (h - mu))`` of the square
+    roots `h` of the amounts, with a shrunk covariance `C`. Each training image is measured against the others (of 100
+    folds), and ``t = u (d - median) / (1.5 (quantile_.95 - median))``, where the unit `u` is the median of the map's
+    score over the training images.
 
     `forward` adds to the map's score what `t` exceeds `u` by: an image whose amounts are those of normal images keeps
     the score of its map, and one with a typical map has the score `t`.
-
-    Args:
-        num_groups: Kinds of patches per member, at least 2.
     """
 
     SHAPED = ("mean", "precision")

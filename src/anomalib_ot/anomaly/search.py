@@ -14,11 +14,7 @@ ONE_OF = "pip install faiss-cpu, or on Linux with an NVIDIA card faiss-gpu; neve
 def import_faiss() -> ModuleType | None:
     """Import FAISS when it is needed, as importing Anomalib's models loads this file; without its loader's chatter.
 
-    Returns:
-        The module; None if it is not installed, which is logged once.
-
-    Raises:
-        ImportError: If what is installed cannot be loaded; the message says what to do.
+    None if it is not installed, which is logged once; an `ImportError` that says what to do if it cannot be loaded.
     """
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     try:

@@ -2,19 +2,16 @@
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from anomalib_ot.anomaly.coverage import start_by_coverage
 from anomalib_ot.anomaly.members import automatic_number
-from anomalib_ot.anomaly.nearest import POINTS_PER_CENTER, lloyd
-from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
+from anomalib_ot.anomaly.nearest import POINTS_PER_CENTER, k_means
+from anomalib_ot.anomaly.prototypes import PrototypeBank
 from anomalib_ot.anomaly.training_patches import EncodedPatches, sample_numbers
 from anomalib_ot.vision.patches import grid_positions
 
-CANDIDATES_PER_PROTOTYPE = 100
-KMEANS_ITERATIONS = 10
 CELL_BYTES = 2**26  # of patches that are held at a time to find the centers of cells
 
 
@@ -24,15 +21,7 @@ def start_prototypes(bank: PrototypeBank, encoded: EncodedPatches, seed: int) ->
     Free prototypes are farthest points or k-means centers; a grid of local prototypes starts at the mean of the patches
     of each cell, several copies of it at the k-means centers of each cell. `start="random"` draws features uniformly
     from [0, 1). K-means takes a seeded sample of 1000 patches per prototype, farthest points one of 20,000, and no more
-    than these are read; means take all.
-
-    Args:
-        bank: The member; prototypes and positions are set.
-        encoded: The patches.
-        seed: Seed of samples, of k-means and of random starts.
-
-    Raises:
-        ValueError: If there are fewer patches than prototypes.
+    than these are read; means take all. A `ValueError` if there are fewer patches than prototypes.
     """
     member, grid_size = bank.member, encoded.patches.grid_size
     cells = None
@@ -98,63 +87,8 @@ def cell_positions(grid_size: tuple[int, int], num_global: float) -> Tensor:
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).reshape(-1, 2)
 
 
-def k_means(points: Tensor, count: int, seed: int, *, spherical: bool = False) -> Tensor:
-    """Return the k-means centers (count, D) of points (P, D), by FAISS from a spread-out start.
-
-    On the CPU, unless the installed FAISS has GPUs.
-
-    Args:
-        points: What to cluster; of more than 1000 per center, FAISS takes a sample.
-        count: Number of centers, at most P.
-        seed: Makes two runs equal.
-        spherical: Cluster directions; the centers then have the mean length of the points.
-    """
-    points = points.cpu()
-    data = unit(points) if spherical else points
-    data = np.ascontiguousarray(data.numpy(), dtype=np.float32)
-    start = spread_points(torch.from_numpy(data), count, seed).numpy()
-    centers = torch.from_numpy(lloyd(data, start, KMEANS_ITERATIONS, seed, spherical=spherical)).float()
-    return centers * points.norm(dim=1).mean() if spherical else centers
-
-
-def spread_points(points: Tensor, count: int, seed: int) -> Tensor:
-    """Choose points (count, D) far from each other among points (P, D): the start of k-means++.
-
-    Each is drawn with a probability in proportion to the squared distance to the nearest one before it, among a random
-    sample of the points.
-
-    Args:
-        points: What to choose from.
-        count: How many, at most P.
-        seed: Makes two choices equal.
-
-    References:
-        D. Arthur, S. Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    sample = points[torch.randperm(len(points), generator=generator)[: CANDIDATES_PER_PROTOTYPE * count]]
-    lengths = sample.square().sum(1)
-    chosen, nearest = [0], torch.full((len(sample),), math.inf)
-    for _ in range(count - 1):
-        last = sample[chosen[-1]]
-        nearest = torch.minimum(nearest, (lengths + last @ last - 2 * (sample @ last)).clamp(min=0.0))
-        nearest[chosen[-1]] = 0.0
-        within = (nearest.double() + 1e-30).cumsum(0)
-        drawn = torch.searchsorted(within, torch.rand((), dtype=torch.float64, generator=generator) * within[-1])
-        chosen.append(min(int(drawn), len(sample) - 1))
-    return sample[chosen]
-
-
 def _cell_centers(encoded: EncodedPatches, cell: Tensor, count: int, copies: int, seed: int) -> Tensor:
-    """Return the centers (cells, copies, D') of cells: means, or k-means centers where patches are enough.
-
-    Args:
-        encoded: The patches.
-        cell: The cell of each patch of an image (N,).
-        count: Number of cells.
-        copies: Centers per cell.
-        seed: Seed of samples and of k-means.
-    """
+    """Return the centers (cells, copies, D') of cells: means, or k-means centers where patches are enough."""
     centers = _cell_means(encoded, cell, count)[:, None].repeat(1, copies, 1)
     if copies == 1:
         return centers

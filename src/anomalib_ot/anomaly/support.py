@@ -1,7 +1,6 @@
 """Which pairs of patch and prototype are worth considering: neighbors found by FAISS, position folded in."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from anomalib_ot.anomaly.prototypes import PrototypeBank, unit
 from anomalib_ot.anomaly.scales import energy
 from anomalib_ot.ot import Support, sinkhorn
 
-BLOCK = 512  # points that are searched for at a time
 PAIRS = 8192  # pairs whose features are compared at a time
 SAMPLE_ROWS, SAMPLE_PAIRS = 64, 2**23
 LOOKED_AT, AGREES_AT = 4, 0.25
@@ -29,22 +27,12 @@ def nearest_support(
     """Choose, for each patch, its `k` cheapest prototypes, and for each prototype its `k / 2` cheapest patches.
 
     The second half matters: without it rare prototypes starve. Candidates come from one exact Euclidean search in the
-    space of features and positions together, scaled so that squared distances are close to the metric: ``(1 - alpha)
-    |x - p|^2 / s + alpha |y - z|^2 / (u d)``, which agrees where ``|y - z| = d``, a quarter of the image. Four times as
+    space of features and positions together, scaled so that squared distances are close to the metric: ``(1 - alpha) |x
+    - p|^2 / s + alpha |y - z|^2 / (u d)``, which agrees where ``|y - z| = d``, a quarter of the image. Four times as
     many as needed are looked at, and the cheapest by the true cost are kept.
 
-    Args:
-        encoded: Encoded patches (n, D).
-        positions: Their positions (n, 2).
-        bank: The member; prototypes, positions and scales are set.
-        k: Prototypes per patch, at least 1; more than there are means all.
-        energy_unit: The feature cost that counts as 1, as in the fit.
-
-    Returns:
-        The pairs with their costs, as `assignment.assign` would give them, without any (n, K) matrix in between.
-
-    Raises:
-        ValueError: If `k` is below 1.
+    Of encoded patches (n, D) at positions (n, 2); the feature cost `energy_unit` counts as 1. The pairs have the costs
+    that `assignment.assign` would give them, without any (n, K) matrix in between. A `ValueError` if `k` is below 1.
     """
     if k < 1:
         msg = f"k={k}: expected at least 1 prototype per patch"
@@ -56,7 +44,10 @@ def nearest_support(
         (prototypes, patches, math.ceil(k / 2), True),
     ):
         count = min(count, len(known))
-        for own, near in neighbors(queries, known, min(LOOKED_AT * count, len(known))):
+        first = 0
+        for _, near in find_nearest(queries, known, min(LOOKED_AT * count, len(known))):
+            own = torch.arange(first, first + len(near), device=near.device)[:, None].expand_as(near)
+            first += len(near)
             pairs = (near, own) if swapped else (own, near)
             cost = pair_cost(encoded, positions, bank, *pairs, energy_unit)
             cheapest = cost.topk(count, dim=1, largest=False, sorted=False)
@@ -77,21 +68,10 @@ def choose_k(
 ) -> int | None:
     """Choose how many prototypes per patch hold a wanted part of the dense plan's mass; None where dense is better.
 
-    A small dense problem between a sample of patches and all prototypes tells how mass spreads; `k` doubles from 8
-    until the cheapest pairs keep enough of it on the mean. A large `epsilon` spreads mass widely: then no support with
-    at most a quarter of all pairs will do. With thousands of prototypes the sample is smaller than they are, which errs
-    on the side of more pairs.
-
-    Args:
-        encoded: Encoded patches (n, D).
-        positions: Their positions (n, 2).
-        bank: The member; its `epsilon` and scales count.
-        energy_unit: The feature cost that counts as 1.
-        keep: Part of the mass to keep, below 1.
-        seed: Seed of the sample.
-
-    Returns:
-        Prototypes per patch, or None.
+    A small dense problem between all prototypes and a sample of the encoded patches (n, D) at positions (n, 2), drawn
+    with the seed, tells how mass spreads; `k` doubles from 8 until the cheapest pairs `keep` enough of it on the mean.
+    A large `epsilon` spreads mass widely: then no support with at most a quarter of all pairs will do. With thousands
+    of prototypes the sample is smaller than they are, which errs on the side of more pairs.
     """
     count, member = bank.num_prototypes, bank.member
     size = max(SAMPLE_ROWS, min(2 * count, SAMPLE_PAIRS // count))
@@ -133,21 +113,6 @@ def pair_cost(
         away = (positions[row] - bank.positions[column]).square().sum(1).sqrt() - bank.position_tolerances[column]
         costs.append((1 - alpha) * feature / energy_unit + alpha * away.clamp(min=0.0) / bank.position_unit)
     return torch.cat(costs).view(shape)
-
-
-def neighbors(queries: Tensor, known: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Find the known points (m, D) nearest to each query (n, D), exactly, a block of queries at a time.
-
-    On CUDA FAISS searches there, where it has its GPU part; else on the CPU.
-
-    Yields:
-        Indices of queries and of their neighbors, both (block, count).
-    """
-    first = 0
-    for _, near in find_nearest(queries, known, count):
-        rows = torch.arange(first, first + len(near), device=near.device)[:, None]
-        yield rows.expand_as(near), near
-        first += len(near)
 
 
 def _joint(encoded: Tensor, positions: Tensor, bank: PrototypeBank, energy_unit: float) -> tuple[Tensor, Tensor]:

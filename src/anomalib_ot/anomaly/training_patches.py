@@ -17,10 +17,8 @@ class ShardedEmbeddings:
     """Embeddings of images that lie in several tensors, such as memory-mapped files; what is asked for is read.
 
     It is indexed as a tensor (n, N, D) is: by a slice or by numbers of images, or by numbers of images and of patches.
-
-    Args:
-        shards: Tensors (n_s, N, D) of one type, at least one.
-        places: For each of the n images its shard and its row in there, whole numbers (n, 2).
+    The shards are tensors (n_s, N, D) of one type, at least one; `places` (n, 2) has the shard of each of the n images,
+    and its row in there.
 
     >>> shards = [torch.zeros(1, 2, 3), torch.ones(4, 2, 3)]
     >>> embeddings = ShardedEmbeddings(shards, torch.tensor([[1, 3], [0, 0], [1, 0]]))
@@ -78,12 +76,7 @@ class Patches(NamedTuple):
 
 
 class EncodedPatches:
-    """Patches as a bank sees them: read, moved to its device and encoded where they are asked for.
-
-    Args:
-        bank: Whose space and device.
-        patches: Where they come from.
-    """
+    """Patches as a bank sees them: read, moved to its device and encoded where they are asked for."""
 
     def __init__(self, bank: PrototypeBank, patches: Patches) -> None:
         self.bank, self.patches = bank, patches

@@ -1,6 +1,7 @@
 """Anderson acceleration of a fixed-point iteration, with a way back to plain steps where it does not help."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,15 +15,12 @@ LONGEST_REST = 4  # plain steps after a failure, at most: far clusters make it f
 
 
 class Anderson:
-    """Extrapolates `x <- x + r(x)` from the last few steps, for each item of a batch on its own.
+    """Extrapolates `x <- x + r(x)` from the last few steps, for each item of a batch (B, M) on its own.
 
-    The next point is the plain step, minus the combination of past differences that best explains the residual:
-    ``x + r - (dX + dR) gamma`` with ``gamma = argmin |r - dR gamma|``. When the error of an item grows far beyond its
-    best, or stalls, the item goes back to the plain step from its best point, forgets the past, and makes plain steps
-    for a while: 1 after the first failure, 2 after the second, `LONGEST_REST` after each further one.
-
-    Args:
-        x: The start (B, M).
+    The next point is the plain step, minus the combination of past differences that best explains the residual: ``x + r
+    - (dX + dR) gamma`` with ``gamma = argmin |r - dR gamma|``. When the error of an item grows far beyond its best, or
+    stalls, the item goes back to the plain step from its best point, forgets the past, and makes plain steps for a
+    while: 1 after the first failure, 2 after the second, `LONGEST_REST` after each further one.
 
     References:
         H. F. Walker, P. Ni, "Anderson acceleration for fixed-point iterations", SIAM J. Numer. Anal. 2011.
@@ -41,25 +39,19 @@ class Anderson:
         self.pace = [_Pace() for _ in range(batch)]
 
     def step(self, x: Tensor, residual: Tensor, errors: list[float]) -> Tensor:
-        """Return the next point.
+        """Return the point (B, M) after `x` (B, M), from where a plain step would go by `residual` (B, M).
 
-        Args:
-            x: Where the iteration stands (B, M).
-            residual: How far a plain step would go from there (B, M).
-            errors: How wrong each item of `x` is, at least 0; NaN is a failure.
-
-        Returns:
-            The next point (B, M).
+        The errors say how wrong each item of `x` is, at least 0; NaN is a failure.
         """
         notes = [pace.judge(error) for pace, error in zip(self.pace, errors, strict=True)]
         plain = x + residual
         if any(note.returns for note in notes):
-            back = _column([note.returns for note in notes], x)
+            back = mask_of([note.returns for note in notes], x)
             plain = torch.where(back, self.best[0] + self.best[1], plain)
         if all(note.better for note in notes):
             self.best = (x, residual)
         elif any(note.better for note in notes):
-            better = _column([note.better for note in notes], x)
+            better = mask_of([note.better for note in notes], x)
             self.best = (torch.where(better, x, self.best[0]), torch.where(better, residual, self.best[1]))
 
         if all(note.forgets for note in notes):
@@ -72,7 +64,7 @@ class Anderson:
         sane = correction.abs().amax(-1, keepdim=True) <= LONGEST * residual.abs().amax(-1, keepdim=True)
         step = plain - torch.where(sane, correction, 0)
         if any(note.plain for note in notes):
-            step = torch.where(_column([note.plain for note in notes], x), plain, step)
+            step = torch.where(mask_of([note.plain for note in notes], x), plain, step)
         return step
 
     def _correction(self, x: Tensor, residual: Tensor, forgets: list[bool]) -> Tensor:
@@ -82,7 +74,7 @@ class Anderson:
         torch.add(x - self.last[0], change, out=self.jumps[:, self.slot])
         self.last = (x, residual)
         if any(forgets):
-            gone = _column(forgets, x)
+            gone = mask_of(forgets, x)
             self.changes.masked_fill_(gone.unsqueeze(-1), 0)
             self.gram[forgets] = 0
         products = (self.changes @ torch.stack((change, residual), -1)).to("cpu", torch.float64)
@@ -95,13 +87,13 @@ class Anderson:
         return torch.bmm(self.jumps.mT, gamma.to(x).unsqueeze(-1)).squeeze(-1)
 
 
-class _Note:
+class _Note(NamedTuple):
     """What one item does at a step: goes back to its best point, makes a plain step, forgets, has a new best point."""
 
-    __slots__ = ("better", "forgets", "plain", "returns")
-
-    def __init__(self, *, returns: bool, plain: bool, forgets: bool, better: bool) -> None:
-        self.returns, self.plain, self.forgets, self.better = returns, plain, forgets, better
+    returns: bool
+    plain: bool
+    forgets: bool
+    better: bool
 
 
 class _Pace:
@@ -140,6 +132,6 @@ class _Pace:
         return _Note(returns=False, plain=forgets, forgets=forgets, better=better)
 
 
-def _column(flags: list[bool], x: Tensor) -> Tensor:
-    """Make flags (B,) a mask (B, 1) for points."""
-    return torch.tensor(flags, device=x.device).unsqueeze(-1)
+def mask_of(flags: list[bool], like: Tensor) -> Tensor:
+    """Make flags (B,) a mask (B, 1)."""
+    return torch.tensor(flags, device=like.device).unsqueeze(-1)

@@ -29,7 +29,7 @@ from anomalib_ot.ot.softmin import (
     without_infinities,
 )
 from anomalib_ot.ot.threads import is_traced, threads_for
-from anomalib_ot.ot.transport import Transport
+from anomalib_ot.ot.transport import Transport, start_of
 
 GRADIENTS = ("implicit", "unrolled", "none")
 
@@ -112,7 +112,7 @@ def sinkhorn(
         b = _masses("b", b, cost.shape[::2], column_mask, cost)
         hard_a, rho_a = _relaxation("rho_a", rho if rho_a is None else rho_a, a)
         hard_b, rho_b = _relaxation("rho_b", rho if rho_b is None else rho_b, b)
-        g = _start(init, b, epsilon)
+        g = start_of(init, b, epsilon)
         if num_iters is None:
             a, b, shift, full = _checked(cost.detach(), a, b, rho_a, rho_b)
         elif is_traced():
@@ -180,12 +180,12 @@ def _unrolled(
 def _checked(
     cost: Tensor, a: Tensor, b: Tensor, rho_a: Tensor, rho_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """Check the values of a problem; drop relaxed mass that has nowhere to go; find the rows' shift if worth it.
+    """Check the values of a problem; drop relaxed mass that has nowhere to go.
 
-    Returns:
-        Masses `a` and `b`, the shift of the rows (None: it would gain nothing), and whether all masses are above 0.
+    Returns `a` and `b`, the shift of the rows (None: it would gain nothing), and whether all masses are above 0.
     """
-    shift, usual = _looked_at(cost, a.detach(), b.detach())
+    numbers = (rho for rho in (rho_a, rho_b) if not rho.ndim)
+    shift, usual = _looked_at(cost, a.detach(), b.detach(), *numbers)
     if usual and not (rho_a.ndim or rho_b.ndim):
         return a, b, shift, True
 
@@ -203,21 +203,23 @@ def _checked(
     return a, b, shift, bool((a > 0).all() and (b > 0).all())
 
 
-def _looked_at(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor | None, bool]:
+def _looked_at(cost: Tensor, a: Tensor, b: Tensor, *rhos: Tensor) -> tuple[Tensor | None, bool]:
     """Look at all values in one go.
 
     Returns:
         The rows' shift, None where it would gain nothing; and whether all is usual: finite costs, masses above 0 whose
-        sums agree. Whatever is not usual remains to be checked by those who can name it.
+        sums agree, relaxations `rhos` (numbers) of at least 0. What is not usual is for those to check who can name it.
     """
     row_min, row_max = cost.amin(-1), cost.amax(-1)  # each far faster than aminmax along a dimension
     sum_a, sum_b = a.sum(-1, dtype=torch.float64), b.sum(-1, dtype=torch.float64)
     gap = ((sum_a - sum_b).abs() / torch.maximum(sum_a, sum_b)).amax().to(row_min.dtype)
     offset, widest = row_min.abs().amax(), (row_max - row_min).amax()
-    scalars = (row_min.amin(), row_max.amax(), *torch.aminmax(a), *torch.aminmax(b), gap, offset, widest)
-    least, greatest, least_a, greatest_a, least_b, greatest_b, gap, offset, widest = torch.stack(scalars).tolist()
+    scalars = (row_min.amin(), row_max.amax(), *torch.aminmax(a), *torch.aminmax(b), gap, offset, widest, *rhos)
+    values = torch.stack(scalars).tolist()
+    least, greatest, least_a, greatest_a, least_b, greatest_b, gap, offset, widest, *rhos = values
     usual = -math.inf < least and greatest < math.inf and least_a > 0 and least_b > 0  # NaN compares false
     usual = usual and greatest_a < math.inf and greatest_b < math.inf and gap <= SUM_TOLERANCE / 2
+    usual = usual and all(rho >= 0 for rho in rhos)
     if not usual:
         return _row_shift(cost), False
     return row_min if offset > widest else None, True  # the shift costs a copy of the cost
@@ -275,17 +277,6 @@ def _relaxation(name: str, rho: float | Tensor, mass: Tensor) -> tuple[bool, Ten
         msg = f"{name} is {rho}; expected at least 0, in units of cost: inf = hard marginal, 0 = free marginal"
         raise ValueError(msg)
     return rho == math.inf, torch.full((), rho, dtype=mass.dtype, device=mass.device)
-
-
-def _start(init: Transport | Tensor | None, b: Tensor, epsilon: float) -> Tensor:
-    """Return the target potentials to start from, in units of epsilon."""
-    if init is None:
-        return torch.zeros_like(b)
-    g = init.g if isinstance(init, Transport) else init
-    if g.shape not in (b.shape, b.shape[1:]):
-        msg = f"init has potentials g {tuple(g.shape)}; expected {tuple(b.shape)}: start from the same targets"
-        raise ValueError(msg)
-    return (g.detach().to(b) / epsilon).expand_as(b)
 
 
 def _check_settings(

@@ -22,21 +22,14 @@ def attach(
     exponents: tuple[Tensor, Tensor],
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Make a solution differentiable with respect to the problem that it solves.
+    """Make a solution differentiable with respect to the problem (cost, a, b) that it solves; return it.
 
     ``d loss / d cost = plan * (alpha_i + beta_j - d loss / d plan / epsilon)``, with `beta` from the linear system
 
-    Args:
-        cost: Cost (B, N, M) of the problem.
-        a: Source masses (B, N).
-        b: Target masses (B, M).
-        solution: Potentials `f` (B, N) and `g` (B, M) in units of cost, and the plan (B, N, M).
-        exponents: `rho / (rho + epsilon)` of the sources and of the targets, broadcastable to (B, N) and (B, M).
-        epsilon: Entropic strength, in units of cost.
-
-    Returns:
-        The same solution. Its gradients hold as far as it has converged. The gradients of masses that are 0 are 0, and
-        between hard marginals a gradient that asks for a common shift of the potentials is ignored: there is none.
+    `solution` has the potentials `f` (B, N) and `g` (B, M) in units of cost, and the plan (B, N, M); `exponents` are
+    `rho / (rho + epsilon)` of the sources and of the targets, broadcastable to (B, N) and (B, M). Gradients hold as far
+    as the solution has converged. The gradients of masses that are 0 are 0, and between hard marginals a gradient that
+    asks for a common shift of the potentials is ignored: there is none.
 
     References:
         M. Eisenberger et al., "A unified framework for implicit Sinkhorn differentiation", CVPR 2022.

@@ -95,36 +95,27 @@ def append_slack(
 
 def check_mass(name: str, mass: Tensor) -> None:
     """Refuse masses that are negative or not finite, naming the first one."""
-    wrong = ~((mass >= 0) & (mass < math.inf))
-    if wrong.any():
-        place = wrong.nonzero()[0].tolist()
-        came = mass[tuple(place)].item()
-        msg = f"{name}{_at(place)} is {came:g}; expected a finite mass of at least 0: clamp it, or use 0"
-        raise ValueError(msg)
+    _refuse(name, mass, ~((mass >= 0) & (mass < math.inf)), "a finite mass of at least 0: clamp it, or use 0")
 
 
 def check_rho(name: str, rho: Tensor) -> None:
     """Refuse relaxations that are negative or NaN, naming the first one."""
-    wrong = ~(rho >= 0)
+    _refuse(name, rho, ~(rho >= 0), "at least 0: inf = hard, 0 = free marginal")
+
+
+def _refuse(name: str, values: Tensor, wrong: Tensor, expected: str) -> None:
+    """Name the first value that is wrong, if any is."""
     if wrong.any():
         place = wrong.nonzero()[0].tolist()
-        came = rho[tuple(place)].item()
-        msg = f"{name}{_at(place) if place else ''} is {came:g}; expected at least 0: inf = hard, 0 = free marginal"
+        msg = f"{name}{_at(place) if place else ''} is {values[tuple(place)].item():g}; expected {expected}"
         raise ValueError(msg)
 
 
 def check_sums(a: Tensor, b: Tensor, rho_a: Tensor, rho_b: Tensor) -> None:
-    """Refuse masses that no plan can satisfy.
+    """Refuse, with a `ValueError`, masses (B, N) and (B, M) that no plan can satisfy.
 
-    Args:
-        a: Source masses (B, N).
-        b: Target masses (B, M).
-        rho_a: Relaxation of the sources, broadcastable to (B, N).
-        rho_b: Relaxation of the targets, broadcastable to (B, M).
-
-    Raises:
-        ValueError: If all marginals are hard and the sums differ by more than a relative 1e-6; if one side is all hard
-            and the hard part of the other holds more than it.
+    These are such that all marginals are hard and the sums differ by more than a relative 1e-6, or one side is all hard
+    and the hard part of the other holds more than it. Relaxations broadcast to the masses.
     """
     total = {}
     for name, mass, rho in (("a", a, rho_a), ("b", b, rho_b)):
@@ -158,17 +149,7 @@ def check_cost(row_min: Tensor, cost: Tensor) -> None:
 
 
 def check_support(name: str, mass: Tensor, reachable: Tensor, rho: Tensor) -> None:
-    """Refuse hard mass that has nowhere to go.
-
-    Args:
-        name: "a" or "b".
-        mass: Masses of this side, (B, N) or (B, M).
-        reachable: Whether each point has an allowed partner with mass.
-        rho: Relaxation of this side.
-
-    Raises:
-        ValueError: If a hard point with mass is not reachable.
-    """
+    """Refuse, with a `ValueError`, hard mass of "a" or "b" that has no allowed partner with mass: not `reachable`."""
     wrong = ~reachable & (mass > 0) & torch.isinf(rho)
     if wrong.any():
         item, point = wrong.nonzero()[0].tolist()

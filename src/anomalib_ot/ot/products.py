@@ -23,12 +23,9 @@ def times(matrix: Tensor, vector: Tensor) -> Tensor:
 class Product:
     """A product of fixed tensors, made again and again without new memory: ``out <- matrix vector``.
 
-    Args:
-        matrix: Matrices (B, N, M).
-        vector: Vectors (B, M).
-        out: Where the product goes (B, N).
-        sizes: How many rows and columns of each item count: the rest of `out` is left alone, the rest of `vector` is
-            taken for 0. Only where items are multiplied one by one; elsewhere all count.
+    Of matrices (B, N, M) and vectors (B, M). `sizes` say how many rows and columns of each item count: the rest of
+    `out` (B, N) is left alone, the rest of the vector is taken for 0. Only where items are multiplied one by one;
+    elsewhere all count.
     """
 
     def __init__(self, matrix: Tensor, vector: Tensor, out: Tensor, sizes: list[tuple[int, int]] | None = None) -> None:

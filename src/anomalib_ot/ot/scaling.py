@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from anomalib_ot.ot.anderson import Anderson
+from anomalib_ot.ot.anderson import Anderson, mask_of
 from anomalib_ot.ot.products import Product, one_by_one
 from anomalib_ot.ot.softmin import Problem, column_error, column_step, row_factor, row_potential, row_shares
 
@@ -74,13 +74,9 @@ def solve(
 ) -> tuple[Tensor, ...]:
     """Iterate until every item's columns are right, each item stopping by itself, or a fixed number of times.
 
-    Args:
-        problem: The problem; no gradient is recorded.
-        g: Where to start (B, M), in units of epsilon.
-        tolerance: Largest `column_error` to stop at, at least 0, reached with acceleration; None makes `max_iters`
-            plain iterations, the iterates of the log domain up to rounding.
-        max_iters: Largest number of iterations.
-        kernel: The pairs that there are; all of them by default.
+    From potentials `g` (B, M) in units of epsilon; no gradient is recorded. `tolerance` is the largest `column_error`
+    to stop at, at least 0, reached with acceleration; None makes `max_iters` plain iterations, the iterates of the log
+    domain up to rounding. The kernel holds the pairs that there are; all of them by default.
 
     Returns:
         Target potentials (B, M) in units of epsilon; the plan in the kernel's form, the rows' best answer to them; the
@@ -126,13 +122,13 @@ def solve(
             count, x, stride = 1, scaling.potentials(), min(2 * stride, longest)
             residual = scaling.plain_residual()
             if any(light):
-                residual = torch.where(_mask(light, g), scaling.log_domain_step() - x, residual)
+                residual = torch.where(mask_of(light, g), scaling.log_domain_step() - x, residual)
             if steps < plain_steps:
                 stepped = x + residual
             else:
                 anderson = anderson or Anderson(x)
                 stepped = anderson.step(x, residual, errors)
-            scaling.go_to(stepped if all(running) else torch.where(_mask(running, g), stepped, x), absorb=any(light))
+            scaling.go_to(stepped if all(running) else torch.where(mask_of(running, g), stepped, x), absorb=any(light))
         steps, counts = steps + count, [n + count * runs for n, runs in zip(counts, running, strict=True)]
 
 
@@ -189,7 +185,7 @@ class _Scaling:
 
     def advance(self, count: int, running: list[bool]) -> None:
         """Make plain iterations, of the items that run."""
-        stopped, frozen = (None, None) if all(running) else (~_mask(running, self.v), self.v.clone())
+        stopped, frozen = (None, None) if all(running) else (~mask_of(running, self.v), self.v.clone())
         for _ in range(count):
             self.plain_step()
             if frozen is not None:
@@ -255,8 +251,3 @@ def _sizes(problem: Problem) -> list[tuple[int, int]]:
     """Return the rows and columns of each item up to the last one with mass: what padding adds is not multiplied."""
     last = [(mass > 0) * torch.arange(1, mass.shape[1] + 1, device=mass.device) for mass in (problem.a, problem.b)]
     return [tuple(size) for size in torch.stack([index.amax(1) for index in last], 1).tolist()]
-
-
-def _mask(flags: list[bool], like: Tensor) -> Tensor:
-    """Make flags (B,) a mask (B, 1)."""
-    return torch.tensor(flags, device=like.device).unsqueeze(-1)

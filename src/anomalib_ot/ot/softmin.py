@@ -19,19 +19,12 @@ MISSING = -4e30
 
 @dataclass(frozen=True)
 class Limits:
-    """Where one floating-point type stops being trustworthy.
+    """Where one floating-point type stops being trustworthy."""
 
-    Attributes:
-        exponent: Exponents are cut here: lower ones give subnormal numbers, which are slow and carry nothing.
-        share: Shares of a row at or below this are set to 0.
-        column: A column sum below this part of the total may owe too much to what was set to 0.
-        scaling: Absorb scalings into the potentials when they exceed this, or the inverse of it.
-    """
-
-    exponent: float
-    share: float
-    column: float
-    scaling: float
+    exponent: float  # exponents are cut here: lower ones give subnormal numbers, which are slow and carry nothing
+    share: float  # shares of a row at or below this are set to 0
+    column: float  # a column sum below this part of the total may owe too much to what was set to 0
+    scaling: float  # absorb scalings into the potentials when they exceed this, or the inverse of it
 
 
 LIMITS = {
@@ -42,31 +35,19 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """A batch of transport problems, ready to be iterated on.
+    """A batch of transport problems, ready to be iterated on."""
 
-    Attributes:
-        cost: Cost (B, N, M) relative to the row's shift, in units of cost; a forbidden pair has `inf`, or the finite
-            price of `without_infinities`.
-        shift: What was subtracted from each row (B, N), in units of epsilon; None for nothing.
-        a: Source masses (B, N).
-        b: Target masses (B, M).
-        epsilon: Entropic strength, in units of cost.
-        rho_a: Marginal relaxation of the sources, broadcastable to (B, N), in units of cost.
-        rho_b: Marginal relaxation of the targets, broadcastable to (B, M), in units of cost.
-        hard_a, hard_b: Whether all of a side is known to be hard: then nothing is computed for its relaxation.
-        full: Whether all masses are known to be above 0.
-    """
-
+    # (B, N, M) relative to the row's shift, in units of cost; `inf`, or `without_infinities`, for a forbidden pair
     cost: Tensor
-    shift: Tensor | None
-    a: Tensor
-    b: Tensor
-    epsilon: float
-    rho_a: Tensor
-    rho_b: Tensor
-    hard_a: bool = False
+    shift: Tensor | None  # what was subtracted from each row (B, N), in units of epsilon; None for nothing
+    a: Tensor  # source masses (B, N)
+    b: Tensor  # target masses (B, M)
+    epsilon: float  # entropic strength, in units of cost
+    rho_a: Tensor  # marginal relaxation of the sources, broadcastable to (B, N), in units of cost
+    rho_b: Tensor  # marginal relaxation of the targets, broadcastable to (B, M), in units of cost
+    hard_a: bool = False  # whether all of a side is known to be hard: then nothing is computed for its relaxation
     hard_b: bool = False
-    full: bool = False
+    full: bool = False  # whether all masses are known to be above 0
 
     @cached_property
     def log_a(self) -> Tensor:
@@ -135,11 +116,8 @@ def without_infinities(cost: Tensor, epsilon: float) -> Tensor:
 def log_sums(problem: Problem, heights: Tensor, dim: int, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sum `exp(heights - cost / epsilon)` over one side, in the log domain.
 
-    Args:
-        problem: The problem.
-        heights: Log weights of the side summed over, shaped to broadcast against the cost.
-        dim: The dimension to sum over, -1 (targets) or -2 (sources).
-        scratch: A contiguous buffer like the cost to work in; only where no gradient is recorded.
+    The heights, log weights of the side summed over, broadcast against the cost; `dim` is -1 (targets) or -2 (sources).
+    `scratch` is a contiguous buffer like the cost to work in, only where no gradient is recorded.
 
     Returns:
         The log sums, the summed dimension kept with size 1, 0 where there is no pair at all; and each pair's share of
@@ -156,16 +134,9 @@ def log_sums(problem: Problem, heights: Tensor, dim: int, scratch: Tensor | None
 
 
 def row_step(problem: Problem, g: Tensor) -> Tensor:
-    """Give every source the potential that is best against `g`.
+    """Give every source the potential (B, N) that is best against `g` (B, M), relative to the shift.
 
     ``f = -rho / (rho + epsilon) log sum_j b_j exp(g_j - cost_ij / epsilon)``, in units of epsilon
-
-    Args:
-        problem: The problem.
-        g: Target potentials (B, M), in units of epsilon.
-
-    Returns:
-        Source potentials (B, N), in units of epsilon and relative to the shift.
     """
     sums, _ = log_sums(problem, (problem.log_b + g).unsqueeze(-2), dim=-1)
     return row_potential(problem, sums.squeeze(-1))
@@ -180,17 +151,9 @@ def row_potential(problem: Problem, row_sums: Tensor) -> Tensor:
 
 
 def column_step(problem: Problem, f: Tensor, scratch: Tensor | None = None) -> Tensor:
-    """Give every target the potential that is best against `f`.
+    """Give every target the potential (B, M) that is best against `f` (B, N), relative to the shift.
 
     ``g = -rho / (rho + epsilon) log sum_i a_i exp(f_i - cost_ij / epsilon)``, in units of epsilon
-
-    Args:
-        problem: The problem.
-        f: Source potentials (B, N), in units of epsilon and relative to the shift.
-        scratch: See `log_sums`.
-
-    Returns:
-        Target potentials (B, M), in units of epsilon.
     """
     sums, _ = log_sums(problem, (problem.log_a + f).unsqueeze(-1), dim=-2, scratch=scratch)
     sums = sums.squeeze(-2)
@@ -198,15 +161,9 @@ def column_step(problem: Problem, f: Tensor, scratch: Tensor | None = None) -> T
 
 
 def row_shares(problem: Problem, g: Tensor, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Split every source's mass among the targets, as its best answer to `g`.
+    """Split every source's mass among the targets, as its best answer to `g` (B, M), in units of epsilon.
 
-    Args:
-        problem: The problem.
-        g: Target potentials (B, M), in units of epsilon.
-        scratch: See `log_sums`.
-
-    Returns:
-        The rows' log sums (B, N), and shares (B, N, M): rows sum to 1, or are 0 where a source has no pair.
+    Returns the rows' log sums (B, N), and shares (B, N, M): rows sum to 1, or are 0 where a source has no pair.
     """
     sums, shares = log_sums(problem, (problem.log_b + g).unsqueeze(-2), dim=-1, scratch=scratch)
     if scratch is not None:
@@ -225,17 +182,11 @@ def row_factor(problem: Problem, row_sums: Tensor) -> Tensor:
 
 
 def column_error(problem: Problem, g: Tensor, mass: Tensor) -> Tensor:
-    """Measure how far the columns are from where their marginal wants them.
+    """Measure how far the columns are from where their marginal wants them, as a part of the source mass (B,).
 
     ``sum_j |mass_j - b_j exp(-g_j / rho_j)| / sum_i a_i``: with rho = inf the L1 distance to `b`, with rho = 0 nothing.
-
-    Args:
-        problem: The problem.
-        g: Target potentials (B, M), in units of epsilon.
-        mass: What the plan brings to every target (B, M).
-
-    Returns:
-        The error (B,), as a part of the source mass; NaN where the mass has overflowed.
+    `mass` (B, M) is what the plan brings to every target, `g` (B, M) is in units of epsilon; NaN where the mass has
+    overflowed.
     """
     if problem.hard_b:
         return (mass - problem.b).abs_().sum(-1) / problem.total

@@ -12,7 +12,7 @@ from anomalib_ot.ot.precision import full_precision, widen
 from anomalib_ot.ot.softmin import NOTHING, Problem, row_potential
 from anomalib_ot.ot.support import Support
 from anomalib_ot.ot.threads import threads_for
-from anomalib_ot.ot.transport import Transport
+from anomalib_ot.ot.transport import Transport, start_of
 
 
 class SparseKernel:
@@ -229,24 +229,13 @@ def sparse_sinkhorn(
         scaled = (shift / epsilon).unsqueeze(0)
         problem = Problem(cost.unsqueeze(0), scaled, *masses, epsilon, *relaxed, *hard, full)
         kernel = SparseKernel(problem, support, shift)
-        start = _start(init, masses[1], epsilon)
+        start = start_of(init, masses[1][0], epsilon).unsqueeze(0)
         g, values, sums, error, steps = scaling.solve(
             problem, start, tolerance=tolerance, max_iters=max_iters, kernel=kernel
         )
         f = epsilon * (row_potential(problem, sums) + scaled)
         f, g = torch.where(masses[0] > 0, f, 0)[0], torch.where(masses[1] > 0, epsilon * g, 0)[0]
     return SparseTransport(values, f, g, support, masses[0][0], masses[1][0], epsilon, tolerance, steps[0], error[0])
-
-
-def _start(init: Transport | SparseTransport | Tensor | None, b: Tensor, epsilon: float) -> Tensor:
-    """Return the target potentials (1, M) to start from, in units of epsilon."""
-    if init is None:
-        return torch.zeros_like(b)
-    g = init if isinstance(init, Tensor) else init.g
-    if g.shape != b.shape[1:]:
-        msg = f"init has potentials g {tuple(g.shape)}; expected {tuple(b.shape[1:])}: start from the same targets"
-        raise ValueError(msg)
-    return (g.detach().to(b) / epsilon).unsqueeze(0)
 
 
 def _reachable(support: Support, masses: list[Tensor], relaxed: list[Tensor]) -> list[Tensor]:

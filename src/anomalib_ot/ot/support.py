@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -84,14 +85,8 @@ class Support:
         """Split sources into blocks (start, stop, their pairs) of a bounded number of pairs."""
         ends = torch.arange(CHUNK, len(self.cost) + CHUNK, CHUNK, device=self.starts.device, dtype=self.starts.dtype)
         stops = torch.searchsorted(self.starts, ends, right=True).clamp(max=self.shape[0] + 1) - 1
-        stops = torch.unique(torch.cat((stops, stops.new_tensor([self.shape[0]])))).tolist()
-        starts = self.starts.tolist()
-        found, before = [], 0
-        for stop in stops:
-            if stop > before:
-                found.append((before, stop, slice(starts[before], starts[stop])))
-                before = stop
-        return found
+        starts, bounds = self.starts.tolist(), sorted({0, *stops.tolist(), self.shape[0]})
+        return [(start, stop, slice(starts[start], starts[stop])) for start, stop in pairwise(bounds)]
 
     def matrix(self, values: Tensor) -> Tensor:
         """Return values (E,) of the pairs as a sparse CSR matrix (N, M)."""

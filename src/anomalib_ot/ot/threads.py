@@ -19,12 +19,10 @@ def is_traced() -> bool:
 def threads_for(pairs: Tensor) -> AbstractContextManager:
     """Return a context that works on one thread where a problem is small, and then gives back the number there was.
 
-    Args:
-        pairs: A tensor with an element per pair, such as the cost (B, N, M). On another device than a CPU, in a graph
-            that is being recorded, and above `MOST_ON_ONE_THREAD` elements the context does nothing.
-
-    torch's number of threads belongs to the thread that sets it; a thread whose first operation in torch falls into
-    another one's small problem begins with one.
+    The tensor has an element per pair, as the cost (B, N, M) has. On another device than a CPU, in a graph that is
+    being recorded, and above `MOST_ON_ONE_THREAD` elements the context does nothing. torch's number of threads belongs
+    to the thread that sets it; a thread whose first operation in torch falls into another one's small problem begins
+    with one.
     """
     if is_traced() or pairs.device.type != "cpu" or pairs.numel() > MOST_ON_ONE_THREAD:
         return nullcontext()

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,3 +105,14 @@ class Transport:
             mass = plan.sum(-2).unsqueeze(-1)
             received = mass > 0
             return torch.where(received, plan.mT @ x / torch.where(received, mass, 1), default)
+
+
+def start_of(init: Any, b: Tensor, epsilon: float) -> Tensor:
+    """Return the target potentials (B, M) or (M,) to start from, in units of epsilon: 0, or those of an answer."""
+    if init is None:
+        return torch.zeros_like(b)
+    g = init if isinstance(init, Tensor) else init.g
+    if g.shape not in (b.shape, b.shape[-1:]):
+        msg = f"init has potentials g {tuple(g.shape)}; expected {tuple(b.shape)}: start from the same targets"
+        raise ValueError(msg)
+    return (g.detach().to(b) / epsilon).expand_as(b)

@@ -16,22 +16,9 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.models import embedding_cache
 from anomalib_ot.integration.models.embedding_cache import EmbeddingCache, EmbeddingFiles, Manifest, mapped_patches
 
-FINE, COARSE = (("fine",), 3), (("coarse",), 3)
-GRIDS = {FINE: (4, 3), COARSE: (2, 2)}
-WIDTHS = {FINE: 5, COARSE: 7}
-BYTES = 4 * (12 * 5 + 4 * 7)
+from .test_embedding_cache import BYTES, COARSE, FINE, GRIDS, embedded
+
 SHAPES = {FINE: (12, 5), COARSE: (4, 7)}
-
-
-def embedded(numbers):
-    found = {}
-    for source, (height, width) in GRIDS.items():
-        images = [
-            torch.rand(height * width, WIDTHS[source], generator=torch.Generator().manual_seed(number))
-            for number in numbers
-        ]
-        found[source] = (torch.stack(images), (height, width))
-    return found
 
 
 def filled(numbers, cache_dir=None, batch=4, max_bytes=5.5 * BYTES):

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields, is_dataclass
 from inspect import signature
 from typing import Any, TypeVar
 
-from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.errors import InputError, as_input_error
 from anomalib_ot.ranges import built, check_fields
 
 __all__ = ["ADVANCED", "check_place", "checked_options", "flat", "nested"]
@@ -23,11 +23,9 @@ def checked_options(kind: type[Options], given: Options | Mapping[str, Any] | No
     if not isinstance(given, kind | Mapping | None):
         msg = f"advanced is {given!r}; expected names with values, such as {{{fields(kind)[0].name!r}: ...}}"
         raise InputError(msg)
-    try:
+    with as_input_error(ValueError):
         options = given if isinstance(given, kind) else built(kind, given or {}, ADVANCED)
         check_fields(options, f"{ADVANCED}.")
-    except ValueError as error:
-        raise InputError(str(error)) from error
     return options
 
 

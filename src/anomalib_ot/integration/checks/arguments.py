@@ -79,10 +79,7 @@ def short_argument_error(message: str, *, foreign: bool = False) -> str | None:
 
 
 def _parameters(path: str) -> dict[str, str] | None:
-    """List the arguments of a class, with their types in words; None if there is no such class.
-
-    The fields of an argument that is a dataclass are arguments, too: `advanced.alpha`.
-    """
+    """List the arguments of a class (`advanced.alpha` for fields of one), with types in words; None without a class."""
     module, _, name = path.rpartition(".")
     try:
         kind = getattr(import_module(module), name)

@@ -74,11 +74,8 @@ class _Habitual(logging.Filter):
 def progress_bars(other: Progress | None = None) -> Iterator[Callable[[str, int, int], None]]:
     """Show bars on standard error once something has taken a second; a log file gets none.
 
-    Args:
-        other: A bar that may be running, such as Lightning's; it is paused, as a terminal shows one at a time.
-
-    Yields:
-        A function to call with (what is done, steps done, steps in all).
+    The `other` bar, such as Lightning's, is paused, as a terminal shows one at a time. Yields a function to call with
+    (what is done, steps done, steps in all).
     """
     console, start = Console(stderr=True), time.monotonic()
     bars = Progress(console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter))

@@ -5,6 +5,8 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +34,15 @@ class InputError(ValueError):
         InputError.last_message = _words(message)
 
 
+@contextmanager
+def as_input_error(*kinds: type[Exception]) -> Iterator[None]:
+    """Raise an `InputError` with the same message where one of these errors is raised."""
+    try:
+        yield
+    except kinds as error:
+        raise InputError(str(error)) from error
+
+
 class _ShortErrors:
     """An exception hook that prints an ``InputError`` in one line and leaves everything else to the former hook."""
 
@@ -54,27 +65,21 @@ def _words(text: object) -> str:
 
 
 def _input_message_in(error: BaseException) -> str | None:
-    """Find the message of the outermost ``InputError`` among an exception and what it was explicitly raised from.
-
-    jsonargparse makes a ``ValueError`` of what a model's ``__init__`` raises, which only quotes it: that counts, too.
-    """
+    """Find the message of the outermost ``InputError`` among an exception and what it was explicitly raised from."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, InputError):
             return " ".join(str(cause).splitlines())
         cause = cause.__cause__
-    quoted = InputError.last_message
+    quoted = InputError.last_message  # jsonargparse only quotes what a model's `__init__` raises
     return quoted if quoted and quoted in _words(error) else None
 
 
 def _missing_images(error: BaseException) -> str | None:
-    """Say what is wrong with the images to predict, if Anomalib's `PredictDataset` has refused their path.
-
-    No class of this package sees that path: it is taken from the frame that raised the exception.
-    """
+    """Say what is wrong with the images to predict, if Anomalib's `PredictDataset` has refused their path."""
     if not isinstance(error, FileNotFoundError | ValueError):
         return None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
+    for frame, _ in traceback.walk_tb(error.__traceback__):  # no class of this package sees the path
         if frame.f_code.co_name == "__init__" and type(frame.f_locals.get("self")).__name__ == "PredictDataset":
             path = Path(frame.f_locals["path"])
             break

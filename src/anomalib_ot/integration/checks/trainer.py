@@ -8,6 +8,7 @@ from anomalib_ot.integration.checks.errors import InputError
 
 TRAINED = "anomalib_ot_trained"  # attribute of a trainer: the model that it trains
 LIMIT = "anomalib_ot_limit_val_batches"
+UNLIMITED_EPOCHS = (1000, -1)  # what Lightning puts where the user gave no limit
 
 
 def check_trainer(trainer: Trainer, model: LightningModule) -> None:

@@ -5,16 +5,14 @@ from collections.abc import Collection, Sequence
 
 from lightning.pytorch import LightningModule
 
-from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.errors import InputError, as_input_error
 from anomalib_ot.ranges import Fraction, check
 
 
 def check_fraction(name: str, value: float) -> None:
     """Check that an argument lies in [0, 1]; an `InputError` if not."""
-    try:
+    with as_input_error(ValueError):
         check({name: value}, {name: Fraction})
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def check_known(name: str, value: str, known: Collection[str]) -> None:

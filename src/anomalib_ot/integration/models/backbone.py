@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anomalib_ot.detection.detector import freeze_stages
 from anomalib_ot.integration.checks.checkpoints import is_reading
-from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.errors import InputError, as_input_error
 from anomalib_ot.vision.backbone import known_layers, load_weights
 from anomalib_ot.vision.filter_bank import SCALES, FilterBank
 
@@ -36,10 +36,8 @@ def build_extractor(
 
     An `InputError` with the known ones if timm has no such model, or the model no such layer.
     """
-    try:
+    with as_input_error(ValueError):
         known = list(SCALES) if backbone == FILTER_BANK else known_layers(backbone)
-    except ValueError as error:
-        raise InputError(str(error)) from error
     for layer in layers:
         if layer not in known:
             msg = f"layers: backbone {backbone!r} has no layer {layer!r}; it has {', '.join(known)}"
@@ -141,10 +139,8 @@ def fill_weights(
             network.load_state_dict(timm.create_model(backbone, pretrained=False, **options).state_dict())
         return
     if weights is not None:
-        try:
+        with as_input_error(ValueError):
             load_weights(network, backbone, indices, weights)
-        except ValueError as error:
-            raise InputError(str(error)) from error
         return
     cached = _cached_weights(backbone)
     if cached is not None:
@@ -173,11 +169,8 @@ def _cached_weights(backbone: str) -> str | None:
 
 
 def _probe_hub(backbone: str) -> None:
-    """Ask the hub for a few bytes, once and briefly: a download would try again for most of a minute.
-
-    Raises what the network does if the hub cannot be reached; an answer of any kind is left to the download.
-    """
+    """Ask the hub for a few bytes, once and briefly: a download would try again for most of a minute."""
     repository = timm.get_pretrained_cfg(backbone).hf_hub_id
     if repository:
-        with suppress(HfHubHTTPError):
+        with suppress(HfHubHTTPError):  # an answer of any kind is left to the download
             get_hf_file_metadata(hf_hub_url(repository, HUB_FILES[0]), timeout=PATIENCE)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.trainer import UNLIMITED_EPOCHS
 from anomalib_ot.integration.models.backbone import fill_weights
 from anomalib_ot.integration.models.detector_options import DetectorPreset
 from anomalib_ot.integration.processing.sinkhorn_nms import SinkhornNMS
@@ -20,7 +21,6 @@ from anomalib_ot.vision.detections import Detections
 
 logger = logging.getLogger(__name__)
 
-UNLIMITED_EPOCHS = (1000, -1)  # what Lightning puts where the user gave no limit
 USUAL_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 1000, 12, 100
 WARM_UP = 0.1  # part of one cycle
 CYCLE_START, CYCLE_END = 1 / 25, 1 / 2500  # factors of the first and the last step

@@ -29,13 +29,9 @@ GROWN = ("prototypes", "positions", "feature_scales", "position_tolerances")
 
 
 class CalibratedCheckpoint:
-    """A trained model whose image threshold is to be set.
+    """A trained `OTPrototypes` whose image threshold is to be set, from the path of its checkpoint.
 
-    Args:
-        path: Checkpoint of `OTPrototypes`.
-
-    Raises:
-        InputError: If the file cannot be read, is of another model, or its post-processor cannot hold a threshold.
+    An `InputError` if the file cannot be read, is of another model, or its post-processor cannot hold a threshold.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,14 +107,10 @@ class CalibratedCheckpoint:
 
 
 class UpdatedCheckpoint(CalibratedCheckpoint):
-    """A trained model that learns more good images.
+    """A trained `OTPrototypes` that learns more good images, from the path of its checkpoint.
 
-    Args:
-        path: Checkpoint of `OTPrototypes`.
-
-    Raises:
-        InputError: If the file cannot be read, is of another model, has no threshold, so that nothing is a false alarm,
-            sees tiles, or lays prototypes out in grids, which do not grow.
+    An `InputError` if the file cannot be read, is of another model, has no threshold, so that nothing is a false alarm,
+    sees tiles, or lays prototypes out in grids, which do not grow.
     """
 
     def __init__(self, path: Path) -> None:
@@ -154,11 +146,8 @@ class UpdatedCheckpoint(CalibratedCheckpoint):
     def learn(self, files: Sequence[str], description: str) -> dict[str, tuple[Growth, float]]:
         """Let the model grow until each good image scores at most nine tenths of the threshold.
 
-        The image with the highest score comes first, whatever the order of the files.
-
-        Returns:
-            By file, highest score first: what it has taken, with the score that it had before any of them, and its
-            score afterwards.
+        The image with the highest score comes first, whatever the order of the files. Returns by file, highest score
+        first: what it has taken, with the score that it had before any of them, and its score afterwards.
         """
         before = dict(zip(files, self.scores(files, description), strict=True))
         learned = {}

@@ -31,14 +31,9 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 class EmbeddingCache:
     """Embeddings of training images on the CPU, keyed by image, bounded in memory.
 
-    Beyond the bound all of them move to files, where there is a folder for it, and later ones are written there. Where
-    there is none the images with the smallest hashes of seed and key stay: a sample that depends neither on the order
-    of images nor on how processes share them. An image that a distributed sampler repeats counts once.
-
-    Args:
-        max_bytes: Bound of what is kept in memory, bytes.
-        seed: Seed of the sample.
-        cache_dir: Folder for what does not fit; None keeps the sample.
+    Beyond `max_bytes` all of them move to files in `cache_dir`, and later ones are written there. Where there is no
+    such folder the images with the smallest hashes of seed and key stay: a sample that depends neither on the order of
+    images nor on how processes share them. An image that a distributed sampler repeats counts once.
     """
 
     def __init__(self, max_bytes: float, seed: int, cache_dir: str | Path | None = None) -> None:

@@ -25,8 +25,9 @@ from anomalib_ot.integration.callbacks.result_writer import ResultWriter
 from anomalib_ot.integration.checks.advanced import checked_options, flat, nested
 from anomalib_ot.integration.checks.checkpoints import check_own_checkpoint, is_reading, trained_arguments
 from anomalib_ot.integration.checks.console import progress_bars, quiet_console
-from anomalib_ot.integration.checks.errors import InputError, install_short_errors
+from anomalib_ot.integration.checks.errors import InputError, as_input_error, install_short_errors
 from anomalib_ot.integration.checks.images import digests_of
+from anomalib_ot.integration.checks.trainer import UNLIMITED_EPOCHS
 from anomalib_ot.integration.data.batches import ExplainedBatch
 from anomalib_ot.integration.data.datamodule_checks import check_datamodule, dataset_image_paths
 from anomalib_ot.integration.data.region_of_interest import read_region
@@ -53,7 +54,6 @@ from anomalib_ot.vision.backbone import normalization
 logger = logging.getLogger(__name__)
 install_short_errors()
 
-UNLIMITED_EPOCHS = (1000, -1)  # what Lightning puts where the user gave no limit
 DEFAULTS = PrototypesOptions()
 SHOWN = 5  # names of images in a message
 WITHOUT_FLOAT64 = ("mps",)  # the fit sums in float64; it runs on the CPU there
@@ -184,10 +184,8 @@ class OTPrototypes(ExplainedExport, AnomalibModule):
     def prepare_data(self) -> None:
         """Check FAISS and the folders before Anomalib reads them (Lightning calls this once per machine)."""
         if self.trainer.state.fn == TrainerFn.FITTING:
-            try:
+            with as_input_error(ImportError):
                 import_faiss()
-            except ImportError as error:
-                raise InputError(str(error)) from error
         check_datamodule(self.trainer.datamodule, self.trainer.state.fn)
 
     def configure_callbacks(self) -> list[Callback]:

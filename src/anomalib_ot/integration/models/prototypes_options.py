@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from anomalib_ot.anomaly.members import Preset, compact_members, make_members
 from anomalib_ot.anomaly.model import PrototypesModel
 from anomalib_ot.integration.checks.advanced import flat, nested
-from anomalib_ot.integration.checks.errors import InputError
+from anomalib_ot.integration.checks.errors import InputError, as_input_error
 from anomalib_ot.integration.checks.values import check_size
 from anomalib_ot.integration.models.backbone import FILTER_BANK, build_extractor
 from anomalib_ot.ranges import Fraction, Positive, Range, Whole
@@ -89,17 +89,15 @@ def build_model(
     tiling = None
     if tile_size is not None:
         tiling = _tiling(tile_size, options.tile_overlap, image_size)
-        _check_placeless(preset, members, alpha=alpha, num_global=num_global, transport_score=counts)
+        _check_placeless(preset, options)
         alpha, counts = 0.0, False
     compact, published = backbone == FILTER_BANK and preset == "default", preset == "paper"
     if compact and members is None and num_global is None:
         members = compact_members(layers)
-    try:
+    with as_input_error(TypeError, ValueError):
         plain = None if members is None else [dict(member) for member in members]
         given = {"alpha": alpha, "num_prototypes": num_prototypes, "num_global": num_global}
         built = make_members(preset, layers, plain, **given, drop_outliers=options.drop_outliers or None)
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
     used = [layer for member in built for layer in member.layers]
     return PrototypesModel(
         build_extractor(backbone, [layer for layer in dict.fromkeys([*layers, *used]) if layer in used]),
@@ -123,17 +121,10 @@ def _tiling(tile_size: Sequence[int], tile_overlap: float, image_size: Sequence[
     return Tiling((int(tile_size[0]), int(tile_size[1])), tile_overlap, whole_image=False)
 
 
-def _check_placeless(
-    preset: str,
-    members: Sequence[Mapping[str, Any]] | None,
-    *,
-    alpha: float | None,
-    num_global: float | None,
-    transport_score: bool | None,
-) -> None:
+def _check_placeless(preset: Preset, options: PrototypesOptions) -> None:
     """Refuse what needs places: on a tile of a large surface they mean nothing."""
-    given = {"alpha": alpha, "num_global": num_global, "transport_score": transport_score}
-    for number, member in enumerate(members or ()):
+    given = {name: getattr(options, name) for name in ("alpha", "num_global", "transport_score")}
+    for number, member in enumerate(options.members or ()):
         given |= {f"members[{number}].{name}": member.get(name) for name in ("alpha", "num_global")}
     told = [f"{name} is {value}" for name, value in given.items() if value]
     if preset == "paper":

@@ -23,14 +23,11 @@ BILINEAR = (InterpolationMode.BILINEAR, InterpolationMode.BILINEAR.value, 2)
 
 
 class ExportablePreProcessor(PreProcessor):
-    """Resize and normalize, in training and in the exported graph alike.
+    """Resize and normalize (or another transform), in training and in the exported graph alike.
 
     Anomalib trains with an antialiased resize and exports one without; thresholds then belong to other images than
     those that the exported model sees. Here the export resizes by matrix products that equal the antialiased resize.
     Images deeper than 8 bits, which Anomalib's reading saturates, are put back before the transforms.
-
-    Args:
-        transform: What to apply; `Resize` and `Normalize` as a rule.
     """
 
     def __init__(self, transform: Transform | None = None) -> None:
@@ -87,10 +84,8 @@ def _is_fixed_resize(part: nn.Module) -> bool:
 
 def _is_antialiased_resize(part: nn.Module) -> bool:
     """Whether it is the usual resize: to a fixed height and width, bilinear, antialiased."""
-    if not _is_fixed_resize(part):
-        return False
     # torchvision keeps the mode as it was given: as an enum, as its value, or as Pillow's number.
-    return part.interpolation in BILINEAR and bool(part.antialias)
+    return _is_fixed_resize(part) and part.interpolation in BILINEAR and bool(part.antialias)
 
 
 class ExplainedPostProcessor(PostProcessor):
@@ -197,12 +192,7 @@ def scores_on_scale(model: Any) -> dict[str, Any] | None:
         return dict(known)
 
     def on_scale(summary: Mapping[str, Any]) -> dict[str, Any]:
-        raw = InferenceBatch(
-            pred_score=torch.tensor(summary["quantiles"], device=model.device),
-            pred_label=None,
-            anomaly_map=None,
-            pred_mask=None,
-        )
+        raw = InferenceBatch(pred_score=torch.tensor(summary["quantiles"], device=model.device))
         return dict(summary) | {"quantiles": [round(float(value), 6) for value in model.post_processor(raw).pred_score]}
 
     good = known.get("good")  # checkpoints of before do not say
@@ -211,5 +201,4 @@ def scores_on_scale(model: Any) -> dict[str, Any] | None:
 
 def without_causes(predictions: Explained) -> InferenceBatch:
     """Keep the four outputs that Anomalib's own inferencers read."""
-    fields: dict[str, Tensor | None] = {name: getattr(predictions, name) for name in InferenceBatch._fields}
-    return InferenceBatch(**fields)
+    return InferenceBatch(*(getattr(predictions, name) for name in InferenceBatch._fields))

@@ -8,7 +8,7 @@ import torch
 from anomalib.post_processing import PostProcessor
 from torch import Tensor
 
-from anomalib_ot.integration.checks.errors import InputError, install_short_errors
+from anomalib_ot.integration.checks.errors import InputError, as_input_error, install_short_errors
 from anomalib_ot.integration.checks.values import check_known
 from anomalib_ot.postprocess.nms import sinkhorn_nms, sinkhorn_regions
 from anomalib_ot.postprocess.nms_losses import duplicate_losses
@@ -104,11 +104,9 @@ class SinkhornNMS(PostProcessor):
         for name in given["settings"]:
             check_known("settings", name, known)
         settings = {name: given[own] for name, own in OWN.items()} | given["settings"]
-        try:
+        with as_input_error(ValueError):
             check(given, hints_of(type(self).__init__))
             SinkhornNMSSettings(**settings)
-        except ValueError as error:
-            raise InputError(str(error)) from error
         return settings
 
     # ---- detections in, detections out
