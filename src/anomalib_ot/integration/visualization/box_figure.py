@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_ot.imaging.box_drawing import DARK, MISSED, WHITE, Mark, class_color, dashed_line, draw_marks
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, header
-from anomalib_ot.integration.visualization.insets import INSET, Inset, find_insets, inset_strip
 from anomalib_ot.vision.metrics import pair_iou
 
 FARTHEST = 3.0  # scales; beyond, the haze is too faint to see
@@ -21,6 +21,14 @@ MEETS = 0.3  # intersection over union from which on a box has found a known def
 LEGEND_LINE, SWATCH, FABRIC = 24, 22, (128, 132, 140)
 NAMED_KINDS = 4
 MOST_DRAWN = 12  # boxes; with more an early training covers the part
+INSET, INSET_TITLE = 230, 20  # pixels
+SMALL = 32  # a box whose longer side is drawn with fewer pixels is enlarged
+SURROUNDINGS = 3.4  # side of a cut, in sides of its box
+LEAST_ZOOM = 2  # a cut is at least so much larger than the view; as INSET / (SMALL * SURROUNDINGS) is too
+LEAST_SIDE = 44  # pixels of the part: with less around it one does not see what a box is part of
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+Box = tuple[float, float, float, float]
 
 
 def draw_soft_edges(drawn: Image.Image, box: np.ndarray, scales: np.ndarray, color: tuple[int, int, int]) -> None:
@@ -63,6 +71,15 @@ class DetectedBoxes(NamedTuple):
     gt_labels: np.ndarray | None = None  # their class indices (G,); None: not known
     # How unsure each side (left, top, right, bottom) of the boxes is (N, 4), pixels; None: not known.
     scales: np.ndarray | None = None
+
+
+@dataclass
+class Inset:
+    """A square cut of the part."""
+
+    letter: str  # by which its frame in the view is found
+    region: Box  # xyxy, pixels of the part
+    members: list[Box] = field(default_factory=list)  # the small boxes that it shows with their names
 
 
 def box_picture(
@@ -121,7 +138,7 @@ def box_picture(
     head = header(width, verdict, remarks=_remarks(shown, class_names, score_threshold))
     parts = [head, body]
     if insets:
-        strip, nameless = inset_strip(image, marks, insets, width, MARGIN, scale)
+        strip, nameless = inset_strip(image, marks, insets, width, scale)
         parts.append(strip)
         left_out += nameless
     notes = [note for note in (image_note, f"{left_out} names left out for lack of room" if left_out else "") if note]
@@ -307,3 +324,69 @@ def _stack(parts: list[Image.Image]) -> Image.Image:
         picture.paste(part, (0, top))
         top += part.height
     return picture
+
+
+# ---- enlarged cuts around boxes that are too small for the eye
+
+
+def find_insets(boxes: Sequence[Box], image_size: tuple[int, int], scale: float, most: int) -> list[Inset]:
+    """Choose at most `most` cuts so that small boxes xyxy, pixels of the part, are shown, the first of the list first.
+
+    `scale` is pixels of the view per pixel of the part. A cut shows also the later small boxes that lie in it; large
+    boxes are passed over.
+
+    >>> find_insets([(50, 50, 56, 56), (62, 58, 65, 60)], (2446, 1000), scale=0.5, most=3)[0].members
+    [(50, 50, 56, 56), (62, 58, 65, 60)]
+    """
+    insets: list[Inset] = []
+    for box in boxes:
+        longest = max(box[2] - box[0], box[3] - box[1])
+        if longest * scale >= SMALL:
+            continue
+        holder = next((inset for inset in insets if _lies_in(box, inset.region)), None)
+        if holder is None:
+            if len(insets) >= min(most, len(LETTERS)):
+                continue
+            least = min(LEAST_SIDE, INSET / (LEAST_ZOOM * scale))
+            side = min(max(SURROUNDINGS * longest, least), *image_size)
+            corner = [min(max((box[axis] + box[axis + 2] - side) / 2, 0), image_size[axis] - side) for axis in range(2)]
+            holder = Inset(LETTERS[len(insets)], (*corner, corner[0] + side, corner[1] + side))
+            insets.append(holder)
+        holder.members.append(box)
+    return insets
+
+
+def inset_strip(
+    image: Image.Image, marks: Sequence[Mark], insets: Sequence[Inset], width: int, scale: float
+) -> tuple[Image.Image, int]:
+    """Draw the cuts side by side, with all that is marked in them; also return how many names found no place.
+
+    Marks are in pixels of the part, the most important first; titles say how much larger than in the view (`scale`) a
+    cut is.
+    """
+    left_out = 0
+    strip = Image.new("RGB", (width, INSET_TITLE + INSET + GAP), PAPER)
+    draw = ImageDraw.Draw(strip)
+    for index, inset in enumerate(insets):
+        left = MARGIN + index * (INSET + GAP)
+        zoom = INSET / (inset.region[2] - inset.region[0])
+        draw.text((left, 0), f"{inset.letter}: {zoom / scale:.0f} times as large", INK, ImageFont.load_default(14))
+        cut = image.convert("RGB").resize((INSET, INSET), Image.Resampling.BICUBIC, box=inset.region)
+        left_out += draw_marks(cut, [_in_cut(mark, inset, zoom) for mark in marks if _meets(mark.box, inset.region)])
+        strip.paste(cut, (left, INSET_TITLE))
+        draw.rectangle((left - 1, INSET_TITLE - 1, left + INSET, INSET_TITLE + INSET), outline=INK)
+    return strip, left_out
+
+
+def _in_cut(mark: Mark, inset: Inset, zoom: float) -> Mark:
+    """Bring a mark to the pixels of a cut; only members keep their names."""
+    moved = (np.array(mark.box) - np.tile(inset.region[:2], 2)) * zoom
+    return mark._replace(box=tuple(moved.tolist()), text=mark.text if mark.box in inset.members else "")
+
+
+def _lies_in(box: Box, region: Box) -> bool:
+    return box[0] >= region[0] and box[1] >= region[1] and box[2] <= region[2] and box[3] <= region[3]
+
+
+def _meets(box: Box, region: Box) -> bool:
+    return box[0] < region[2] and box[1] < region[3] and box[2] > region[0] and box[3] > region[1]
