@@ -152,3 +152,12 @@ def _network_view(image: torch.Tensor) -> Image.Image:
     if pixels.min() < 0 or pixels.max() > 1:
         pixels = pixels * np.array(IMAGENET_STD) + np.array(IMAGENET_MEAN)
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def map_array(values: torch.Tensor | None) -> np.ndarray | None:
+    """Bring a map (..., H, W) of one image to numpy, as (H, W), bool or float32; None stays None."""
+    if values is None:
+        return None
+    values = values.detach().cpu()
+    array = (values if values.dtype == torch.bool else values.float()).numpy()
+    return array.reshape(array.shape[-2:])
