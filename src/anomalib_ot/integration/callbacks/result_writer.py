@@ -136,10 +136,7 @@ class ResultWriter(Callback):
 
 
 def _make_version(folder: Path) -> None:
-    """Turn a folder `latest`, which is none of a training, into a version with a link to it.
-
-    Anomalib writes there where a test has no training before it, and its next training stops at such a folder.
-    """
+    """Turn a folder `latest` of no training, at which Anomalib's next training stops, into a version with a link."""
     if folder.name != "latest" or folder.is_symlink():
         return
     numbers = [int(one.name[1:]) for one in folder.parent.glob("v*") if one.name[1:].isdecimal()]
