@@ -10,8 +10,7 @@ from torch import Tensor
 
 from anomalib_ot.anomaly.model import Explained
 from anomalib_ot.integration.data.batches import CAUSES
-from anomalib_ot.integration.export.export import CheckedExport
-from anomalib_ot.integration.export.requirements import check_input_size
+from anomalib_ot.integration.export.export import CheckedExport, check_input_size
 from anomalib_ot.integration.processing.pre_post import without_causes
 
 
