@@ -20,7 +20,6 @@ from anomalib_ot.integration.checks.advanced import check_place, flat, nested
 from anomalib_ot.integration.checks.checkpoints import checked_reading, plain, trained_arguments
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.values import check_fitted
-from anomalib_ot.integration.export.known_scores import summarized_scores
 from anomalib_ot.integration.export.manifest import (
     RT_INFO,
     as_text,
@@ -60,7 +59,6 @@ ONNX_DEFAULTS = {"opset_version": 18, "verbose": False}
 PRECISIONS = {None: "FP32", CompressionType.FP16: "FP16"}
 CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
 CALIBRATION_IMAGES, ACCURACY_IMAGES, PROBES = 128, 400, 8
-FEW = 30  # images that no metric should be computed from
 
 
 class CheckedExport:
@@ -228,6 +226,7 @@ class CheckedExport:
             check_accuracy_control,
             compressed,
             float_operations,
+            measured_cost,
         )
 
         onnx_kwargs = dict(onnx_kwargs or {})
@@ -253,7 +252,7 @@ class CheckedExport:
             if check_parity:
                 manifest["parity"] = self._agreement(predict, openvino_runtime(), input_size, precision, validation)
             if validation is not None and kind is not None:
-                manifest |= _measured(openvino_predict(precise), predict, validation, manifest)
+                manifest |= measured_cost(openvino_predict(precise), predict, validation, manifest)
             graph.set_rt_info(as_text(manifest), [RT_INFO])
             path.parent.mkdir(parents=True, exist_ok=True)
             openvino.save_model(graph, path, **options)
@@ -279,41 +278,6 @@ class CheckedExport:
             hint = "" if samples is not None else "; name a data set (--data ...) to compare on its images"
             logger.warning("The model finds next to nothing in the images compared%s", hint)
         return parity
-
-
-def _measured(precise: Predict, predict: Predict, samples: "Samples", manifest: dict[str, Any]) -> dict[str, Any]:
-    """Measure what compression costs on validation images, tell it, and return the entries for the manifest."""
-    from anomalib_ot.integration.export.quantization import (
-        EvaluationResult,
-        accuracy_name,
-        accuracy_value,
-        verdicts_changed,
-    )
-
-    name = manifest["precision"].lower()
-    before, after = EvaluationResult(precise, samples), EvaluationResult(predict, samples)
-    accuracy = {
-        "metric": accuracy_name(after),
-        "images": len(samples),
-        "fp32": accuracy_value(before),
-        name: accuracy_value(after),
-    }
-    accuracy["verdicts_changed"] = verdicts_changed(before, after)
-    if accuracy["fp32"] is None or accuracy[name] is None:
-        logger.warning(
-            "What %s costs is not known: %s means nothing on the validation images", name, accuracy["metric"]
-        )
-    else:
-        told = (len(samples), accuracy["metric"], accuracy["fp32"], name, accuracy[name])
-        logger.info("On %d validation images %s is %.4f in fp32 and %.4f in %s", *told[:3], told[4], told[3])
-    changed = accuracy["verdicts_changed"]
-    logger.info("%d of the %d verdicts (good, defective) are others in %s than in fp32", changed, len(samples), name)
-    if len(samples) < FEW:
-        logger.warning("%d validation images are few: what %s costs is known roughly at best", len(samples), name)
-    scores = manifest["scores"]
-    if scores is None:
-        scores = summarized_scores(after.scores, after.labels)
-    return {"accuracy": accuracy, "scores": scores}
 
 
 # ---- what has to be right before an export begins: packages, data, the folder, and arguments that would do nothing

@@ -1,5 +1,6 @@
 """Integer arithmetic where a network stands it: in backbone, pyramid and towers; transport and boxes keep floats."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from anomalib_ot.integration.checks.images import check_images
 from anomalib_ot.integration.data.box_batch import BoxBatch
 from anomalib_ot.integration.data.datamodule_checks import dataset_image_paths
 from anomalib_ot.integration.data.deep_images import read_image_deep
-from anomalib_ot.integration.export.runtime import quiet_export
+from anomalib_ot.integration.export.known_scores import summarized_scores
+from anomalib_ot.integration.export.runtime import Predict, quiet_export
 from anomalib_ot.integration.metrics.metrics import CocoPrecision
 from anomalib_ot.vision.resize import AntialiasResize
 
@@ -24,8 +26,11 @@ if TYPE_CHECKING:
     import openvino
     from torchmetrics import Metric
 
+logger = logging.getLogger(__name__)
+
 HEAVY = ("Convolution", "GroupConvolution", "MatMul")
 ONNX_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch notes from which module an operation comes
+FEW = 30  # images that no metric should be computed from
 
 
 class Samples:
@@ -191,6 +196,29 @@ class EvaluationResult:
     def labels(self) -> Tensor:
         """Whether the images are defective (n,), 0 or 1."""
         return torch.cat([batch.gt_label for batch in self.batches])
+
+
+def measured_cost(precise: Predict, predict: Predict, samples: Samples, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure what compression costs on validation images, tell it, and return the entries for the manifest."""
+    name = manifest["precision"].lower()
+    before, after = EvaluationResult(precise, samples), EvaluationResult(predict, samples)
+    changed = verdicts_changed(before, after)
+    accuracy = {"metric": accuracy_name(after), "images": len(samples), "fp32": accuracy_value(before)}
+    accuracy |= {name: accuracy_value(after), "verdicts_changed": changed}
+    if accuracy["fp32"] is None or accuracy[name] is None:
+        logger.warning(
+            "What %s costs is not known: %s means nothing on the validation images", name, accuracy["metric"]
+        )
+    else:
+        told = (len(samples), accuracy["metric"], accuracy["fp32"], name, accuracy[name])
+        logger.info("On %d validation images %s is %.4f in fp32 and %.4f in %s", *told[:3], told[4], told[3])
+    logger.info("%d of the %d verdicts (good, defective) are others in %s than in fp32", changed, len(samples), name)
+    if len(samples) < FEW:
+        logger.warning("%d validation images are few: what %s costs is known roughly at best", len(samples), name)
+    scores = manifest["scores"]
+    if scores is None:
+        scores = summarized_scores(after.scores, after.labels)
+    return {"accuracy": accuracy, "scores": scores}
 
 
 def verdicts_changed(before: EvaluationResult, after: EvaluationResult) -> int:
