@@ -1,7 +1,7 @@
 """Does an exported model say what the model in PyTorch says? Measured at every export, and written beside the model."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from anomalib.post_processing import PostProcessor
 from torch import Tensor
 from torchvision.transforms.v2 import Normalize
 
-from anomalib_ot.integration.export.runtime import UNCUT
+from anomalib_ot.integration.export.runtime import UNCUT, Predict
 from anomalib_ot.integration.processing.pre_post import flat_transforms
 from anomalib_ot.vision.resize import AntialiasResize
 
@@ -27,7 +27,6 @@ TOLERANCES = {
 }
 
 Outputs = Mapping[str, np.ndarray]
-Predict = Callable[[np.ndarray], Outputs]
 
 
 class ParityError(RuntimeError):
@@ -176,21 +175,18 @@ def measured_parity(model: Any, predict: Predict, images: Tensor, precision: str
     else:
         scales["map"] = _largest(expected, "anomaly_map")
     allowed = None if tolerance is None else {name: tolerance[name] * scale for name, scale in scales.items()}
-    result["tolerance"] = allowed
-    return result | {"runtime": runtime}
+    return result | {"tolerance": allowed, "runtime": runtime}
 
 
 def check_parity(parity: Mapping[str, Any]) -> None:
     """Check that an exported model agrees with PyTorch; a `ParityError` if a difference is too large, or no number."""
-    told = described(parity)
     allowed = parity["tolerance"]
-    if allowed is None:
-        return
-    if not all(parity[name] <= most for name, most in allowed.items()):
+    if allowed is not None and not all(parity[name] <= most for name, most in allowed.items()):
         limits = ", ".join(f"{name} {most:.2g}" for name, most in allowed.items())
         raise ParityError(
-            f"the exported model does not say what PyTorch says: {told}; allowed: {limits}. It was not written. "
-            "--onnx_kwargs.check_parity false (in Python onnx_kwargs={'check_parity': False}) exports it all the same"
+            f"the exported model does not say what PyTorch says: {described(parity)}; allowed: {limits}. "
+            "It was not written. --onnx_kwargs.check_parity false (in Python onnx_kwargs={'check_parity': False}) "
+            "exports it all the same"
         )
 
 
@@ -227,11 +223,7 @@ def _box_scale(expected: Outputs) -> float:
 
 
 def _box_distance(wanted: Outputs, got: Outputs) -> tuple[float, float, int, int]:
-    """Compare each box with the nearest one of its class: runtimes may order boxes of equal score differently.
-
-    Returns the largest distances of boxes that are the same one, pixels, and of scores; how many one side lacks; of how
-    many.
-    """
+    """Largest distances of boxes, pixels, and scores to the nearest of their class; how many have none; of how many."""
     names = ("pred_boxes", "pred_box_scores", "pred_box_labels")
     if any(wanted[name].shape != np.shape(got[name]) for name in names):
         return float("inf"), float("inf"), 0, 0
@@ -240,6 +232,7 @@ def _box_distance(wanted: Outputs, got: Outputs) -> tuple[float, float, int, int
         for image in range(len(ours["pred_boxes"])):
             boxes, scores, labels = (np.asarray(ours[name][image], np.float64) for name in names)
             others, other_scores, other_labels = (np.asarray(theirs[name][image], np.float64) for name in names)
+            # the nearest: runtimes may order boxes of equal score differently
             far = np.abs(boxes[:, None] - others).max(-1)
             far = np.where((labels[:, None] == other_labels) & np.isfinite(far), far, np.inf)[labels >= 0]
             nearest, scores = far.argmin(1), scores[labels >= 0]
