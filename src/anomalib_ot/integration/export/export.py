@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from os import W_OK, access
 from pathlib import Path
@@ -14,12 +15,15 @@ from anomalib.data import AnomalibDataModule
 from anomalib.deploy.export import CompressionType
 from anomalib.post_processing import PostProcessor
 from lightning_utilities.core.imports import module_available
+from torch import Tensor
 from torchvision.transforms.v2 import Resize
 
+from anomalib_ot.anomaly.model import Explained
 from anomalib_ot.integration.checks.advanced import check_place, flat, nested
 from anomalib_ot.integration.checks.checkpoints import checked_reading, plain, trained_arguments
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.values import check_fitted
+from anomalib_ot.integration.data.batches import CAUSES
 from anomalib_ot.integration.export.manifest import (
     RT_INFO,
     as_text,
@@ -43,7 +47,7 @@ from anomalib_ot.integration.export.runtime import (
     quiet_export,
     without_settled_choices,
 )
-from anomalib_ot.integration.processing.pre_post import flat_transforms
+from anomalib_ot.integration.processing.pre_post import flat_transforms, without_causes
 from anomalib_ot.vision.resize import AntialiasResize
 
 if TYPE_CHECKING:
@@ -278,6 +282,64 @@ class CheckedExport:
             hint = "" if samples is not None else "; name a data set (--data ...) to compare on its images"
             logger.warning("The model finds next to nothing in the images compared%s", hint)
         return parity
+
+
+class ExplainedExport(CheckedExport):
+    """Exports with or without the causes of the anomaly map, as the model's `export_explanation` says."""
+
+    export_kind = "anomaly"
+    integer_rooms = ("model.feature_extractor",)
+    export_explanation: bool
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        *,
+        export_explanation: bool | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to ONNX; `export_explanation` counts for this export alone, None leaves the model's."""
+        check_input_size(self, input_size)
+        with self._explaining(export_explanation):
+            return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        *args: Any,
+        onnx_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to OpenVINO; `export_explanation` among `onnx_kwargs` counts for this export alone."""
+        check_input_size(self, input_size)
+        onnx_kwargs = dict(onnx_kwargs or {})
+        with self._explaining(onnx_kwargs.pop("export_explanation", None)):
+            return super().to_openvino(
+                export_root, model_file_name, input_size, *args, onnx_kwargs=onnx_kwargs, **kwargs
+            )
+
+    @contextmanager
+    def _explaining(self, export_explanation: bool | None) -> Iterator[None]:
+        former = self.export_explanation
+        self.export_explanation = former if export_explanation is None else bool(export_explanation)
+        try:
+            yield
+        finally:
+            self.export_explanation = former
+
+    def forward(self, batch: Tensor, *args: object, **kwargs: object) -> Explained | tuple:
+        """Predict raw images (B, 3, H, W) in [0, 1], as the exported model does."""
+        predictions = super().forward(batch, *args, **kwargs)
+        if self.model.roi.numel():  # normalization lifts what was 0
+            names = [name for name in ("anomaly_map", *CAUSES) if getattr(predictions, name, None) is not None]
+            maps = {name: getattr(predictions, name) for name in names}
+            inside = {name: torch.where(self.model.roi, values, 0.0) for name, values in maps.items()}
+            predictions = predictions._replace(**inside)
+        return predictions if self.export_explanation else without_causes(predictions)
 
 
 # ---- what has to be right before an export begins: packages, data, the folder, and arguments that would do nothing
