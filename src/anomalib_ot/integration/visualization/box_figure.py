@@ -124,10 +124,11 @@ def box_picture(
     scale = min(size / image.width, HEIGHT_SHARE * size / image.height, LARGEST_SCALE)
     view_size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
     width = max(view_size[0], LEAST_WIDTH) + 2 * MARGIN
-    drawn = _most_certain(shown)
+    columns = ("boxes", "scores", "labels", "truth", "scales")  # known defects stay, and so does which are missed
+    drawn = shown._replace(**{name: getattr(shown, name)[:MOST_DRAWN] for name in columns})
     marks = _marks(drawn, class_names)
-    columns = (width - 2 * MARGIN + GAP) // (INSET + GAP)
-    insets = find_insets([mark.box for mark in marks if mark.text], image.size, scale, columns)
+    most = (width - 2 * MARGIN + GAP) // (INSET + GAP)
+    insets = find_insets([mark.box for mark in marks if mark.text], image.size, scale, most)
 
     body = Image.new("RGB", (width, view_size[1] + 2 * MARGIN), PAPER)
     view = image.convert("RGB").resize(view_size, Image.Resampling.LANCZOS)
@@ -142,7 +143,8 @@ def box_picture(
         parts.append(strip)
         left_out += nameless
     notes = [note for note in (image_note, f"{left_out} names left out for lack of room" if left_out else "") if note]
-    return _stack([*parts, _legend(_samples(drawn, class_names, notes), width)])
+    parts.append(_legend(_samples(drawn, class_names, notes), width))
+    return Image.fromarray(np.concatenate([np.asarray(part) for part in parts]))
 
 
 def class_name(label: int, class_names: Sequence[str] | None) -> str:
@@ -200,12 +202,6 @@ def _shown(found: DetectedBoxes, score_threshold: float, image_size: tuple[int, 
     known_or_none = None if found.gt_boxes is None else known
     scales = np.zeros_like(boxes) if found.scales is None else found.scales[order]
     return _Shown(boxes, found.scores[order], found.labels[order], known_or_none, gt_labels, truth, missed, scales)
-
-
-def _most_certain(shown: _Shown) -> _Shown:
-    """Leave the boxes that are drawn; known defects stay, and so does which of them are missed."""
-    columns = ("boxes", "scores", "labels", "truth", "scales")
-    return shown._replace(**{name: getattr(shown, name)[:MOST_DRAWN] for name in columns})
 
 
 def _inside(boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
@@ -315,15 +311,6 @@ def _legend(samples: list[_Sample], width: int) -> Image.Image:
         draw.text((x + swatch, middle), text, INK if color else FAINT, font, anchor="lm")
         x += needed + GAP
     return strip.crop((0, 0, width, y + LEGEND_LINE + GAP // 2 if samples else GAP))
-
-
-def _stack(parts: list[Image.Image]) -> Image.Image:
-    picture = Image.new("RGB", (parts[0].width, sum(part.height for part in parts)), PAPER)
-    top = 0
-    for part in parts:
-        picture.paste(part, (0, top))
-        top += part.height
-    return picture
 
 
 # ---- enlarged cuts around boxes that are too small for the eye
