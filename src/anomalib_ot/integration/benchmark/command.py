@@ -154,11 +154,8 @@ def _run_one(job: SweepJob, logs: Path, environment: dict[str, str], stop: threa
         # keeps Ctrl-C from it.
         options = {"stdin": subprocess.PIPE, "stdout": said, "stderr": said, "start_new_session": True}
         with subprocess.Popen(words, env=environment, **options) as process:
-            while process.poll() is None and not stop.is_set():
-                try:
-                    process.wait(0.1)
-                except subprocess.TimeoutExpired:
-                    continue
+            while process.poll() is None and not stop.wait(0.1):
+                pass
             if process.poll() is None:
                 process.kill()
                 return None
