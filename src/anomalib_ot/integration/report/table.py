@@ -12,13 +12,8 @@ from typing import Any
 from anomalib_ot.imaging.causes import CauseShares
 from anomalib_ot.integration.checks.errors import InputError
 
-LINES, TABLE, RUN, REPORT, THUMBNAILS = (
-    "predictions.jsonl",
-    "predictions.csv",
-    "run.json",
-    "report.html",
-    "thumbnails",
-)
+LINES, TABLE, RUN = "predictions.jsonl", "predictions.csv", "run.json"
+REPORT, THUMBNAILS = "report.html", "thumbnails"
 DEFECTIVE, GOOD, UNKNOWN, ERROR = "defective", "good", "unknown", "error"
 VERDICTS = {DEFECTIVE: DEFECTIVE, "defect": DEFECTIVE, GOOD: GOOD, UNKNOWN: UNKNOWN, ERROR: ERROR}  # "defect": inspect
 COLUMNS = (
