@@ -76,15 +76,14 @@ def _thresholds(model: Any) -> tuple[float | None, float | None]:
     return found[0], found[1]
 
 
-def as_text(manifest: Mapping[str, Any]) -> str:
+def as_text(manifest: Mapping[str, Any], indent: int | None = None) -> str:
     """Write a manifest as JSON."""
-    return json.dumps(manifest, ensure_ascii=False, allow_nan=False)
+    return json.dumps(manifest, ensure_ascii=False, allow_nan=False, indent=indent)
 
 
 def write_manifest(manifest: Mapping[str, Any], model_path: Path) -> None:
     """Write `manifest.json` beside an exported model."""
-    text = json.dumps(manifest, ensure_ascii=False, allow_nan=False, indent=1)
-    (model_path.parent / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    (model_path.parent / MANIFEST).write_text(as_text(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def write_manifest_into_onnx(manifest: Mapping[str, Any], model_path: Path) -> None:
