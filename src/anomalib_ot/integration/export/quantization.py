@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HEAVY = ("Convolution", "GroupConvolution", "MatMul")
+HEAVY = {"Convolution", "GroupConvolution", "MatMul"}
 ONNX_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch notes from which module an operation comes
 FEW = 30  # images that no metric should be computed from
 
@@ -126,12 +126,6 @@ def float_operations(graph: "openvino.Model", onnx_path: Path, rooms: Sequence[s
     return found
 
 
-def integers_pay(graph: "openvino.Model", float_names: Sequence[str]) -> bool:
-    """Whether a convolution or matrix product is not among the operations that keep floats."""
-    kept = set(float_names)
-    return any(part.get_type_name() in HEAVY and part.get_friendly_name() not in kept for part in graph.get_ops())
-
-
 # ---- compression
 
 
@@ -153,7 +147,9 @@ def compressed(
     """
     import nncf
 
-    if not integers_pay(graph, float_names):
+    kept = set(float_names)
+    quantizable = {part.get_type_name() for part in graph.get_ops() if part.get_friendly_name() not in kept}
+    if not quantizable & HEAVY:
         msg = "no layer of this model can be quantized (those of the filter bank cannot); use FP16, or another backbone"
         raise InputError(msg)
     ignored = nncf.IgnoredScope(names=list(float_names), validate=False)
@@ -161,8 +157,7 @@ def compressed(
         with quiet_export():
             return nncf.compress_weights(graph, ignored_scope=ignored)
     options: dict[str, Any] = {"ignored_scope": ignored, "subset_size": len(calibration)}
-    kept = set(float_names)
-    if any(part.get_type_name() == "Softmax" and part.get_friendly_name() not in kept for part in graph.get_ops()):
+    if "Softmax" in quantizable:
         options["model_type"] = nncf.ModelType.TRANSFORMER
     shown = nncf.Dataset(range(len(calibration)), calibration.array)
     if kind == CompressionType.INT8_PTQ:
