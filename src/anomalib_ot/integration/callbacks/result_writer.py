@@ -26,9 +26,9 @@ from anomalib_ot.integration.report.table import (
     TABLE,
     THUMBNAILS,
     as_line,
-    csv_parts,
     read_rows,
     thumbnail_name,
+    write_csv,
 )
 from anomalib_ot.integration.visualization.thumbnail import thumbnail
 
@@ -179,8 +179,7 @@ def _finish(folder: Path, drafts: list[Path], thumbnails: Mapping[str, bytes], r
     with_p_value = any("p_value" in row for row in read_rows(lines))
     draft = folder / f".{TABLE}"
     try:
-        with draft.open("wb") as file:
-            file.writelines(csv_parts(read_rows(lines), with_p_value=with_p_value))
+        write_csv(draft, read_rows(lines), with_p_value=with_p_value)
         draft.replace(folder / TABLE)
     finally:
         draft.unlink(missing_ok=True)
