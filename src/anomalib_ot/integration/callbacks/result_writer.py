@@ -140,7 +140,7 @@ def _make_version(folder: Path) -> None:
     if folder.name != "latest" or folder.is_symlink():
         return
     numbers = [int(one.name[1:]) for one in folder.parent.glob("v*") if one.name[1:].isdecimal()]
-    version = folder.with_name(f"v{max(numbers, default=-1) + 1}")
+    version = folder.absolute().with_name(f"v{max(numbers, default=-1) + 1}")  # the link stands in another folder
     link = folder.with_name(".latest")
     with suppress(OSError):  # a system without links: the folder stays
         link.symlink_to(version, target_is_directory=True)
