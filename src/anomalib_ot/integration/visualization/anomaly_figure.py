@@ -6,10 +6,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_ot.imaging.causes import BOW, Arrow, CauseShares, arrows, bowed_line, cause_shares, normal_level
-from anomalib_ot.imaging.heat import color_bar, dim_outside, draw_outline, overlay
+from anomalib_ot.imaging.heat import DARK, color_bar, dim_outside, draw_outline, overlay
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, header
 
-DARK = (15, 15, 20)
 TRUTH_LINE, PREDICTION_LINE = (0, 220, 255), (255, 255, 255)
 TITLE_HEIGHT, BAR_WIDTH, LEAST_CELL, LEAST_WIDTH = 44, 58, 240, 560
 WIDE = 2.0  # panels of images at least this many times wider than high stand below each other

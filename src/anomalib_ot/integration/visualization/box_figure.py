@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from string import ascii_uppercase
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,6 @@ SMALL = 32  # a box whose longer side is drawn with fewer pixels is enlarged
 SURROUNDINGS = 3.4  # side of a cut, in sides of its box
 LEAST_ZOOM = 2  # a cut is at least so much larger than the view; as INSET / (SMALL * SURROUNDINGS) is too
 LEAST_SIDE = 44  # pixels of the part: with less around it one does not see what a box is part of
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 Box = tuple[float, float, float, float]
 
@@ -332,12 +332,12 @@ def find_insets(boxes: Sequence[Box], image_size: tuple[int, int], scale: float,
             continue
         holder = next((inset for inset in insets if _lies_in(box, inset.region)), None)
         if holder is None:
-            if len(insets) >= min(most, len(LETTERS)):
+            if len(insets) >= min(most, len(ascii_uppercase)):
                 continue
             least = min(LEAST_SIDE, INSET / (LEAST_ZOOM * scale))
             side = min(max(SURROUNDINGS * longest, least), *image_size)
             corner = [min(max((box[axis] + box[axis + 2] - side) / 2, 0), image_size[axis] - side) for axis in range(2)]
-            holder = Inset(LETTERS[len(insets)], (*corner, corner[0] + side, corner[1] + side))
+            holder = Inset(ascii_uppercase[len(insets)], (*corner, corner[0] + side, corner[1] + side))
             insets.append(holder)
         holder.members.append(box)
     return insets
