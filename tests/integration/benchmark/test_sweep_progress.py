@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from anomalib_ot.integration.benchmark.command import SweepProgress
 from anomalib_ot.integration.benchmark.launcher import SweepShare
-from anomalib_ot.integration.benchmark.progress import SweepProgress
 
 DONE = {"status": "done", "figures": {"image_AUROC": 0.98765, "pixel_AUROC": None}, "seconds": 3.2}
 FAILED = {"status": "failed", "error": "ValueError: [not] good " + "x" * 200, "seconds": 1.0}

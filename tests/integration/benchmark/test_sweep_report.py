@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from anomalib_ot.integration.benchmark.config import SweepJob, SweepLabels
-from anomalib_ot.integration.benchmark.plots import sweep_plots
-from anomalib_ot.integration.benchmark.report import SweepTable, markdown, sweep_table, write_report
+from anomalib_ot.integration.benchmark.report import SweepTable, markdown, sweep_plots, sweep_table, write_report
 from anomalib_ot.integration.benchmark.store import SweepRecord
 
 JOBS = [

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Pad, Resize
 
 from anomalib_ot import OTPrototypes, RegionWriter, SyntheticFabric
-from anomalib_ot.integration.callbacks.region_writer import Candidates, SeenPart, seen_part, write_candidates
+from anomalib_ot.integration.callbacks.region_writer import Candidates, SeenPart, seen_part
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.coco_json import read_coco
 from anomalib_ot.integration.data.records import Findings
@@ -337,7 +337,7 @@ def test_a_folder_without_permission_is_refused(tmp_path):
 def test_a_file_that_cannot_be_replaced_leaves_no_draft(tmp_path):
     (tmp_path / "a.json" / "in the way").mkdir(parents=True)
     with pytest.raises(InputError, match="cannot be written"):
-        write_candidates(tmp_path / "a.json", {"a.png": Candidates((4, 4), [], [])})
+        RegionWriter(tmp_path / "a.json").write({"a.png": Candidates((4, 4), [], [])})
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from anomalib_ot import OTPrototypes, RegionWriter, SyntheticFabric
 from anomalib_ot.integration.callbacks import result_writer
 from anomalib_ot.integration.callbacks.result_rows import ResultRows
-from anomalib_ot.integration.callbacks.result_writer import ResultWriter
+from anomalib_ot.integration.callbacks.result_writer import ResultWriter, _make_version
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.data.box_batch import BoxBatch
 from anomalib_ot.integration.report.page import NEEDED
@@ -109,6 +109,16 @@ def test_a_test_before_any_training_leaves_room_for_one(checkpoint, fabric, tmp_
     engine(tmp_path).fit(model(), datamodule=data(fabric))
     assert latest.resolve().name == "v1"
     assert (latest.with_name("v0") / "report.html").is_file()
+
+
+def test_the_link_to_a_version_is_found_where_the_folder_is_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    latest = Path("results/latest")
+    latest.mkdir(parents=True)
+    (latest / "report.html").touch()
+    _make_version(latest)
+    assert latest.resolve() == (tmp_path / "results" / "v0").resolve()
+    assert (latest / "report.html").is_file()
 
 
 def test_rows_of_several_batches_keep_every_path_and_what_was_predicted(checkpoint, pictures, tmp_path):

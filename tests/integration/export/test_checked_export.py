@@ -416,6 +416,6 @@ def test_what_integers_need_is_said(prototypes, tmp_path, monkeypatch):
     model, _ = prototypes
     with pytest.raises(InputError, match=r"int8_ptq needs images to calibrate with; name the data set \(--data"):
         model.to_openvino(tmp_path, compression_type=INT8)
-    monkeypatch.setattr("anomalib_ot.integration.export.requirements.module_available", lambda name: name != "nncf")
+    monkeypatch.setattr("anomalib_ot.integration.export.export.module_available", lambda name: name != "nncf")
     with pytest.raises(InputError, match=r"needs the package nncf: pip install 'anomalib-ot\[openvino\]'"):
         model.to_openvino(tmp_path, compression_type=INT8)

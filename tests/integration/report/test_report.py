@@ -241,6 +241,20 @@ def test_what_is_no_run_is_refused_in_one_line(lines, tmp_path, capsys):
     assert "run.json is damaged (without stage, model" in refusal(capsys, lines.parent)
 
 
+@pytest.mark.parametrize("damage", ["cut off", "another file"])
+def test_a_damaged_thumbnail_is_refused_and_one_that_is_removed_is_left_out(lines, damage, capsys):
+    thumbnail = lines.parent / "thumbnails" / thumbnail_name(NASTY)
+    content = thumbnail.read_bytes()
+    thumbnail.write_bytes(content[: len(content) // 2] if damage == "cut off" else b"<svg onload='alert(1)'/>")
+    words = refusal(capsys, lines.parent)
+    assert f"{thumbnail} is damaged (" in words
+    assert words.endswith("; remove it, or test or predict again")
+    assert not lines.with_name("report.html").exists()
+    thumbnail.unlink()
+    assert run([str(lines.parent)]) == 0
+    assert "data:image/jpeg" not in lines.with_name("report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("line", "why"),
     [

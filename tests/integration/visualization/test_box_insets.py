@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from anomalib_ot.imaging.box_drawing import WHITE, Mark
-from anomalib_ot.integration.visualization.insets import INSET, SMALL, find_insets, inset_strip
+from anomalib_ot.integration.visualization.box_figure import INSET, MARGIN, SMALL, find_insets, inset_strip
 
 SIZE = (2446, 1000)
 
@@ -52,9 +52,9 @@ class TestInsetStrip:
         part[100:106, 150:156] = 250
         box = (150, 100, 156, 106)
         insets = find_insets([box], (300, 200), scale=1.0, most=2)
-        strip, left_out = inset_strip(Image.fromarray(part), [Mark(box, "", WHITE)], insets, 600, margin=10, scale=1.0)
+        strip, left_out = inset_strip(Image.fromarray(part), [Mark(box, "", WHITE)], insets, 600, scale=1.0)
         assert left_out == 0
-        pixels = np.asarray(strip)[20:250, 10:240]
+        pixels = np.asarray(strip)[20:250, MARGIN : MARGIN + INSET]
         bright = np.argwhere((pixels > 225).all(axis=-1) & (pixels < 255).all(axis=-1))
         line = np.argwhere((pixels == WHITE).all(axis=-1))
         for defect, outline in zip(bright.T, line.T, strict=True):
@@ -65,6 +65,6 @@ class TestInsetStrip:
         boxes = [(100, 100, 102, 102), *((x, y, x + 2, y + 2) for x in range(80, 120, 8) for y in range(80, 120, 5))]
         insets = find_insets(boxes, (300, 200), scale=1.0, most=1)
         marks = [Mark(box, "hole 0.90", WHITE) for box in boxes]
-        strip, left_out = inset_strip(Image.new("L", (300, 200)), marks, insets, 600, margin=10, scale=1.0)
+        strip, left_out = inset_strip(Image.new("L", (300, 200)), marks, insets, 600, scale=1.0)
         assert strip.width == 600
         assert 0 < left_out < len(boxes)

@@ -14,26 +14,18 @@ import yaml
 from anomalib_ot.integration.checks.errors import InputError
 
 ACCELERATORS = ("cpu", "cuda")
-TOP = ("accelerator", "benchmark")
-PARTS = ("seed", "model", "data")
 CATEGORY = "data.init_args.category"  # names data even where it is the only one
-CLASS = ("class_path", "init_args")
 
 
 @dataclass(frozen=True)
 class SweepJob:
-    """One training and test: a model on data, with a seed.
-
-    Attributes:
-        flat: The same in one level with dotted names; what two jobs are told apart by.
-        key: A short name of it, the same on every machine.
-    """
+    """One training and test: a model on data, with a seed."""
 
     config: dict  # `accelerator`, `seed`, `model` and `data`, as Anomalib's benchmark would get them
 
     @cached_property
     def flat(self) -> dict[str, object]:
-        """Flatten the configuration; texts such as `${oc.create:...}` are resolved."""
+        """The configuration in one level with dotted names, which tells jobs apart; texts as `${...}` are resolved."""
         from anomalib.utils.config import flatten_dict
         from omegaconf import OmegaConf
 
@@ -41,7 +33,7 @@ class SweepJob:
 
     @cached_property
     def key(self) -> str:
-        """Digest of the flat configuration."""
+        """A short name of the job, the same on every machine: a digest of `flat`."""
         return hashlib.sha256(json.dumps(self.flat, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -139,12 +131,12 @@ def _read(path: Path) -> dict:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config '{path}' is not YAML: {' '.join(str(error).split())}") from error
-    _check_keys(config, TOP, f"--config '{path}'")
+    _check_keys(config, ("accelerator", "benchmark"), f"--config '{path}'")
     for accelerator in _as_list(config["accelerator"]):
         if accelerator not in ACCELERATORS:
             msg = f"accelerator in '{path}' is {accelerator!r}; expected one or a list of {', '.join(ACCELERATORS)}"
             raise InputError(msg)
-    _check_keys(config["benchmark"], PARTS, f"benchmark in '{path}'")
+    _check_keys(config["benchmark"], ("seed", "model", "data"), f"benchmark in '{path}'")
     return config
 
 
@@ -166,7 +158,8 @@ def _check_class(found: object, part: str) -> None:
     """Refuse a model or data that is neither a name nor a class with arguments."""
     if part == "model" and isinstance(found, str):
         return
-    if not isinstance(found, dict) or not isinstance(found.get("class_path"), str) or set(found) - set(CLASS):
+    is_class = isinstance(found, dict) and isinstance(found.get("class_path"), str)
+    if not is_class or found.keys() - {"class_path", "init_args"}:
         came = sorted(found) if isinstance(found, dict) else repr(found)
         raise InputError(
             f"benchmark.{part} is {came}; expected class_path (a name) and init_args (its arguments), or a grid of such"

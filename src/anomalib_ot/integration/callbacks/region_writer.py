@@ -124,8 +124,23 @@ class RegionWriter(FileWriter):
         return candidates
 
     def write(self, found: Mapping[str, Candidates]) -> None:
-        """Write the file."""
-        write_candidates(self.path, found)
+        """Write the file, images in the order of their names; the same boxes give the same bytes.
+
+        There is no `segmentation`: an empty one stops the import of Label Studio.
+        """
+        records, annotations = [], []
+        for number, (name, candidates) in enumerate(sorted(found.items()), start=1):
+            width, height = candidates.size
+            records.append({"id": number, "file_name": name, "width": width, "height": height})
+            for (left, top, right, bottom), score in zip(candidates.boxes, candidates.scores, strict=True):
+                left, top, right, bottom = (round(side, DECIMALS) for side in (left, top, right, bottom))
+                bbox = [left, top, round(right - left, DECIMALS), round(bottom - top, DECIMALS)]
+                annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": CATEGORY["id"]}
+                annotation |= {"bbox": bbox, "area": round(bbox[2] * bbox[3], DECIMALS)}
+                annotation |= {"iscrowd": 0, "score": round(score, 6)}
+                annotations.append(annotation)
+        content = {"images": records, "annotations": annotations, "categories": [CATEGORY]}
+        write_text(self.path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
 
     def _name(self, path: str) -> str:
         """Return the name of an image in the file."""
@@ -188,25 +203,3 @@ def seen_part(transform: nn.Module | None) -> SeenPart:
     (height, width), (crop_height, crop_width) = sizes[-1], moving[0].size
     left, top = (1 - crop_width / width) / 2, (1 - crop_height / height) / 2
     return SeenPart(left, top, 1 - left, 1 - top)
-
-
-def write_candidates(path: Path, images: Mapping[str, Candidates]) -> None:
-    """Write candidate boxes by image as a COCO file, whole or not at all; the same boxes give the same bytes.
-
-    Images are in the order of their names. There is no `segmentation`: an empty one stops the import of Label Studio.
-
-    Raises:
-        InputError: If the file cannot be written.
-    """
-    records, annotations = [], []
-    for number, (name, found) in enumerate(sorted(images.items()), start=1):
-        width, height = found.size
-        records.append({"id": number, "file_name": name, "width": width, "height": height})
-        for (left, top, right, bottom), score in zip(found.boxes, found.scores, strict=True):
-            left, top, right, bottom = (round(side, DECIMALS) for side in (left, top, right, bottom))
-            bbox = [left, top, round(right - left, DECIMALS), round(bottom - top, DECIMALS)]
-            annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": CATEGORY["id"], "bbox": bbox}
-            annotation |= {"area": round(bbox[2] * bbox[3], DECIMALS), "iscrowd": 0, "score": round(score, 6)}
-            annotations.append(annotation)
-    content = {"images": records, "annotations": annotations, "categories": [CATEGORY]}
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))

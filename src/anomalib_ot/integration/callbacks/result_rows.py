@@ -22,6 +22,7 @@ from anomalib_ot.integration.processing.pre_post import scores_on_scale
 from anomalib_ot.integration.report.table import DEFECTIVE, GOOD, UNKNOWN
 from anomalib_ot.integration.visualization.anomaly_figure import find_shares
 from anomalib_ot.integration.visualization.header import Verdict, cause_lines, causes_to_tell
+from anomalib_ot.integration.visualization.visualizer import map_array
 from anomalib_ot.postprocess.regions import RegionSettings, find_regions
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class ResultRows:
 
     def _causes(self, item: ImageItem, verdict: str) -> dict[str, Any]:
         """The causes of a part as its picture tells them: shares in percent, and in words."""
-        maps = [_array(getattr(item, name, None)) for name in MAPS]
+        maps = [map_array(getattr(item, name, None)) for name in MAPS]
         shares, inside = find_shares(*maps)
         transport = _number(getattr(item, "transport_score", None))
         limit = getattr(self._post_processor, "transport_threshold", None)
@@ -100,7 +101,7 @@ class ResultRows:
         """The anomalous regions as boxes, with the causes in each; in pixels of the file, or of the map without one."""
         if item.anomaly_map is None:
             return {"regions": None, "size": None if file_size is None else list(file_size)}
-        anomaly, feature, position, _, missing, roi = (_array(getattr(item, name, None)) for name in MAPS)
+        anomaly, feature, position, _, missing, roi = (map_array(getattr(item, name, None)) for name in MAPS)
         map_size = anomaly.shape[1], anomaly.shape[0]
         size = file_size or map_size
         if self._settings is None or not np.isfinite(anomaly).all():
@@ -173,12 +174,3 @@ def _number(value: Tensor | float | None) -> float | None:
 
 def _short(value: float) -> float:
     return float(f"{value:.6g}")
-
-
-def _array(values: Tensor | None) -> np.ndarray | None:
-    """A map as (H, W)."""
-    if values is None:
-        return None
-    values = values.detach().cpu().as_subclass(Tensor)
-    array = (values if values.dtype == torch.bool else values.float()).numpy()
-    return array.reshape(array.shape[-2:])

@@ -26,9 +26,9 @@ from anomalib_ot.integration.report.table import (
     TABLE,
     THUMBNAILS,
     as_line,
-    csv_parts,
     read_rows,
     thumbnail_name,
+    write_csv,
 )
 from anomalib_ot.integration.visualization.thumbnail import thumbnail
 
@@ -136,14 +136,11 @@ class ResultWriter(Callback):
 
 
 def _make_version(folder: Path) -> None:
-    """Turn a folder `latest`, which is none of a training, into a version with a link to it.
-
-    Anomalib writes there where a test has no training before it, and its next training stops at such a folder.
-    """
+    """Turn a folder `latest` of no training, at which Anomalib's next training stops, into a version with a link."""
     if folder.name != "latest" or folder.is_symlink():
         return
     numbers = [int(one.name[1:]) for one in folder.parent.glob("v*") if one.name[1:].isdecimal()]
-    version = folder.with_name(f"v{max(numbers, default=-1) + 1}")
+    version = folder.absolute().with_name(f"v{max(numbers, default=-1) + 1}")  # the link stands in another folder
     link = folder.with_name(".latest")
     with suppress(OSError):  # a system without links: the folder stays
         link.symlink_to(version, target_is_directory=True)
@@ -182,8 +179,7 @@ def _finish(folder: Path, drafts: list[Path], thumbnails: Mapping[str, bytes], r
     with_p_value = any("p_value" in row for row in read_rows(lines))
     draft = folder / f".{TABLE}"
     try:
-        with draft.open("wb") as file:
-            file.writelines(csv_parts(read_rows(lines), with_p_value=with_p_value))
+        write_csv(draft, read_rows(lines), with_p_value=with_p_value)
         draft.replace(folder / TABLE)
     finally:
         draft.unlink(missing_ok=True)

@@ -26,18 +26,15 @@ class StillRising(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the training before."""
-        del trainer, pl_module
         self.validations = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the steps done, and mAP50."""
-        del pl_module
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and METRIC in trainer.callback_metrics:
             self.validations.append((trainer.global_step, float(trainer.callback_metrics[METRIC])))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say it."""
-        del pl_module
         gain = rise(self.validations)
         limits = {"max_epochs": (trainer.current_epoch, trainer.max_epochs)}
         limits["max_steps"] = trainer.global_step, trainer.max_steps

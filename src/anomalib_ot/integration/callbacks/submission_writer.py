@@ -1,7 +1,7 @@
 """The callback that writes what the Tianchi fabric contest wants handed in: one JSON list of boxes."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +43,15 @@ class SubmissionWriter(FileWriter):
     """
 
     def begin(self, pl_module: "AnomalibModule") -> None:
-        """Look whether the model's classes are the contest's, in its order."""
-        check_classes(getattr(pl_module, "class_names", None), type(pl_module).__name__)
+        """Look whether the model's classes are those of a round of the contest, in its order."""
+        names = getattr(pl_module, "class_names", None)
+        if list(names or ()) in map(list, ROUNDS.values()):
+            return
+        known = "no classes" if names is None else f"the classes {', '.join(names)}"
+        raise InputError(
+            f"this {type(pl_module).__name__} has {known}, not those of the contest; expected a detector that was "
+            "trained on TianchiFabric"
+        )
 
     def records(self, batch: ImageBatch) -> dict[str, list[dict]]:
         """Round the boxes of a batch, in pixels of its files; an image that is called good has none."""
@@ -57,7 +64,7 @@ class SubmissionWriter(FileWriter):
             keep = (labels >= 0) & is_defective.bool()
             bounds = size.flip(0).repeat(2)  # width, height, width, height
             corners = boxes[keep].double().clamp(min=0).minimum(bounds.double())
-            entries = [
+            found[str(path)] = [
                 {
                     "name": Path(path).name,
                     "category": label + 1,
@@ -68,7 +75,6 @@ class SubmissionWriter(FileWriter):
                     corners.tolist(), scores[keep].to(torch.float64).tolist(), labels[keep].tolist(), strict=True
                 )
             ]
-            found[str(path)] = entries
         return found
 
     def write(self, found: Mapping[str, list[dict]]) -> None:
@@ -82,12 +88,3 @@ class SubmissionWriter(FileWriter):
         entries = [entry for name in sorted(path_of) for entry in found[path_of[name]]]
         lines = ",\n".join(json.dumps(entry, ensure_ascii=False, allow_nan=False) for entry in entries)
         write_text(self.path, f"[\n{lines}\n]\n")
-
-
-def check_classes(class_names: Sequence[str] | None, model: str) -> None:
-    """Check that a model's classes are those of a round of the contest, in its order; an `InputError` if not."""
-    if list(class_names or ()) in map(list, ROUNDS.values()):
-        return
-    known = "no classes" if class_names is None else f"the classes {', '.join(class_names)}"
-    msg = f"this {model} has {known}, not those of the contest; expected a detector that was trained on TianchiFabric"
-    raise InputError(msg)

@@ -1,7 +1,11 @@
 """What leaves the model: exports that refuse an untrained one, are compared with it, and say what they are."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from os import W_OK, access
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,11 +14,16 @@ import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy.export import CompressionType
 from anomalib.post_processing import PostProcessor
+from lightning_utilities.core.imports import module_available
+from torch import Tensor
+from torchvision.transforms.v2 import Resize
 
+from anomalib_ot.anomaly.model import Explained
 from anomalib_ot.integration.checks.advanced import check_place, flat, nested
-from anomalib_ot.integration.checks.checkpoints import checked_reading, trained_arguments
+from anomalib_ot.integration.checks.checkpoints import checked_reading, plain, trained_arguments
+from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.values import check_fitted
-from anomalib_ot.integration.export.known_scores import summarized_scores
+from anomalib_ot.integration.data.batches import CAUSES
 from anomalib_ot.integration.export.manifest import (
     RT_INFO,
     as_text,
@@ -30,14 +39,6 @@ from anomalib_ot.integration.export.parity import (
     says_little,
     torch_outputs,
 )
-from anomalib_ot.integration.export.requirements import (
-    CALIBRATED,
-    PRECISIONS,
-    check_export_root,
-    check_packages,
-    check_uncompressed,
-    given_to_export,
-)
 from anomalib_ot.integration.export.runtime import (
     Predict,
     openvino_predict,
@@ -46,6 +47,8 @@ from anomalib_ot.integration.export.runtime import (
     quiet_export,
     without_settled_choices,
 )
+from anomalib_ot.integration.processing.pre_post import flat_transforms, without_causes
+from anomalib_ot.vision.resize import AntialiasResize
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -57,8 +60,9 @@ logger = logging.getLogger(__name__)
 SCORES, CALIBRATION = "anomalib_ot_scores", "anomalib_ot_calibration"
 # Anomalib asks for 14, which torch cannot write: it tries, prints a page of traceback, and writes 18.
 ONNX_DEFAULTS = {"opset_version": 18, "verbose": False}
+PRECISIONS = {None: "FP32", CompressionType.FP16: "FP16"}
+CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
 CALIBRATION_IMAGES, ACCURACY_IMAGES, PROBES = 128, 400, 8
-FEW = 30  # images that no metric should be computed from
 
 
 class CheckedExport:
@@ -226,6 +230,7 @@ class CheckedExport:
             check_accuracy_control,
             compressed,
             float_operations,
+            measured_cost,
         )
 
         onnx_kwargs = dict(onnx_kwargs or {})
@@ -251,7 +256,7 @@ class CheckedExport:
             if check_parity:
                 manifest["parity"] = self._agreement(predict, openvino_runtime(), input_size, precision, validation)
             if validation is not None and kind is not None:
-                manifest |= _measured(openvino_predict(precise), predict, validation, manifest)
+                manifest |= measured_cost(openvino_predict(precise), predict, validation, manifest)
             graph.set_rt_info(as_text(manifest), [RT_INFO])
             path.parent.mkdir(parents=True, exist_ok=True)
             openvino.save_model(graph, path, **options)
@@ -279,36 +284,139 @@ class CheckedExport:
         return parity
 
 
-def _measured(precise: Predict, predict: Predict, samples: "Samples", manifest: dict[str, Any]) -> dict[str, Any]:
-    """Measure what compression costs on validation images, tell it, and return the entries for the manifest."""
-    from anomalib_ot.integration.export.quantization import (
-        EvaluationResult,
-        accuracy_name,
-        accuracy_value,
-        verdicts_changed,
-    )
+class ExplainedExport(CheckedExport):
+    """Exports with or without the causes of the anomaly map, as the model's `export_explanation` says."""
 
-    name = manifest["precision"].lower()
-    before, after = EvaluationResult(precise, samples), EvaluationResult(predict, samples)
-    accuracy = {
-        "metric": accuracy_name(after),
-        "images": len(samples),
-        "fp32": accuracy_value(before),
-        name: accuracy_value(after),
-    }
-    accuracy["verdicts_changed"] = verdicts_changed(before, after)
-    if accuracy["fp32"] is None or accuracy[name] is None:
-        logger.warning(
-            "What %s costs is not known: %s means nothing on the validation images", name, accuracy["metric"]
+    export_kind = "anomaly"
+    integer_rooms = ("model.feature_extractor",)
+    export_explanation: bool
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        *,
+        export_explanation: bool | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to ONNX; `export_explanation` counts for this export alone, None leaves the model's."""
+        check_input_size(self, input_size)
+        with self._explaining(export_explanation):
+            return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        *args: Any,
+        onnx_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to OpenVINO; `export_explanation` among `onnx_kwargs` counts for this export alone."""
+        check_input_size(self, input_size)
+        onnx_kwargs = dict(onnx_kwargs or {})
+        with self._explaining(onnx_kwargs.pop("export_explanation", None)):
+            return super().to_openvino(
+                export_root, model_file_name, input_size, *args, onnx_kwargs=onnx_kwargs, **kwargs
+            )
+
+    @contextmanager
+    def _explaining(self, export_explanation: bool | None) -> Iterator[None]:
+        former = self.export_explanation
+        self.export_explanation = former if export_explanation is None else bool(export_explanation)
+        try:
+            yield
+        finally:
+            self.export_explanation = former
+
+    def forward(self, batch: Tensor, *args: object, **kwargs: object) -> Explained | tuple:
+        """Predict raw images (B, 3, H, W) in [0, 1], as the exported model does."""
+        predictions = super().forward(batch, *args, **kwargs)
+        if self.model.roi.numel():  # normalization lifts what was 0
+            names = [name for name in ("anomaly_map", *CAUSES) if getattr(predictions, name, None) is not None]
+            maps = {name: getattr(predictions, name) for name in names}
+            inside = {name: torch.where(self.model.roi, values, 0.0) for name, values in maps.items()}
+            predictions = predictions._replace(**inside)
+        return predictions if self.export_explanation else without_causes(predictions)
+
+
+# ---- what has to be right before an export begins: packages, data, the folder, and arguments that would do nothing
+
+
+def check_export_root(export_root: Path | str) -> None:
+    """Make the folder to export to, before minutes of work; an `InputError` if it cannot be made, or written to."""
+    path, cure = Path(export_root), "give a folder that can be written"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"--export_root is '{path}', which cannot be made a folder ({error.strerror}); {cure}"
+        raise InputError(msg) from error
+    if not access(path, W_OK):
+        raise InputError(f"--export_root is '{path}', which may not be written to; {cure}")
+
+
+def check_input_size(model: Any, input_size: Sequence[int] | None) -> None:
+    """Refuse, with an `InputError`, a graph for images of any size (None) if nothing in it brings them to one."""
+    transform = getattr(model.pre_processor, "export_transform", None)
+    parts = [] if transform is None else [*transform.modules(), *flat_transforms(transform)]
+    if input_size is None and not any(isinstance(part, AntialiasResize | Resize) for part in parts):
+        size = ",".join(str(int(side)) for side in model.hparams["image_size"])
+        raise InputError(
+            "--input_size is not given, and no pre-processor resizes (pre_processor is False or of your own); expected "
+            f"the height and width that images will have, as in training: --input_size [{size}]"
         )
-    else:
-        told = (len(samples), accuracy["metric"], accuracy["fp32"], name, accuracy[name])
-        logger.info("On %d validation images %s is %.4f in fp32 and %.4f in %s", *told[:3], told[4], told[3])
-    changed = accuracy["verdicts_changed"]
-    logger.info("%d of the %d verdicts (good, defective) are others in %s than in fp32", changed, len(samples), name)
-    if len(samples) < FEW:
-        logger.warning("%d validation images are few: what %s costs is known roughly at best", len(samples), name)
-    scores = manifest["scores"]
-    if scores is None:
-        scores = summarized_scores(after.scores, after.labels)
-    return {"accuracy": accuracy, "scores": scores}
+
+
+def export_call() -> dict[str, Any]:
+    """Return the variables of the call of Anomalib's `Engine.export` that this one is made in; none outside of one.
+
+    It does not hand over all that it was given, so that it is taken from the frame of that call.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "export" and type(frame.f_locals.get("self")).__name__ == "Engine":
+            return dict(frame.f_locals)
+        frame = frame.f_back
+    return {}
+
+
+def given_to_export(kind: type) -> dict[str, Any]:
+    """Find the arguments of the model that Anomalib's `Engine.export` was given together with a checkpoint.
+
+    It loads the checkpoint as another model, with the arguments of the training. What differs from the defaults of the
+    class `kind` counts as given, that in `advanced` beside the others; nothing does outside of such a call.
+    """
+    model = export_call().get("model")
+    if type(model) is not kind:
+        return {}
+    defaults = flat({name: entry.default for name, entry in signature(kind).parameters.items()})
+    known = {name: value for name, value in flat(model.hparams).items() if name in defaults}
+    given = {name: value for name, value in known.items() if plain(value) != plain(defaults[name])}
+    for name in ("pre_processor", "post_processor"):
+        part, usual = getattr(model, name), getattr(model, f"configure_{name}")()
+        if type(part) is not type(usual) or not getattr(model, f"takes_{name}", True):
+            given[name] = False if part is None else part
+    return given
+
+
+def check_uncompressed(form: str) -> None:
+    """Refuse a `compression_type` that `Engine.export` was given and drops: only OpenVINO exports have one."""
+    kind = export_call().get("compression_type")
+    if kind is not None:
+        raise InputError(
+            f"--compression_type is {CompressionType(kind).value}, which --export_type {form} cannot have; "
+            "leave it out, or take --export_type openvino"
+        )
+
+
+def check_packages(kind: CompressionType | None, datamodule: AnomalibDataModule | None) -> None:
+    """Check that there are the packages, and images to calibrate with, that an export to OpenVINO needs."""
+    needed = ["openvino"] if kind in PRECISIONS else ["openvino", "nncf"]
+    missing = [name for name in needed if not module_available(name)]
+    if missing:
+        raise InputError(f"this export needs the package {missing[0]}: pip install 'anomalib-ot[openvino]'")
+    if kind in CALIBRATED and datamodule is None:
+        msg = f"--compression_type {kind.value} needs images to calibrate with; name the data set (--data ...)"
+        raise InputError(msg)

@@ -175,21 +175,18 @@ def measured_parity(model: Any, predict: Predict, images: Tensor, precision: str
     else:
         scales["map"] = _largest(expected, "anomaly_map")
     allowed = None if tolerance is None else {name: tolerance[name] * scale for name, scale in scales.items()}
-    result["tolerance"] = allowed
-    return result | {"runtime": runtime}
+    return result | {"tolerance": allowed, "runtime": runtime}
 
 
 def check_parity(parity: Mapping[str, Any]) -> None:
     """Check that an exported model agrees with PyTorch; a `ParityError` if a difference is too large, or no number."""
-    told = described(parity)
     allowed = parity["tolerance"]
-    if allowed is None:
-        return
-    if not all(parity[name] <= most for name, most in allowed.items()):
+    if allowed is not None and not all(parity[name] <= most for name, most in allowed.items()):
         limits = ", ".join(f"{name} {most:.2g}" for name, most in allowed.items())
         raise ParityError(
-            f"the exported model does not say what PyTorch says: {told}; allowed: {limits}. It was not written. "
-            "--onnx_kwargs.check_parity false (in Python onnx_kwargs={'check_parity': False}) exports it all the same"
+            f"the exported model does not say what PyTorch says: {described(parity)}; allowed: {limits}. "
+            "It was not written. --onnx_kwargs.check_parity false (in Python onnx_kwargs={'check_parity': False}) "
+            "exports it all the same"
         )
 
 
@@ -226,11 +223,7 @@ def _box_scale(expected: Outputs) -> float:
 
 
 def _box_distance(wanted: Outputs, got: Outputs) -> tuple[float, float, int, int]:
-    """Compare each box with the nearest one of its class: runtimes may order boxes of equal score differently.
-
-    Returns the largest distances of boxes that are the same one, pixels, and of scores; how many one side lacks; of how
-    many.
-    """
+    """Largest distances of boxes, pixels, and scores to the nearest of their class; how many have none; of how many."""
     names = ("pred_boxes", "pred_box_scores", "pred_box_labels")
     if any(wanted[name].shape != np.shape(got[name]) for name in names):
         return float("inf"), float("inf"), 0, 0
@@ -239,6 +232,7 @@ def _box_distance(wanted: Outputs, got: Outputs) -> tuple[float, float, int, int
         for image in range(len(ours["pred_boxes"])):
             boxes, scores, labels = (np.asarray(ours[name][image], np.float64) for name in names)
             others, other_scores, other_labels = (np.asarray(theirs[name][image], np.float64) for name in names)
+            # the nearest: runtimes may order boxes of equal score differently
             far = np.abs(boxes[:, None] - others).max(-1)
             far = np.where((labels[:, None] == other_labels) & np.isfinite(far), far, np.inf)[labels >= 0]
             nearest, scores = far.argmin(1), scores[labels >= 0]

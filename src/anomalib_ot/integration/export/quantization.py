@@ -1,5 +1,6 @@
 """Integer arithmetic where a network stands it: in backbone, pyramid and towers; transport and boxes keep floats."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from anomalib_ot.integration.checks.images import check_images
 from anomalib_ot.integration.data.box_batch import BoxBatch
 from anomalib_ot.integration.data.datamodule_checks import dataset_image_paths
 from anomalib_ot.integration.data.deep_images import read_image_deep
-from anomalib_ot.integration.export.runtime import quiet_export
+from anomalib_ot.integration.export.known_scores import summarized_scores
+from anomalib_ot.integration.export.runtime import Predict, quiet_export
 from anomalib_ot.integration.metrics.metrics import CocoPrecision
 from anomalib_ot.vision.resize import AntialiasResize
 
@@ -24,8 +26,11 @@ if TYPE_CHECKING:
     import openvino
     from torchmetrics import Metric
 
-HEAVY = ("Convolution", "GroupConvolution", "MatMul")
+logger = logging.getLogger(__name__)
+
+HEAVY = {"Convolution", "GroupConvolution", "MatMul"}
 ONNX_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch notes from which module an operation comes
+FEW = 30  # images that no metric should be computed from
 
 
 class Samples:
@@ -121,12 +126,6 @@ def float_operations(graph: "openvino.Model", onnx_path: Path, rooms: Sequence[s
     return found
 
 
-def integers_pay(graph: "openvino.Model", float_names: Sequence[str]) -> bool:
-    """Whether a convolution or matrix product is not among the operations that keep floats."""
-    kept = set(float_names)
-    return any(part.get_type_name() in HEAVY and part.get_friendly_name() not in kept for part in graph.get_ops())
-
-
 # ---- compression
 
 
@@ -148,7 +147,9 @@ def compressed(
     """
     import nncf
 
-    if not integers_pay(graph, float_names):
+    kept = set(float_names)
+    quantizable = {part.get_type_name() for part in graph.get_ops() if part.get_friendly_name() not in kept}
+    if not quantizable & HEAVY:
         msg = "no layer of this model can be quantized (those of the filter bank cannot); use FP16, or another backbone"
         raise InputError(msg)
     ignored = nncf.IgnoredScope(names=list(float_names), validate=False)
@@ -156,8 +157,7 @@ def compressed(
         with quiet_export():
             return nncf.compress_weights(graph, ignored_scope=ignored)
     options: dict[str, Any] = {"ignored_scope": ignored, "subset_size": len(calibration)}
-    kept = set(float_names)
-    if any(part.get_type_name() == "Softmax" and part.get_friendly_name() not in kept for part in graph.get_ops()):
+    if "Softmax" in quantizable:
         options["model_type"] = nncf.ModelType.TRANSFORMER
     shown = nncf.Dataset(range(len(calibration)), calibration.array)
     if kind == CompressionType.INT8_PTQ:
@@ -191,6 +191,29 @@ class EvaluationResult:
     def labels(self) -> Tensor:
         """Whether the images are defective (n,), 0 or 1."""
         return torch.cat([batch.gt_label for batch in self.batches])
+
+
+def measured_cost(precise: Predict, predict: Predict, samples: Samples, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure what compression costs on validation images, tell it, and return the entries for the manifest."""
+    name = manifest["precision"].lower()
+    before, after = EvaluationResult(precise, samples), EvaluationResult(predict, samples)
+    changed = verdicts_changed(before, after)
+    accuracy = {"metric": accuracy_name(after), "images": len(samples), "fp32": accuracy_value(before)}
+    accuracy |= {name: accuracy_value(after), "verdicts_changed": changed}
+    if accuracy["fp32"] is None or accuracy[name] is None:
+        logger.warning(
+            "What %s costs is not known: %s means nothing on the validation images", name, accuracy["metric"]
+        )
+    else:
+        told = (len(samples), accuracy["metric"], accuracy["fp32"], name, accuracy[name])
+        logger.info("On %d validation images %s is %.4f in fp32 and %.4f in %s", *told[:3], told[4], told[3])
+    logger.info("%d of the %d verdicts (good, defective) are others in %s than in fp32", changed, len(samples), name)
+    if len(samples) < FEW:
+        logger.warning("%d validation images are few: what %s costs is known roughly at best", len(samples), name)
+    scores = manifest["scores"]
+    if scores is None:
+        scores = summarized_scores(after.scores, after.labels)
+    return {"accuracy": accuracy, "scores": scores}
 
 
 def verdicts_changed(before: EvaluationResult, after: EvaluationResult) -> int:

@@ -1,8 +1,6 @@
 """The boxes of a whole evaluation, gathered once for all metrics that look at them."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from anomalib_ot.vision.metrics import EvaluatedBoxes
 logger = logging.getLogger(__name__)
 
 FIELDS = ("pred_boxes", "pred_box_scores", "pred_box_labels", "gt_boxes", "gt_box_labels")
+COCO_KEYS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 COCO_MAX_BOXES = 100
 
 
@@ -40,11 +39,7 @@ class BoxRecord(Metric):
     full_state_update = False
 
     def __init__(self, *, sync_on_compute: bool = True) -> None:
-        """Start empty; see the class.
-
-        Args:
-            sync_on_compute: Whether to gather the boxes of all processes.
-        """
+        """Start empty; with `sync_on_compute` the boxes of all processes are gathered."""
         super().__init__(sync_on_compute=sync_on_compute)
         self.add_state("numbers", default=[], dist_reduce_fx="cat")
         self._summaries: dict[bool, dict[str, float]] = {}
@@ -103,9 +98,8 @@ def coco_summary(boxes: EvaluatedBoxes) -> dict[str, float]:
     References:
         T.-Y. Lin et al., "Microsoft COCO: Common objects in context", ECCV 2014.
     """
-    names = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
     if not len(boxes.gt_boxes):
-        return dict.fromkeys(names, -1.0)
+        return dict.fromkeys(COCO_KEYS, -1.0)
     _warn_of_cut_boxes(boxes)
     metric = MeanAveragePrecision(backend="faster_coco_eval", sync_on_compute=False)
     metric.warn_on_many_detections = False  # it counts the boxes of all classes, but COCO's limit is per class
@@ -114,21 +108,14 @@ def coco_summary(boxes: EvaluatedBoxes) -> dict[str, float]:
     )
     truths = _per_image(boxes.num_images, boxes.gt_images, boxes=boxes.gt_boxes, labels=boxes.gt_labels)
     metric.update(predictions, truths)
-    with _quiet("faster_coco_eval.core.cocoeval"):  # it logs a table of its own each time
-        summary = metric.compute()
-    return {name: float(summary[name]) for name in names}
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Let a logger pass nothing but warnings for a while."""
-    noisy = logging.getLogger(name)
+    noisy = logging.getLogger("faster_coco_eval.core.cocoeval")  # logs a table of its own each time
     level = noisy.level
     noisy.setLevel(logging.WARNING)
     try:
-        yield
+        summary = metric.compute()
     finally:
         noisy.setLevel(level)
+    return {name: float(summary[name]) for name in COCO_KEYS}
 
 
 def _flat_numbers(boxes: Tensor, scores: Tensor, labels: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> Tensor:

@@ -11,17 +11,13 @@ from torchmetrics.utilities import dim_zero_cat
 
 from anomalib_ot.integration.checks.values import check_fraction, check_known
 from anomalib_ot.integration.data.box_batch import BoxBatch
-from anomalib_ot.integration.metrics.accumulator import FIELDS, BoxRecord
-from anomalib_ot.vision.metrics import (
-    false_positives_per_good_image,
-    tianchi_values,
-)
+from anomalib_ot.integration.metrics.accumulator import COCO_KEYS, FIELDS, BoxRecord
+from anomalib_ot.vision.metrics import false_positives_per_good_image, tianchi_values
 
 logger = logging.getLogger(__name__)
 
 MODEL_THRESHOLD = 0.3
 TIANCHI_KEYS = ("score", "accuracy", "map")
-COCO_KEYS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 
 
 class BoxMetric(AnomalibMetric, Metric):
@@ -72,8 +68,10 @@ class BoxMetric(AnomalibMetric, Metric):
     def compute(self) -> Tensor | None:
         """Return the number; None, which is not logged, with one warning, if it means nothing on these boxes."""
         value = self.measure(self.record)
-        if value is None or value < 0:
-            self._warn("is not reported" if value is None else f"is reported as {value:g}")
+        if (value is None or value < 0) and not self._has_warned:
+            what = "is not reported" if value is None else f"is reported as {value:g}"
+            logger.warning("%s %s: %s", self.name, what, self.needs)
+            self._has_warned = True
         return None if value is None else torch.tensor(value, device=self.device)
 
     def forward(self, batch: BoxBatch) -> Tensor | None:
@@ -89,11 +87,6 @@ class BoxMetric(AnomalibMetric, Metric):
         """Forget all images; the record does too."""
         super().reset()
         self.record.reset()
-
-    def _warn(self, what: str) -> None:
-        if not self._has_warned:
-            logger.warning("%s %s: %s", self.name, what, self.needs)
-        self._has_warned = True
 
 
 class CocoPrecision(BoxMetric):
@@ -172,47 +165,48 @@ class FalsePositivesPerGoodImage(BoxMetric):
         return false_positives_per_good_image(record.compute(), threshold)
 
 
-class ImageAUROC(AUROC):
-    """Area under the ROC curve of the images' scores, "image_AUROC" as that of anomaly models.
+class _ImageMetric(AnomalibMetric, Metric):
+    """A number about images that is None, which is not logged, where all are good or all are defective."""
 
-    With good or defective images only there is no such curve: the value is then None, which is not logged.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(fields=("pred_score", "gt_label"))
-        self.name = "image_AUROC"
-        self._has_warned = False
-
-    def compute(self) -> Tensor | None:
-        """Return the area; None, with one warning, if all images are good or all are defective."""
-        truths = dim_zero_cat(self.target) if len(self.target) else torch.zeros(0)
-        if len(truths.unique()) > 1:
-            return super().compute()
-        if not self._has_warned:
-            kinds = "no" if not len(truths) else "only defective" if truths[0] else "only good"
-            logger.warning("image_AUROC is not reported: there are %s images", kinds)
-        self._has_warned = True
-        return None
-
-
-class ImageF1Score(F1Score):
-    """F1 score of the images' labels, "image_F1Score" as that of anomaly models.
-
-    With good or defective images only it says nothing: the value is then None, which is not logged.
-    """
+    logged_as: str
 
     def __init__(self) -> None:
-        super().__init__(fields=("pred_label", "gt_label"))
-        self.name = "image_F1Score"
+        super().__init__()
+        self.name = self.logged_as
         self._has_warned = False
 
+    @abstractmethod
+    def _kinds(self) -> tuple[bool, bool]:
+        """Whether there are good images, and whether there are defective ones."""
+
     def compute(self) -> Tensor | None:
-        """Return the score; None, with one warning, if all images are good or all are defective."""
-        defective, good = bool(self.tp + self.fn > 0), bool(self.tn + self.fp > 0)
-        if defective and good:
+        """Return the number; None, with one warning, if all images are good or all are defective."""
+        good, defective = self._kinds()
+        if good and defective:
             return super().compute()
         if not self._has_warned:
             kinds = "only defective" if defective else "only good" if good else "no"
-            logger.warning("image_F1Score is not reported: there are %s images", kinds)
+            logger.warning("%s is not reported: there are %s images", self.name, kinds)
         self._has_warned = True
         return None
+
+
+class ImageAUROC(_ImageMetric, AUROC):
+    """Area under the ROC curve of the images' scores, "image_AUROC" as that of anomaly models."""
+
+    default_fields = ("pred_score", "gt_label")
+    logged_as = "image_AUROC"
+
+    def _kinds(self) -> tuple[bool, bool]:
+        truths = dim_zero_cat(self.target) if len(self.target) else torch.zeros(0)
+        return bool((truths == 0).any()), bool(truths.any())
+
+
+class ImageF1Score(_ImageMetric, F1Score):
+    """F1 score of the images' labels, "image_F1Score" as that of anomaly models."""
+
+    default_fields = ("pred_label", "gt_label")
+    logged_as = "image_F1Score"
+
+    def _kinds(self) -> tuple[bool, bool]:
+        return bool(self.tn + self.fp > 0), bool(self.tp + self.fn > 0)

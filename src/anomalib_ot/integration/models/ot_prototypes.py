@@ -31,7 +31,7 @@ from anomalib_ot.integration.checks.trainer import UNLIMITED_EPOCHS
 from anomalib_ot.integration.data.batches import ExplainedBatch
 from anomalib_ot.integration.data.datamodule_checks import check_datamodule, dataset_image_paths
 from anomalib_ot.integration.data.region_of_interest import read_region
-from anomalib_ot.integration.export.explained_export import ExplainedExport
+from anomalib_ot.integration.export.export import ExplainedExport
 from anomalib_ot.integration.export.known_scores import ScoreKeeper
 from anomalib_ot.integration.models.backbone import checked_weights, fill_weights
 from anomalib_ot.integration.models.embedding_cache import EmbeddingCache, images_to_come

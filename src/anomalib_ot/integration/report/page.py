@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from anomalib_ot.imaging.causes import CauseShares
+from anomalib_ot.imaging.samples import UNREADABLE
 from anomalib_ot.imaging.small_jpeg import SIDE, small_jpeg
 from anomalib_ot.integration.checks.atomic_write import write_whole
 from anomalib_ot.integration.checks.errors import InputError
@@ -146,7 +147,12 @@ def _picture(row: Mapping[str, Any], thumbnails: Path, overlays: Path | None) ->
     """Return the picture of an image as base64, a JPEG: its thumbnail, or its overlay made small; None without one."""
     file = thumbnails / thumbnail_name(row["path"])
     if file.is_file():
-        return base64.b64encode(file.read_bytes()).decode()
+        try:
+            with Image.open(file, formats=["JPEG"]) as picture:
+                picture.load()
+            return base64.b64encode(file.read_bytes()).decode()
+        except UNREADABLE as error:
+            raise InputError(f"{file} is damaged ({error}); remove it, or test or predict again") from error
     if overlays is None or not row.get("overlay"):
         return None
     file = overlays / Path(row["overlay"]).name
@@ -154,8 +160,9 @@ def _picture(row: Mapping[str, Any], thumbnails: Path, overlays: Path | None) ->
         with Image.open(file) as picture:
             picture.thumbnail((SIDE, SIDE))
             small = small_jpeg(picture.convert("RGB"))
-    except OSError as error:
-        msg = f"--overlays: {file} cannot be read ({error.strerror or error}); name the folder of that inspection"
+    except UNREADABLE as error:
+        reason = getattr(error, "strerror", None) or error
+        msg = f"--overlays: {file} cannot be read ({reason}); name the folder of that inspection"
         raise InputError(msg) from error
     return base64.b64encode(small).decode()
 

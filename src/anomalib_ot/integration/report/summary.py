@@ -96,7 +96,7 @@ class Summary:
 
 def summarized(rows: Iterable[dict[str, Any]]) -> Summary:
     """Read rows once and say what they say together; memory grows by a number per image."""
-    made, selection, folders, total = Summary(), Selection(), _CommonFolder(), 0
+    made, selection, folder, total = Summary(), Selection(), None, 0
     for row in rows:
         made.images += 1
         made.verdicts[row["verdict"]] += 1
@@ -109,42 +109,35 @@ def summarized(rows: Iterable[dict[str, Any]]) -> Summary:
             made.thresholds.add(row["threshold"])
         digest = row.get("sha256")
         total = None if total is None or not isinstance(digest, str) else total + int(digest, 16)
-        folders.add(row["path"])
+        folder = _common_folder(folder, row["path"])
         if selection.takes(row):
             selection.add(row, row)
-    made.shown, made.folder = selection.best(), folders.folder
+    made.shown, made.folder = selection.best(), folder
     if total is not None and made.images:
         made.fingerprint = f"{total % 2**64:016x}"
     return made
 
 
-class _CommonFolder:
-    """The folder that holds all paths."""
-
-    def __init__(self) -> None:
-        self.folder: str | None = None
-
-    def add(self, path: str) -> None:
-        own = os.path.dirname(path)
-        if self.folder is None:
-            self.folder = own
-        elif self.folder and not f"{own}{os.sep}".startswith(f"{self.folder}{os.sep}"):
-            try:
-                self.folder = os.path.commonpath([self.folder, own])
-            except ValueError:  # of two drives, or one of them relative
-                self.folder = ""
+def _common_folder(folder: str | None, path: str) -> str:
+    """The folder that holds a path and what `folder` holds (None: nothing yet); "" if there is none."""
+    own = os.path.dirname(path)
+    if folder is None:
+        return own
+    if f"{own}{os.sep}".startswith(f"{folder}{os.sep}"):
+        return folder
+    try:
+        return os.path.commonpath([folder, own])
+    except ValueError:  # of two drives, or one of them relative
+        return ""
 
 
 def histogram(summary: Summary) -> Histogram | None:
     """Count the scores of a run in bins of equal width; None without scores."""
-    values = [
-        value for scores in summary.scores.values() for value in (min(scores, default=None),) if value is not None
-    ]
-    if not values:
+    found = [scores for scores in summary.scores.values() if scores]
+    if not found:
         return None
-    highest = max(max(scores) for scores in summary.scores.values() if scores)
     threshold = next(iter(summary.thresholds)) if len(summary.thresholds) == 1 else None
-    low, high = (function([bound, *summary.thresholds]) for function, bound in ((min, min(values)), (max, highest)))
+    low, high = min([*map(min, found), *summary.thresholds]), max([*map(max, found), *summary.thresholds])
     if low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     width = (high - low) / BINS or 1.0

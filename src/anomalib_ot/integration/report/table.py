@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,13 +11,8 @@ from typing import Any
 from anomalib_ot.imaging.causes import CauseShares
 from anomalib_ot.integration.checks.errors import InputError
 
-LINES, TABLE, RUN, REPORT, THUMBNAILS = (
-    "predictions.jsonl",
-    "predictions.csv",
-    "run.json",
-    "report.html",
-    "thumbnails",
-)
+LINES, TABLE, RUN = "predictions.jsonl", "predictions.csv", "run.json"
+REPORT, THUMBNAILS = "report.html", "thumbnails"
 DEFECTIVE, GOOD, UNKNOWN, ERROR = "defective", "good", "unknown", "error"
 VERDICTS = {DEFECTIVE: DEFECTIVE, "defect": DEFECTIVE, GOOD: GOOD, UNKNOWN: UNKNOWN, ERROR: ERROR}  # "defect": inspect
 COLUMNS = (
@@ -102,29 +96,25 @@ def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
 
 
-def csv_parts(rows: Iterable[Mapping[str, Any]], *, with_p_value: bool) -> Iterator[bytes]:
-    """Turn rows into a CSV file (RFC 4180, UTF-8, a header), part by part; boxes and regions are cells of JSON."""
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], *, with_p_value: bool) -> None:
+    """Write rows one by one as a CSV file (RFC 4180, UTF-8, a header); boxes and regions are cells of JSON."""
     columns = [name for name in COLUMNS if with_p_value or name != "p_value"]
-    yield _cells(columns)
-    for row in rows:
-        causes, size = row.get("causes") or {}, row.get("size") or (None, None)
-        cells = dict(row) | {
-            "causes": "; ".join(row.get("cause_words") or ()),
-            "looks_wrong_percent": causes.get("feature"),
-            "wrong_place_percent": causes.get("position"),
-            "missing_percent": causes.get("missing"),
-            "width": size[0],
-            "height": size[1],
-        }
-        for name in ("boxes", "regions"):
-            cells[name] = None if row.get(name) is None else json.dumps(row[name], ensure_ascii=False)
-        yield _cells([cells.get(name) for name in columns])
-
-
-def _cells(values: Iterable[Any]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text).writerow(["" if value is None else value for value in values])
-    return text.getvalue().encode(errors="backslashreplace")
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        for row in rows:
+            causes, size = row.get("causes") or {}, row.get("size") or (None, None)
+            cells = dict(row) | {
+                "causes": "; ".join(row.get("cause_words") or ()),
+                "looks_wrong_percent": causes.get("feature"),
+                "wrong_place_percent": causes.get("position"),
+                "missing_percent": causes.get("missing"),
+                "width": size[0],
+                "height": size[1],
+            }
+            for name in ("boxes", "regions"):
+                cells[name] = None if row.get(name) is None else json.dumps(row[name], ensure_ascii=False)
+            writer.writerow(cells)
 
 
 def thumbnail_name(path: str) -> str:

@@ -6,16 +6,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_ot.imaging.causes import BOW, Arrow, CauseShares, arrows, bowed_line, cause_shares, normal_level
-from anomalib_ot.imaging.heat import color_bar, dim_outside, draw_outline, overlay
+from anomalib_ot.imaging.heat import DARK, color_bar, dim_outside, draw_outline, overlay
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, header
 
-DARK = (15, 15, 20)
 TRUTH_LINE, PREDICTION_LINE = (0, 220, 255), (255, 255, 255)
 TITLE_HEIGHT, BAR_WIDTH, LEAST_CELL, LEAST_WIDTH = 44, 58, 240, 560
 WIDE = 2.0  # panels of images at least this many times wider than high stand below each other
 THRESHOLD = 0.5  # of a normalized map
 HALF_WAY, LEAST_STRENGTH = 0.5, 0.02  # an arrow starts where place alone lifts the anomaly half way to the threshold
-MISSING = "Missing"
 LONGEST = 3  # longest side of a panel, in panel sizes
 
 
@@ -165,7 +163,7 @@ def draw_panels(
         panels.append(_position_panel(base, position_map, usual, unlike, matched_position, max_arrows))
     if missing_map is not None and (with_empty or adds(missing_map)):
         panels.append(
-            Panel(MISSING, "bright: what good parts have here is not there", overlay(base, missing_map + usual))
+            Panel("Missing", "bright: what good parts have here is not there", overlay(base, missing_map + usual))
         )
     return panels
 

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from string import ascii_uppercase
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_ot.imaging.box_drawing import DARK, MISSED, WHITE, Mark, class_color, dashed_line, draw_marks
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, header
-from anomalib_ot.integration.visualization.insets import INSET, Inset, find_insets, inset_strip
 from anomalib_ot.vision.metrics import pair_iou
 
 FARTHEST = 3.0  # scales; beyond, the haze is too faint to see
@@ -21,6 +22,13 @@ MEETS = 0.3  # intersection over union from which on a box has found a known def
 LEGEND_LINE, SWATCH, FABRIC = 24, 22, (128, 132, 140)
 NAMED_KINDS = 4
 MOST_DRAWN = 12  # boxes; with more an early training covers the part
+INSET, INSET_TITLE = 230, 20  # pixels
+SMALL = 32  # a box whose longer side is drawn with fewer pixels is enlarged
+SURROUNDINGS = 3.4  # side of a cut, in sides of its box
+LEAST_ZOOM = 2  # a cut is at least so much larger than the view; as INSET / (SMALL * SURROUNDINGS) is too
+LEAST_SIDE = 44  # pixels of the part: with less around it one does not see what a box is part of
+
+Box = tuple[float, float, float, float]
 
 
 def draw_soft_edges(drawn: Image.Image, box: np.ndarray, scales: np.ndarray, color: tuple[int, int, int]) -> None:
@@ -65,6 +73,15 @@ class DetectedBoxes(NamedTuple):
     scales: np.ndarray | None = None
 
 
+@dataclass
+class Inset:
+    """A square cut of the part."""
+
+    letter: str  # by which its frame in the view is found
+    region: Box  # xyxy, pixels of the part
+    members: list[Box] = field(default_factory=list)  # the small boxes that it shows with their names
+
+
 def box_picture(
     image: Image.Image,
     found: DetectedBoxes,
@@ -107,10 +124,11 @@ def box_picture(
     scale = min(size / image.width, HEIGHT_SHARE * size / image.height, LARGEST_SCALE)
     view_size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
     width = max(view_size[0], LEAST_WIDTH) + 2 * MARGIN
-    drawn = _most_certain(shown)
+    columns = ("boxes", "scores", "labels", "truth", "scales")  # known defects stay, and so does which are missed
+    drawn = shown._replace(**{name: getattr(shown, name)[:MOST_DRAWN] for name in columns})
     marks = _marks(drawn, class_names)
-    columns = (width - 2 * MARGIN + GAP) // (INSET + GAP)
-    insets = find_insets([mark.box for mark in marks if mark.text], image.size, scale, columns)
+    most = (width - 2 * MARGIN + GAP) // (INSET + GAP)
+    insets = find_insets([mark.box for mark in marks if mark.text], image.size, scale, most)
 
     body = Image.new("RGB", (width, view_size[1] + 2 * MARGIN), PAPER)
     view = image.convert("RGB").resize(view_size, Image.Resampling.LANCZOS)
@@ -121,11 +139,12 @@ def box_picture(
     head = header(width, verdict, remarks=_remarks(shown, class_names, score_threshold))
     parts = [head, body]
     if insets:
-        strip, nameless = inset_strip(image, marks, insets, width, MARGIN, scale)
+        strip, nameless = inset_strip(image, marks, insets, width, scale)
         parts.append(strip)
         left_out += nameless
     notes = [note for note in (image_note, f"{left_out} names left out for lack of room" if left_out else "") if note]
-    return _stack([*parts, _legend(_samples(drawn, class_names, notes), width)])
+    parts.append(_legend(_samples(drawn, class_names, notes), width))
+    return Image.fromarray(np.concatenate([np.asarray(part) for part in parts]))
 
 
 def class_name(label: int, class_names: Sequence[str] | None) -> str:
@@ -183,12 +202,6 @@ def _shown(found: DetectedBoxes, score_threshold: float, image_size: tuple[int, 
     known_or_none = None if found.gt_boxes is None else known
     scales = np.zeros_like(boxes) if found.scales is None else found.scales[order]
     return _Shown(boxes, found.scores[order], found.labels[order], known_or_none, gt_labels, truth, missed, scales)
-
-
-def _most_certain(shown: _Shown) -> _Shown:
-    """Leave the boxes that are drawn; known defects stay, and so does which of them are missed."""
-    columns = ("boxes", "scores", "labels", "truth", "scales")
-    return shown._replace(**{name: getattr(shown, name)[:MOST_DRAWN] for name in columns})
 
 
 def _inside(boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
@@ -300,10 +313,67 @@ def _legend(samples: list[_Sample], width: int) -> Image.Image:
     return strip.crop((0, 0, width, y + LEGEND_LINE + GAP // 2 if samples else GAP))
 
 
-def _stack(parts: list[Image.Image]) -> Image.Image:
-    picture = Image.new("RGB", (parts[0].width, sum(part.height for part in parts)), PAPER)
-    top = 0
-    for part in parts:
-        picture.paste(part, (0, top))
-        top += part.height
-    return picture
+# ---- enlarged cuts around boxes that are too small for the eye
+
+
+def find_insets(boxes: Sequence[Box], image_size: tuple[int, int], scale: float, most: int) -> list[Inset]:
+    """Choose at most `most` cuts so that small boxes xyxy, pixels of the part, are shown, the first of the list first.
+
+    `scale` is pixels of the view per pixel of the part. A cut shows also the later small boxes that lie in it; large
+    boxes are passed over.
+
+    >>> find_insets([(50, 50, 56, 56), (62, 58, 65, 60)], (2446, 1000), scale=0.5, most=3)[0].members
+    [(50, 50, 56, 56), (62, 58, 65, 60)]
+    """
+    insets: list[Inset] = []
+    for box in boxes:
+        longest = max(box[2] - box[0], box[3] - box[1])
+        if longest * scale >= SMALL:
+            continue
+        holder = next((inset for inset in insets if _lies_in(box, inset.region)), None)
+        if holder is None:
+            if len(insets) >= min(most, len(ascii_uppercase)):
+                continue
+            least = min(LEAST_SIDE, INSET / (LEAST_ZOOM * scale))
+            side = min(max(SURROUNDINGS * longest, least), *image_size)
+            corner = [min(max((box[axis] + box[axis + 2] - side) / 2, 0), image_size[axis] - side) for axis in range(2)]
+            holder = Inset(ascii_uppercase[len(insets)], (*corner, corner[0] + side, corner[1] + side))
+            insets.append(holder)
+        holder.members.append(box)
+    return insets
+
+
+def inset_strip(
+    image: Image.Image, marks: Sequence[Mark], insets: Sequence[Inset], width: int, scale: float
+) -> tuple[Image.Image, int]:
+    """Draw the cuts side by side, with all that is marked in them; also return how many names found no place.
+
+    Marks are in pixels of the part, the most important first; titles say how much larger than in the view (`scale`) a
+    cut is.
+    """
+    left_out = 0
+    strip = Image.new("RGB", (width, INSET_TITLE + INSET + GAP), PAPER)
+    draw = ImageDraw.Draw(strip)
+    for index, inset in enumerate(insets):
+        left = MARGIN + index * (INSET + GAP)
+        zoom = INSET / (inset.region[2] - inset.region[0])
+        draw.text((left, 0), f"{inset.letter}: {zoom / scale:.0f} times as large", INK, ImageFont.load_default(14))
+        cut = image.convert("RGB").resize((INSET, INSET), Image.Resampling.BICUBIC, box=inset.region)
+        left_out += draw_marks(cut, [_in_cut(mark, inset, zoom) for mark in marks if _meets(mark.box, inset.region)])
+        strip.paste(cut, (left, INSET_TITLE))
+        draw.rectangle((left - 1, INSET_TITLE - 1, left + INSET, INSET_TITLE + INSET), outline=INK)
+    return strip, left_out
+
+
+def _in_cut(mark: Mark, inset: Inset, zoom: float) -> Mark:
+    """Bring a mark to the pixels of a cut; only members keep their names."""
+    moved = (np.array(mark.box) - np.tile(inset.region[:2], 2)) * zoom
+    return mark._replace(box=tuple(moved.tolist()), text=mark.text if mark.box in inset.members else "")
+
+
+def _lies_in(box: Box, region: Box) -> bool:
+    return box[0] >= region[0] and box[1] >= region[1] and box[2] <= region[2] and box[3] <= region[3]
+
+
+def _meets(box: Box, region: Box) -> bool:
+    return box[0] < region[2] and box[1] < region[3] and box[2] > region[0] and box[3] > region[1]

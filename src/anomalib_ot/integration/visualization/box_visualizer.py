@@ -1,6 +1,7 @@
 """The callback that writes one picture per tested image, with the boxes that a detector has found."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,7 @@ from PIL import Image
 from anomalib_ot.integration.checks.values import check_fraction
 from anomalib_ot.integration.data.box_batch import BoxItem
 from anomalib_ot.integration.visualization.box_figure import DetectedBoxes, box_picture
-from anomalib_ot.integration.visualization.header import Verdict
-from anomalib_ot.integration.visualization.visualizer import shown_image
+from anomalib_ot.integration.visualization.visualizer import item_verdict, shown_image
 from anomalib_ot.integration.visualization.writer import PictureWriter
 
 if TYPE_CHECKING:
@@ -71,19 +71,13 @@ class BoxVisualizer(PictureWriter):
                 "pred_box_labels; expected what a detector has found: draw its output, not its input"
             )
         threshold = score_threshold if self.score_threshold is None else self.score_threshold
-        if name is None:
-            name = "/".join(Path(item.image_path).parts[-2:]) if item.image_path else ""
         image, note = shown_image(item)
         found = _detected(item, image)
-        truth = None if found.gt_boxes is None else len(found.gt_boxes) > 0
-        best = float(found.scores[found.labels >= 0].max(initial=0))
-        verdict = Verdict(
-            score=best if item.pred_score is None else float(item.pred_score),
-            defect=None if item.pred_label is None else bool(item.pred_label),
-            truth=truth if item.gt_label is None else bool(item.gt_label),
-            threshold=threshold,
-            name=name,
-        )
+        verdict = item_verdict(item, threshold, name)
+        if verdict.score is None:
+            verdict = replace(verdict, score=float(found.scores[found.labels >= 0].max(initial=0)))
+        if verdict.truth is None and found.gt_boxes is not None:
+            verdict = replace(verdict, truth=len(found.gt_boxes) > 0)
         return box_picture(image, found, class_names, threshold, verdict=verdict, image_note=note, size=self.size)
 
     def items(self, outputs: ImageBatch | None, batch: ImageBatch) -> Iterable[BoxItem]:

@@ -5,12 +5,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from anomalib_ot.integration.visualization.anomaly_figure import (
-    adds,
-    draw_color_bar,
-    draw_panels,
-    find_shares,
-)
+from anomalib_ot.integration.visualization.anomaly_figure import adds, draw_color_bar, draw_panels, find_shares
 from anomalib_ot.integration.visualization.header import FAINT, GAP, INK, PAPER, Verdict, badge, cause_lines
 
 LABEL_WIDTH, BAR_WIDTH, TITLE_HEIGHT, SPACE = 180, 48, 30, 10

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from anomalib_ot.imaging.box_drawing import class_color
 from anomalib_ot.imaging.heat import dim_outside, draw_outline, overlay
 from anomalib_ot.imaging.small_jpeg import SIDE, small_jpeg
-from anomalib_ot.integration.visualization.visualizer import shown_image
+from anomalib_ot.integration.visualization.visualizer import map_array, shown_image
 
 OUTLINE, DARK = (255, 255, 255), (16, 18, 24)
 
@@ -34,15 +34,9 @@ def thumbnail(
             draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=DARK, width=4)
             draw.rectangle((left - 1, top - 1, right, bottom), outline=class_color(found["label"])[0], width=2)
     elif item.anomaly_map is not None:
-        roi = getattr(item, "roi", None)
-        image = image if roi is None else dim_outside(image, _plane(roi) > 0)
-        image = overlay(image, _plane(item.anomaly_map))
+        roi = map_array(getattr(item, "roi", None))
+        image = image if roi is None else dim_outside(image, roi > 0)
+        image = overlay(image, map_array(item.anomaly_map))
         if item.pred_mask is not None and bool(item.pred_mask.any()):
-            image = draw_outline(image, _plane(item.pred_mask) > 0, OUTLINE)
+            image = draw_outline(image, map_array(item.pred_mask) > 0, OUTLINE)
     return small_jpeg(image)
-
-
-def _plane(values: Any) -> np.ndarray:
-    """A map as (H, W), float32."""
-    array = values.detach().cpu().float().numpy()
-    return array.reshape(array.shape[-2:])

@@ -1,5 +1,6 @@
 """The callback that writes one explained picture per tested image."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,21 +76,30 @@ def explanation_of(
     item: ImageItem, threshold: float | None = 0.5, name: str | None = None, transport_threshold: float | None = None
 ) -> dict[str, Any]:
     """Collect the arguments of `explain_picture` but for the sizes; see `ExplanationVisualizer.visualize`."""
+    image, note = shown_image(item)
+    transport_score = getattr(item, "transport_score", None)
+    verdict = replace(
+        item_verdict(item, threshold, name),
+        transport_score=None if transport_score is None else float(transport_score),
+        transport_threshold=transport_threshold,
+    )
+    maps = ("anomaly_map", *CAUSES, "matched_position", "pred_mask", "gt_mask", "roi")
+    found = {field: getattr(item, field, None) for field in maps}
+    arrays = {field: None if values is None else values.detach().cpu().numpy() for field, values in found.items()}
+    return {"image": image, **arrays, "verdict": verdict, "image_note": note}
+
+
+def item_verdict(item: ImageItem, threshold: float | None, name: str | None) -> Verdict:
+    """Return what is known of an item as a whole; `name` None: the last two parts of its path."""
     if name is None:
         name = "/".join(Path(item.image_path).parts[-2:]) if item.image_path else ""
-    image, note = shown_image(item)
-    verdict = Verdict(
+    return Verdict(
         score=None if item.pred_score is None else float(item.pred_score),
         defect=None if item.pred_label is None else bool(item.pred_label),
         truth=None if item.gt_label is None else bool(item.gt_label),
-        transport_score=_number(getattr(item, "transport_score", None)),
-        transport_threshold=transport_threshold,
         threshold=threshold,
         name=name,
     )
-    maps = ("anomaly_map", *CAUSES, "matched_position", "pred_mask", "gt_mask", "roi")
-    arrays = {field: _array(getattr(item, field, None)) for field in maps}
-    return {"image": image, **arrays, "verdict": verdict, "image_note": note}
 
 
 def shown_image(item: ImageItem) -> tuple[Image.Image, str]:
@@ -144,11 +154,10 @@ def _network_view(image: torch.Tensor) -> Image.Image:
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def _array(values: torch.Tensor | None) -> np.ndarray | None:
-    """Bring a field to numpy."""
-    return None if values is None else values.detach().cpu().numpy()
-
-
-def _number(value: torch.Tensor | None) -> float | None:
-    """Bring a scalar field to a float."""
-    return None if value is None else float(value)
+def map_array(values: torch.Tensor | None) -> np.ndarray | None:
+    """Bring a map (..., H, W) of one image to numpy, as (H, W), bool or float32; None stays None."""
+    if values is None:
+        return None
+    values = values.detach().cpu()
+    array = (values if values.dtype == torch.bool else values.float()).numpy()
+    return array.reshape(array.shape[-2:])
