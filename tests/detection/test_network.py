@@ -92,6 +92,18 @@ def test_the_place_is_the_spatial_cost_in_the_predicted_box():
     torch.testing.assert_close(found, expected)
 
 
+def test_only_the_highest_keep_their_logits_after_training():
+    branch = OneToOneBranch(3, 8)
+    below = torch.tensor([0.0, -0.001, -0.05])
+    assert branch._part_of_the_best(below).tolist() == pytest.approx([1, math.exp(-0.02), math.exp(-1)])
+    assert branch.eval()._part_of_the_best(below).tolist() == [1, 0, 0]
+    nn.init.zeros_(branch.correction.weight)
+    logits, distances = torch.full((1, 3, 4, 6), -2.0), torch.full((1, 4, 4, 6), 8.0)
+    logits[0, 0, 1, 2], logits[0, 0, 1, 3] = 1.0, 0.999
+    (own,) = branch([torch.rand(1, 16, 4, 6)], [logits], [distances], [torch.zeros(1, 1, 4, 6)], (8,))
+    assert own[0, 0, 1, 2:4].tolist() == pytest.approx([1, 0.999 - 6])
+
+
 def test_the_highest_around_a_point():
     levels = [torch.zeros(1, 1, 9, 7), torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 3, 2)]
     levels[1][0, 0, 2, 1] = 1.0
@@ -197,6 +209,22 @@ def test_one_to_one_detections_are_those_of_the_branch_and_nothing_is_suppressed
     assert one.scores[one.valid].tolist() == pytest.approx([0.5, 0.5])
 
 
+@pytest.mark.parametrize("branch", [False, True])
+def test_boxes_are_voted_on_by_the_one_to_many_branch(branch):
+    dense = Dense(
+        torch.logit(torch.tensor([[[0.8], [0.2]]])),
+        torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 9]]]),
+        torch.logit(torch.full((1, 2), 0.8)),
+        torch.zeros(2, 2),
+        torch.ones(2),
+        (2,),
+        torch.logit(torch.tensor([[[0.9], [0.001]]])),
+    )
+    found = Decoding(one_to_one=branch, box_voting=True)(dense, (20, 20))
+    assert found.valid.sum() == 1
+    assert found.boxes[0, 0].tolist() == pytest.approx([0, 0, 10, 29 / 3])  # weights 0.8 and 0.4
+
+
 @pytest.mark.parametrize("tiling", [None, Tiling((32, 48), max_detections=20)])
 def test_an_image_alone_and_in_a_batch(tiling):
     model = detector(tiling=tiling, decoding=Decoding(max_detections=20))
@@ -210,7 +238,7 @@ def test_an_image_alone_and_in_a_batch(tiling):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [{}, {"suppress": keep_all}, {"one_to_one": True}])
+@pytest.mark.parametrize("way", [{}, {"box_voting": True}, {"suppress": keep_all}, {"one_to_one": True}])
 @pytest.mark.parametrize("tiling", [None, Tiling((32, 48), max_detections=20)])
 def test_exported_graph_equals_eager(tiling, way):
     decoding = Decoding(**way, max_detections=20, max_candidates=64)

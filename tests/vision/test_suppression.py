@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_iou
 
 from anomalib_ot.vision.detections import Detections, join_detections, stack_detections
-from anomalib_ot.vision.suppression import _by_rounds, keep_all, suppress_duplicates, top_detections
+from anomalib_ot.vision.suppression import _by_rounds, keep_all, suppress_duplicates, top_detections, vote_boxes
 
 
 def crowded(images: int = 3, slots: int = 120, seed: int = 0) -> Detections:
@@ -47,6 +47,30 @@ def test_top_detections_are_in_order_and_empty_slots_last():
     assert (best.scores[~best.valid] == 0).all()
     assert (best.boxes[~best.valid] == 0).all()
     assert (best.valid.int().diff(dim=1) <= 0).all()
+
+
+def test_box_voting_equals_a_plain_loop():
+    found = crowded()
+    kept = top_detections(found, suppress_duplicates(found, 0.6), 40)
+    voted = vote_boxes(kept, found, 0.3)
+    for before, after in zip(kept[1:3], voted[1:3], strict=True):
+        assert torch.equal(before, after)
+    for image in (0, 2):
+        for slot in kept.valid[image].nonzero().squeeze(1):
+            same = (found.labels[image] == kept.labels[image, slot]) & found.valid[image]
+            near = same & (box_iou(kept.boxes[image, slot][None], found.boxes[image])[0] >= 0.3)
+            weights = found.scores[image, near]
+            mean = (weights[:, None] * found.boxes[image, near]).sum(0) / weights.sum()
+            torch.testing.assert_close(voted.boxes[image, slot], mean)
+    assert (voted.boxes - kept.boxes).abs().amax() > 1
+    assert (voted.boxes[~kept.valid] == 0).all()
+
+
+def test_box_voting_keeps_boxes_without_area_and_takes_no_slots():
+    line = Detections(torch.tensor([[[3.0, 2, 3, 9]]]), torch.tensor([[0.5]]), torch.tensor([[0]]))
+    assert torch.equal(vote_boxes(line, line).boxes, line.boxes)
+    empty = Detections(torch.zeros(2, 0, 4), torch.zeros(2, 0), torch.zeros(2, 0).long())
+    assert vote_boxes(empty, empty).boxes.shape == (2, 0, 4)
 
 
 def test_ragged_detections_are_stacked():

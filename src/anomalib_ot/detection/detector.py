@@ -1,7 +1,7 @@
 """What all detectors' networks share: decoding, the backbone's mode, bounded memory, large images tile by tile."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -12,7 +12,7 @@ from anomalib_ot.detection.losses import Dense
 from anomalib_ot.vision.boxes import clip_boxes
 from anomalib_ot.vision.detections import EMPTY, Detections, join_detections
 from anomalib_ot.vision.neck import Pyramid
-from anomalib_ot.vision.suppression import suppress_duplicates, top_detections
+from anomalib_ot.vision.suppression import suppress_duplicates, top_detections, vote_boxes
 from anomalib_ot.vision.tiling import Tiling
 
 Suppress = Callable[[Detections], Tensor]
@@ -39,11 +39,16 @@ class Decoding:
     # Whether the classes are those of the one-to-one branch, where nothing has to be suppressed; the score is
     # sqrt(p(class)) then, since that branch knows the overlaps.
     one_to_one: bool = False
+    box_voting: bool = False  # whether duplicates take part in the boxes of those that suppress them
 
     def __call__(self, dense: Dense, image_size: tuple[int, int]) -> Detections:
         """Decode; boxes are clipped to `image_size`, height and width of the network's input."""
         found = self.candidates(dense, image_size)
-        return top_detections(found, found.valid if self.one_to_one else self.suppress(found), self.max_detections)
+        keep = found.valid if self.one_to_one else self.suppress(found)
+        kept = top_detections(found, keep, self.max_detections)
+        if not self.box_voting:
+            return kept
+        return vote_boxes(kept, replace(self, one_to_one=False).candidates(dense, image_size))
 
     def candidates(self, dense: Dense, image_size: tuple[int, int]) -> Detections:
         """Return the pairs of a point and a class that are compared for duplicates; differentiable."""

@@ -61,8 +61,8 @@ class OTADetector(BoxModel, AnomalibModule):
         tile_overlap: Part of a tile that it shares with its neighbor, 0 to 0.9.
         end_to_end: Whether a one-to-one branch is trained beside the one-to-many branch, and detects alone, without any
             suppression of duplicates; what removes duplicates otherwise works on the one-to-many branch.
-        nms: What removes duplicates in the network: "hard" or "none", on the one-to-many branch; None: the one-to-one
-            branch, where there is one, else "hard", unless the post-processor does it.
+        nms: What removes duplicates in the network: "hard", with box voting, or "none", on the one-to-many branch;
+            None: the one-to-one branch, where there is one, else "hard", unless the post-processor does it.
             "sinkhorn_select" and "sinkhorn_merge" are short for a `SinkhornNMS` as post-processor with that `decode`
             and the thresholds of `advanced`: for places that take plain values alone, such as files of
             `anomalib benchmark`.

@@ -49,6 +49,7 @@ class OTAPreset(OTAOptions):
     spatial_weight: float = 3.0  # of where a point lies in the cost of OTA
     top: int = 10  # largest overlaps that make up an object's number of points in OTA
     max_candidates: int = 512  # detections per image that are compared for duplicates
+    box_voting: bool = True  # whether duplicates take part in the boxes of those that suppress them
     optimizer: str = "adamw"  # with one cycle, or "sgd" with warm-up and two steps
     lr: Rate = 1e-3  # of a batch of 16 for "sgd"
     clip: float = 10.0  # largest norm of the gradient where the trainer has no limit; 0: none
@@ -70,6 +71,7 @@ PRESETS = {
         spatial_weight=0.0,
         top=20,
         max_candidates=5000,
+        box_voting=False,
         optimizer="sgd",
         lr=0.01,
         clip=0.0,
@@ -123,6 +125,7 @@ def build_detector(preset: OTAPreset, arguments: Mapping[str, Any], *, num_class
             max_candidates=max(preset.max_candidates, max_detections),
             max_detections=max_detections,
             one_to_one=arguments["one_to_one"],
+            box_voting=preset.box_voting and arguments["nms"] == "hard",
         ),
         tiling=tiling,
     )
