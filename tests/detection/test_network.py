@@ -213,7 +213,7 @@ def test_one_to_one_detections_are_those_of_the_branch_and_nothing_is_suppressed
 def test_boxes_are_voted_on_by_the_one_to_many_branch(branch):
     dense = Dense(
         torch.logit(torch.tensor([[[0.8], [0.2]]])),
-        torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 9]]]),
+        torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 9.5]]]),
         torch.logit(torch.full((1, 2), 0.8)),
         torch.zeros(2, 2),
         torch.ones(2),
@@ -222,7 +222,7 @@ def test_boxes_are_voted_on_by_the_one_to_many_branch(branch):
     )
     found = Decoding(one_to_one=branch, box_voting=True)(dense, (20, 20))
     assert found.valid.sum() == 1
-    assert found.boxes[0, 0].tolist() == pytest.approx([0, 0, 10, 29 / 3])  # weights 0.8 and 0.4
+    assert found.boxes[0, 0].tolist() == pytest.approx([0, 0, 10, 59 / 6])  # weights 0.8 and 0.4
 
 
 @pytest.mark.parametrize("tiling", [None, Tiling((32, 48), max_detections=20)])

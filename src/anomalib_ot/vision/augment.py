@@ -162,7 +162,7 @@ class DefectAugmentation(v2.Transform):
     Args:
         crop_size: Height and width of the output, pixels; None: those of the input.
         flip: Whether to mirror left-right and top-bottom, each with probability 1/2.
-        scale: Least and greatest factor of magnification, above 0.
+        scale: Least and greatest factor of magnification, above 0; the default suits cameras at a fixed distance.
         brightness: Greatest relative change of brightness, in [0, 1].
         contrast: Greatest relative change of contrast, in [0, 1].
         min_part: Least part of a cut box that stays labeled, see `BoxSafeCrop`.
@@ -179,7 +179,7 @@ class DefectAugmentation(v2.Transform):
         self,
         crop_size: tuple[int, int] | None = None,
         flip: bool = True,
-        scale: tuple[float, float] = (0.8, 1.25),
+        scale: tuple[float, float] = (0.9, 1.1),
         brightness: float = 0.1,
         contrast: float = 0.1,
         min_part: float = 0.5,
@@ -187,7 +187,7 @@ class DefectAugmentation(v2.Transform):
     ) -> None:
         super().__init__()
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-            msg = f"scale is {scale}; expected the least and the greatest factor, both above 0, such as (0.8, 1.25)"
+            msg = f"scale is {scale}; expected the least and the greatest factor, both above 0, such as (0.9, 1.1)"
             raise ValueError(msg)
         for name, value in (("brightness", brightness), ("contrast", contrast)):
             if not 0 <= value <= 1:

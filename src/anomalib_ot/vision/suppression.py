@@ -62,7 +62,7 @@ def top_detections(found: Detections, keep: Tensor, max_detections: int) -> Dete
     return Detections(boxes, torch.where(filled, best.values, 0.0), labels, scales)
 
 
-def vote_boxes(kept: Detections, found: Detections, threshold: float = 0.8) -> Detections:
+def vote_boxes(kept: Detections, found: Detections, threshold: float = 0.9) -> Detections:
     """Let all detections vote on the boxes of those that suppression kept: fits better, at the same scores.
 
     A box (B, K) becomes the mean, weighted by score, of those (B, N) of its class that overlap it by an IoU of
