@@ -29,7 +29,7 @@ BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 if the model, the images or an argument are of no use."""
+    """Run the command and return its exit status: 0, or 2 if the model, the images or an argument is invalid."""
     parser = argparse.ArgumentParser(
         prog="anomalib-ot calibrate",
         description="Set the threshold of a trained or exported model from good images that it was not trained on.",

@@ -14,7 +14,7 @@ MOST_TOLD = 20  # images in the table
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 if the checkpoint or the images are of no use."""
+    """Run the command and return its exit status: 0, or 2 if the checkpoint or the images are invalid."""
     parser = argparse.ArgumentParser(
         prog="anomalib-ot update",
         description="Add good images that a checkpoint of OTPrototypes calls defective to what it knows as normal, "

@@ -30,7 +30,7 @@ UNIT = np.arange(EIGHT_BIT_MAX + 1, dtype=np.float32) * np.float32(1 / EIGHT_BIT
 
 
 class InspectError(ValueError):
-    """A model, a source or an argument of no use; the message is one line that names it and says what to do."""
+    """An invalid model, source or argument; the message is one line that names it and says what to do."""
 
 
 class FrameError(ValueError):

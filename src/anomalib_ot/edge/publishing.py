@@ -290,7 +290,7 @@ class Webhook(_Outlet):
         return min(2 * seconds, LONGEST)
 
     def _post(self, line: bytes) -> tuple[str, bool]:
-        """Send a line; return what was wrong, "" for nothing, and whether sending it again is of no use."""
+        """Send a line; return what was wrong, "" for nothing, and whether sending it again is futile."""
         try:
             with self._opener.open(Request(self._url, line, self._headers, method="POST"), timeout=TIMEOUT):
                 return "", True

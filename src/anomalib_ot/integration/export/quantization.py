@@ -70,7 +70,7 @@ class Samples:
         """Read one image as the graph takes it: (1, 3, H, W)."""
         return self.image(int(index))[None].numpy()
 
-    def judged(self, index: int, outputs: Mapping[Any, np.ndarray]) -> ImageBatch:
+    def evaluated(self, index: int, outputs: Mapping[Any, np.ndarray]) -> ImageBatch:
         """Make a batch of one image, for metrics: what is true, and what was found by name, or by OpenVINO's output."""
         row = self.table.iloc[index]
         image = torch.zeros(1, 3, 1, 1)  # no metric looks at it
@@ -167,9 +167,9 @@ def compressed(
     def accuracy(compiled: Any, indices: Iterable[int]) -> tuple[float, None]:
         return accuracy_value(EvaluationResult(compiled, validation, indices), metric), None
 
-    judged = nncf.Dataset(range(len(validation)), validation.array)
+    validated = nncf.Dataset(range(len(validation)), validation.array)
     with quiet_export():
-        return nncf.quantize_with_accuracy_control(graph, shown, judged, accuracy, max_drop=max_drop, **options)
+        return nncf.quantize_with_accuracy_control(graph, shown, validated, accuracy, max_drop=max_drop, **options)
 
 
 # ---- what it costs
@@ -180,7 +180,7 @@ class EvaluationResult:
 
     def __init__(self, compiled: Any, samples: Samples, indices: Iterable[int] | None = None) -> None:
         chosen = range(len(samples)) if indices is None else indices
-        self.batches = [samples.judged(int(i), compiled(samples.array(i))) for i in chosen]
+        self.batches = [samples.evaluated(int(i), compiled(samples.array(i))) for i in chosen]
 
     @property
     def scores(self) -> Tensor:
@@ -224,9 +224,9 @@ def verdicts_changed(before: EvaluationResult, after: EvaluationResult) -> int:
     )
 
 
-def accuracy_name(judged: EvaluationResult) -> str:
+def accuracy_name(result: EvaluationResult) -> str:
     """Name what `accuracy_value` measures: mAP of boxes, AUROC of images without."""
-    return "map" if isinstance(judged.batches[0], BoxBatch) else "image_AUROC"
+    return "map" if isinstance(result.batches[0], BoxBatch) else "image_AUROC"
 
 
 def check_accuracy_control(validation: Samples, metric: "Metric | None") -> None:
@@ -246,17 +246,17 @@ def _has_both_kinds(labels: Any) -> bool:
     return bool(0 < labels.sum() < len(labels))
 
 
-def accuracy_value(judged: EvaluationResult, metric: "Metric | None" = None) -> float | None:
+def accuracy_value(result: EvaluationResult, metric: "Metric | None" = None) -> float | None:
     """Measure accuracy, more is better: an Anomalib metric; None: image AUROC, or mAP of boxes.
 
     None where it means nothing on these images, such as an AUROC without defective ones.
     """
-    if metric is None and accuracy_name(judged) == "image_AUROC":
-        labels = judged.labels.numpy()
-        return float(roc_auc_score(labels, judged.scores.numpy())) if _has_both_kinds(labels) else None
+    if metric is None and accuracy_name(result) == "image_AUROC":
+        labels = result.labels.numpy()
+        return float(roc_auc_score(labels, result.scores.numpy())) if _has_both_kinds(labels) else None
     metric = CocoPrecision("map") if metric is None else metric
     metric.reset()
-    for batch in judged.batches:
+    for batch in result.batches:
         metric.update(batch)
     value = metric.compute()
     return None if value is None or float(value) < 0 else float(value)

@@ -32,7 +32,7 @@ PATIENCE = 5.0  # seconds for an answer of the hub
 def build_extractor(
     backbone: str, layers: Sequence[str], *, trainable: bool = False
 ) -> TimmFeatureExtractor | FilterBank:
-    """Build the feature extractor of a backbone (a timm model or "filter_bank"), still without weights of worth.
+    """Build the feature extractor of a backbone (a timm model or "filter_bank"), its weights randomly initialized.
 
     An `InputError` with the known ones if timm has no such model, or the model no such layer.
     """

@@ -79,7 +79,7 @@ def build_model(
     tile_size: Sequence[int] | None,
     options: PrototypesOptions,
 ) -> PrototypesModel:
-    """Build an unfitted model from arguments of `OTPrototypes`, its backbone still without weights of worth.
+    """Build an unfitted model from arguments of `OTPrototypes`, its backbone randomly initialized.
 
     Raises:
         InputError: If an argument is out of range or not known; the message names the known ones.
