@@ -81,5 +81,7 @@ def vote_boxes(kept: Detections, found: Detections, threshold: float = 0.9) -> D
     votes = (pairwise_iou(kept.boxes, found.boxes) >= threshold) & (kept.labels[..., None] == found.labels[:, None])
     weights = votes * (found.scores * found.valid)[:, None]
     total = weights.sum(-1, keepdim=True)
-    means = weights @ found.boxes / total.clamp(min=torch.finfo(total.dtype).tiny)
+    # No matrix product: autocast would round boxes to a few pixels.
+    sums = (weights.unsqueeze(-1) * found.boxes.unsqueeze(1)).sum(-2)
+    means = sums / total.clamp(min=torch.finfo(total.dtype).tiny)
     return kept._replace(boxes=torch.where(total > 0, means, kept.boxes))
