@@ -109,7 +109,7 @@ class OTADetector(BoxModel, AnomalibModule):
         tile_overlap: Annotated[float, Range(least=0, most=0.9)] = 0.2,
         end_to_end: bool | None = None,
         nms: Suppression | None = None,
-        image_threshold: Fraction = 0.3,
+        image_threshold: Fraction = 0.5,
         lr: Rate | None = None,
         class_names: Sequence[str] | None = None,
         seed: int = 0,
