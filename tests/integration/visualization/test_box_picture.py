@@ -112,7 +112,7 @@ class TestDrawing:
         assert texts == [f"hole {row[1]:.2f}" for row in rows[:-13:-1]]
         assert said["remarks"][:3] == [
             ("Found, with a score above 0.30", "49 hole"),
-            ("Drawn", "the 12 most certain boxes; 37 more above the threshold are not"),
+            ("Drawn", "the 12 boxes with the highest scores of 49"),
             ("Known defects", "1 found, 1 missed"),
         ]
         box_picture(PART, found(*rows[:12]), NAMES)

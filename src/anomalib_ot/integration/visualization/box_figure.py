@@ -94,9 +94,9 @@ def box_picture(
 ) -> Image.Image:
     """Draw one part with the boxes above a score, and known defects dashed beside them.
 
-    The 12 most certain boxes are drawn; all count for what was found. Where `scales` are known, a haze along each side
-    shows how unsure it is. A known defect is missed if no box above the score, of any class, overlaps it by .3 or more
-    (intersection over union). Boxes too small for the eye are framed, and enlarged below with their names.
+    The 12 boxes with the highest scores are drawn; all count for what was found. Where `scales` are known, a haze along
+    each side shows how unsure it is. A known defect is missed if no box above the score, of any class, overlaps it by
+    .3 or more (intersection over union). Boxes too small for the eye are framed, and enlarged below with their names.
 
     Args:
         image: The part, at any size.
@@ -247,8 +247,7 @@ def _remarks(shown: _Shown, class_names: Sequence[str] | None, score_threshold: 
     """Count the boxes by class, and compare them with the known defects."""
     remarks = [(f"Found, with a score above {score_threshold:.2f}", _counted(shown.labels, class_names) or "nothing")]
     if len(shown.boxes) > MOST_DRAWN:
-        more = len(shown.boxes) - MOST_DRAWN
-        remarks.append(("Drawn", f"the {MOST_DRAWN} most certain boxes; {more} more above the threshold are not"))
+        remarks.append(("Drawn", f"the {MOST_DRAWN} boxes with the highest scores of {len(shown.boxes)}"))
     if shown.gt_boxes is None:
         return remarks
     missed, stray = shown.missed.sum(), (shown.truth < 0).sum()
