@@ -38,7 +38,7 @@ class CocoFile:
     class_names: list[str]  # its categories, in the order of their ids
 
 
-def read_coco(path: str | Path, findings: Findings) -> CocoFile:
+def read_coco(path: str | Path, findings: Findings | None = None) -> CocoFile:
     """Read the boxes of a COCO file; nothing but the file itself is looked at.
 
     Categories need not be numbered without gaps, ``iscrowd``, ``area``, ``score`` and ``segmentation`` are not needed,
@@ -48,7 +48,7 @@ def read_coco(path: str | Path, findings: Findings) -> CocoFile:
 
     Args:
         path: The file.
-        findings: Counts what is found and put right, together with what other files gave.
+        findings: Counts what is found and put right, together with what other files gave. None: new ones.
 
     Returns:
         Its images and class names.
@@ -58,7 +58,7 @@ def read_coco(path: str | Path, findings: Findings) -> CocoFile:
             names an unknown image or category, one image comes with two sizes or has annotations under two ids, or the
             boxes look like two corners or like fractions of the image.
     """
-    path = Path(path)
+    path, findings = Path(path), Findings() if findings is None else findings
     content = _load_lists(path)
     names, label_of = _categories(path, content["categories"], findings)
     image_of = _images(path, content["images"], findings)

@@ -51,11 +51,20 @@ ROUNDS = {1: ROUND_1, 2: ROUND_2}
 """The classes of each round, with the Chinese names that count as them."""
 
 
+def class_table(contest_round: int) -> dict[str, tuple[str, ...]]:
+    """Return the classes of round 1 or 2, each with the Chinese names that count as it.
+
+    >>> len(class_table(1)), len(class_table(2))
+    (20, 15)
+    """
+    return ROUNDS[contest_round]
+
+
 def class_of_name(contest_round: int) -> dict[str, int]:
     """Map each Chinese name to its class index; the official number is one higher.
 
     >>> class_of_name(1)["油渍"], class_of_name(2)["其他"]
     (1, 14)
     """
-    classes = ROUNDS[contest_round].values()
+    classes = class_table(contest_round).values()
     return {name: index for index, names in enumerate(classes) for name in names}
