@@ -48,7 +48,8 @@ class Decoding:
         kept = top_detections(found, keep, self.max_detections)
         if not self.box_voting:
             return kept
-        return vote_boxes(kept, replace(self, one_to_one=False).candidates(dense, image_size))
+        voters = replace(self, one_to_one=False).candidates(dense, image_size) if self.one_to_one else found
+        return vote_boxes(kept, voters)
 
     def candidates(self, dense: Dense, image_size: tuple[int, int]) -> Detections:
         """Return the pairs of a point and a class that are compared for duplicates; differentiable."""
