@@ -5,7 +5,7 @@ Importing this package costs nothing: the public names load torch and Anomalib w
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "CocoBoxes": "anomalib_ot.integration.data.coco_boxes",

@@ -52,7 +52,7 @@ def test_wheel_holds_startup_files_and_entry_points(wheel):
 
     assert at_root == STARTUP_FILES
     assert {group: dict(declared[group]) for group in declared.sections()} == OUR_ENTRY_POINTS
-    assert {name.split("/")[0] for name in names} - at_root == {"anomalib_ot", "anomalib_ot-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} - at_root == {"anomalib_ot", "anomalib_ot-0.2.0.dist-info"}
     assert all(content.isascii() for content in startup.values())
     assert startup["anomalib_ot.pth"].count(b"\n") == 1, "site runs a .pth line by line: one import line, no more"
     assert startup["anomalib_ot.start"].strip() == b"_anomalib_ot_startup:install"
