@@ -34,7 +34,6 @@ MODELS = {
     "OTADetector, cost as published": {"assigner": "ota", "assigner_args": {"spatial_weight": 0.0, "top": 20}},
     "OTADetector, assigner simota": {"assigner": "simota"},
     "OTADetector, assigner fcos": {"assigner": "fcos"},
-    "OTADetector, losses against duplicates": {"sinkhorn": {"train_weight": 1.0}},
     **{
         f"torchvision {title}{suffix}": {"peer": name, **recipe}
         for name, title in (("fcos", "FCOS"), ("retinanet", "RetinaNet"), ("fasterrcnn", "Faster R-CNN"))
@@ -65,7 +64,6 @@ DEFAULT_RUNS = [
     ("deeppcb", "OTADetector, assigner simota"),
     ("deeppcb", "OTADetector, assigner fcos"),
     ("deeppcb", "OTADetector, cost as published"),
-    ("deeppcb", "OTADetector, losses against duplicates"),
     ("neu_det", "OTADetector"),
     ("magnetic_tile", "OTADetector"),
     ("deeppcb", "SparseMDOD"),
@@ -276,7 +274,7 @@ def run_one(job: dict) -> dict:
     from anomalib.engine import Engine
     from lightning.pytorch import Callback, seed_everything
 
-    from anomalib_ot import OTADetector, SinkhornNMS, SparseMDOD
+    from anomalib_ot import OTADetector, SparseMDOD
     from anomalib_ot.integration.checks.advanced import nested
 
     seed_everything(job["seed"])
@@ -286,8 +284,6 @@ def run_one(job: dict) -> dict:
     arguments = MODELS[job["model"]] | {"frozen_norm": job["frozen_norm"] or None}
     peer = arguments.pop("peer", None)
     kind = torchvision_model(peer) if peer else SparseMDOD if "objective" in arguments else OTADetector
-    if "sinkhorn" in arguments:
-        arguments["post_processor"] = SinkhornNMS(**arguments.pop("sinkhorn"))
     model = kind(
         **nested(arguments, kind.options),
         backbone_weights=str(Path(job["weights"]) / WEIGHTS),

@@ -3,14 +3,12 @@
 from anomalib_ot.postprocess.box_masks import masks_in_boxes
 from anomalib_ot.postprocess.mask_refinement import RefinedRegions, entropy_weights, refine_regions
 from anomalib_ot.postprocess.nms import sinkhorn_nms, sinkhorn_regions
-from anomalib_ot.postprocess.nms_losses import duplicate_losses
 from anomalib_ot.postprocess.proposals import Regions, SinkhornNMSSettings
 
 __all__ = [
     "RefinedRegions",
     "Regions",
     "SinkhornNMSSettings",
-    "duplicate_losses",
     "entropy_weights",
     "masks_in_boxes",
     "refine_regions",

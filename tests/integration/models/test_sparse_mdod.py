@@ -222,12 +222,10 @@ def test_good_images_teach_only_with_a_presence_weight(tmp_path, weight):
     assert torch.equal(model.model.head.stages[0].interaction.merge_norm.bias, before) == (weight == 0)
 
 
-def test_sinkhorn_nms_trains_and_predicts_with_it(shapes, tmp_path):
-    model = built(SparseMDOD, **SMALL | {"score_threshold": 0.0}, post_processor=SinkhornNMS(train_weight=1.0))
+def test_sinkhorn_nms_predicts_with_it(shapes, tmp_path):
+    model = built(SparseMDOD, **SMALL | {"score_threshold": 0.0}, post_processor=SinkhornNMS())
     assert model.suppression() == {"nms": "none", "max_detections": 300}
-    runner = engine(tmp_path, max_epochs=1)
-    runner.fit(model, datamodule=data(shapes))
-    assert "train_duplicate" in runner.trainer.callback_metrics
+    engine(tmp_path, max_epochs=1).fit(model, datamodule=data(shapes))
     (batch,) = engine(tmp_path).predict(model, datamodule=data(shapes, eval_batch_size=8))
     assert batch.pred_boxes.shape == (8, 100, 4)
     assert (batch.pred_box_scales[batch.pred_box_scores > 0] > 0).all()  # sides stay as unsure as they were

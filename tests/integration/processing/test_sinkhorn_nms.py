@@ -1,4 +1,4 @@
-"""SinkhornNMS in Anomalib: beside a trained detector, on the command line, in checkpoints, exports and training."""
+"""SinkhornNMS in Anomalib: beside a trained detector, on the command line, in checkpoints and exports."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ import openvino
 import pytest
 import torch
 from anomalib.engine import Engine
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import seed_everything
 from PIL import Image
 from torchvision.ops import box_iou
 
@@ -28,7 +28,6 @@ SMALL = {
     "visualizer": False, "lr": 3e-3, "frozen_stages": 0,
 }  # fmt: skip
 SHARP = {"max_candidates": 512, "settings": {"overlap_softness": 1e-6, "order_softness": 1e-8}}
-TERMS = {"region_score", "region_l1", "region_giou", "duplicate"}
 
 
 def built(kind, **arguments):
@@ -145,10 +144,10 @@ def test_another_detection_limit_than_the_detectors(checkpoint, images):
 
 
 def test_both_suppressions(checkpoint, images):
-    hard = found_by(loaded(checkpoint, nms="hard", score_threshold=0.2), images)
-    equal(
-        found_by(loaded(checkpoint, nms="hard", post_processor=SinkhornNMS(**SHARP, score_threshold=0.2)), images), hard
-    )
+    # Without voting, after which boxes that were kept may overlap by more than the threshold.
+    hard = found_by(without_voting(loaded(checkpoint, nms="hard", score_threshold=0.2)), images)
+    both = without_voting(loaded(checkpoint, nms="hard", post_processor=SinkhornNMS(**SHARP, score_threshold=0.2)))
+    equal(found_by(both, images), hard)
 
 
 def test_the_engine_tests_and_predicts_with_it(checkpoint, shapes, tmp_path):
@@ -257,7 +256,7 @@ def test_nms_and_a_post_processor_are_one_too_many():
 @pytest.fixture(scope="module")
 def own_checkpoint(checkpoint, shapes, tmp_path_factory):
     """A checkpoint of a training with a post-processor of other than the usual arguments, resumed from one without."""
-    nms = SinkhornNMS("merge", threshold=0.4, settings={"epsilon": 0.1}, train_weight=0.5)
+    nms = SinkhornNMS("merge", threshold=0.4, settings={"epsilon": 0.1})
     runner = engine(tmp_path_factory.mktemp("own"), max_epochs=41)
     model = built(OTADetector, **SMALL, post_processor=nms)
     runner.fit(model, datamodule=data(shapes), ckpt_path=checkpoint)
@@ -268,7 +267,7 @@ def own_checkpoint(checkpoint, shapes, tmp_path_factory):
 def test_it_comes_back_from_a_checkpoint_with_its_arguments(own_checkpoint, images):
     model = loaded(own_checkpoint)
     assert isinstance(model.post_processor, SinkhornNMS)
-    kept = {"decode": "merge", "threshold": 0.4, "settings": {"epsilon": 0.1}, "train_weight": 0.5}
+    kept = {"decode": "merge", "threshold": 0.4, "settings": {"epsilon": 0.1}}
     assert model.post_processor.arguments == SinkhornNMS().arguments | kept
     named = loaded(own_checkpoint, post_processor=SinkhornNMS("merge", threshold=0.4, settings={"epsilon": 0.1}))
     equal(found_by(model, images), found_by(named, images))
@@ -303,12 +302,28 @@ def test_who_names_another_or_none_gets_that(own_checkpoint, shapes, images, tmp
     assert ((ours.scores > 0.2) == sure).all()
 
 
-def test_resuming_brings_it_back_into_training(own_checkpoint, shapes, tmp_path):
+def test_resuming_brings_it_back(own_checkpoint, shapes, tmp_path):
     model = built(OTADetector, **SMALL)
-    runner = engine(tmp_path, max_epochs=42)
-    runner.fit(model, datamodule=data(shapes), ckpt_path=own_checkpoint)
-    assert model.post_processor.train_weight == 0.5
-    assert "train_duplicate" in runner.trainer.callback_metrics
+    engine(tmp_path, max_epochs=42).fit(model, datamodule=data(shapes), ckpt_path=own_checkpoint)
+    assert model.post_processor.arguments["decode"] == "merge"
+
+
+def test_a_checkpoint_with_losses_in_training_still_loads(own_checkpoint, images, tmp_path):
+    kept = torch.load(own_checkpoint, weights_only=False)
+    (holder,) = [part for part in _holders(kept) if "sinkhorn_nms" in part]
+    holder["sinkhorn_nms"] |= {"train_weight": 0.5, "warm_up": 0.2}  # as version 0.1 wrote them
+    torch.save(kept, tmp_path / "model.ckpt")
+    older = loaded(tmp_path / "model.ckpt")
+    assert older.post_processor.arguments == loaded(own_checkpoint).post_processor.arguments
+    equal(found_by(older, images), found_by(loaded(own_checkpoint), images))
+
+
+def _holders(content):
+    """All dictionaries in a nest of them."""
+    if isinstance(content, dict):
+        yield content
+        for part in content.values():
+            yield from _holders(part)
 
 
 def test_checkpoints_hold_nothing_of_it_but_its_arguments(own_checkpoint):
@@ -387,67 +402,14 @@ def test_predictions_of_both_models_give_masks(checkpoint, shapes, fabric, tmp_p
 # ---- training
 
 
-def gradients(model, images, gt_boxes, gt_labels, progress=0.5):
-    """Losses against duplicates, and the norms of their gradients in the head's branches."""
-    model.train().zero_grad()
-    found = model.model.decoding.candidates(model.model.dense(images), images.shape[-2:])
-    losses = model.post_processor.losses(found, gt_boxes, gt_labels, images.shape[-2:], progress)
-    torch.stack(list(losses.values())).sum().backward()
-    branches = ("class_logits", "distances", "iou_logit")
-    return losses, [float(getattr(model.model.head, name).weight.grad.norm()) for name in branches]
-
-
-@pytest.fixture
-def scene(shapes, images):
-    """A batch as the training step has it."""
-    datamodule = data(shapes)
-    datamodule.prepare_data()
-    datamodule.setup()
-    items = [datamodule.train_data[index] for index in (1, 2, 3)]
-    resized = torch.nn.functional.interpolate(images[1:4], size=(64, 64))
-    scale = torch.tensor([64 / 80, 1, 64 / 80, 1])
-    return resized, [item.gt_boxes * scale for item in items], [item.gt_box_labels for item in items]
-
-
-def test_gradients_reach_scores_and_boxes(checkpoint, scene):
-    model = loaded(checkpoint, post_processor=SinkhornNMS(train_weight=1.0, warm_up=0.2))
-    losses, norms = gradients(model, *scene)
-    assert set(losses) == TERMS
-    assert all(loss.isfinite() and loss > 0 for loss in losses.values())
-    assert all(0 < norm < 1000 for norm in norms)
-    doubled, twice = gradients(loaded(checkpoint, post_processor=SinkhornNMS(train_weight=2.0)), *scene)
-    for name, loss in losses.items():
-        torch.testing.assert_close(doubled[name], 2 * loss)
-    assert twice == pytest.approx([2 * norm for norm in norms], rel=1e-3)
-
-
-def test_warm_up_ends_where_it_says(checkpoint, scene):
-    model = loaded(checkpoint, post_processor=SinkhornNMS(train_weight=1.0, warm_up=0.5))
-    never = loaded(checkpoint, post_processor=SinkhornNMS(train_weight=1.0, warm_up=0.0))
-    for progress, same in ((0.49, False), (0.51, True)):
-        norms, others = (gradients(one, *scene, progress=progress)[1] for one in (model, never))
-        assert (norms == pytest.approx(others, rel=1e-4)) is same
-
-
-def test_classes_that_do_not_matter_do_not_matter_in_training(checkpoint, scene):
-    images, boxes, labels = scene
-    swapped = [1 - part for part in labels]
-    for class_aware in (True, False):
-        model = loaded(checkpoint, post_processor=SinkhornNMS(train_weight=1.0, class_aware=class_aware))
-        first, other = (gradients(model, images, boxes, part)[0] for part in (labels, swapped))
-        assert bool(torch.isclose(first["region_score"], other["region_score"])) is not class_aware
-
-
-def test_images_without_objects(checkpoint, scene):
-    model = loaded(checkpoint, post_processor=SinkhornNMS(train_weight=1.0))
-    images, boxes, labels = scene
-    losses, norms = gradients(model, images, [part[:0] for part in boxes], [part[:0] for part in labels])
-    assert [name for name, loss in losses.items() if loss > 0] == ["region_score"]
-    assert norms[0] > 0
-    model = loaded(checkpoint, score_threshold=0.99, post_processor=SinkhornNMS(train_weight=1.0))
-    losses, norms = gradients(model, *scene)  # and without a candidate
-    assert all(loss.isfinite() for loss in losses.values())
-    assert norms == [0, 0, 0]
+def test_a_detector_trains_as_without_it(shapes, tmp_path):
+    weights = []
+    for number, nms in enumerate((False, SinkhornNMS("merge"))):
+        seed_everything(0)
+        model = built(OTADetector, **SMALL, post_processor=nms)
+        engine(tmp_path / str(number), max_epochs=1).fit(model, datamodule=data(shapes))
+        weights.append(model.model.head.distances.weight)
+    assert torch.equal(*weights)
 
 
 def test_numbers_of_objects_are_averaged_over_devices_each_by_itself():
@@ -459,61 +421,3 @@ def test_numbers_of_objects_are_averaged_over_devices_each_by_itself():
     model._trainer, model.all_gather = Trainer(), lambda value: torch.stack([value, 3 * value])
     assert model.mean_over_devices(torch.tensor([1.0, 10.0, 100.0])).tolist() == [2, 20, 200]
     assert float(model.mean_over_devices(torch.tensor(4.0))) == 8
-
-
-class Losses(Callback):
-    """Keeps what is logged after every epoch."""
-
-    def __init__(self):
-        self.epochs = []
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.epochs.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-def trained(shapes, folder, epochs=1, ckpt_path=None, precision="32-true", **arguments):
-    seed_everything(0)
-    kept, model = Losses(), built(OTADetector, **SMALL | arguments)
-    runner = engine(folder, max_epochs=epochs, callbacks=[kept], precision=precision)
-    runner.fit(model, datamodule=data(shapes), ckpt_path=ckpt_path)
-    return model, kept.epochs
-
-
-@pytest.mark.parametrize(
-    ("settings", "arguments"),
-    [({}, {}), ({"precision": "bf16-mixed"}, {}), ({}, {"nms": "hard"})],
-    ids=["f32", "bf16", "nms"],
-)
-def test_training_logs_the_losses_by_name(shapes, tmp_path, settings, arguments):
-    arguments = arguments | {"post_processor": SinkhornNMS("merge", train_weight=1.0, warm_up=0.5)}
-    model, (logged,) = trained(shapes, tmp_path, **settings, **arguments)
-    parts = {f"train_{name}" for name in (*TERMS, "class_loss", "box_loss", "iou_loss")}
-    assert parts < set(logged)
-    assert all(np.isfinite(value) for value in logged.values())
-    assert logged["train_loss"] == pytest.approx(sum(logged[name] for name in parts), rel=1e-4)
-    assert all(value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point())
-
-
-def test_a_weight_of_0_trains_as_without_it_and_another_does_not(shapes, tmp_path):
-    plain, zero, one = (
-        trained(shapes, tmp_path / str(number), post_processor=nms)[0].model.head.distances.weight
-        for number, nms in enumerate((False, SinkhornNMS(), SinkhornNMS(train_weight=1.0)))
-    )
-    assert torch.equal(plain, zero)
-    assert not torch.allclose(plain, one, atol=1e-4)
-
-
-def test_steps_on_these_losses_lower_them(checkpoint, scene):
-    images, *objects = scene
-    for names in (["duplicate"], sorted(TERMS)):
-        model = loaded(checkpoint, post_processor=SinkhornNMS(train_weight=1.0, warm_up=0.0)).train()
-        optimizer, history = torch.optim.AdamW(model.parameters(), lr=3e-4), []
-        for _ in range(20):
-            optimizer.zero_grad()
-            found = model.model.decoding.candidates(model.model.dense(images), images.shape[-2:])
-            losses = model.post_processor.losses(found, *objects, images.shape[-2:], 0.0)
-            loss = torch.stack([losses[name] for name in names]).sum()
-            loss.backward()
-            optimizer.step()
-            history.append(float(loss.detach()))
-        assert sum(history[-3:]) < 0.75 * sum(history[:3])

@@ -1,8 +1,7 @@
-"""How all detectors are trained: their length, optimizer, gradients, and the losses that a post-processor adds."""
+"""How all detectors are trained: their length, optimizer and gradients."""
 
 import logging
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +14,6 @@ from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.trainer import UNLIMITED_EPOCHS
 from anomalib_ot.integration.models.backbone import fill_weights
 from anomalib_ot.integration.models.detector_options import DetectorPreset
-from anomalib_ot.integration.processing.sinkhorn_nms import SinkhornNMS
-from anomalib_ot.ot.precision import full_precision
-from anomalib_ot.vision.detections import Detections
 
 logger = logging.getLogger(__name__)
 
@@ -102,23 +98,6 @@ class BoxTraining:
     def mean_over_devices(self, value: Tensor) -> Tensor:
         """Average a value, or each of several, over the devices of the training."""
         return self.all_gather(value).float().mean(0) if self.trainer.world_size > 1 else value
-
-    def duplicate_losses(self, candidates: Callable[[], Detections], batch: Batch) -> dict[str, Tensor]:
-        """Return the losses that the post-processor adds, by name; none without a `SinkhornNMS` that trains.
-
-        `candidates` makes the detections that are compared for duplicates, with gradients.
-        """
-        if not isinstance(self.post_processor, SinkhornNMS) or not self.post_processor.train_weight:
-            return {}
-        with full_precision(batch.image):
-            return self.post_processor.losses(
-                candidates(),
-                batch.gt_boxes,
-                batch.gt_box_labels,
-                batch.image.shape[-2:],
-                self.trained_part,
-                self.mean_over_devices,
-            )
 
 
 class Stepped(NamedTuple):

@@ -163,19 +163,16 @@ class OTADetector(BoxModel, AnomalibModule):
         losses = dense_losses(
             dense, assignments, batch.gt_boxes, batch.gt_box_labels, over_devices=self.mean_over_devices
         )
-        image_size = batch.image.shape[-2:]
-        against = self.duplicate_losses(lambda: self.model.decoding.candidates(dense, image_size), batch)
+        total, named = losses.total, {}
         if dense.one_to_one is not None:
             alone = self._assign(self.one_to_one_assigner, dense.one_to_one, dense, batch)
-            against["one_to_one_loss"] = one_to_one_loss(
+            named["one_to_one_loss"] = one_to_one_loss(
                 dense, alone, batch.gt_box_labels, over_devices=self.mean_over_devices
             )
-        total = losses.total
-        if against:
-            total = total + torch.stack(list(against.values())).sum()
+            total = total + named["one_to_one_loss"]
         self.check_loss(total, batch)
         objects = sum(len(boxes) for boxes in batch.gt_boxes)
-        named = against | {"loss": total, "class_loss": losses.class_loss, "box_loss": losses.box_loss}
+        named |= {"loss": total, "class_loss": losses.class_loss, "box_loss": losses.box_loss}
         named |= {"iou_loss": losses.iou_loss, "positives_per_object": losses.num_positives / max(objects, 1)}
         self.log_dict({f"train_{name}": value.detach() for name, value in named.items()}, batch_size=len(batch.image))
         return total

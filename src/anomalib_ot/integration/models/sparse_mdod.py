@@ -156,14 +156,8 @@ class SparseMDOD(BoxModel, AnomalibModule):
         if places is not None:
             named["place_loss"] = place_loss(places, batch.gt_boxes, over_devices=self.mean_over_devices)
             loss = loss + PLACE_WEIGHT * named["place_loss"]
-        image_size = batch.image.shape[-2:]
-        against = self.duplicate_losses(
-            lambda: self.model.decoding.candidates(self.model.head.propose(stages[-1]), image_size), batch
-        )
-        if against:
-            loss = loss + torch.stack(list(against.values())).sum()
         self.check_loss(loss, batch)
-        named = {f"train_{name}": value.detach() for name, value in {"loss": loss, **named, **against}.items()}
+        named = {f"train_{name}": value.detach() for name, value in {"loss": loss, **named}.items()}
         self.log_dict(named, batch_size=len(batch.image))
         return loss
 

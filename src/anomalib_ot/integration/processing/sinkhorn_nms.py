@@ -1,22 +1,19 @@
-"""Sinkhorn-NMS as Anomalib's post-processor: beside every detector here, in its exports, and in its training."""
+"""Sinkhorn-NMS as Anomalib's post-processor: beside every detector here, and in its exports."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-import torch
 from anomalib.post_processing import PostProcessor
 from torch import Tensor
 
 from anomalib_ot.integration.checks.errors import InputError, as_input_error, install_short_errors
 from anomalib_ot.integration.checks.values import check_known
-from anomalib_ot.postprocess.nms import sinkhorn_nms, sinkhorn_regions
-from anomalib_ot.postprocess.nms_losses import duplicate_losses
+from anomalib_ot.postprocess.nms import sinkhorn_nms
 from anomalib_ot.postprocess.proposals import Decode, SinkhornNMSSettings
-from anomalib_ot.ranges import Between, Fraction, Weight, Whole, check, hints_of
+from anomalib_ot.ranges import Between, Fraction, Whole, check, hints_of
 from anomalib_ot.vision.detections import EMPTY, Detections, stack_detections
 
-SOFT, SHARP = 0.1, 0.02  # softness of the gate at the beginning and at the end of a training
 CHECKPOINT_KEY = "sinkhorn_nms"
 NAMES = ("boxes", "scores", "labels")
 OWN = {name: name for name in ("decode", "threshold", "class_aware", "score_threshold")} | {
@@ -30,9 +27,8 @@ class SinkhornNMS(PostProcessor):
     """Make detections of a detector's raw ones, one per object: by transport to regions instead of greedy suppression.
 
     As `post_processor` of a detector it takes the place of the detector's own suppression of duplicates, everywhere: in
-    tests, predictions and exports, and with `train_weight` in training. Called on its own it takes `Detections`, or a
-    list of dicts with boxes (N, 4), scores (N,) and labels (N,) as torchvision's detectors return them, and returns the
-    same kind.
+    tests, predictions and exports. Called on its own it takes `Detections`, or a list of dicts with boxes (N, 4),
+    scores (N,) and labels (N,) as torchvision's detectors return them, and returns the same kind.
 
     Args:
         decode: What a group of duplicates becomes: "select", its best, or "merge", the mean of its boxes.
@@ -42,16 +38,13 @@ class SinkhornNMS(PostProcessor):
         max_candidates: Raw detections per image that are grouped, the best ones; work grows with its square.
         max_detections: Most detections per image.
         settings: Further fields of `anomalib_ot.postprocess.SinkhornNMSSettings` by name.
-        train_weight: Weight of the losses against duplicates in a detector's training; 0: the detector trains as
-            without this.
-        warm_up: Part of the training, at its beginning, in which merged boxes teach their members, not who is one.
 
     Raises:
         InputError: If an argument is out of range or not known.
 
     References:
         Z. Lu et al., "Differentiable NMS via Sinkhorn matching for end-to-end fabric defect detection", arXiv
-        2505.07040. The losses are ours (`anomalib_ot.postprocess.nms_losses`); the paper gives none.
+        2505.07040.
 
     >>> boxes = torch.tensor([[10.0, 10, 50, 50], [12, 10, 52, 50], [70, 10, 90, 30]])
     >>> found = {"boxes": boxes, "scores": torch.tensor([0.9, 0.7, 0.6]), "labels": torch.tensor([0, 0, 0])}
@@ -68,8 +61,6 @@ class SinkhornNMS(PostProcessor):
         max_candidates: Whole = 300,
         max_detections: Whole = 100,
         settings: dict[str, Any] | None = None,
-        train_weight: Weight = 0.0,
-        warm_up: Fraction = 0.2,
     ) -> None:
         install_short_errors()  # it is built before its detector
         if not isinstance(settings, Mapping | None):
@@ -84,13 +75,10 @@ class SinkhornNMS(PostProcessor):
             "max_candidates": max_candidates,
             "max_detections": max_detections,
             "settings": dict(settings or {}),
-            "train_weight": train_weight,
-            "warm_up": warm_up,
         }
         for name, value in list(self.named_buffers(recurse=False)):  # Anomalib's, which here say nothing
             self.register_buffer(name, value, persistent=False)
         self.settings = self._checked_settings()
-        self.train_weight, self.warm_up = train_weight, warm_up
         self.max_candidates, self.max_detections = max_candidates, max_detections
 
     def _checked_settings(self) -> dict[str, Any]:
@@ -132,53 +120,6 @@ class SinkhornNMS(PostProcessor):
         valid = labels != EMPTY
         return sinkhorn_nms(boxes, scores, labels.clamp(min=0), valid=valid, scales=scales, **self.settings)
 
-    # ---- training
-
-    def losses(
-        self,
-        found: Detections,
-        gt_boxes: Sequence[Tensor],
-        gt_labels: Sequence[Tensor],
-        image_size: tuple[int, int],
-        progress: float,
-        over_devices: Callable[[Tensor], Tensor] = torch.Tensor.clone,
-    ) -> dict[str, Tensor]:
-        """Compute the losses against duplicates, weighted, to be added to a detector's own.
-
-        Args:
-            found: Raw detections (B, N) with gradients, pixels.
-            gt_boxes: Objects (G, 4) per image, pixels.
-            gt_labels: Their classes (G,) per image.
-            image_size: Height and width of the images, pixels.
-            progress: Part of the training that is over, 0 to 1: the gate is soft at first.
-            over_devices: Averages over the devices of the training.
-        """
-        boxes, scores, labels = (part[:, : self.max_candidates] for part in found[:3])
-        valid, labels = labels != EMPTY, labels.clamp(min=0)
-        if not self.settings["class_aware"]:
-            labels, gt_labels = torch.zeros_like(labels), [torch.zeros_like(part) for part in gt_labels]
-        settings = SinkhornNMSSettings(**self.settings | {"decode": "merge", "entropy": None})
-        softness = SOFT * (SHARP / SOFT) ** min(max(progress, 0.0), 1.0)
-        regions = sinkhorn_regions(boxes, scores, labels, None, valid, settings.softened(softness))
-        losses = duplicate_losses(
-            torch.cat([regions.plan, regions.slack.unsqueeze(-1)], dim=-1),
-            regions.gate,
-            regions.seeds,
-            boxes,
-            scores,
-            labels,
-            valid,
-            regions.boxes,
-            regions.scores,
-            regions.gate.gather(1, regions.seeds),
-            gt_boxes,
-            gt_labels,
-            image_size,
-            warm_up=progress < self.warm_up,
-            over_devices=over_devices,
-        )
-        return {name: self.train_weight * value for name, value in losses.items()}
-
     # ---- what Anomalib asks of a post-processor
 
     def on_validation_batch_end(self, *args: object, **kwargs: object) -> None:
@@ -195,11 +136,12 @@ class SinkhornNMS(PostProcessor):
 
 
 def sinkhorn_nms_of(kept: Mapping[str, Any]) -> SinkhornNMS:
-    """Make the post-processor whose arguments a checkpoint keeps; those of 0.1 name a preset, and a "centre".
+    """Make the post-processor whose arguments a checkpoint keeps.
 
-    An `InputError` if the preset is "paper", which this version does not have, or an argument is out of range.
+    Those of 0.1 name a preset, a "centre", and the weight and warm-up of losses in training. An `InputError` if the
+    preset is "paper", which this version does not have, or an argument is out of range.
     """
-    arguments = dict(kept)
+    arguments = {name: value for name, value in kept.items() if name not in ("train_weight", "warm_up")}
     preset = arguments.pop("preset", "sinkhorn")
     if preset != "sinkhorn":
         msg = (
