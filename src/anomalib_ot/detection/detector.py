@@ -16,7 +16,6 @@ from anomalib_ot.vision.suppression import suppress_duplicates, top_detections, 
 from anomalib_ot.vision.tiling import Tiling
 
 Suppress = Callable[[Detections], Tensor]
-LEAST_CHANCE = 1e-12
 CPU_PORTION = 4  # images
 
 
@@ -52,13 +51,13 @@ class Decoding:
         return vote_boxes(kept, voters)
 
     def candidates(self, dense: Dense, image_size: tuple[int, int]) -> Detections:
-        """Return the pairs of a point and a class that are compared for duplicates; differentiable."""
+        """Return the pairs of a point and a class that are compared for duplicates."""
         logits = dense.one_to_one if self.one_to_one else dense.logits
         num_classes = logits.shape[2]
         chances = logits.float().sigmoid()
         if not self.one_to_one:
             chances = chances * dense.iou_logits.float().sigmoid().unsqueeze(-1)
-        scores = chances.clamp(min=LEAST_CHANCE).sqrt()  # the slope of the root is infinite at 0
+        scores = chances.sqrt()
         values, indices = [], []
         start = 0
         for size in dense.level_sizes:

@@ -36,11 +36,6 @@ class SparseDecoding:
 
     def __call__(self, proposed: Proposed, image_size: tuple[int, int]) -> Detections:
         """Decode; boxes are clipped to `image_size`, height and width of the network's input."""
-        found = self.candidates(proposed, image_size)
-        return top_detections(found, self.suppress(found), self.max_detections)
-
-    def candidates(self, proposed: Proposed, image_size: tuple[int, int]) -> Detections:
-        """Return the pairs of a proposal and a class that are compared for duplicates; differentiable."""
         num_classes = proposed.scores.shape[2]
         boxes = clip_boxes(proposed.boxes, *image_size)
         real = proposed.boxes.isfinite().all(-1) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
@@ -56,7 +51,8 @@ class SparseDecoding:
             for part in (boxes, proposed.scales)
         )
         labels = torch.where(keep, best.indices % num_classes, EMPTY)
-        return Detections(boxes, torch.where(keep, best.values, 0.0), labels, scales)
+        found = Detections(boxes, torch.where(keep, best.values, 0.0), labels, scales)
+        return top_detections(found, self.suppress(found), self.max_detections)
 
 
 class SparseDetector(Detector):

@@ -90,3 +90,13 @@ def test_other_classes_than_the_datas(data, tmp_path, names):
     message = f"^the data have the classes bar, square, the model has {', '.join(names)} .*--model.class_names"
     with pytest.raises(InputError, match=message):
         engine(tmp_path, max_epochs=1).fit(model, datamodule=data)
+
+
+def test_numbers_of_objects_are_averaged_over_devices():
+    model = built(OTADetector, **SMALL)
+
+    class Trainer:
+        world_size = 2
+
+    model._trainer, model.all_gather = Trainer(), lambda value: torch.stack([value, 3 * value])
+    assert float(model.mean_over_devices(torch.tensor(4.0))) == 8

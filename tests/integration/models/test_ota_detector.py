@@ -152,6 +152,31 @@ def test_a_checkpoint_decides_about_the_network(trained, shapes, tmp_path):
     assert other.arguments["channels"] == 32
 
 
+def test_detection_goes_by_the_training_where_nothing_else_is_said(trained, shapes, tmp_path, caplog):
+    state = torch.load(trained[1], weights_only=False)
+    kept = state["hyper_parameters"]
+    kept |= {"tile_size": [64, 64], "image_threshold": 0.7, "nms": "none"}
+    kept["advanced"] = kept["advanced"] | {"max_detections": 7}
+    torch.save(state, tmp_path / "tiles.ckpt")
+    plain = built(OTADetector, **SMALL)
+    (batch,) = engine(tmp_path).predict(
+        plain, datamodule=data(shapes, eval_batch_size=8), ckpt_path=tmp_path / "tiles.ckpt"
+    )
+    assert plain.model.tiling is not None
+    assert plain.image_threshold == 0.7
+    assert plain.hparams["nms"] == "none"
+    assert batch.pred_boxes.shape[1] == 7
+    assert "tile_size=[64, 64] (not None), image_threshold=0.7 (not 0.5)" in caplog.text
+    own = built(OTADetector, **SMALL, image_threshold=0.6, max_detections=5, post_processor=SinkhornNMS())
+    engine(tmp_path).predict(own, datamodule=data(shapes), ckpt_path=tmp_path / "tiles.ckpt")
+    assert own.image_threshold == 0.6
+    assert own.arguments["max_detections"] == 5
+    assert own.hparams["nms"] is None
+    given = OTADetector.load_from_checkpoint(tmp_path / "tiles.ckpt", image_threshold=0.5, **QUIET)
+    assert given.image_threshold == 0.5
+    assert given.hparams["tile_size"] == [64, 64]
+
+
 def test_a_checkpoint_with_all_arguments_beside_each_other_loads(tmp_path):
     options = {"score_threshold": 0.2, "max_detections": 7, "epochs": 3, "assigner": "simota", "nms": "none"}
     model = built(OTADetector, **SMALL | options, class_names=["a"])

@@ -410,14 +410,3 @@ def test_a_detector_trains_as_without_it(shapes, tmp_path):
         engine(tmp_path / str(number), max_epochs=1).fit(model, datamodule=data(shapes))
         weights.append(model.model.head.distances.weight)
     assert torch.equal(*weights)
-
-
-def test_numbers_of_objects_are_averaged_over_devices_each_by_itself():
-    model = built(OTADetector, **SMALL)
-
-    class Trainer:
-        world_size = 2
-
-    model._trainer, model.all_gather = Trainer(), lambda value: torch.stack([value, 3 * value])
-    assert model.mean_over_devices(torch.tensor([1.0, 10.0, 100.0])).tolist() == [2, 20, 200]
-    assert float(model.mean_over_devices(torch.tensor(4.0))) == 8

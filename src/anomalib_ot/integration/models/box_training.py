@@ -96,7 +96,7 @@ class BoxTraining:
         self.trained.fill_(True)
 
     def mean_over_devices(self, value: Tensor) -> Tensor:
-        """Average a value, or each of several, over the devices of the training."""
+        """Average a value over the devices of the training."""
         return self.all_gather(value).float().mean(0) if self.trainer.world_size > 1 else value
 
 

@@ -19,6 +19,7 @@ from anomalib_ot.integration.checks.advanced import flat, nested
 from anomalib_ot.integration.checks.checkpoints import (
     check_own_checkpoint,
     keep_what_was_trained,
+    plain,
     trained_arguments,
 )
 from anomalib_ot.integration.checks.errors import InputError
@@ -37,6 +38,8 @@ from anomalib_ot.vision.detections import Detections
 
 NO_DATA = "no data to {}; name a data set with boxes (--data CocoBoxes --data.root ..., in Python datamodule=...)"
 
+# What a test or prediction takes from the training where its user leaves the default, as exports do.
+DETECTS_BY = ("tile_size", "tile_overlap", "image_threshold", "nms_threshold", "score_threshold", "max_detections")
 SINKHORN_DECODES = {"sinkhorn_select": "select", "sinkhorn_merge": "merge"}  # values of `nms`, and what they decode
 
 
@@ -233,14 +236,16 @@ class BoxModel(BoxTraining, CheckedExport):
             raise InputError(msg)
         if self.class_names is None:
             self.hparams["class_names"] = list(names)
+        from_training = (*self.trained_by, *self._left_at_default())
         kept = checkpoint.get("anomalib_post_processor_config") or {}
         if self.post_processor is None and self.takes_post_processor and CHECKPOINT_KEY in kept:
             self.post_processor = sinkhorn_nms_of(kept[CHECKPOINT_KEY])
             self.model = None
         chosen, parts = self.post_processor, (self.evaluator, self.visualizer)
-        trained = trained_arguments(checkpoint, self.hparams, self.trained_by)
+        trained = trained_arguments(checkpoint, self.hparams, from_training)
         if trained or self.model is None:
             self.hparams.update(nested(self.arguments | trained, self.options))
+            self.image_threshold = self.hparams["image_threshold"]
             self.build(names)
         super().on_load_checkpoint(checkpoint)
         self.post_processor = chosen  # the host drops it if the checkpoint had none,
@@ -248,6 +253,15 @@ class BoxModel(BoxTraining, CheckedExport):
             self.evaluator, self.visualizer = parts
             if isinstance(trainer.datamodule, AnomalibDataModule):
                 trainer.datamodule.setup(trainer.state.fn)  # its data sets take over the restored resize
+
+    def _left_at_default(self) -> list[str]:
+        """Name the arguments of detection that no one has set in this run; none where `load_from_checkpoint` loads."""
+        if self._trainer is None:
+            return []
+        defaults = flat({name: entry.default for name, entry in signature(type(self)).parameters.items()})
+        unchosen = self.takes_post_processor and self.post_processor is None  # who names one has chosen what suppresses
+        names = [*DETECTS_BY, *(["nms"] if unchosen else [])]
+        return [name for name in names if plain(self.arguments[name]) == plain(defaults[name])]
 
     # ---- the parts around the model
 

@@ -44,10 +44,11 @@ DEFAULTS = SparseOptions()
 
 
 class SparseMDOD(BoxModel, AnomalibModule):
-    """Find labeled defects: a few learned proposals form a mixture, whose likelihood the true boxes maximize.
+    """Find labeled defects: a few proposals form a mixture, whose likelihood the true boxes maximize.
 
-    Each proposal says whether it shows an object, of which class, where its sides are, and how surely. Nothing is
-    matched in training, and no duplicates have to be removed from what it finds.
+    Each proposal says whether it shows an object, of which class, where its sides are, and how surely. Proposals are
+    matched with no objects in training, and no duplicates have to be removed from what they find. They are the best
+    places of a dense head, whose labels are assigned by transport, or learned (`advanced.proposals`).
 
     Args:
         backbone: Name of a convolutional timm model.
