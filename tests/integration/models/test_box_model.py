@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from anomalib.engine import Engine
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 
 from anomalib_ot import CocoBoxes, OTADetector
@@ -100,3 +102,29 @@ def test_numbers_of_objects_are_averaged_over_devices():
 
     model._trainer, model.all_gather = Trainer(), lambda value: torch.stack([value, 3 * value])
     assert float(model.mean_over_devices(torch.tensor(4.0))) == 8
+
+
+class Stop(Callback):
+    """Raises what a signal makes Lightning raise, in the first or second epoch."""
+
+    def __init__(self, exception, epoch):
+        self.exception, self.epoch = exception, epoch
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.current_epoch == self.epoch:
+            raise self.exception
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "status"), [(SIGTERMException, 143), (KeyboardInterrupt, 1)])
+def test_a_training_that_is_stopped_names_its_checkpoint_and_fails(data, tmp_path, caplog, kind, status):
+    for epoch, line in enumerate(("no checkpoint was written yet: start it again", "to go on: --ckpt_path ")):
+        caplog.clear()
+        runner = engine(tmp_path, max_epochs=2, callbacks=[Stop(kind(), epoch)])
+        with pytest.raises(SystemExit) as stopped:
+            runner.fit(built(OTADetector, **SMALL), datamodule=data)
+        assert stopped.value.code == status
+        assert f"The training was stopped after {epoch + 1} steps; {line}" in caplog.text
+    path = caplog.text.split("--ckpt_path ")[1].split()[0]
+    engine(tmp_path, max_epochs=2).fit(model := built(OTADetector, **SMALL), datamodule=data, ckpt_path=path)
+    assert model.is_fitted

@@ -1,11 +1,13 @@
 """Checks what a stage of the trainer is given, before the stage starts."""
 
 import logging
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn, zeros
 
 from anomalib_ot.integration.checks.errors import InputError
@@ -27,8 +29,8 @@ logger = logging.getLogger(__name__)
 class FittedGuard(Callback):
     """Refuses to validate, test or predict with what was not trained, and bad images of a plain folder to predict.
 
-    Images deeper than 8 bits are made known to the pre-processor, which puts them back where Anomalib's reading
-    saturates them.
+    A training that is told to end says from which checkpoint it can go on. Images deeper than 8 bits are made known to
+    the pre-processor, which puts them back where Anomalib's reading saturates them.
     """
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,6 +48,20 @@ class FittedGuard(Callback):
         check_fitted(pl_module, "predict")
         for paths in _loaded_paths(trainer.predict_dataloaders):
             self._check_images(pl_module, paths, "images to predict")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Name the checkpoint of a training that Ctrl-C or SIGTERM ends; after SIGTERM the status is 143, not 0."""
+        del pl_module
+        if isinstance(exception, SIGTERMException):
+            exception.code = 128 + signal.SIGTERM
+        told = isinstance(exception, SIGTERMException | KeyboardInterrupt)
+        if told and trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
+            path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+            logger.warning(
+                "The training was stopped after %d steps; %s",
+                trainer.global_step,
+                f"to go on: --ckpt_path {path}" if path else "no checkpoint was written yet: start it again",
+            )
 
     def _check_images(self, pl_module: LightningModule, paths: Sequence[str], description: str) -> None:
         report, pre_processor = check_images(paths, description), pl_module.pre_processor
@@ -92,7 +108,7 @@ class InputGuard(FittedGuard):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no files behind, and the trainer as it came."""
-        del exception
+        super().on_exception(trainer, pl_module, exception)
         restore_validation(trainer)
         pl_module.forget_collected()
 
