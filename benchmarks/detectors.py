@@ -60,6 +60,7 @@ DEFAULT_RUNS = [
     ("deeppcb", "OTADetector, end to end"),
     ("crowded_boards", "OTADetector, end to end"),
     ("crowded_fabric", "OTADetector, end to end"),
+    *((name, "torchvision FCOS") for name in (*CROWDED, "neu_det", "magnetic_tile")),
     *(("deeppcb", name) for name in MODELS if name.startswith("torchvision")),
     ("deeppcb", "OTADetector, assigner simota"),
     ("deeppcb", "OTADetector, assigner fcos"),

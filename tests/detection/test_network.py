@@ -92,16 +92,14 @@ def test_the_place_is_the_spatial_cost_in_the_predicted_box():
     torch.testing.assert_close(found, expected)
 
 
-def test_only_the_highest_keep_their_logits_after_training():
+def test_near_ties_keep_a_part_of_their_logits():
     branch = OneToOneBranch(3, 8)
-    below = torch.tensor([0.0, -0.001, -0.05])
-    assert branch._part_of_the_best(below).tolist() == pytest.approx([1, math.exp(-0.02), math.exp(-1)])
-    assert branch.eval()._part_of_the_best(below).tolist() == [1, 0, 0]
     nn.init.zeros_(branch.correction.weight)
     logits, distances = torch.full((1, 3, 4, 6), -2.0), torch.full((1, 4, 4, 6), 8.0)
-    logits[0, 0, 1, 2], logits[0, 0, 1, 3] = 1.0, 0.999
+    logits[0, 0, 1, 2], logits[0, 0, 1, 3] = 1.0, 0.9
     (own,) = branch([torch.rand(1, 16, 4, 6)], [logits], [distances], [torch.zeros(1, 1, 4, 6)], (8,))
-    assert own[0, 0, 1, 2:4].tolist() == pytest.approx([1, 0.999 - 6])
+    below = math.log(1 + math.exp(-1.0)) - math.log(1 + math.exp(-0.9))  # of log p(class)
+    assert own[0, 0, 1, 2:4].tolist() == pytest.approx([1, 0.9 - 6 * (1 - math.exp(20 * below))], abs=1e-5)
 
 
 def test_the_highest_around_a_point():
@@ -200,13 +198,17 @@ def test_decoding_equals_plain_loops():
         assert torch.equal(own[2], labels[kept])
 
 
-def test_one_to_one_detections_are_those_of_the_branch_and_nothing_is_suppressed():
+@pytest.mark.parametrize(("bottom", "expected"), [(7.0, [0.5, 0.4]), (9.5, [0.5])])
+def test_one_to_one_detections_are_those_of_the_branch_and_each_box_counts_once(bottom, expected):
     dense = one_point(0.64, 0.81)
     twice = Dense(*(part.expand(-1, 2, *part.shape[2:]) for part in dense[:3]), *dense[3:5], (2,))
-    twice = twice._replace(one_to_one=torch.logit(torch.full((1, 2, 1), 0.25)))
+    twice = twice._replace(
+        boxes=torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, bottom]]]),
+        one_to_one=torch.logit(torch.tensor([[[0.25], [0.16]]])),
+    )
     many, one = (Decoding(one_to_one=branch)(twice, (10, 10)) for branch in (False, True))
     assert many.scores[many.valid].tolist() == pytest.approx([0.72])
-    assert one.scores[one.valid].tolist() == pytest.approx([0.5, 0.5])
+    assert one.scores[one.valid].tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("branch", [False, True])

@@ -5,7 +5,14 @@ import torch
 from torchvision.ops import batched_nms, box_iou
 
 from anomalib_ot.vision.detections import Detections, join_detections, stack_detections
-from anomalib_ot.vision.suppression import _by_rounds, keep_all, suppress_duplicates, top_detections, vote_boxes
+from anomalib_ot.vision.suppression import (
+    _by_rounds,
+    first_of_each_box,
+    keep_all,
+    suppress_duplicates,
+    top_detections,
+    vote_boxes,
+)
 
 
 def crowded(images: int = 3, slots: int = 120, seed: int = 0) -> Detections:
@@ -30,6 +37,19 @@ def test_equals_torchvision(form, threshold):
         kept = batched_nms(found.boxes[image, valid], found.scores[image, valid], found.labels[image, valid], threshold)
         assert sorted(kept.tolist()) == keep[image].nonzero().squeeze(1).tolist()
         assert 5 < len(kept) < 110
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6])
+def test_the_first_of_each_box_equals_a_plain_loop(threshold):
+    found = crowded()
+    keep = first_of_each_box(found, threshold)
+    for image in range(3):
+        for slot in range(found.scores.shape[1]):
+            better = found.valid[image, :slot] & (found.labels[image, :slot] == found.labels[image, slot])
+            overlaps = box_iou(found.boxes[image, slot][None], found.boxes[image, :slot][better])
+            alone = found.valid[image, slot] and not (overlaps >= threshold).any()
+            assert bool(keep[image, slot]) == bool(alone)
+    assert 0 < keep[0].sum() < found.valid[0].sum()
 
 
 def test_no_slots_and_no_suppression():

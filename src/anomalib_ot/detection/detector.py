@@ -12,7 +12,7 @@ from anomalib_ot.detection.losses import Dense
 from anomalib_ot.vision.boxes import clip_boxes
 from anomalib_ot.vision.detections import EMPTY, Detections, join_detections
 from anomalib_ot.vision.neck import Pyramid
-from anomalib_ot.vision.suppression import suppress_duplicates, top_detections, vote_boxes
+from anomalib_ot.vision.suppression import first_of_each_box, suppress_duplicates, top_detections, vote_boxes
 from anomalib_ot.vision.tiling import Tiling
 
 Suppress = Callable[[Detections], Tensor]
@@ -35,15 +35,15 @@ class Decoding:
     level_top: int = 1000  # pairs of a point and a class that stay per level
     max_candidates: int = 512  # pairs per image that are compared for duplicates
     max_detections: int = 100  # slots of the result
-    # Whether the classes are those of the one-to-one branch, where nothing has to be suppressed; the score is
-    # sqrt(p(class)) then, since that branch knows the overlaps.
+    # Whether the classes are those of the one-to-one branch, where nothing has to be suppressed: of points beside each
+    # other that predict one box the best stays. The score is sqrt(p(class)) then: that branch knows the overlaps.
     one_to_one: bool = False
     box_voting: bool = False  # whether duplicates take part in the boxes of those that suppress them
 
     def __call__(self, dense: Dense, image_size: tuple[int, int]) -> Detections:
         """Decode; boxes are clipped to `image_size`, height and width of the network's input."""
         found = self.candidates(dense, image_size)
-        keep = found.valid if self.one_to_one else self.suppress(found)
+        keep = first_of_each_box(found) if self.one_to_one else self.suppress(found)
         kept = top_detections(found, keep, self.max_detections)
         if not self.box_voting:
             return kept

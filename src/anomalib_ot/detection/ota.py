@@ -88,7 +88,7 @@ class OneToOneBranch(nn.Module):
     It corrects the one-to-many logits by what both towers of the head have seen, and lowers them wherever a neighbor
     within two cells, or beside it on the next finer or coarser level, has a higher
 
-    `q = log p(class) + log p(overlap) - 3 place`, in training by `6 (1 - exp(20 (q - highest q)))`, later by 6,
+    `q = log p(class) + log p(overlap) - 3 place`, by `6 (1 - exp(20 (q - highest q)))`,
 
     `place` being `spatial_cost` of the point in the box that it predicts: what makes a point the cheapest in the
     transport. Of what it looks at it trains nothing: the head learns as without it.
@@ -130,13 +130,9 @@ class OneToOneBranch(nn.Module):
             chance = F.logsigmoid(own[-1]) + F.logsigmoid(overlap.detach().float())
             rank.append(chance - PLACE_WEIGHT * place)
         return [
-            level - FALL * (1 - self._part_of_the_best(q - highest))
+            level - FALL * (1 - (SHARPNESS * (q - highest)).exp())
             for level, q, highest in zip(own, rank, highest_around(rank), strict=True)
         ]
-
-    def _part_of_the_best(self, below: Tensor) -> Tensor:
-        """Say how far places count as the best that are so far below it: softly in training, later it alone."""
-        return (SHARPNESS * below).exp() if self.training else (below >= 0).to(below)
 
 
 def _place(distances: Tensor, stride: int, strides: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ from anomalib_ot.vision.boxes import pairwise_iou
 from anomalib_ot.vision.detections import EMPTY, Detections
 
 TRACED_ROUNDS = 20
+SAME_BOX = 0.9  # overlap (IoU) from which on two boxes are one box, but for noise
 
 
 def suppress_duplicates(found: Detections, threshold: float = 0.6) -> Tensor:
@@ -25,6 +26,21 @@ def suppress_duplicates(found: Detections, threshold: float = 0.6) -> Tensor:
         kept = batched_nms(found.boxes[image, slots], found.scores[image, slots], found.labels[image, slots], threshold)
         keep[image, slots[kept]] = True
     return keep
+
+
+def first_of_each_box(found: Detections, threshold: float = SAME_BOX) -> Tensor:
+    """Say which detections, best first, have no better one of their class with nearly the same box: bool (B, K).
+
+    The same box is an overlap (IoU) of `threshold` or more. One comparison of all pairs, without the rounds of
+    suppression: objects that overlap by less all stay.
+
+    >>> boxes = torch.tensor([[[0.0, 0, 100, 100], [0, 0, 100, 98], [0, 0, 100, 70]]])
+    >>> first_of_each_box(Detections(boxes, torch.tensor([[0.9, 0.8, 0.7]]), torch.tensor([[0, 0, 0]])))
+    tensor([[ True, False,  True]])
+    """
+    same = found.labels[:, :, None] == found.labels[:, None, :]
+    repeats = (pairwise_iou(found.boxes, found.boxes) >= threshold) & same & found.valid[:, None, :]
+    return found.valid & ~repeats.tril(-1).any(-1)
 
 
 def keep_all(found: Detections) -> Tensor:
@@ -62,7 +78,7 @@ def top_detections(found: Detections, keep: Tensor, max_detections: int) -> Dete
     return Detections(boxes, torch.where(filled, best.values, 0.0), labels, scales)
 
 
-def vote_boxes(kept: Detections, found: Detections, threshold: float = 0.9) -> Detections:
+def vote_boxes(kept: Detections, found: Detections, threshold: float = SAME_BOX) -> Detections:
     """Let all detections vote on the boxes of those that suppression kept: fits better, at the same scores.
 
     A box (B, K) becomes the mean, weighted by score, of those (B, N) of its class that overlap it by an IoU of
