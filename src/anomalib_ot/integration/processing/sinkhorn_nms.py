@@ -46,6 +46,7 @@ class SinkhornNMS(PostProcessor):
         Z. Lu et al., "Differentiable NMS via Sinkhorn matching for end-to-end fabric defect detection", arXiv
         2505.07040.
 
+    >>> import torch
     >>> boxes = torch.tensor([[10.0, 10, 50, 50], [12, 10, 52, 50], [70, 10, 90, 30]])
     >>> found = {"boxes": boxes, "scores": torch.tensor([0.9, 0.7, 0.6]), "labels": torch.tensor([0, 0, 0])}
     >>> SinkhornNMS()([found])[0]["scores"]
