@@ -38,9 +38,13 @@ def first_of_each_box(found: Detections, threshold: float = SAME_BOX) -> Tensor:
     >>> first_of_each_box(Detections(boxes, torch.tensor([[0.9, 0.8, 0.7]]), torch.tensor([[0, 0, 0]])))
     tensor([[ True, False,  True]])
     """
+    return found.valid & ~_suppresses(found, pairwise_iou(found.boxes, found.boxes) >= threshold).any(-1)
+
+
+def _suppresses(found: Detections, near: Tensor) -> Tensor:
+    """Say of pairs that are `near` (B, later, earlier) where the earlier, better one is there and of the same class."""
     same = found.labels[:, :, None] == found.labels[:, None, :]
-    repeats = (pairwise_iou(found.boxes, found.boxes) >= threshold) & same & found.valid[:, None, :]
-    return found.valid & ~repeats.tril(-1).any(-1)
+    return (near & same & found.valid[:, None, :]).tril(-1)
 
 
 def keep_all(found: Detections) -> Tensor:
@@ -55,9 +59,7 @@ def _by_rounds(found: Detections, threshold: float) -> Tensor:
     overlap = (far_corner - corner).clamp(min=0).prod(-1)
     area = (found.boxes[..., 2:] - found.boxes[..., :2]).clamp(min=0).prod(-1)
     union = area[:, :, None] + area[:, None, :] - overlap
-    same = found.labels[:, :, None] == found.labels[:, None, :]
-    # (B, later, earlier): a box comes after those that suppress it.
-    suppresses = ((overlap > threshold * union) & same & found.valid[:, None, :]).tril(-1)
+    suppresses = _suppresses(found, overlap > threshold * union)
     keep = found.valid
     for _ in range(TRACED_ROUNDS):
         keep = found.valid & ~(suppresses & keep[:, None, :]).any(-1)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from anomalib_ot.integration.checks.errors import InputError, as_input_error
 from anomalib_ot.ranges import built, check_fields
 
-__all__ = ["ADVANCED", "check_place", "checked_options", "flat", "nested"]
+__all__ = ["ADVANCED", "check_place", "checked_options", "flat", "flat_defaults", "nested"]
 
 ADVANCED = "advanced"
 
@@ -34,6 +34,11 @@ def flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
     inner = arguments.get(ADVANCED) or {}
     inner = asdict(inner) if is_dataclass(inner) else dict(inner)
     return {name: value for name, value in arguments.items() if name != ADVANCED} | inner
+
+
+def flat_defaults(model: type) -> dict[str, Any]:
+    """Return the defaults of a model's arguments, those in `advanced` beside the others."""
+    return flat({name: argument.default for name, argument in signature(model).parameters.items()})
 
 
 def nested(arguments: Mapping[str, Any], kind: type) -> dict[str, Any]:

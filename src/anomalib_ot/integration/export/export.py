@@ -4,7 +4,6 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from os import W_OK, access
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import Resize
 
 from anomalib_ot.anomaly.model import Explained
-from anomalib_ot.integration.checks.advanced import check_place, flat, nested
+from anomalib_ot.integration.checks.advanced import check_place, flat, flat_defaults, nested
 from anomalib_ot.integration.checks.checkpoints import checked_reading, plain, trained_arguments
 from anomalib_ot.integration.checks.errors import InputError
 from anomalib_ot.integration.checks.values import check_fitted
@@ -391,7 +390,7 @@ def given_to_export(kind: type) -> dict[str, Any]:
     model = export_call().get("model")
     if type(model) is not kind:
         return {}
-    defaults = flat({name: entry.default for name, entry in signature(kind).parameters.items()})
+    defaults = flat_defaults(kind)
     known = {name: value for name, value in flat(model.hparams).items() if name in defaults}
     given = {name: value for name, value in known.items() if plain(value) != plain(defaults[name])}
     for name in ("pre_processor", "post_processor"):

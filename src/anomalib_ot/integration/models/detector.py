@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from anomalib_ot.integration.callbacks.result_writer import ResultWriter
 from anomalib_ot.integration.callbacks.still_rising import StillRising
-from anomalib_ot.integration.checks.advanced import flat, nested
+from anomalib_ot.integration.checks.advanced import flat, flat_defaults, nested
 from anomalib_ot.integration.checks.checkpoints import (
     check_own_checkpoint,
     keep_what_was_trained,
@@ -132,7 +131,7 @@ class BoxModel(BoxTraining, CheckedExport):
         names = {"threshold": "nms_threshold", "score_threshold": "score_threshold", "max_detections": "max_detections"}
         options = {name: self.arguments[own] for name, own in names.items()}
         self.post_processor = SinkhornNMS(SINKHORN_DECODES[nms], **options)
-        self.hparams["nms"] = signature(type(self)).parameters["nms"].default
+        self.hparams["nms"] = flat_defaults(type(self))["nms"]
 
     def suppression(self) -> dict[str, Any]:
         """Say which `nms` the network has and how many detections it returns: raw ones for a `SinkhornNMS`."""
@@ -258,7 +257,7 @@ class BoxModel(BoxTraining, CheckedExport):
         """Name the arguments of detection that no one has set in this run; none where `load_from_checkpoint` loads."""
         if self._trainer is None:
             return []
-        defaults = flat({name: entry.default for name, entry in signature(type(self)).parameters.items()})
+        defaults = flat_defaults(type(self))
         unchosen = self.takes_post_processor and self.post_processor is None  # who names one has chosen what suppresses
         names = [*DETECTS_BY, *(["nms"] if unchosen else [])]
         return [name for name in names if plain(self.arguments[name]) == plain(defaults[name])]

@@ -54,8 +54,9 @@ class FittedGuard(Callback):
         del pl_module
         if isinstance(exception, SIGTERMException):
             exception.code = 128 + signal.SIGTERM
-        told = isinstance(exception, SIGTERMException | KeyboardInterrupt)
-        if told and trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
+        elif not isinstance(exception, KeyboardInterrupt):
+            return
+        if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
             path = getattr(trainer.checkpoint_callback, "best_model_path", "")
             logger.warning(
                 "The training was stopped after %d steps; %s",
